@@ -1,0 +1,78 @@
+"""Where an architecture keeps its decoder blocks, and the part of a model that starts at block k."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+
+from midtune.errors import InputError
+
+
+def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The stack of decoder blocks, found by structure: as many equal modules as the config has layers.
+
+    Returns:
+        The stack's name inside `model` (`model.layers`) and the stack itself, live.
+
+    Raises:
+        InputError: the model has no such stack, or its blocks are not of one kind.
+    """
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    decoder = model.get_decoder()
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or len(module) != depth:
+            continue
+        inside = any(module is candidate for candidate in decoder.modules())
+        alike = len({type(block) for block in module}) == 1
+        if inside and alike and any(isinstance(part, nn.Linear) for part in module[0].modules()):
+            return name, module
+    raise InputError(
+        f"{type(model).__name__} has no stack of {depth} equal decoder blocks that midtune could recognise; "
+        "use a decoder-only model such as Qwen, Llama, Mistral, Gemma 3, Phi-3 or SmolLM3."
+    )
+
+
+class TailCache(DynamicCache):
+    """Keys and values of blocks first…L−1 only, under the layer numbers that those blocks carry."""
+
+    def __init__(self, first: int) -> None:
+        super().__init__()
+        self.first = first
+
+    def update(  # type: ignore[no-untyped-def]
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().update(key_states, value_states, layer_idx - self.first, *args, **kwargs)
+
+
+def tail_of(model: PreTrainedModel, stack_name: str, first: int) -> nn.Module:
+    """The inner model without its blocks below `first`: give it their output as `inputs_embeds`.
+
+    The returned module shares every parameter with `model` and keeps its own masks and positions, so
+    sliding windows and rotary embeddings are the architecture's. It reflects the blocks that are in the
+    stack now; make a new one after a block has been replaced.
+    """
+    inner_name, _, attribute = stack_name.rpartition(".")
+    inner = model.get_submodule(inner_name)
+    blocks: nn.ModuleList = getattr(inner, attribute)
+    tail = copy.copy(inner)
+    # copy.copy shares the dict of submodules, and replacing an entry there would change the model itself.
+    tail._modules = dict(inner._modules)
+    setattr(tail, attribute, nn.ModuleList(blocks[first:]))
+    tail.config = _config_from(inner.config, first, len(blocks))
+    return tail
+
+
+def _config_from(config: Any, first: int, depth: int) -> Any:
+    """A copy of `config` for the blocks from `first` on, its per-block lists cut to match."""
+    cut = copy.copy(config)
+    cut.__dict__ = dict(config.__dict__)
+    for key, value in config.__dict__.items():
+        if isinstance(value, list) and len(value) == depth:
+            cut.__dict__[key] = value[first:]
+    cut.__dict__["num_hidden_layers"] = depth - first
+    return cut

@@ -1,0 +1,146 @@
+"""From a resolved model folder to a policy in memory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from midtune.errors import InputError
+from midtune.model.blocks import find_blocks
+from midtune.model.policy import Policy
+from midtune.model.quantize import clear_quantized_markers, nf4_config
+from midtune.model.sources import Source
+
+
+def load_policy(
+    source: Source,
+    *,
+    quantize: str = "nf4",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> Policy:
+    """Load a model with every parameter frozen.
+
+    With `quantize="nf4"` the linear layers of the blocks are quantized one by one while the checkpoint is
+    read, so a full-precision copy of the model never exists. Embeddings, norms and head stay as stored.
+
+    Raises:
+        InputError: not a decoder-only model with safetensors weights, or the device does not exist.
+    """
+    target = resolve_device(device)
+    compute_dtype = compute_dtype_of(target)
+    tokenizer = load_tokenizer(source, trust_remote_code)
+    with _quiet(), _readable_errors(source):
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+        stored = getattr(config, "quantization_config", None)
+        method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+        if stored is not None and "bitsandbytes" not in str(method or "bitsandbytes"):
+            raise InputError(
+                f"{source.name} is stored with {method} quantization, which midtune cannot train over; "
+                "use its unquantized checkpoint, or one in bitsandbytes 4-bit."
+            )
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        stack_name, _ = find_blocks(skeleton)
+        quantization = None
+        if quantize == "nf4" and stored is None:
+            outside = [
+                name
+                for name, module in skeleton.named_modules()
+                if isinstance(module, nn.Linear) and not name.startswith(f"{stack_name}.")
+            ]
+            quantization = nf4_config(compute_dtype, keep=outside or ["lm_head"])
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            dtype=compute_dtype,
+            device_map={"": target},
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            **({"quantization_config": quantization} if quantization is not None else {}),
+        )
+    clear_quantized_markers(model)
+    return Policy(model, tokenizer, source, compute_dtype=compute_dtype, stored_quantized=stored is not None)
+
+
+def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, padding on the left, with a padding token.
+
+    Raises:
+        InputError: there is none, or it has no chat template.
+    """
+    with _quiet(), _readable_errors(source):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source.folder, trust_remote_code=trust_remote_code, padding_side="left"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    return tokenizer
+
+
+# Base models come without a chat template; their prompts are the plain text of the messages.
+PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N` as a device that exists.
+
+    Raises:
+        InputError: CUDA was asked for and there is none, or the name is unknown.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"device {device!r} is not known; use auto, cpu, cuda or cuda:N.") from None
+    if target.type == "cuda":
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (target.index or 0) >= found:
+            raise InputError(
+                f"device {device} was asked for, but this machine has {found} CUDA devices that torch "
+                f"{torch.__version__} can use; use --device cpu, or install a CUDA build of torch."
+            )
+    elif target.type != "cpu":
+        raise InputError(f"device {device!r} is not supported; use auto, cpu, cuda or cuda:N.")
+    return target
+
+
+def compute_dtype_of(device: torch.device) -> torch.dtype:
+    """bf16 on GPUs that have it, fp16 on older ones; fp32 on CPUs, where bf16 is three times slower."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+@contextlib.contextmanager
+def _readable_errors(source: Source) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{source.name} cannot be loaded as a causal language model ({reason}); "
+            "use a decoder-only model in Hugging Face layout."
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Transformers' own bars and notices would break midtune's display."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,207 @@
+"""The policy: a frozen model in which a few blocks are trained."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from midtune.errors import InputError
+from midtune.model.blocks import find_blocks, tail_of
+from midtune.model.quantize import is_quantized, thawed
+from midtune.model.sources import Source, checkpoint_files
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+class Policy:
+    """A causal language model with every parameter frozen, but for the blocks in `trained`.
+
+    Args:
+        model: the loaded model, its frozen linear layers in 4-bit or not.
+        tokenizer: its tokenizer, with a chat template.
+        source: where it came from; original tensors are read from there when a block is thawed.
+        compute_dtype: the dtype of activations; parameters of trained blocks are always fp32.
+        stored_quantized: the checkpoint itself is in 4-bit, so there are no original tensors to read.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        source: Source,
+        *,
+        compute_dtype: torch.dtype,
+        stored_quantized: bool = False,
+    ) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.source = source
+        self.compute_dtype = compute_dtype
+        self.stored_quantized = stored_quantized
+        self.stack_name, self.blocks = find_blocks(model)
+        self.quantized = is_quantized(model)
+        self.total_parameters = count_parameters(model)
+        self.adapter: PeftModel | None = None
+        self.adapted: list[int] = []
+        self._frozen: dict[int, nn.Module] = {}
+        self._reference: dict[int, nn.Module] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def trained(self) -> list[int]:
+        """The blocks that are trained now, in order."""
+        return self.adapted or sorted(self._frozen)
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """Every token that ends a completion, by the model's generation config and by its tokenizer."""
+        declared = self.model.generation_config.eos_token_id if self.model.generation_config else None
+        ids = [declared] if isinstance(declared, int) else list(declared or [])
+        own = self.tokenizer.eos_token_id
+        return list(dict.fromkeys(ids + ([own] if own is not None else [])))
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Lets fp32 blocks work among activations of the compute dtype; does nothing in fp32."""
+        if self.compute_dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.compute_dtype)
+
+    def tail(self, first: int) -> nn.Module:
+        """Blocks first…L−1 and the final norm; see `tail_of`."""
+        return tail_of(self.model, self.stack_name, first)
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """Name in the model → parameter, for everything that requires a gradient."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def thaw(self, block: int) -> None:
+        """Make `block` trainable: fp32 masters read from the checkpoint, the 4-bit block set aside.
+
+        Raises:
+            InputError: the model has no such block.
+        """
+        self.check_block(block)
+        if block in self._frozen:
+            return
+        frozen = self.blocks[block]
+        self.blocks[block] = thawed(frozen, self.original_tensors(block))
+        self._frozen[block] = frozen
+
+    def freeze(self, block: int) -> None:
+        """Put the frozen block back, bit for bit as it was before `thaw`; the trained one is dropped."""
+        self.blocks[block] = self._frozen.pop(block)
+        self._reference.pop(block, None)
+
+    def add_lora(self, blocks: list[int], rank: int) -> None:
+        """Put LoRA matrices (PEFT's, fp32) on every linear layer of `blocks`, which stay frozen."""
+        from peft import LoraConfig, get_peft_model
+
+        for block in blocks:
+            self.check_block(block)
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=2 * rank,
+            target_modules="all-linear",
+            layers_to_transform=blocks,
+            layers_pattern=self.stack_name.rpartition(".")[2],
+            task_type="CAUSAL_LM",
+        )
+        self.use_adapter(get_peft_model(self.model, config), blocks)
+
+    def use_adapter(self, adapter: PeftModel, blocks: list[int]) -> None:
+        """Take a PEFT model built on this policy's model as what is trained on `blocks`."""
+        self.adapter, self.adapted = adapter, sorted(blocks)
+        for parameter in self.trained_parameters().values():
+            parameter.data = parameter.data.float()
+
+    def keep_reference(self) -> None:
+        """Remember the trained blocks as they are now; `reference` computes with them."""
+        if self.adapter is None:
+            self._reference = {k: copy.deepcopy(self.blocks[k]).requires_grad_(False) for k in self._frozen}
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[None]:
+        """Compute as the model did at `keep_reference` (LoRA: as the base does)."""
+        if self.adapter is not None:
+            with self.adapter.disable_adapter():
+                yield
+            return
+        current = {k: self.blocks[k] for k in self._reference}
+        try:
+            for k, block in self._reference.items():
+                self.blocks[k] = block
+            yield
+        finally:
+            for k, block in current.items():
+                self.blocks[k] = block
+
+    def original_tensors(self, block: int) -> dict[str, torch.Tensor]:
+        """The block's tensors as the checkpoint stores them, by name inside the block, on the CPU.
+
+        Empty where the checkpoint itself is quantized.
+        """
+        if self.stored_quantized:
+            return {}
+        tensors = {}
+        files = checkpoint_files(self.source.folder)
+        for inner, name in self.checkpoint_names(block).items():
+            with safe_open(files[name], framework="pt") as file:
+                tensors[inner] = file.get_tensor(name)
+        return tensors
+
+    def checkpoint_names(self, block: int) -> dict[str, str]:
+        """Name inside the block → the checkpoint's own name, for every parameter of the block.
+
+        Raises:
+            InputError: the checkpoint stores the block in another layout than the loaded model.
+        """
+        marker = f"{self.stack_name.rpartition('.')[2]}.{block}."
+        wanted = {name for name, _ in self._plain_block(block).named_parameters()}
+        by_prefix: dict[str, dict[str, str]] = {}
+        for name in checkpoint_files(self.source.folder):
+            prefix, found, inner = name.partition(marker)
+            if found and (not prefix or prefix.endswith(".")):
+                by_prefix.setdefault(prefix, {})[inner] = name
+        for names in by_prefix.values():
+            if wanted <= names.keys():
+                return {inner: names[inner] for inner in sorted(wanted)}
+        raise InputError(
+            f"{self.source.name} stores block {block} under other tensor names than "
+            f"{type(self.model).__name__} uses; save it once with transformers' save_pretrained and use that folder."
+        )
+
+    def _plain_block(self, block: int) -> nn.Module:
+        return self._frozen.get(block, self.blocks[block])
+
+    def check_block(self, block: int) -> None:
+        """Raises InputError if the model has no block of that number."""
+        if not 0 <= block < self.num_blocks:
+            raise InputError(
+                f"block {block} was asked for, but {self.source.name} has {self.num_blocks} blocks, "
+                f"numbered 0 to {self.num_blocks - 1}; choose among those."
+            )
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of parameters, 4-bit ones counted as the weights they stand for, shared ones once."""
+    total = 0
+    for parameter in module.parameters():
+        state = getattr(parameter, "quant_state", None)
+        total += int(state.shape.numel()) if state is not None else parameter.numel()
+    return total

@@ -1,0 +1,81 @@
+"""Frozen linear layers in 4-bit NF4; a block thawed to fp32 and frozen again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+
+def nf4_config(compute_dtype: torch.dtype, keep: list[str]) -> BitsAndBytesConfig:
+    """NF4 with double quantization for every linear layer except the modules named in `keep`."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=keep,
+    )
+
+
+def clear_quantized_markers(model: PreTrainedModel) -> None:
+    """Make `model` an ordinary module again for the libraries above.
+
+    With the markers in place, transformers' Trainer refuses a model without a PEFT adapter and TRL casts
+    trainable parameters to bf16, which destroys fp32 master weights silently.
+    """
+    for marker in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "hf_quantizer", "quantization_method"):
+        if marker in vars(model):
+            delattr(model, marker)
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether `module` holds 4-bit linear layers."""
+    return any(isinstance(part, bnb.nn.Linear4bit) for part in module.modules())
+
+
+def thawed(block: nn.Module, originals: Mapping[str, torch.Tensor]) -> nn.Module:
+    """A trainable fp32 copy of a frozen block.
+
+    Args:
+        block: a decoder block, its linear layers in 4-bit or not; it is left as it is.
+        originals: the block's tensors as the checkpoint stores them, by their name inside the block. A
+            tensor that is missing here is taken from the block, dequantized where it is in 4-bit.
+
+    Returns:
+        A block of ordinary layers on the same device, every parameter fp32 and requiring a gradient.
+    """
+    # Linear layers are shared with the frozen block during the copy, so 4-bit data is never duplicated.
+    linears = {id(part): part for part in block.modules() if isinstance(part, bnb.nn.Linear4bit)}
+    fresh = copy.deepcopy(block, dict(linears))
+    for name, part in list(fresh.named_modules()):
+        if isinstance(part, bnb.nn.Linear4bit):
+            fresh.set_submodule(name, _as_linear(part, originals.get(f"{name}.weight")))
+    fresh = fresh.float()
+    with torch.no_grad():
+        for name, parameter in fresh.named_parameters():
+            if name in originals:
+                parameter.copy_(originals[name])
+            parameter.requires_grad_(True)
+    return fresh
+
+
+def _as_linear(part: bnb.nn.Linear4bit, original: torch.Tensor | None) -> nn.Linear:
+    linear = nn.Linear(part.in_features, part.out_features, bias=part.bias is not None, device="meta")
+    weight = original if original is not None else dequantized(part.weight)
+    linear.weight = nn.Parameter(weight.to(part.weight.device, torch.float32))
+    if part.bias is not None:
+        linear.bias = nn.Parameter(part.bias.detach().clone())
+    return linear
+
+
+def dequantized(weight: Any) -> torch.Tensor:
+    """The full-precision values that a 4-bit parameter stands for, [out, in]."""
+    return bnb.functional.dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[no-any-return]

@@ -1,0 +1,167 @@
+"""TRL's GRPOTrainer, with the seams replaced that make training one block different.
+
+Losses, advantages, logging, schedules, trackers and the loop stay TRL's and Transformers'. Replaced are:
+`_generate_single_turn` (midtune's sampler), `_prepare_inputs` (micro-batches of whole groups, so that a
+prompt is computed once), `_get_per_token_logps_and_entropies` (the tail from boundary states), the
+reference model (the original blocks in place of a second model) and what a checkpoint holds (trained
+tensors only). These are private methods of TRL 1.16; a parity test guards them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from midtune.model.policy import Policy
+from midtune.rl.tail import completion_log_probs
+from midtune.rollout.sampler import Rollout, sample
+from midtune.savings.meter import Meter
+
+TRAINED_TENSORS = "trained.safetensors"
+
+
+class LayerGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
+    """GRPO on the trained blocks of a policy, in one process.
+
+    Args:
+        policy: what is trained, its blocks already thawed or given LoRA.
+        args: TRL's settings; `beta > 0` compares with the blocks as they are now.
+        rewards: TRL reward functions.
+        rows: training rows in the order they are used, one per prompt, each once.
+        meter: receives the phases `rollout` and `reward`.
+    """
+
+    _name = "LayerGRPO"
+
+    def __init__(
+        self,
+        policy: Policy,
+        args: GRPOConfig,
+        rewards: list[Callable[..., list[float]]],
+        rows: list[dict[str, Any]],
+        *,
+        meter: Meter,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        self.policy = policy
+        self.meter = meter
+        self._rollout: Rollout | None = None
+        # TRL loads a second model when it sees a beta, so it learns of it after it is built.
+        beta, args.beta = args.beta, 0.0
+        super().__init__(
+            model=policy.model,
+            args=args,
+            reward_funcs=rewards,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=policy.tokenizer,
+            callbacks=callbacks,
+        )
+        if self.accelerator.num_processes > 1:
+            raise NotImplementedError("midtune trains in one process; start it without a distributed launcher.")
+        args.beta = self.beta = beta
+        if beta > 0:
+            policy.keep_reference()
+            self.ref_model = policy.reference  # only ever handed back to the log-prob method below
+        check_trainable(policy)
+
+    def _generate_single_turn(
+        self,
+        prompt_ids: list[list[int]],
+        images: Any,
+        multimodal_fields: Any,
+        num_generations: int,
+        has_tool_images: bool = False,
+    ) -> tuple[list[list[int]], None]:
+        with self.meter.phase("rollout"):
+            self._rollout = sample(
+                self.policy,
+                prompt_ids[::num_generations],
+                group_size=num_generations,
+                max_new_tokens=self.max_completion_length,
+                temperature=self.temperature,
+                top_p=self.top_p,
+                top_k=self.top_k,
+                boundary_block=self.policy.trained[0],
+            )
+        return self._rollout.completions(), None
+
+    def _calculate_rewards(self, *args: Any) -> torch.Tensor:
+        with self.meter.phase("reward"):
+            return super()._calculate_rewards(*args)
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        parts = self.args.steps_per_generation
+        if self._buffered_inputs is None or self._step % (parts * self.num_iterations) == 0:
+            batch = self._generate_and_score_completions(generation_batch)
+            self._buffered_inputs = self._split_by_groups(batch, parts)
+        inputs: dict[str, Any] = self._buffered_inputs[self._step % parts]
+        return inputs
+
+    def _split_by_groups(self, batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
+        assert self._rollout is not None
+        rows = batch["completion_ids"].size(0)
+        groups = rows // self.num_generations
+        split = []
+        for part in range(parts):
+            start, stop = part * groups // parts, (part + 1) * groups // parts
+            piece = slice(start * self.num_generations, stop * self.num_generations)
+            inputs = {
+                key: value[piece] if torch.is_tensor(value) and value.dim() > 0 else value
+                for key, value in batch.items()
+            }
+            inputs["rollout"] = self._rollout.groups(start, stop)
+            split.append(inputs)
+        return split
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        self._rollout = inputs["rollout"]
+        loss: torch.Tensor = super()._compute_loss(model, inputs)
+        return loss
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, None]:
+        assert self._rollout is not None
+        reference = model is self.ref_model and self.ref_model is not None
+        with self.policy.reference() if reference else contextlib.nullcontext():
+            if torch.is_grad_enabled():
+                return *completion_log_probs(self.policy, self._rollout, temperature=self.temperature), None
+            groups = self._rollout.prompt_ids.size(0)
+            size = self.args.per_device_train_batch_size // self.num_generations
+            scored = [
+                completion_log_probs(self.policy, self._rollout.groups(i, i + size), temperature=self.temperature)
+                for i in range(0, groups, size)
+            ]
+        log_probs, entropies = zip(*scored, strict=True)
+        return torch.cat(log_probs), torch.cat(entropies), None
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """A checkpoint of a few blocks is no model to publish a card for."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: p.detach().contiguous() for name, p in self.policy.trained_parameters().items()}
+        save_file(tensors, folder / TRAINED_TENSORS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        tensors = load_file(Path(resume_from_checkpoint) / TRAINED_TENSORS)
+        with torch.no_grad():
+            for name, parameter in self.policy.trained_parameters().items():
+                parameter.copy_(tensors[name])
+
+
+def check_trainable(policy: Policy) -> None:
+    """Assert what midtune promises: trained parameters are fp32 and lie in the chosen blocks only."""
+    prefixes = tuple(f"{policy.stack_name}.{k}." for k in policy.trained)
+    for name, parameter in policy.trained_parameters().items():
+        assert parameter.dtype == torch.float32, f"{name} is {parameter.dtype}, not fp32"
+        assert name.startswith(prefixes), f"{name} requires a gradient outside blocks {policy.trained}"

@@ -1,0 +1,1 @@
+"""Sampling completions, and the hidden states that enter the first trained block."""

@@ -1,0 +1,180 @@
+"""Sampling: each prompt is prefilled once, its cache is shared by the group, finished rows leave the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache
+
+from midtune.model.policy import Policy
+from midtune.rollout.boundary import BoundaryStates, captured, positions
+
+
+@dataclass
+class Rollout:
+    """Completions of N prompts, G each; the completions of a prompt are adjacent rows.
+
+    Attributes:
+        prompt_ids, prompt_mask: [N, P], left-padded.
+        completion_ids, completion_mask: [N·G, C], right-padded; the end token is part of a completion.
+        log_probs: [N·G, C] fp32, of each sampled token at the sampling temperature; 0 on padding.
+        boundary: the states that enter the first trained block, where they were asked for.
+    """
+
+    prompt_ids: torch.Tensor
+    prompt_mask: torch.Tensor
+    completion_ids: torch.Tensor
+    completion_mask: torch.Tensor
+    log_probs: torch.Tensor
+    boundary: BoundaryStates | None = None
+
+    @property
+    def group_size(self) -> int:
+        return self.completion_ids.size(0) // self.prompt_ids.size(0)
+
+    def completions(self) -> list[list[int]]:
+        """Token ids of each completion without padding."""
+        rows = zip(self.completion_ids.tolist(), self.completion_mask.sum(1).tolist(), strict=True)
+        return [ids[:length] for ids, length in rows]
+
+    def groups(self, start: int, stop: int) -> Rollout:
+        """The part of prompts start…stop−1, with whole groups."""
+        g = self.group_size
+        rows = slice(start * g, stop * g)
+        boundary = self.boundary and BoundaryStates(
+            self.boundary.block, self.boundary.prompt[start:stop], self.boundary.completion[rows]
+        )
+        return Rollout(
+            self.prompt_ids[start:stop],
+            self.prompt_mask[start:stop],
+            self.completion_ids[rows],
+            self.completion_mask[rows],
+            self.log_probs[rows],
+            boundary,
+        )
+
+
+@torch.no_grad()
+def sample(
+    policy: Policy,
+    prompts: list[list[int]],
+    *,
+    group_size: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    boundary_block: int | None = None,
+    on_tokens: Callable[[int], None] | None = None,
+) -> Rollout:
+    """Sample `group_size` completions for every prompt, all rows in flight together.
+
+    Args:
+        policy: the model to sample from; sampling uses torch's global random state.
+        prompts: token ids of each prompt.
+        temperature: 0 is greedy.
+        top_p, top_k: keep the smallest set of tokens with this probability, or the k most likely; log-probs
+            stay those of the full distribution, as the update computes them.
+        boundary_block: capture the states that enter this block.
+        on_tokens: called with the number of new tokens after every step.
+    """
+    device = policy.device
+    width = max(len(ids) for ids in prompts)
+    prompt_ids = torch.full((len(prompts), width), policy.tokenizer.pad_token_id, dtype=torch.long)
+    prompt_mask = torch.zeros_like(prompt_ids)
+    for row, ids in enumerate(prompts):
+        prompt_ids[row, width - len(ids) :] = torch.tensor(ids)
+        prompt_mask[row, width - len(ids) :] = 1
+    prompt_ids, prompt_mask = prompt_ids.to(device), prompt_mask.to(device)
+
+    rows = len(prompts) * group_size
+    completion_ids = torch.full((rows, max_new_tokens), policy.tokenizer.pad_token_id, device=device)
+    log_probs = torch.zeros(rows, max_new_tokens, device=device)
+    lengths = torch.zeros(rows, dtype=torch.long, device=device)
+    stop_ids = torch.tensor(policy.stop_token_ids, device=device)
+    # A cache without a config keeps every key; a window is then applied by the mask, exactly.
+    cache = DynamicCache()
+    training = policy.model.training
+    policy.model.eval()
+    with captured(policy, boundary_block) as states, policy.autocast():
+        output = policy.model(
+            input_ids=prompt_ids,
+            attention_mask=prompt_mask,
+            position_ids=positions(prompt_mask),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache.batch_repeat_interleave(group_size)
+        logits = output.logits[:, -1].repeat_interleave(group_size, 0)
+        mask = prompt_mask.repeat_interleave(group_size, 0)
+        position = mask.sum(1, keepdim=True)
+        live = torch.arange(rows, device=device)
+        fed: list[torch.Tensor] = []
+        for step in range(max_new_tokens):
+            tokens, chosen = choose(logits.float(), temperature, top_p, top_k)
+            completion_ids[live, step] = tokens
+            log_probs[live, step] = chosen
+            lengths[live] = step + 1
+            if on_tokens is not None:
+                on_tokens(len(live))
+            going = ~torch.isin(tokens, stop_ids)
+            count = int(going.sum())
+            if count == 0 or step + 1 == max_new_tokens:
+                break
+            if count < len(live):
+                keep = going.nonzero()[:, 0]
+                cache.batch_select_indices(keep)
+                live, tokens, mask, position = live[keep], tokens[keep], mask[keep], position[keep]
+            mask = torch.cat([mask, mask.new_ones(len(live), 1)], 1)
+            output = policy.model(
+                input_ids=tokens[:, None],
+                attention_mask=mask,
+                position_ids=position,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            logits = output.logits[:, -1]
+            position = position + 1
+            fed.append(live)
+    policy.model.train(training)
+
+    longest = int(lengths.max())
+    completion_mask = (torch.arange(longest, device=device) < lengths[:, None]).long()
+    boundary = None
+    if boundary_block is not None:
+        prompt_states, *steps = states
+        completion_states = prompt_states.new_zeros(rows, longest, prompt_states.size(-1))
+        for step, (live, state) in enumerate(zip(fed, steps, strict=True)):
+            completion_states[live, step] = state[:, 0]
+        boundary = BoundaryStates(boundary_block, prompt_states, completion_states)
+    return Rollout(
+        prompt_ids,
+        prompt_mask,
+        completion_ids[:, :longest],
+        completion_mask,
+        log_probs[:, :longest],
+        boundary,
+    )
+
+
+def choose(
+    logits: torch.Tensor, temperature: float, top_p: float, top_k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw a token from each row of logits [B, V] → token ids [B] and their log-probs [B]."""
+    if temperature == 0:
+        log_probs = logits.log_softmax(-1)
+        chosen, tokens = log_probs.max(-1)
+        return tokens, chosen
+    log_probs = (logits / temperature).log_softmax(-1)
+    kept = log_probs
+    if 0 < top_k < kept.size(-1):
+        kept = kept.masked_fill(kept < kept.topk(top_k, -1).values[:, -1:], -torch.inf)
+    if top_p < 1:
+        ordered, order = kept.softmax(-1).sort(-1, descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= top_p
+        kept = kept.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
+    tokens = torch.multinomial(kept.softmax(-1), 1)[:, 0]
+    return tokens, log_probs.gather(-1, tokens[:, None])[:, 0]

@@ -1,0 +1,70 @@
+"""Small random models of every supported architecture, written to disk as real checkpoints."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+COMMON = {
+    "vocab_size": 260,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    # Larger than usual, so that random models have opinions and wrong masks show.
+    "initializer_range": 0.15,
+}
+ARCHITECTURES = {
+    "qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
+    "qwen3": {"head_dim": 32, "tie_word_embeddings": True},
+    "llama": {"tie_word_embeddings": False},
+    "mistral": {"sliding_window": 6},
+    "gemma3_text": {"head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 16},
+    "phi3": {"sliding_window": None},
+    "smollm3": {"no_rope_layers": [1, 1, 1, 0]},
+}
+
+
+@pytest.fixture(scope="session")
+def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A function: architecture name → folder with a random checkpoint and a tokenizer (made once)."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    made: dict[str, Path] = {}
+
+    def make(architecture: str = "qwen3", *, shard_size: str = "5GB", **overrides: object) -> Path:
+        key = f"{architecture}-{shard_size}-{sorted(overrides.items())}"
+        if key not in made:
+            folder = tmp_path_factory.mktemp(architecture)
+            torch.manual_seed(0)
+            config = AutoConfig.for_model(architecture, **{**COMMON, **ARCHITECTURES[architecture], **overrides})
+            AutoModelForCausalLM.from_config(config).save_pretrained(folder, max_shard_size=shard_size)
+            alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+            vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
+            tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            tokenizer.decoder = decoders.ByteLevel()
+            fast = PreTrainedTokenizerFast(
+                tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+            )
+            fast.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}>"
+            fast.save_pretrained(folder)
+            made[key] = folder
+        return made[key]
+
+    return make
