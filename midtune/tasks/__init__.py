@@ -1,0 +1,9 @@
+"""What to learn: prompts, rewards and splits."""
+
+from midtune.tasks.check import check_reward
+from midtune.tasks.gym import example, list_tasks, task_arguments
+from midtune.tasks.rewards import Reward
+from midtune.tasks.split import Row
+from midtune.tasks.task import Task, load_task
+
+__all__ = ["Reward", "Row", "Task", "check_reward", "example", "list_tasks", "load_task", "task_arguments"]

@@ -1,0 +1,153 @@
+"""A task: prompts, right answers, and how completions are scored."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from midtune.errors import InputError
+from midtune.tasks import gym
+from midtune.tasks.files import is_file_name, read_problems
+from midtune.tasks.own import is_own, load_reward
+from midtune.tasks.rewards import BUILT_IN, Reward, built_in, default_reward, solved
+from midtune.tasks.split import Row, Split, split_rows
+
+
+@dataclass(frozen=True)
+class Task:
+    """Problems to learn from, problems held out, and the functions that score completions.
+
+    Rows have `prompt` (chat messages), `question` and `answer` (text); rows of a file also its other columns.
+    """
+
+    name: str
+    fingerprint: str  # the same for the same problems and reward, whatever seed and sizes
+    train: list[Row]
+    held_out: list[Row]
+    reward: Reward  # what training maximises
+    score: Reward  # what evaluation reports, in [0, 1]; a person's own reward as it is
+    own_reward: bool = False
+    note: str | None = None  # a remark for the person, such as fewer problems than asked for
+
+
+def load_task(
+    name: str,
+    *,
+    args: Mapping[str, Any],
+    reward: str | None,
+    prompt_column: str,
+    answer_column: str,
+    system_prompt: str | None,
+    train_size: int,
+    eval_size: int,
+    seed: int,
+) -> Task:
+    """The task called `name`, split into training and held-out problems.
+
+    Args:
+        name: `reasoning-gym:NAME`, or the path of a jsonl or csv file.
+        args: parameters of a reasoning-gym dataset.
+        reward: `exact`, `numeric`, `math`, `verifier`, `path/to/file.py:function`, or None for the default.
+        prompt_column: column of a file that holds the prompt.
+        answer_column: column of a file that holds the answer.
+        system_prompt: system message of every prompt, in place of a prompt's own one.
+        train_size: most training problems.
+        eval_size: most held-out problems.
+        seed: fixes the problems and the split.
+
+    Raises:
+        InputError: the task, an argument, a column or the reward does not exist, or there are too few problems.
+    """
+    _check_reward_name(reward)
+    own, own_digest = load_reward(reward) if reward is not None and is_own(reward) else (None, "")
+    identity: dict[str, Any] = {"system": system_prompt, "own": own_digest}
+    verifier: Reward | None = None
+    if name.startswith(gym.PREFIX):
+        short = name.removeprefix(gym.PREFIX)
+        split, verifier, complete = gym.draw_problems(
+            short, args, train_size=train_size, eval_size=eval_size, seed=seed
+        )
+        split = _bare(split)
+        chosen = reward or "verifier"
+        identity |= {"name": name, "args": complete}
+    elif is_file_name(name):
+        if args:
+            raise InputError(
+                f"{name} is a file and takes no arguments, but {dict(args)} was given; leave it out."
+            )
+        problems = read_problems(
+            name, prompt_column=prompt_column, answer_column=answer_column, needs_answer=own is None
+        )
+        chosen = reward or default_reward([row["answer"] for row in problems.rows])
+        split = split_rows(problems.rows, train_size=train_size, eval_size=eval_size, seed=seed)
+        identity |= {"file": problems.digest, "columns": [prompt_column, answer_column]}
+    else:
+        raise InputError(_unknown(name))
+    if chosen == "verifier" and verifier is None:
+        raise InputError(
+            f"the reward `verifier` exists for reasoning-gym tasks only, and {name} is a file; use exact, numeric, math "
+            "or path/to/file.py:function."
+        )
+    function = own or (verifier if chosen == "verifier" else None) or built_in(chosen)
+    identity["reward"] = "own" if own else chosen
+    return Task(
+        name=name,
+        fingerprint=_fingerprint(identity),
+        train=[_with_system(row, system_prompt) for row in split.train],
+        held_out=[_with_system(row, system_prompt) for row in split.held_out],
+        reward=function,
+        score=own or solved(function),
+        own_reward=own is not None,
+        note=_note(split, train_size, eval_size),
+    )
+
+
+def _check_reward_name(reward: str | None) -> None:
+    if reward is not None and reward not in BUILT_IN and not is_own(reward):
+        raise InputError(
+            f"there is no reward `{reward}`; the rewards are {', '.join(BUILT_IN)}, or path/to/file.py:function."
+        )
+
+
+def _bare(split: Split) -> Split:
+    # Metadata holds values that no table column can; the verifier keeps its own.
+    def bare(item: Row) -> Row:
+        answer = "" if item["answer"] is None else str(item["answer"])
+        prompt = [{"role": "user", "content": item["question"]}]
+        return {"prompt": prompt, "question": item["question"], "answer": answer}
+
+    return Split(
+        [bare(item) for item in split.train], [bare(item) for item in split.held_out], split.distinct
+    )
+
+
+def _with_system(row: Row, system_prompt: str | None) -> Row:
+    if system_prompt is None:
+        return row
+    rest = [message for message in row["prompt"] if message["role"] != "system"]
+    return {**row, "prompt": [{"role": "system", "content": system_prompt}, *rest]}
+
+
+def _note(split: Split, train_size: int, eval_size: int) -> str | None:
+    short = len(split.train) < train_size or len(split.held_out) < eval_size
+    if split.distinct is None or not short:
+        return None
+    return (
+        f"asked for {train_size} training and {eval_size} held-out problems; the task gave only {split.distinct} "
+        f"different ones: {len(split.train)} to train on and {len(split.held_out)} held out."
+    )
+
+
+def _fingerprint(identity: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _unknown(name: str) -> str:
+    if not Path(name).suffix and name in gym.list_tasks():
+        return f"there is no file {name}; for the reasoning-gym dataset write `{gym.PREFIX}{name}`."
+    kind = f"a {Path(name).suffix} file" if Path(name).suffix else "nothing that exists"
+    return f"the task `{name}` is {kind}; give `{gym.PREFIX}NAME`, or the path of a jsonl or csv file."
