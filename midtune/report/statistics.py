@@ -1,0 +1,128 @@
+"""Scores and gains with 95% intervals over problems."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+CONFIDENCE = 0.95
+RESAMPLES = 9999
+# Below this many problems a bootstrap sees too few different samples, and Student's t is used.
+FEWEST_FOR_BOOTSTRAP = 8
+
+
+@dataclass(frozen=True)
+class Score:
+    """A mean over `n` problems and its 95% interval; NaN bounds: the scores do not say."""
+
+    score: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A mean difference over the same problems and its 95% interval; NaN bounds: they do not say."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The same problems scored before and after training."""
+
+    before: Score
+    after: Score
+    gain: Gain
+
+
+def score_interval(per_problem: ArrayLike) -> Score:
+    """The mean of one score per problem, with its 95% interval.
+
+    Scores of 0 and 1 get Wilson's interval, others a BCa bootstrap over problems. When all scores are
+    one fractional value, the interval covers what problems like none of these could do to the mean.
+
+    Args:
+        per_problem: [n] scores; several samples of a problem are averaged first, since they are not
+            independent.
+
+    Raises:
+        ValueError: no scores, or scores that are no numbers.
+    """
+    scores = _checked(per_problem)
+    mean, n = float(scores.mean()), scores.size
+    if np.isin(scores, (0.0, 1.0)).all():
+        from scipy.stats import binomtest
+
+        interval = binomtest(int(scores.sum()), n).proportion_ci(CONFIDENCE, method="wilson")
+        return Score(mean, float(interval.low), float(interval.high), n)
+    if scores.min() >= 0 and scores.max() <= 1:
+        return Score(mean, *_mean_interval(scores, smallest=0.0, largest=1.0), n)
+    return Score(mean, *_mean_interval(scores, smallest=-math.inf, largest=math.inf), n)
+
+
+def paired_gain(before: ArrayLike, after: ArrayLike) -> Gain:
+    """The mean of `after - before` over problems, with its 95% interval (BCa bootstrap).
+
+    Args:
+        before, after: [n] scores of the same problems in the same order.
+
+    Raises:
+        ValueError: different lengths, no scores, or scores that are no numbers.
+    """
+    first, second = _checked(before), _checked(after)
+    if first.size != second.size:
+        raise ValueError(f"{first.size} scores before and {second.size} after are not of the same problems")
+    differences = second - first
+    both = np.concatenate([first, second])
+    limit = 1.0 if both.min() >= 0 and both.max() <= 1 else math.inf
+    return Gain(float(differences.mean()), *_mean_interval(differences, smallest=-limit, largest=limit))
+
+
+def compare(before: ArrayLike, after: ArrayLike) -> Comparison:
+    """Scores before and after and the gain, from [n] scores of the same problems in the same order."""
+    return Comparison(score_interval(before), score_interval(after), paired_gain(before, after))
+
+
+def _checked(values: ArrayLike) -> NDArray[np.float64]:
+    scores = np.asarray(values, dtype=np.float64)
+    if scores.ndim != 1 or scores.size == 0 or not np.isfinite(scores).all():
+        raise ValueError(
+            f"scores must be finite numbers, one per problem, not an array of shape {scores.shape}"
+        )
+    return scores
+
+
+def _mean_interval(values: NDArray[np.float64], *, smallest: float, largest: float) -> tuple[float, float]:
+    """95% interval of the mean of values known to lie in [smallest, largest]."""
+    from scipy.stats import bootstrap, t
+
+    n, mean = values.size, float(values.mean())
+    if np.ptp(values) < 1e-12:
+        # No spread was seen. With 97.5% confidence at most this share of all problems differs
+        # (Clopper-Pearson for 0 of n), each by as much as the range allows.
+        unseen = 1 - ((1 - CONFIDENCE) / 2) ** (1 / n)
+        low, high = mean - unseen * (mean - smallest), mean + unseen * (largest - mean)
+        return (low, high) if math.isfinite(low) and math.isfinite(high) else (math.nan, math.nan)
+    low = high = math.nan
+    if n >= FEWEST_FOR_BOOTSTRAP:
+        found = bootstrap(
+            (values,),
+            np.mean,
+            n_resamples=RESAMPLES,
+            batch=max(1, 10**6 // n),
+            confidence_level=CONFIDENCE,
+            method="BCa",
+            rng=np.random.default_rng(0),
+        ).confidence_interval
+        low, high = float(found.low), float(found.high)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        margin = float(t.ppf((1 + CONFIDENCE) / 2, n - 1)) * float(values.std(ddof=1)) / math.sqrt(n)
+        low, high = mean - margin, mean + margin
+    return max(low, smallest), min(high, largest)

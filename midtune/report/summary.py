@@ -1,0 +1,168 @@
+"""The report of a run: report.json, schema 1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from midtune.report.statistics import Comparison
+
+SCHEMA = 1
+Source = Literal["measured", "estimated"]
+
+
+@dataclass(frozen=True)
+class TimeReport:
+    """Mean seconds of a training step, and of one of full training.
+
+    Args:
+        step: the whole step; `rollout`, `reward` and `update` are its phases.
+        full_step: None when it is neither measured nor estimated.
+        compared_step: seconds of the steps whose prompts full training was measured on; completions grow
+            or shrink while a model learns, so the mean over the run would compare unequal work.
+    """
+
+    step: float
+    rollout: float
+    reward: float
+    update: float
+    full_step: float | None
+    full_source: Source | None
+    compared_step: float | None = None
+
+    @property
+    def speedup(self) -> float | None:
+        """How many of these steps fit into one of full training's, on the same prompts."""
+        step = self.step if self.compared_step is None else self.compared_step
+        return None if self.full_step is None or step <= 0 else self.full_step / step
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Peak bytes of training, and of full training.
+
+    Args:
+        source: what `peak` counts, tensors on the CUDA device or the process's physical memory.
+        full_peak: None when it is neither measured nor estimated.
+    """
+
+    peak: int
+    source: Literal["cuda_allocated", "resident"]
+    full_peak: int | None
+    full_source: Source | None
+
+    @property
+    def saving(self) -> float | None:
+        """The fraction of full training's peak that is not needed."""
+        return None if not self.full_peak else 1 - self.peak / self.full_peak
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run gained and what it saved.
+
+    Args:
+        quality: greedy completions, on the model as it trains.
+        sampled: mean over samples at the training temperature.
+        deployed: greedy completions on the unquantized model, as it would be deployed.
+        probe: how the blocks were chosen, for people.
+    """
+
+    model: str
+    task: str
+    blocks: tuple[int, ...]
+    quality: Comparison
+    sampled: Comparison | None
+    deployed: Comparison | None
+    time: TimeReport
+    memory: MemoryReport
+    trainable_parameters: int
+    total_parameters: int
+    patch_bytes: int
+    probe: str
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """report.json: bytes, seconds and fractions."""
+        return {
+            "schema": SCHEMA,
+            "model": self.model,
+            "task": self.task,
+            "blocks": list(self.blocks),
+            "quality": asdict(self.quality),
+            "sampled": None if self.sampled is None else asdict(self.sampled),
+            "deployed": None if self.deployed is None else asdict(self.deployed),
+            "time": {**asdict(self.time), "speedup": self.time.speedup},
+            "memory": {**asdict(self.memory), "saving": self.memory.saving},
+            "trainable_parameters": self.trainable_parameters,
+            "total_parameters": self.total_parameters,
+            "patch_bytes": self.patch_bytes,
+            "probe": self.probe,
+            "seed": self.seed,
+        }
+
+
+def build_report(
+    *,
+    model: str,
+    task: str,
+    blocks: Sequence[int],
+    quality: Comparison,
+    sampled: Comparison | None,
+    deployed: Comparison | None,
+    step_s: float,
+    rollout_s: float,
+    reward_s: float,
+    update_s: float,
+    full_step_s: float | None,
+    full_step_source: Source | None,
+    peak_bytes: int,
+    memory_source: Literal["cuda_allocated", "resident"],
+    full_peak_bytes: int | None,
+    full_peak_source: Source | None,
+    trainable_parameters: int,
+    total_parameters: int,
+    patch_bytes: int,
+    probe: str,
+    seed: int,
+    compared_step_s: float | None = None,
+) -> Report:
+    """The report of a run from its figures.
+
+    Args:
+        quality, sampled, deployed: see `Report`; the last two None when they were not asked for.
+        step_s, rollout_s, reward_s, update_s: mean seconds of a step and its phases.
+        full_step_s, full_peak_bytes: full training's, with where each comes from; None when unknown.
+        peak_bytes: the most that training held, counted as `memory_source` says.
+        patch_bytes: size of the trained blocks on disk.
+        compared_step_s: see `TimeReport`.
+    """
+    return Report(
+        model=model,
+        task=task,
+        blocks=tuple(sorted(int(block) for block in blocks)),
+        quality=quality,
+        sampled=sampled,
+        deployed=deployed,
+        time=TimeReport(
+            step=float(step_s),
+            rollout=float(rollout_s),
+            reward=float(reward_s),
+            update=float(update_s),
+            full_step=None if full_step_s is None else float(full_step_s),
+            full_source=full_step_source,
+            compared_step=None if compared_step_s is None else float(compared_step_s),
+        ),
+        memory=MemoryReport(
+            peak=int(peak_bytes),
+            source=memory_source,
+            full_peak=None if full_peak_bytes is None else int(full_peak_bytes),
+            full_source=full_peak_source,
+        ),
+        trainable_parameters=int(trainable_parameters),
+        total_parameters=int(total_parameters),
+        patch_bytes=int(patch_bytes),
+        probe=probe,
+        seed=int(seed),
+    )

@@ -1,0 +1,1 @@
+"""What a run saves: memory and time, measured and estimated."""

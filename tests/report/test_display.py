@@ -1,0 +1,151 @@
+import io
+from typing import Any
+
+from rich.console import Console
+
+from midtune.report.display import TrainingDisplay, progress_bar, sparkline
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def metrics(step: int, **changes: Any) -> dict[str, Any]:
+    return {
+        "step": step,
+        "reward": step / 4,
+        "reward_std": 0.2,
+        "equal_groups": 0.25,
+        "completion_length": 34.2,
+        "clipped": 0.03,
+        "loss": 1e-4,
+        "grad_norm": 0.5,
+        "lr": 5e-6,
+        "rollout_s": 5.21,
+        "reward_s": 0.0021,
+        "update_s": 3.06,
+        "step_s": 8.31,
+        "tokens_per_s": 1234.0,
+        "memory_bytes": 1_200_000_000,
+        "elapsed_s": 8.31 * step,
+        **changes,
+    }
+
+
+def piped() -> tuple[Console, io.StringIO]:
+    file = io.StringIO()
+    return Console(file=file, width=80, force_terminal=False), file
+
+
+def test_a_pipe_gets_a_line_a_step() -> None:
+    console, file = piped()
+    with TrainingDisplay(4, console=console, title="block 2 of tiny") as display:
+        for step in (1, 2):
+            display.update(metrics(step))
+        display.message("[checkpoint] saved")
+        display.update({"step": 3, "reward": float("nan"), "loss": None})
+        display.update(metrics(4))
+    rest = (
+        "equal groups 25% | 34 tokens a completion (3% cut at the limit) | 1,234 tokens/s | "
+        "8.31 s a step (rollout 5.21 s, reward 2 ms, update 3.06 s) | 1.12 GiB"
+    )
+    assert file.getvalue().splitlines() == [
+        "block 2 of tiny",
+        f"step 1/4 | reward 0.250 | {rest} | 25 s left",
+        f"step 2/4 | reward 0.500 | {rest} | 17 s left",
+        "[checkpoint] saved",
+        "step 3/4 | 9 s left",
+        f"step 4/4 | reward 1.000 | {rest}",
+    ]
+
+
+def test_a_terminal_of_80_columns() -> None:
+    display = TrainingDisplay(100, title="block 2 of tiny", quiet=True)
+    for step in range(1, 41):
+        display.update(metrics(step))
+    console = Console(record=True, width=80, file=io.StringIO(), force_terminal=True)
+    console.print(display)
+    assert [line.rstrip() for line in console.export_text().splitlines()] == [
+        "block 2 of tiny",
+        "step 40/100  ━━━━━━━━━━━━╺━━━━━━━━━━━━━━━━━  8 min 19 s left",
+        "reward  10.000  ▁▁▁▂▂▂▂▃▃▃▃▃▄▄▄▄▅▅▅▅▆▆▆▆▆▇▇▇▇███",
+        "groups  25% with equal rewards, so no advantage",
+        "text    34 tokens a completion (3% cut at the limit), 1,234 tokens/s",
+        "time    8.31 s a step (rollout 5.21 s, reward 2 ms, update 3.06 s)",
+        "memory  1.12 GiB",
+    ]
+
+
+def test_a_live_display_leaves_its_last_state() -> None:
+    file = io.StringIO()
+    console = Console(file=file, width=80, force_terminal=True, color_system=None, _environ={"TERM": "xterm"})
+    clock = Clock()
+    display = TrainingDisplay(2, console=console, clock=clock)
+    display.start()
+    display.start()
+    display.update(metrics(1))
+    clock.now += 7.5
+    display.message("note")
+    display.update(metrics(2))
+    display.stop()
+    display.stop()
+    assert "step 2 for 0 s" in file.getvalue()
+    assert "step 2 for 8 s" in file.getvalue()
+    last = file.getvalue().rsplit("step 2/2", 1)[1]
+    assert "left" not in last and "1.12 GiB" in last
+
+
+def test_quiet_shows_nothing() -> None:
+    console, file = piped()
+    with TrainingDisplay(4, console=console, quiet=True, title="x") as display:
+        display.update(metrics(1))
+        display.message("note")
+    with progress_bar("scoring", 10, console, quiet=True) as advance:
+        advance(5, tokens=100)
+    assert file.getvalue() == ""
+
+
+def test_a_pipe_gets_progress_after_2_seconds_and_then_every_10() -> None:
+    console, file = piped()
+    clock = Clock()
+    with progress_bar("scoring", 300, console, clock=clock) as advance:
+        for _ in range(30):
+            clock.now += 1
+            advance(10, tokens=500)
+    assert file.getvalue().splitlines() == [
+        "scoring: 20/300, 500 tokens/s, 28 s left",
+        "scoring: 120/300, 500 tokens/s, 18 s left",
+        "scoring: 220/300, 500 tokens/s, 8 s left",
+    ]
+
+
+def test_progress_without_a_total() -> None:
+    console, file = piped()
+    clock = Clock()
+    with progress_bar("reading", None, console, clock=clock) as advance:
+        clock.now += 3
+        advance(1200)
+    assert file.getvalue() == "reading: 1,200\n"
+
+
+def test_a_progress_bar_disappears_from_a_terminal() -> None:
+    file = io.StringIO()
+    console = Console(file=file, width=80, force_terminal=True, color_system=None, _environ={"TERM": "xterm"})
+    clock = Clock()
+    with progress_bar("scoring", 4, console, clock=clock) as advance:
+        clock.now += 1
+        advance(2, tokens=50)
+        clock.now += 1
+    assert "2/4, 25 tokens/s, 2 s left" in file.getvalue()
+    assert file.getvalue().endswith("\x1b[2K")
+
+
+def test_sparkline() -> None:
+    assert sparkline([0, 1, 2, 7]) == "▁▂▃█"
+    assert sparkline([0.5, 0.5]) == "▁▁"
+    assert sparkline([0, 7], ascii_only=True) == "_#"
+    assert sparkline([]) == ""

@@ -1,0 +1,240 @@
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console, RenderableType
+
+from midtune.report.tables import (
+    IntervalBar,
+    bytes_text,
+    probe_table,
+    report_table,
+    seconds_text,
+    whole_seconds_text,
+)
+
+THREE = {
+    "before": {"score": 0.327, "low": 0.276, "high": 0.382, "n": 300},
+    "after": {"score": 0.577, "low": 0.52, "high": 0.631, "n": 300},
+    "gain": {"value": 0.25, "low": 0.203, "high": 0.3},
+}
+REPORT: dict[str, Any] = {
+    "schema": 1,
+    "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "task": "reasoning-gym:chain_sum",
+    "blocks": [15],
+    "quality": THREE,
+    "sampled": THREE,
+    "deployed": THREE,
+    "time": {
+        "step": 8.3,
+        "rollout": 5.2,
+        "reward": 0.002,
+        "update": 3.06,
+        "full_step": 26.4,
+        "full_source": "estimated",
+        "speedup": 26.4 / 8.3,
+    },
+    "memory": {
+        "peak": 1200 * 2**20,
+        "source": "cuda_allocated",
+        "full_peak": 3 * 2**30,
+        "full_source": "measured",
+        "saving": 0.61,
+    },
+    "trainable_parameters": 3540096,
+    "total_parameters": 134515008,
+    "patch_bytes": 14160384,
+    "probe": "the geometric middle",
+    "seed": 0,
+}
+PROBE: dict[str, Any] = {
+    "schema": 1,
+    "model": "tiny",
+    "task": "reasoning-gym:chain_sum",
+    "method": "gradient",
+    "cost_seconds": 83.2,
+    "blocks": [
+        {
+            "block": 0,
+            "score": 0.1,
+            "low": 0.0,
+            "high": 0.2,
+            "contribution": None,
+            "step_cost": 2.0,
+            "rank": 3,
+        },
+        {
+            "block": 1,
+            "score": 0.5,
+            "low": 0.3,
+            "high": 1.0,
+            "contribution": None,
+            "step_cost": 1.5,
+            "rank": 1,
+        },
+        {
+            "block": 2,
+            "score": 0.2,
+            "low": 0.1,
+            "high": 0.4,
+            "contribution": None,
+            "step_cost": 1.0,
+            "rank": 2,
+        },
+    ],
+    "selected": [1],
+    "depth_baseline": {"block": 2, "score": 0.2},
+}
+
+
+def rendered(renderable: RenderableType, encoding: str = "utf-8") -> list[str]:
+    """What a pipe of 80 columns gets."""
+    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    Console(file=file, width=80).print(renderable)
+    file.seek(0)
+    lines = [line.rstrip() for line in file.read().splitlines()]
+    assert all(len(line) <= 80 for line in lines)
+    assert not any("…" in line or "\x1b" in line for line in lines)
+    return lines
+
+
+def test_report_on_80_columns() -> None:
+    assert rendered(report_table(REPORT)) == [
+        "HuggingFaceTB/SmolLM2-135M-Instruct on reasoning-gym:chain_sum: block 15 trained",
+        "",
+        "score                  before             after        gain, points",
+        "───────────────────────────────────────────────────────────────────",
+        "greedy       32.7% (28 to 38)  57.7% (52 to 63)  +25.0 (+20 to +30)",
+        "sampled      32.7% (28 to 38)  57.7% (52 to 63)  +25.0 (+20 to +30)",
+        "unquantized  32.7% (28 to 38)  57.7% (52 to 63)  +25.0 (+20 to +30)",
+        "In brackets: 95% intervals over 300 held-out problems.",
+        "Unquantized: greedy on the original weights, with the trained blocks put in.",
+        "",
+        "training                    midtune, measured       full training",
+        "──────────────────────────────────────────────────────────────────────────────",
+        "time per step                          8.30 s   26.4 s, estimated  3.2x faster",
+        "  rollout                              5.20 s",
+        "  reward                                 2 ms",
+        "  update                               3.06 s",
+        "peak memory (CUDA tensors)           1.17 GiB  3.00 GiB, measured  61% less",
+        "",
+        "3,540,096 of 134,515,008 parameters trained (2.6%), a patch of 13.5 MiB.",
+        "Choice of blocks: the geometric middle.",
+        "Seed 0.",
+    ]
+
+
+def test_unknown_and_unbounded_figures() -> None:
+    scores = {
+        "before": {"score": 1.25, "low": -1.5, "high": 3.0, "n": 8},
+        "after": {"score": 0.5, "low": None, "high": None, "n": 8},
+        "gain": {"value": -0.75, "low": -2.0, "high": 0.5},
+    }
+    text = "\n".join(
+        rendered(
+            report_table(
+                {
+                    **REPORT,
+                    "quality": scores,
+                    "sampled": None,
+                    "deployed": None,
+                    "blocks": [3, 4],
+                    "time": {**REPORT["time"], "full_step": None, "full_source": None, "speedup": None},
+                    "memory": {**REPORT["memory"], "saving": -0.05},
+                }
+            ),
+            encoding="ascii",
+        )
+    )
+    assert "1.25 (-1.5 to 3)" in text
+    assert "-0.75 (-2 to +0.5)" in text
+    assert "sampled" not in text
+    assert "5.0% more" in text
+    assert "estimated" not in text
+    assert "blocks 3, 4\ntrained" in text
+
+
+def test_probe_on_80_columns() -> None:
+    assert rendered(probe_table(PROBE)) == [
+        "tiny on reasoning-gym:chain_sum",
+        "",
+        "   rank  block  score    95% interval                          cost",
+        "───────────────────────────────────────────────────────────────────",
+        "*     1      1  0.500  0.300 to 1.000        ────●───────────   75%",
+        "      2      2  0.200  0.100 to 0.400    ──●────                50%",
+        "      3      0  0.100  0.000 to 0.200  ──●──                   100%",
+        "",
+        "* selected. 3 blocks ranked by the gradient method in 83.2 s.",
+        "Blocks whose interval reaches that of block 1: 1 of 2. The order among them is",
+        "not settled.",
+        "Position alone would take block 2 (score 0.2).",
+        "Cost: time of a training step, relative to the dearest block here.",
+    ]
+
+
+def test_probe_with_contributions_and_negative_scores_fits() -> None:
+    rows = [{**row, "score": -row["score"], "low": -1.0, "contribution": -0.51} for row in PROBE["blocks"]]
+    lines = rendered(probe_table({**PROBE, "blocks": rows}), encoding="ascii")
+    assert any("C(k)" in line for line in lines)
+    assert sum("-0.510" in line for line in lines) == 3
+
+
+def test_tiny_scores_are_shown_in_a_power_of_ten() -> None:
+    rows = [{**row, **{key: row[key] * 1e-5 for key in ("score", "low", "high")}} for row in PROBE["blocks"]]
+    lines = rendered(probe_table({**PROBE, "blocks": rows}))
+    assert "score, 1e-05" in lines[2]
+    assert "0.500  0.300 to 1.000" in lines[4]
+
+
+def test_a_clear_winner_is_said_to_be_one() -> None:
+    rows = [{**row, "low": row["score"] - 0.05, "high": row["score"] + 0.05} for row in PROBE["blocks"]]
+    assert "Blocks whose interval reaches that of block 1: 0 of 2." in rendered(
+        probe_table({**PROBE, "blocks": rows})
+    )
+
+
+def test_interval_bar() -> None:
+    assert IntervalBar(0.5, 0.0, 1.0, 0.0, 1.0).text(ascii_only=True) == "----------o-----------"
+    assert IntervalBar(1.0, None, None, 0.0, 1.0).text(ascii_only=True) == " " * 21 + "o"
+    assert IntervalBar(1.0, 1.0, 1.0, 1.0, 1.0).text(ascii_only=False).strip() == "●"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (1536, "1.5 KiB"),
+        (14160384, "13.5 MiB"),
+        (2**30 * 5 // 4, "1.25 GiB"),
+        (-(2**30), "-1.00 GiB"),
+    ],
+)
+def test_bytes(count: int, text: str) -> None:
+    assert bytes_text(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 ms"),
+        (0.0002, "0.20 ms"),
+        (0.012, "12 ms"),
+        (2.312, "2.31 s"),
+        (45.21, "45.2 s"),
+        (99.96, "1 min 40 s"),
+        (7500, "2 h 05 min"),
+    ],
+)
+def test_seconds(seconds: float, text: str) -> None:
+    assert seconds_text(seconds) == text
+
+
+def test_whole_seconds() -> None:
+    assert [whole_seconds_text(s) for s in (0, 7.2, 59.5, 60, 200)] == [
+        "0 s",
+        "8 s",
+        "1 min 00 s",
+        "1 min 00 s",
+        "3 min 20 s",
+    ]
