@@ -1,0 +1,1 @@
+"""Choosing: which block is worth training, how sure that is, and what it costs."""

@@ -1,0 +1,132 @@
+"""Which blocks to train: named, ranked, or the geometric middle."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from midtune.errors import InputError
+
+_RANGE = re.compile(r"(\d{1,9})(?:\s*-\s*(\d{1,9}))?")
+
+
+def parse_layers(text: str, num_blocks: int, top_k: int = 1) -> list[int]:
+    """Block numbers that a person wrote, in order and each once.
+
+    Args:
+        text: `14`, `10-12`, `3,7`, `0-2,9`, or `middle`.
+        num_blocks: blocks of the model.
+        top_k: how many blocks `middle` means.
+
+    Raises:
+        InputError: not such a text, a range that runs backwards, or a block the model does not have.
+    """
+    if text.strip().lower() == "middle":
+        return middle(num_blocks, top_k)
+    found: set[int] = set()
+    for part in text.split(","):
+        match = _RANGE.fullmatch(part.strip())
+        if match is None:
+            raise InputError(
+                f"layers `{text}` cannot be read; write block numbers such as `14`, `10-12` or `3,7`, "
+                "or `middle`."
+            )
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise InputError(f"layers `{part.strip()}` run backwards; write `{last}-{first}`.")
+        if last >= num_blocks:
+            raise InputError(
+                f"layer {max(first, num_blocks) if match[2] else last} was asked for, but the model has "
+                f"{num_blocks} blocks, 0 to {num_blocks - 1}; choose among those."
+            )
+        found.update(range(first, last + 1))
+    return sorted(found)
+
+
+def middle(num_blocks: int, k: int) -> list[int]:
+    """The k blocks in the geometric middle: the window [⌊L/2 − k/2⌋, ⌊L/2 + k/2⌋) of arXiv 2607.01232.
+
+    Raises:
+        InputError: the model has fewer than k blocks.
+    """
+    _check_top_k(num_blocks, k)
+    return list(range((num_blocks - k) // 2, (num_blocks + k) // 2))
+
+
+def middle_band(num_blocks: int, at_least: int = 1) -> list[int]:
+    """Blocks at a relative depth k/(L−1) of 0.25 to 0.75, where every best block of arXiv 2607.01232 lies.
+
+    Args:
+        at_least: where the band is narrower than this, the middle blocks of this number instead.
+    """
+    last = num_blocks - 1
+    band = [k for k in range(num_blocks) if last <= 4 * k <= 3 * last]
+    return band if len(band) >= at_least else middle(num_blocks, at_least)
+
+
+def choose(num_blocks: int, layers: str | None, top_k: int, ranking: Sequence[int] | None) -> list[int]:
+    """The blocks to train, in order of depth.
+
+    Args:
+        layers: what a person named; goes before everything else.
+        top_k: how many blocks, where `layers` does not say.
+        ranking: block numbers, best first; None: the geometric middle is taken.
+
+    Raises:
+        InputError: blocks that do not exist, or more than there are.
+    """
+    if layers is not None:
+        return parse_layers(layers, num_blocks, top_k)
+    if ranking is None:
+        return middle(num_blocks, top_k)
+    return best(ranking, num_blocks, top_k)
+
+
+def best(ranking: Sequence[int], num_blocks: int, top_k: int) -> list[int]:
+    """The first `top_k` blocks of a ranking, in order of depth.
+
+    Raises:
+        InputError: the ranking has fewer, or ranks a block that the model does not have.
+    """
+    _check_top_k(num_blocks, top_k)
+    beyond = [block for block in ranking if not 0 <= block < num_blocks]
+    if beyond:
+        raise InputError(
+            f"the ranking has block {beyond[0]}, but the model has {num_blocks} blocks, "
+            f"0 to {num_blocks - 1}; use a probe of this model."
+        )
+    if top_k > len(ranking):
+        raise InputError(
+            f"{top_k} blocks were asked for, but only {len(ranking)} were ranked; "
+            "ask for fewer with --top-k, or rank more."
+        )
+    return sorted(ranking[:top_k])
+
+
+def ranking_of(probe: Mapping[str, Any]) -> list[int]:
+    """Block numbers of a probe.json, best first."""
+    return [row["block"] for row in sorted(probe["blocks"], key=lambda row: row["rank"])]
+
+
+def matching_probe(probe: Mapping[str, Any], model: str, fingerprint: str, revision: str | None) -> bool:
+    """Whether a probe.json is about this model, at this revision, on this task.
+
+    Args:
+        probe: the content of the file.
+        model, revision: the model's `Source.name` and `Source.revision`.
+        fingerprint: the task's.
+    """
+    return (probe.get("model"), probe.get("task_fingerprint"), probe.get("revision")) == (
+        model,
+        fingerprint,
+        revision,
+    )
+
+
+def _check_top_k(num_blocks: int, top_k: int) -> None:
+    if not 1 <= top_k <= num_blocks:
+        raise InputError(
+            f"{top_k} blocks were asked for, but the model has {num_blocks}; "
+            f"ask for 1 to {num_blocks} with --top-k."
+        )

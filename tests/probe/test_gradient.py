@@ -1,0 +1,253 @@
+"""The hooks against plain autograd, and the arithmetic against numbers worked out by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from midtune.errors import RunStopped
+from midtune.model.loading import load_policy
+from midtune.model.policy import Policy
+from midtune.model.sources import resolve
+from midtune.probe.gradient import _watched, gradient_probe, group_advantages, pair_products
+from midtune.rollout.sampler import Rollout, sample
+
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [20, 21], [30, 31, 32, 33], [40]]
+SETTINGS = {"group_size": 3, "max_new_tokens": 6, "temperature": 0.8}
+Make = Callable[..., Path]
+
+
+def policy_of(folder: Path, quantize: str) -> Policy:
+    return load_policy(resolve(str(folder)), quantize=quantize, device="cpu")
+
+
+def rollout_of(policy: Policy, block: int) -> Rollout:
+    torch.manual_seed(1)
+    return sample(policy, PROMPTS, **SETTINGS, boundary_block=block)  # type: ignore[arg-type]
+
+
+def advantages() -> NDArray[np.float64]:
+    """Unequal in three groups of four."""
+    found = np.random.default_rng(0).normal(size=(len(PROMPTS), SETTINGS["group_size"]))
+    found[2] = 0
+    return found
+
+
+def by_autograd(
+    policy: Policy, rollout: Rollout, given: NDArray[np.float64], blocks: list[int]
+) -> dict[int, torch.Tensor]:
+    """Each prompt's gradient of every linear weight of a block, [N, parameters].
+
+    Completion by completion, without padding, through the whole unfrozen model.
+    """
+    weights = {
+        k: [
+            part.weight.requires_grad_() for part in policy.blocks[k].modules() if isinstance(part, nn.Linear)
+        ]
+        for k in blocks
+    }
+    rows: dict[int, list[torch.Tensor]] = {k: [] for k in blocks}
+    completions = rollout.completions()
+    size = rollout.group_size
+    for prompt, ids in enumerate(PROMPTS):
+        loss = torch.zeros(())
+        for j, completion in enumerate(completions[prompt * size : (prompt + 1) * size]):
+            sequence = torch.tensor([ids + completion])
+            logits = policy.model(input_ids=sequence, use_cache=False).logits[0, len(ids) - 1 : -1]
+            log_probs = (logits / SETTINGS["temperature"]).log_softmax(-1)
+            chosen = log_probs.gather(-1, sequence[0, len(ids) :, None])
+            loss = loss - given[prompt, j] * chosen.mean() / size
+        for k in blocks:
+            gradients = torch.autograd.grad(loss, weights[k], retain_graph=True)
+            rows[k].append(torch.cat([gradient.flatten() for gradient in gradients]))
+    policy.model.requires_grad_(False)
+    return {k: torch.stack(found) for k, found in rows.items()}
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "qwen2", "gemma3_text", "phi3", "llama"])
+def test_pair_products_equal_plain_autograd(random_checkpoint: Make, architecture: str) -> None:
+    policy = policy_of(random_checkpoint(architecture), "none")
+    blocks = [1, 3]
+    rollout, given = rollout_of(policy, 1), advantages()
+
+    found = pair_products(policy, rollout, given, blocks, SETTINGS["temperature"])
+
+    for k, rows in by_autograd(policy, rollout, given, blocks).items():
+        n = len(rows)
+        products = [float(rows[i] @ rows[j]) for i, j in permutations(range(n), 2)]
+        square = float(rows.mean(0).square().sum())
+        assert found[k][0] == pytest.approx(np.mean(products), rel=1e-4, abs=1e-4 * square)
+        assert found[k][1] == pytest.approx(square, rel=1e-4)
+        assert float(rows[2].abs().max()) == 0
+    assert not policy.trained_parameters()
+    assert all(parameter.grad is None for parameter in policy.model.parameters())
+
+
+def test_two_prompts_give_the_product_of_two_halves(random_checkpoint: Make) -> None:
+    policy = policy_of(random_checkpoint("qwen3"), "none")
+    rollout, given = rollout_of(policy, 0), advantages()
+
+    product, _ = pair_products(policy, rollout.groups(0, 2), given[:2], [0], SETTINGS["temperature"])[0]
+
+    half_a, half_b = by_autograd(policy, rollout, given, [0])[0][:2]
+    assert product == pytest.approx(float(half_a @ half_b), rel=1e-4)
+
+
+def test_nf4_gradients_equal_those_of_the_dequantized_weights(random_checkpoint: Make) -> None:
+    folder = random_checkpoint("qwen3")
+    quantized, plain = policy_of(folder, "nf4"), policy_of(folder, "none")
+    from midtune.model.quantize import dequantized
+
+    with torch.no_grad():
+        for name, part in quantized.blocks.named_modules():
+            if hasattr(getattr(part, "weight", None), "quant_state"):
+                plain.blocks.get_submodule(name).weight.copy_(dequantized(part.weight))
+    rollout, given = rollout_of(quantized, 0), advantages()
+
+    found = pair_products(quantized, rollout, given, [0, 2], SETTINGS["temperature"])
+
+    for k, rows in by_autograd(plain, rollout, given, [0, 2]).items():
+        assert found[k][1] == pytest.approx(float(rows.mean(0).square().sum()), rel=1e-3)
+        total, own = float(rows.sum(0).square().sum()), float(rows.square().sum())
+        assert found[k][0] == pytest.approx((total - own) / 12, rel=1e-3, abs=1e-3 * total / 12)
+
+
+def test_padding_has_no_gradient(random_checkpoint: Make) -> None:
+    policy = policy_of(random_checkpoint("qwen3"), "none")
+    rollout = rollout_of(policy, 0)
+    assert int(rollout.prompt_mask.sum()) < rollout.prompt_mask.numel()
+    calls = []
+    with _watched(policy, [0, 3], len(PROMPTS)) as gradients:
+        gradients.reduce = lambda block, found: calls.append(found)  # type: ignore[method-assign]
+        from midtune.rl.tail import completion_log_probs
+
+        assert rollout.boundary is not None
+        inputs = [rollout.boundary.prompt.requires_grad_(), rollout.boundary.completion.requires_grad_()]
+        log_probs, _ = completion_log_probs(policy, rollout, temperature=1.0)
+        torch.autograd.grad(log_probs.sum(), inputs)
+    assert len(calls) == 14
+    for prompt_call, completion_call in calls:
+        assert prompt_call.gradient[rollout.prompt_mask == 0].abs().max() == 0
+        padded = rollout.completion_mask[:, 1:] == 0
+        assert completion_call.gradient[padded].abs().max() == 0 if padded.any() else True
+        assert completion_call.gradient.abs().max() > 0
+
+
+def rewards_by_length(rollout: Rollout, start: int) -> NDArray[np.float64]:
+    tokens = rollout.completion_ids.double() * rollout.completion_mask
+    return np.asarray(tokens.sum(1) % 2)
+
+
+def test_every_requested_block_gets_a_signal_and_nothing_changes(random_checkpoint: Make) -> None:
+    policy = policy_of(random_checkpoint("qwen3"), "nf4")
+    before = {name: value.clone() for name, value in policy.model.state_dict().items()}
+    torch.manual_seed(0)
+    starts, done = [], []
+
+    def reward_of(rollout: Rollout, start: int) -> NDArray[np.float64]:
+        starts.append(start)
+        return rewards_by_length(rollout, start)
+
+    signals = gradient_probe(
+        policy,
+        PROMPTS * 3,
+        reward_of,
+        blocks=[3, 1, 2],
+        group_size=4,
+        max_new_tokens=5,
+        temperature=1.0,
+        micro_prompts=2,
+        sample_prompts=4,
+        on_progress=done.append,
+    )
+
+    assert [signal.block for signal in signals] == [3, 1, 2]
+    assert (starts, done) == ([0, 4, 8], [2] * 6)
+    for signal in signals:
+        assert signal.low < signal.score < signal.high
+        assert signal.norm > 0
+        assert signal.signal_share == pytest.approx(signal.score / signal.norm**2)
+    after = policy.model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert not any(module._forward_hooks for module in policy.blocks.modules())
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (
+            lambda rollout, start: np.zeros(len(rollout.completion_ids)),
+            "all 24 completions got the reward 0;",
+        ),
+        (lambda rollout, start: np.repeat([start, start + 1], 6), r"equal rewards \(mean 1.5\)"),
+        (lambda rollout, start: np.full(len(rollout.completion_ids), np.nan), "not a finite number"),
+    ],
+)
+def test_rewards_that_say_nothing_stop_the_probe(
+    random_checkpoint: Make, reward: object, message: str
+) -> None:
+    policy = policy_of(random_checkpoint("qwen3"), "none")
+    with pytest.raises(RunStopped, match=message):
+        gradient_probe(
+            policy,
+            PROMPTS,
+            reward,  # type: ignore[arg-type]
+            blocks=[2],
+            group_size=6,
+            max_new_tokens=2,
+            temperature=1.0,
+            micro_prompts=2,
+        )
+
+
+@pytest.mark.parametrize(("prompts", "micro"), [(4, 1), (2, 2), (5, 2)])
+def test_passes_must_hold_pairs(random_checkpoint: Make, prompts: int, micro: int) -> None:
+    policy = policy_of(random_checkpoint("qwen3"), "none")
+    with pytest.raises(ValueError, match="cannot go in passes"):
+        gradient_probe(
+            policy,
+            [[1]] * prompts,
+            rewards_by_length,
+            blocks=[0],
+            **SETTINGS,
+            micro_prompts=micro,  # type: ignore[arg-type]
+        )
+
+
+def test_one_token_completions(random_checkpoint: Make) -> None:
+    policy = policy_of(random_checkpoint("qwen3"), "none")
+    torch.manual_seed(0)
+    signals = gradient_probe(
+        policy,
+        PROMPTS,
+        rewards_by_length,
+        blocks=[0, 3],
+        group_size=4,
+        max_new_tokens=1,
+        temperature=1.0,
+        micro_prompts=2,
+    )
+    assert all(signal.norm > 0 for signal in signals)
+
+
+def test_group_advantages() -> None:
+    # (1, 0, 0, 0): mean 0.25, sample standard deviation 0.5.
+    found = group_advantages(np.array([[1.0, 0, 0, 0], [0.1, 0.1, 0.1, 0.1], [1, 1, 0, 0]]))
+    assert found[0] == pytest.approx([0.75 / 0.5001, *[-0.25 / 0.5001] * 3])
+    assert (found[1] == 0).all()
+    assert found[2] == pytest.approx(np.array([0.5, 0.5, -0.5, -0.5]) / (np.sqrt(1 / 3) + 1e-4))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
