@@ -215,7 +215,7 @@ class _WeightGradients:
             return
         call = _Call(args[0].detach())
         self.calls.setdefault(layer, (block, []))[1].append(call)
-        output.register_hook(partial(self.on_backward, layer, call))  # type: ignore[no-untyped-call]
+        output.register_hook(partial(self.on_backward, layer, call))
 
     def on_backward(self, layer: nn.Module, call: _Call, gradient: torch.Tensor) -> None:
         call.gradient = gradient.detach()

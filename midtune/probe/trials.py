@@ -104,7 +104,7 @@ def _one_update(policy: Policy, part: Rollout, block: int, temperature: float) -
             log_probs, _ = completion_log_probs(
                 policy, replace(part, boundary=boundary), temperature=temperature
             )
-            log_probs.sum().backward()  # type: ignore[no-untyped-call]
+            log_probs.sum().backward()
     finally:
         policy.freeze(block)
     return meter.step()["update"]
