@@ -2,6 +2,7 @@
 
 A recipe is a YAML file with the shape of `RunConfig`; any key can be set on the command line with
 `--set part.key=value`. Precedence, lowest first: the defaults here, a recipe, command-line options.
+The bundled model brings a recipe of its own, which is used where no other one is given.
 
 Defaults of the training part are the settings of the study that midtune rests on (arXiv 2607.01232:
 AdamW, learning rate 5e-6, group size 4, KL 0.001, clip 0.2) for a single block, except where a
@@ -10,22 +11,33 @@ comment says that one consumer card calls for something smaller.
 
 from __future__ import annotations
 
-import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from midtune.errors import InputError
 
 BUNDLED_MODEL = "tiny"
+BUNDLED_RECIPE = Path(__file__).parent / "assets" / BUNDLED_MODEL / "recipe.yaml"
 
 
 class Part(BaseModel):
     """A group of settings; unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+    # Validators are built when first used: `--help` only reads the fields.
+    model_config = ConfigDict(
+        extra="forbid",
+        validate_default=True,
+        allow_inf_nan=False,
+        coerce_numbers_to_str=True,
+        defer_build=True,
+        protected_namespaces=(),
+    )
 
 
 class ModelConfig(Part):
@@ -66,7 +78,9 @@ class BlocksConfig(Part):
 class TrainingConfig(Part):
     """The reinforcement learning itself."""
 
-    algorithm: Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "gspo"] = "grpo"
+    algorithm: Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "gspo"] = Field(
+        "grpo", description="how advantages and the loss are formed"
+    )
     steps: int = Field(100, ge=1, description="optimizer steps")
     lr: float = Field(5e-6, gt=0, description="learning rate")
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -80,7 +94,7 @@ class TrainingConfig(Part):
     prompts_per_step: int = Field(8, ge=1, description="different prompts a step; the study: 128")
     group_size: int = Field(4, description="completions per prompt")
     max_new_tokens: int = Field(512, ge=1, description="longest completion; the study: 3,072")
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, gt=0, description="sampling temperature of training")
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, description="sample among the k most likely tokens; 0: all")
     micro_batch_tokens: int = Field(16384, ge=1, description="most tokens in one backward pass")
@@ -88,7 +102,9 @@ class TrainingConfig(Part):
     stop_after_equal_rewards: int = Field(
         10, ge=0, description="stop when no group had unequal rewards for this many first steps; 0: never"
     )
-    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = Field(
+        "none", description="also log to a tracker"
+    )
 
 
 class EvaluationConfig(Part):
@@ -104,7 +120,9 @@ class EvaluationConfig(Part):
 class ProbeConfig(Part):
     """Ranking blocks."""
 
-    method: Literal["gradient", "trial"] = "gradient"
+    method: Literal["gradient", "trial"] = Field(
+        "gradient", description="reward gradients in one pass, or short single-block runs"
+    )
     layers: str | None = Field(None, description="blocks to rank; default: all of them")
     prompts: int = Field(64, ge=4, description="prompts for the gradient method")
     trial_steps: int = Field(20, ge=1, description="steps of each single-block trial")
@@ -119,28 +137,71 @@ class RunConfig(Part):
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     probe: ProbeConfig = Field(default_factory=ProbeConfig)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="fixes problems, split, sampling and data order")
 
 
-def load_config(recipe: Path | None, overrides: dict[str, Any]) -> RunConfig:
+@dataclass(frozen=True)
+class Setting:
+    """What this file says about one key.
+
+    Args:
+        description: what the key means; may be empty.
+        default: its value where nothing sets it.
+        choices: all valid values, where they are a closed list.
+        is_text: whether it holds text, so that a value is not read as a number.
+    """
+
+    description: str
+    default: Any
+    choices: tuple[str, ...]
+    is_text: bool
+
+
+def setting(key: str) -> Setting | None:
+    """What a dotted key such as `training.lr` means, or None where there is no such key."""
+    part: type[BaseModel] = RunConfig
+    field: FieldInfo | None = None
+    for name in key.split("."):
+        field = part.model_fields.get(name) if field is None or _is_part(field.annotation) else None
+        if field is None:
+            return None
+        if _is_part(field.annotation):
+            part = field.annotation  # type: ignore[assignment]
+    if field is None or _is_part(field.annotation):
+        return None
+    annotation = field.annotation
+    choices = get_args(annotation) if get_origin(annotation) is Literal else ()
+    is_text = bool(choices) or annotation in (str, str | None, Path | None)
+    return Setting(field.description or "", field.get_default(call_default_factory=True), choices, is_text)
+
+
+def load_config(recipe: Path | None, overrides: Mapping[str, Any]) -> RunConfig:
     """The configuration of a recipe with `overrides` applied.
+
+    The bundled model's own recipe lies underneath where no recipe is given, or one that names no task.
+    Naming another task drops the arguments that a recipe gives to its own.
 
     Args:
         recipe: a YAML file with the shape of `RunConfig`, or None for the defaults.
-        overrides: dotted key (`training.lr`) → value; values of None are ignored.
+        overrides: dotted key (`training.lr`) → value.
 
     Raises:
         InputError: no such file, an unknown key (the nearest valid key is named) or a wrong type.
     """
     data = _read_recipe(recipe) if recipe is not None else {}
+    model = overrides.get("model.name", _get(data, "model.name") or BUNDLED_MODEL)
+    if model == BUNDLED_MODEL and _get(data, "task.name") is None:
+        data = _merge(_read_recipe(BUNDLED_RECIPE), data)
+    if overrides.get("task.name", _get(data, "task.name")) != _get(data, "task.name"):
+        task = data.get("task")
+        if isinstance(task, dict):
+            data["task"] = {key: value for key, value in task.items() if key != "args"}
     for key, value in overrides.items():
-        if value is not None:
-            _put(data, key, value)
-    source = str(recipe) if recipe is not None else "the command line"
+        _put(data, key, value)
     try:
         config = RunConfig.model_validate(data)
     except ValidationError as error:
-        raise InputError(_explain(error, source)) from None
+        raise InputError(_explain(error, recipe, overrides)) from None
     if config.training.group_size < 2:
         raise InputError(
             f"group size {config.training.group_size} was asked for, but advantages compare completions of "
@@ -149,27 +210,49 @@ def load_config(recipe: Path | None, overrides: dict[str, Any]) -> RunConfig:
     return config
 
 
-def parse_assignment(text: str) -> tuple[str, Any]:
-    """`training.lr=1e-5` → `("training.lr", 1e-5)`; the value is read as YAML.
+def require_task(config: RunConfig) -> None:
+    """Check that there is a task.
 
     Raises:
-        InputError: there is no `=` in `text`.
+        InputError: there is none; the message says what a task can be.
+    """
+    if config.task.name is None:
+        raise InputError(
+            f"no task was given for {config.model.name}; add --task reasoning-gym:NAME (`midtune tasks` has "
+            "the names), or --task with the path of a jsonl or csv file."
+        )
+
+
+def parse_assignment(text: str, option: str = "--set part.key=value") -> tuple[str, Any]:
+    """`training.lr=1e-5` → `("training.lr", 1e-5)`; the value is read as YAML unless the key holds text.
+
+    Args:
+        text: what was typed.
+        option: the option it belongs to and the form it asks for, for the message.
+
+    Raises:
+        InputError: there is no `=` in `text`, or nothing before it.
     """
     key, sign, value = text.partition("=")
+    key = key.strip()
     if not sign or not key:
-        raise InputError(f"`--set {text}` has no value; write it as `--set part.key=value`.")
-    return key.strip(), parse_value(value)
+        raise InputError(f"`{option.split()[0]} {text}` sets nothing; write it as `{option}`.")
+    known = setting(key)
+    as_text = known is not None and known.is_text and value.strip() not in ("", "null", "~")
+    return key, value.strip() if as_text else parse_value(value)
 
 
 def parse_value(text: str) -> Any:
     """A command-line value as YAML reads it, with `1e-5` a number (YAML 1.1 wants `1.0e-5`)."""
+    import yaml
+
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         return text
     if isinstance(value, str):
         try:
-            return float(value) if value.strip().lower() not in {"nan", "inf", "-inf", "infinity"} else value
+            return float(value) if math.isfinite(float(value)) else value
         except ValueError:
             return value
     return value
@@ -177,59 +260,102 @@ def parse_value(text: str) -> Any:
 
 def dump_config(config: RunConfig) -> str:
     """The configuration as YAML that `load_config` reads back to an equal one."""
+    import yaml
+
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
+    import yaml
+
     if not path.is_file():
         raise InputError(f"recipe {path} does not exist; give the path of a YAML file.")
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        line = error.problem_mark.line + 1 if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark else "?"
-        raise InputError(f"recipe {path} is not valid YAML (line {line}); mend that line.") from None
+        mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
+        where = f" (line {mark.line + 1})" if mark else ""
+        raise InputError(f"recipe {path} is not valid YAML{where}; mend it.") from None
+    except UnicodeDecodeError:
+        raise InputError(f"recipe {path} is not text; give the path of a YAML file.") from None
     if not isinstance(data, dict):
         raise InputError(f"recipe {path} holds no settings; it needs keys such as `model:` and `training:`.")
-    return data
+    # A heading whose keys are all commented out.
+    return {str(key): value for key, value in data.items() if value is not None}
+
+
+def _get(data: Mapping[str, Any], dotted: str) -> Any:
+    part, key = dotted.split(".")
+    inner = data.get(part)
+    return inner.get(key) if isinstance(inner, dict) else None
+
+
+def _merge(base: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    """`base` with what `data` sets; the arguments of a task are one value."""
+    return {**base, **{key: _over(base.get(key), value) for key, value in data.items()}}
+
+
+def _over(base: Any, value: Any) -> Any:
+    return {**base, **value} if isinstance(base, dict) and isinstance(value, dict) else value
 
 
 def _put(data: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
     for parent in parents:
-        existing = data.get(parent)
-        data[parent] = dict(existing) if isinstance(existing, dict) else {}
+        existing = data.get(parent, {})
+        if not isinstance(existing, dict):
+            return  # what stands there is wrong already, and validation says so
+        data[parent] = dict(existing)
         data = data[parent]
     data[last] = value
+
+
+def _is_part(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     found: list[str] = []
     for name, field in model.model_fields.items():
-        annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            found += _keys(annotation, f"{prefix}{name}.")
+        if _is_part(field.annotation):
+            found += _keys(field.annotation, f"{prefix}{name}.")  # type: ignore[arg-type]
         else:
             found.append(prefix + name)
     return found
 
 
-def _explain(error: ValidationError, source: str) -> str:
+def _explain(error: ValidationError, recipe: Path | None, overrides: Mapping[str, Any]) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
+    typed = recipe is None or any(name == key or name.startswith(f"{key}.") for name in overrides)
+    source = "on the command line" if typed else f"in recipe {recipe}"
+    value = first["input"]
+    if isinstance(value, dict) and setting(key) is not None and first["type"] != "extra_forbidden":
+        inner = f"{key}.{next(iter(value), '')}"
+        return f"unknown key `{inner}` {source}; `{key}` is one value and has no keys of its own."
     if first["type"] == "extra_forbidden":
-        near = _nearest(key)
-        return f"unknown key `{key}` in {source}; the nearest valid key is `{near}`."
+        return f"unknown key `{key}` {source}; the nearest valid key is `{_nearest(key)}`."
+    if first["type"] in ("model_type", "model_attributes_type"):
+        inside = [name for name in _keys(RunConfig) if name.startswith(f"{key}.")]
+        return (
+            f"`{key}` {source} was given {value!r}, but it is a group of settings; "
+            f"set one of {', '.join(f'`{name}`' for name in inside)}."
+        )
     message = first["msg"].removeprefix("Input ").replace("should", "must")
-    return f"`{key}` in {source} was {first['input']!r}, but it {message}; change it."
+    message = message.partition(", unable to parse")[0]
+    return f"`{key}` {source} was {value!r}, but it {message}; change it."
 
 
 def _nearest(key: str) -> str:
+    import difflib
+
     keys = _keys(RunConfig)
     parts = [*dict.fromkeys(k.split(".")[0] for k in keys), *keys]
-    close = difflib.get_close_matches(key, parts, n=1, cutoff=0.5)
-    if close:
-        return close[0]
     last = key.rsplit(".", 1)[-1]
     by_last = {k.rsplit(".", 1)[-1]: k for k in reversed(keys)}
-    close = difflib.get_close_matches(last, list(by_last), n=1, cutoff=0.0)
-    return by_last[close[0]]
+    if last in by_last:
+        return by_last[last]
+    close = difflib.get_close_matches(key, parts, n=1, cutoff=0.6)
+    if close:
+        return close[0]
+    return by_last[difflib.get_close_matches(last, list(by_last), n=1, cutoff=0.0)[0]]

@@ -1,0 +1,543 @@
+"""The commands: each parses its arguments, calls one stage and prints its result.
+
+Results go to stdout; progress, messages and errors go to stderr. Errors are printed here and nowhere else.
+Whatever takes long to import waits until the arguments have been read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from midtune import __version__
+from midtune.config import RunConfig, load_config, parse_assignment, require_task, setting
+from midtune.errors import InputError, MidtuneError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from midtune.report.terminal import Terminal
+
+# What an option sets; its help, choices and default are those of the key.
+SETTINGS = {
+    "model": "model.name",
+    "quantize": "model.quantize",
+    "device": "model.device",
+    "adapter": "model.adapter",
+    "task": "task.name",
+    "reward": "task.reward",
+    "prompt_column": "task.prompt_column",
+    "answer_column": "task.answer_column",
+    "eval_size": "task.eval_size",
+    "layers": "blocks.layers",
+    "top_k": "blocks.top_k",
+    "probe": "blocks.probe",
+    "algorithm": "training.algorithm",
+    "steps": "training.steps",
+    "lr": "training.lr",
+    "beta": "training.beta",
+    "prompts_per_step": "training.prompts_per_step",
+    "group_size": "training.group_size",
+    "max_new_tokens": "training.max_new_tokens",
+    "temperature": "training.temperature",
+    "report_to": "training.report_to",
+    "samples": "evaluation.samples",
+    "baseline": "evaluation.baseline",
+    "method": "probe.method",
+    "probed": "probe.layers",
+    "prompts": "probe.prompts",
+    "trial_steps": "probe.trial_steps",
+    "seed": "seed",
+}
+ALLOWED_WITH_RESUME = {"model", "out", "resume", "as_json", "quiet", "debug"}
+INTERRUPTED = 130
+# Width of tables in a pipe or a file, which have none of their own.
+PIPE_WIDTH = 100
+
+
+def _option(name: str, panel: str, flag: str | None = None) -> Any:
+    known = setting(SETTINGS[name])
+    assert known is not None, name
+    notes = known.description
+    if known.default is not None and "default" not in notes:
+        shown = f"{known.default:g}" if isinstance(known.default, float) else known.default
+        notes += f" (default: {shown})"
+    return typer.Option(
+        flag or "--" + name.replace("_", "-"),
+        help=notes,
+        metavar="|".join(known.choices) or None,
+        show_default=False,
+        rich_help_panel=panel,
+    )
+
+
+def _plain_option(flag: str, help: str, panel: str, metavar: str | None = None) -> Any:
+    return typer.Option(flag, help=help, metavar=metavar, show_default=False, rich_help_panel=panel)
+
+
+_model_setting = setting("model.name")
+assert _model_setting is not None
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help=f"{_model_setting.description} (default: {_model_setting.default}, with its own recipe)",
+        show_default=False,
+    ),
+]
+Quantize = Annotated[str | None, _option("quantize", "Model")]
+Device = Annotated[str | None, _option("device", "Model")]
+Adapter = Annotated[str | None, _option("adapter", "Model")]
+
+TaskName = Annotated[str | None, _option("task", "Task")]
+TaskArgs = Annotated[
+    list[str] | None,
+    _plain_option("--task-arg", "argument of a reasoning-gym dataset; repeatable", "Task", "KEY=VALUE"),
+]
+Reward = Annotated[str | None, _option("reward", "Task")]
+PromptColumn = Annotated[str | None, _option("prompt_column", "Task")]
+AnswerColumn = Annotated[str | None, _option("answer_column", "Task")]
+
+Layers = Annotated[str | None, _option("layers", "Blocks")]
+TopK = Annotated[int | None, _option("top_k", "Blocks")]
+ProbeFile = Annotated[Path | None, _option("probe", "Blocks")]
+
+Algorithm = Annotated[str | None, _option("algorithm", "Training")]
+Steps = Annotated[int | None, _option("steps", "Training")]
+LearningRate = Annotated[float | None, _option("lr", "Training")]
+Beta = Annotated[float | None, _option("beta", "Training")]
+PromptsPerStep = Annotated[int | None, _option("prompts_per_step", "Training")]
+GroupSize = Annotated[int | None, _option("group_size", "Training")]
+MaxNewTokens = Annotated[int | None, _option("max_new_tokens", "Training")]
+Temperature = Annotated[float | None, _option("temperature", "Training")]
+ReportTo = Annotated[str | None, _option("report_to", "Training")]
+Resume = Annotated[
+    bool,
+    _plain_option("--resume", "continue a run exactly; its folder is MODEL or --out", "Training"),
+]
+
+EvalSize = Annotated[int | None, _option("eval_size", "Evaluation")]
+Samples = Annotated[int | None, _option("samples", "Evaluation")]
+Baseline = Annotated[str | None, _option("baseline", "Evaluation")]
+
+Method = Annotated[str | None, _option("method", "Probe")]
+Probed = Annotated[str | None, _option("probed", "Probe", "--layers")]
+Prompts = Annotated[int | None, _option("prompts", "Probe")]
+TrialSteps = Annotated[int | None, _option("trial_steps", "Probe")]
+
+Recipe = Annotated[
+    Path | None, _plain_option("--recipe", "a YAML file of settings; options override it", "Settings")
+]
+Set = Annotated[
+    list[str] | None,
+    _plain_option(
+        "--set", "any key of a recipe, such as training.top_p=0.9; repeatable", "Settings", "KEY=VALUE"
+    ),
+]
+Seed = Annotated[int | None, _option("seed", "Settings")]
+Out = Annotated[
+    Path | None,
+    _plain_option("--out", "folder for what the command leaves (default: runs/NAME)", "Output"),
+]
+AsJson = Annotated[bool, _plain_option("--json", "print the result as one JSON object", "Output")]
+Quiet = Annotated[bool, _plain_option("--quiet", "no progress and no messages", "Output")]
+Debug = Annotated[bool, _plain_option("--debug", "show the traceback of an unexpected error", "Output")]
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def start(
+    ctx: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
+) -> None:
+    """Reinforcement learning of one transformer block over a frozen 4-bit model.
+
+    Example: midtune train --top-k 1 trains the bundled model on its own task.
+    """
+    if version:
+        print(f"midtune {__version__}")
+    elif ctx.invoked_subcommand is None:
+        print(ctx.get_help())
+
+
+@app.command()
+def train(
+    ctx: typer.Context,
+    model: Model = None,
+    quantize: Quantize = None,
+    device: Device = None,
+    adapter: Adapter = None,
+    task: TaskName = None,
+    task_arg: TaskArgs = None,
+    reward: Reward = None,
+    prompt_column: PromptColumn = None,
+    answer_column: AnswerColumn = None,
+    layers: Layers = None,
+    top_k: TopK = None,
+    probe: ProbeFile = None,
+    algorithm: Algorithm = None,
+    steps: Steps = None,
+    lr: LearningRate = None,
+    beta: Beta = None,
+    prompts_per_step: PromptsPerStep = None,
+    group_size: GroupSize = None,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    report_to: ReportTo = None,
+    resume: Resume = False,
+    eval_size: EvalSize = None,
+    samples: Samples = None,
+    baseline: Baseline = None,
+    recipe: Recipe = None,
+    set_: Set = None,
+    seed: Seed = None,
+    out: Out = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Train the chosen blocks, score them before and after, and report what was gained and saved.
+
+    Example: midtune train smollm2-135m --task reasoning-gym:chain_sum --task-arg min_terms=2 --top-k 1
+    """
+    folder = _resumed(ctx) if resume else None
+    config = load_config(folder / "config.yaml", {}) if folder else _configure(ctx)
+
+    def stage(terminal: Terminal) -> dict[str, Any]:
+        from midtune.stages import train as stage
+
+        return stage.run(config, out=None if folder else out, resume=folder, terminal=terminal)
+
+    _show(_run(stage, quiet), as_json, _report_table)
+
+
+@app.command()
+def probe(
+    ctx: typer.Context,
+    model: Model = None,
+    quantize: Quantize = None,
+    device: Device = None,
+    task: TaskName = None,
+    task_arg: TaskArgs = None,
+    reward: Reward = None,
+    prompt_column: PromptColumn = None,
+    answer_column: AnswerColumn = None,
+    method: Method = None,
+    probed: Probed = None,
+    top_k: TopK = None,
+    prompts: Prompts = None,
+    trial_steps: TrialSteps = None,
+    algorithm: Algorithm = None,
+    lr: LearningRate = None,
+    prompts_per_step: PromptsPerStep = None,
+    group_size: GroupSize = None,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    eval_size: EvalSize = None,
+    recipe: Recipe = None,
+    set_: Set = None,
+    seed: Seed = None,
+    out: Out = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Rank the blocks by how much training each would pay, with intervals and prices.
+
+    Example: midtune probe --method gradient --out runs/ranking
+    """
+    config = _configure(ctx)
+
+    def stage(terminal: Terminal) -> dict[str, Any]:
+        from midtune.stages import probe as stage
+
+        return stage.run(config, out=out, terminal=terminal)
+
+    _show(_run(stage, quiet), as_json, _probe_table)
+
+
+@app.command("eval")
+def evaluate(
+    ctx: typer.Context,
+    target: Annotated[
+        str, typer.Argument(help="a model, the folder of a run, or a patch", show_default=False)
+    ],
+    quantize: Quantize = None,
+    device: Device = None,
+    task: TaskName = None,
+    task_arg: TaskArgs = None,
+    reward: Reward = None,
+    prompt_column: PromptColumn = None,
+    answer_column: AnswerColumn = None,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    eval_size: EvalSize = None,
+    samples: Samples = None,
+    recipe: Recipe = None,
+    set_: Set = None,
+    seed: Seed = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Score a model, a run or a patch on held-out problems.
+
+    A run or the patch inside it is scored on its own task, unless another one is given.
+
+    Example: midtune eval runs/tiny --quantize none
+    """
+    config = _configure(ctx, target=target)
+
+    def stage(terminal: Terminal) -> dict[str, Any]:
+        from midtune.stages import evaluate as stage
+
+        return stage.run(target, config, terminal=terminal)
+
+    _show(_run(stage, quiet), as_json, _score_table)
+
+
+@app.command()
+def merge(
+    run: Annotated[Path, typer.Argument(help="the folder of a run", show_default=False)],
+    out: Annotated[
+        Path, typer.Option(help="folder for the checkpoint", show_default=False, rich_help_panel="Output")
+    ],
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write a complete checkpoint: the base model with the trained blocks in place.
+
+    Example: midtune merge runs/tiny --out merged
+    """
+
+    def stage(terminal: Terminal) -> dict[str, Any]:
+        from midtune.stages import merge as stage
+
+        return stage.run(run, out=out, terminal=terminal)
+
+    _show(_run(stage, quiet), as_json, _merge_text)
+
+
+@app.command()
+def tasks(
+    name: Annotated[
+        str | None, typer.Argument(help="show a problem of this dataset", show_default=False)
+    ] = None,
+    task_arg: TaskArgs = None,
+    seed: Seed = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """List the reasoning-gym datasets, or show a problem and the arguments of one.
+
+    Example: midtune tasks chain_sum --task-arg max_terms=2
+    """
+    args = dict(_task_argument(text) for text in task_arg or [])
+
+    def stage(terminal: Terminal) -> dict[str, Any]:
+        from midtune.stages import tasks as stage
+
+        return stage.run(name, args=args, seed=seed or 0)
+
+    _show(_run(stage, quiet), as_json, _tasks_text)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run midtune and exit: 0, 2 for bad input, 130 when interrupted, 1 for an error of midtune's own.
+
+    Args:
+        arguments: the command line without the program's name; default: that of the process.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    debug = "--debug" in arguments or os.environ.get("MIDTUNE_DEBUG", "") not in ("", "0")
+    _quieten_libraries(debug)
+    started = time.time()
+    code = 1
+    try:
+        code = app(arguments, prog_name="midtune", standalone_mode=False) or 0
+        if code == INTERRUPTED:  # what Typer makes of Ctrl-C
+            _complain("interrupted.")
+    except MidtuneError as error:
+        code = error.exit_code
+        _complain(str(error))
+    except typer.TyperException as error:
+        # A wrong option or value, found by Typer.
+        code = 2
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "midtune"
+        _complain(f"{_one_line(error.format_message()).rstrip('.')}; see `{command} --help`.")
+    except Exception as error:  # noqa: BLE001 (a traceback is no message)
+        folder = _latest_run(arguments, started)
+        _complain(
+            f"{type(error).__name__}: {_one_line(str(error)) or 'no message'}"
+            + (f" (the run is in {folder})" if folder else "")
+            + ("" if debug else "; this is a bug in midtune or below it: --debug shows the traceback.")
+        )
+        if debug:
+            traceback.print_exc()
+    sys.exit(code)
+
+
+def _quieten_libraries(debug: bool) -> None:
+    quiet = {
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "BITSANDBYTES_NOWELCOME": "1",
+    }
+    if not debug:
+        quiet |= {"TRANSFORMERS_VERBOSITY": "error", "DATASETS_VERBOSITY": "error"}
+        warnings.simplefilter("ignore")
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
+
+
+def _complain(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 400 else line[:399] + "…"
+
+
+def _latest_run(arguments: Sequence[str], started: float) -> Path | None:
+    """The run folder that a command begun at `started` was writing to, if there is one."""
+    from midtune.runs import RUNS
+
+    named = [Path(argument.removeprefix("--out=")) for argument in arguments]
+    found = [path for path in [*named, *RUNS.glob("*")] if (path / "config.yaml").is_file()]
+    # A second of grace, for file systems with coarse times.
+    written = [path for path in found if (path / "config.yaml").stat().st_mtime >= started - 1]
+    return max(written, key=lambda path: (path / "config.yaml").stat().st_mtime, default=None)
+
+
+def _configure(ctx: typer.Context, target: str | None = None) -> RunConfig:
+    """The configuration that the options of a command describe."""
+    given = {name: value for name, value in ctx.params.items() if value is not None}
+    overrides = {SETTINGS[name]: value for name, value in given.items() if name in SETTINGS}
+    overrides |= dict(parse_assignment(text) for text in given.get("set_", []))
+    for text in given.get("task_arg", []):
+        key, value = _task_argument(text)
+        overrides[f"task.args.{key}"] = value
+    recipe = given.get("recipe")
+    if target is not None:
+        own = _own_recipe(Path(target))
+        recipe = recipe or own
+        if own is None:
+            overrides["model.name"] = _base_of(target)
+    config = load_config(recipe, overrides)
+    require_task(config)
+    return config
+
+
+def _task_argument(text: str) -> tuple[str, Any]:
+    return parse_assignment(text, "--task-arg key=value")
+
+
+def _own_recipe(target: Path) -> Path | None:
+    """The settings of the run that `target` is, or is the patch of."""
+    for folder in (target, target.absolute().parent):
+        is_run = (folder / "config.yaml").is_file()
+        if is_run and (folder == target or (target / "patch.json").is_file()):
+            return folder / "config.yaml"
+    return None
+
+
+def _base_of(target: str) -> str:
+    """The model that `target` is, or is a patch of."""
+    description = Path(target, "patch.json")
+    if not description.is_file():
+        return target
+    from midtune.model.patch import read_patch
+
+    return read_patch(description.parent).base_model
+
+
+def _resumed(ctx: typer.Context) -> Path:
+    """The run folder to continue, from MODEL or --out."""
+    from midtune.runs import RunFolder
+
+    others = [
+        parameter.opts[0]
+        for parameter in ctx.command.params
+        if parameter.name not in ALLOWED_WITH_RESUME
+        and ctx.params.get(str(parameter.name)) not in (None, [], ())
+    ]
+    if others:
+        raise InputError(
+            f"--resume keeps the settings of the run, but {', '.join(others)} was given too; leave it out."
+        )
+    model, out = ctx.params["model"], ctx.params["out"]
+    if (model is None) == (out is None):
+        what = "two folders" if model is not None else "none"
+        raise InputError(f"--resume needs the folder of one run and got {what}; write `--resume runs/NAME`.")
+    return RunFolder.open(Path(model or out)).path
+
+
+def _run(stage: Callable[[Terminal], dict[str, Any]], quiet: bool) -> dict[str, Any]:
+    from midtune.report.terminal import Terminal
+
+    # Libraries and rewards that print must not get into the result.
+    with contextlib.redirect_stdout(sys.stderr):
+        return stage(Terminal(quiet=quiet))
+
+
+def _show(result: dict[str, Any], as_json: bool, table: Callable[[dict[str, Any]], RenderableType]) -> None:
+    if as_json:
+        # JSON has no NaN.
+        plain = json.loads(json.dumps(result, default=str), parse_constant=lambda name: None)
+        print(json.dumps(plain, indent=2, ensure_ascii=False))
+        return
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
+    Console(width=width).print(table(result))
+
+
+def _report_table(report: dict[str, Any]) -> RenderableType:
+    from midtune.report.tables import report_table
+
+    return report_table(report)
+
+
+def _probe_table(probe: dict[str, Any]) -> RenderableType:
+    from midtune.report.tables import probe_table
+
+    return probe_table(probe)
+
+
+def _score_table(result: dict[str, Any]) -> RenderableType:
+    from midtune.report.results import score_table
+
+    return score_table(result)
+
+
+def _merge_text(result: dict[str, Any]) -> RenderableType:
+    from midtune.report.results import merge_text
+
+    return merge_text(result)
+
+
+def _tasks_text(result: dict[str, Any]) -> RenderableType:
+    from midtune.report.results import tasks_text
+
+    return tasks_text(result)

@@ -1,0 +1,366 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import midtune
+from midtune import cli, stages
+from midtune import config as settings
+from midtune.config import RunConfig, dump_config
+from midtune.errors import InputError, Interrupted, RunStopped
+
+HEAVY = {
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "bitsandbytes",
+    "datasets",
+    "reasoning_gym",
+    "math_verify",
+    "scipy",
+    "numpy",
+    "pyarrow",
+}
+Run = Callable[..., SimpleNamespace]
+Stage = Callable[[str, Callable[..., dict[str, Any]]], None]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory, and a bundled recipe that needs no installation."""
+    recipe = tmp_path / "bundled.yaml"
+    recipe.write_text("task: {name: 'reasoning-gym:chain_sum', args: {min_terms: 2}}\n")
+    monkeypatch.setattr(settings, "BUNDLED_RECIPE", recipe)
+    for name in ("MIDTUNE_DEBUG", "FORCE_COLOR", "COLUMNS"):
+        monkeypatch.delenv(name, raising=False)
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A function: command line → exit code, stdout, stderr."""
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+
+    def command(*arguments: str) -> SimpleNamespace:
+        with pytest.raises(SystemExit) as caught:
+            cli.main(arguments)
+        out, err = capsys.readouterr()
+        return SimpleNamespace(code=caught.value.code, out=out, err=err)
+
+    return command
+
+
+@pytest.fixture
+def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
+    """A function that puts something else in a stage's place."""
+
+    def replace(name: str, function: Callable[..., dict[str, Any]]) -> None:
+        fake = SimpleNamespace(run=function)
+        monkeypatch.setitem(sys.modules, f"midtune.stages.{name}", fake)
+        monkeypatch.setattr(stages, name, fake, raising=False)
+
+    return replace
+
+
+@pytest.fixture
+def trained(stage: Stage) -> list[dict[str, Any]]:
+    """What the train stage was called with; it does nothing else."""
+    calls: list[dict[str, Any]] = []
+
+    def train(config: RunConfig, **arguments: Any) -> dict[str, Any]:
+        calls.append({"config": config, **arguments})
+        return {"schema": 1, "blocks": [3], "score": float("nan")}
+
+    stage("train", train)
+    return calls
+
+
+def one_error(result: SimpleNamespace, code: int = 2) -> str:
+    assert result.code == code
+    assert result.out == ""
+    lines = result.err.splitlines()
+    assert len(lines) == 1, result.err
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def make_run(folder: Path, **values: Any) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(dump_config(RunConfig.model_validate(values)))
+    return folder
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom midtune.cli import main\n"
+        f"try:\n    main({arguments})\n"
+        "except SystemExit as done:\n"
+        "    print(*sys.modules, file=sys.stderr)\n    raise\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(midtune.__file__).parents[1]
+    )
+    assert done.returncode == 0, done.stderr
+    assert not HEAVY & set(done.stderr.split())
+
+
+def test_version(run: Run) -> None:
+    assert run("--version").out == f"midtune {midtune.__version__}\n"
+
+
+def test_alone_it_shows_the_help(run: Run) -> None:
+    result = run()
+    assert result.code == 0
+    assert "Usage: midtune" in result.out
+
+
+@pytest.mark.parametrize("command", ["train", "probe", "eval", "merge", "tasks"])
+def test_every_command_has_help_with_an_example(run: Run, command: str) -> None:
+    result = run(command, "--help")
+    assert result.code == 0
+    assert f"Example: midtune {command}" in " ".join(result.out.split())
+    assert "--json" in result.out
+    assert "\x1b" not in result.out
+
+
+def test_help_reads_defaults_and_choices_from_the_configuration(run: Run) -> None:
+    text = " ".join(run("train", "--help").out.replace("│", " ").split())
+    assert "learning rate (default: 5e-06)" in text
+    assert "nf4|none" in text
+    for panel in ("Model", "Task", "Blocks", "Training", "Evaluation", "Output"):
+        assert f"─ {panel} ─" in text
+
+
+def test_options_reach_the_configuration(run: Run, trained: list[dict[str, Any]]) -> None:
+    result = run(
+        *("train", "smollm2-135m", "--task", "reasoning-gym:gcd", "--task-arg", "max_value=9"),
+        *("--task-arg", "names=[a, b]", "--layers", "14", "--steps", "3", "--lr", "1e-4", "--seed", "7"),
+        *("--prompts-per-step", "2", "--group-size", "3", "--max-new-tokens", "5", "--samples", "1"),
+        *("--eval-size", "9", "--quantize", "none", "--algorithm", "dr_grpo", "--baseline", "measured"),
+        *("--set", "training.top_p=0.9", "--set", "training.epsilon=null", "--out", "here", "--json"),
+    )
+    assert result.code == 0, result.err
+    (call,) = trained
+    config = call["config"]
+    assert (config.model.name, config.model.quantize) == ("smollm2-135m", "none")
+    assert (config.task.name, config.task.args) == (
+        "reasoning-gym:gcd",
+        {"max_value": 9, "names": ["a", "b"]},
+    )
+    assert (config.blocks.layers, config.blocks.top_k) == ("14", 1)
+    assert (config.training.steps, config.training.lr, config.training.top_p) == (3, 1e-4, 0.9)
+    assert (config.training.prompts_per_step, config.training.group_size) == (2, 3)
+    assert (config.training.max_new_tokens, config.training.algorithm) == (5, "dr_grpo")
+    assert (config.evaluation.samples, config.task.eval_size, config.evaluation.baseline) == (
+        1,
+        9,
+        "measured",
+    )
+    assert config.seed == 7
+    assert (call["out"], call["resume"]) == (Path("here"), None)
+
+
+def test_recipe_lies_under_the_options(run: Run, trained: list[dict[str, Any]]) -> None:
+    Path("r.yaml").write_text("model: {name: m}\ntask: {name: a.jsonl}\ntraining: {steps: 5, lr: 1e-3}\n")
+    assert run("train", "--recipe", "r.yaml", "--steps", "6", "--json").code == 0
+    training = trained[0]["config"].training
+    assert (training.steps, training.lr) == (6, 1e-3)
+
+
+def test_json_is_all_of_stdout(run: Run, stage: Stage) -> None:
+    def chatty(config: RunConfig, *, terminal: Any, **_: Any) -> dict[str, Any]:
+        print("a library talks")
+        terminal.message("working")
+        return {"score": float("nan"), "path": Path("a"), "name": "é"}
+
+    stage("train", chatty)
+    result = run("train", "--json")
+    assert json.loads(result.out) == {"score": None, "path": "a", "name": "é"}
+    assert "a library talks" in result.err
+    assert "working" in result.err
+    assert "working" not in run("train", "--json", "--quiet").err
+
+
+def test_probe_and_merge_reach_their_stages(run: Run, stage: Stage) -> None:
+    calls: list[Any] = []
+    stage("probe", lambda config, **rest: calls.append((config, rest)) or {})  # type: ignore[func-returns-value]
+    stage("merge", lambda folder, **rest: calls.append((folder, rest)) or {})  # type: ignore[func-returns-value]
+    assert (
+        run(
+            "probe", "--method", "trial", "--layers", "2-5", "--prompts", "8", "--trial-steps", "3", "--json"
+        ).code
+        == 0
+    )
+    config, _ = calls[0]
+    assert (config.probe.method, config.probe.layers) == ("trial", "2-5")
+    assert (config.probe.prompts, config.probe.trial_steps) == (8, 3)
+    assert config.blocks.layers is None
+    assert run("merge", "runs/a", "--out", "b", "--json").code == 0
+    assert (calls[1][0], calls[1][1]["out"]) == (Path("runs/a"), Path("b"))
+
+
+def test_eval_of_a_model_a_run_and_a_patch(run: Run, stage: Stage) -> None:
+    calls: list[tuple[str, RunConfig]] = []
+    stage("evaluate", lambda target, config, **_: calls.append((target, config)) or {})  # type: ignore[func-returns-value]
+    assert run("eval", "m", "--task", "a.jsonl", "--json").code == 0
+    folder = make_run(Path("runs/x"), model={"name": "base"}, task={"name": "b.jsonl"}, seed=3)
+    assert run("eval", "runs/x", "--samples", "2", "--json").code == 0
+    (folder / "patch").mkdir()
+    (folder / "patch" / "patch.json").write_text("{}")
+    assert run("eval", "runs/x/patch", "--task", "c.jsonl", "--json").code == 0
+    assert [(target, c.model.name, c.task.name, c.seed) for target, c in calls] == [
+        ("m", "m", "a.jsonl", 0),
+        ("runs/x", "base", "b.jsonl", 3),
+        ("runs/x/patch", "base", "c.jsonl", 3),
+    ]
+    assert calls[1][1].evaluation.samples == 2
+    assert "no task was given for m" in one_error(run("eval", "m"))
+
+
+def test_eval_prints_a_table(run: Run, stage: Stage) -> None:
+    score = {"score": 0.5, "low": 0.4, "high": 0.625, "n": 300}
+    found = {
+        "model": "m",
+        "patch": [3],
+        "task": "t",
+        "quantize": "nf4",
+        "greedy": score,
+        "sampled": None,
+    }
+    stage("evaluate", lambda target, config, **_: found)
+    out = run("eval", "m", "--task", "t.jsonl").out
+    assert "m with trained blocks 3 (nf4) on t" in out
+    assert ["greedy", "0.500", "0.400", "to", "0.625", "300"] in [line.split() for line in out.splitlines()]
+    assert "\x1b" not in out
+
+
+@pytest.mark.parametrize("arguments", [["runs/x"], ["--out", "runs/x"]])
+def test_resume_takes_everything_from_the_run(
+    run: Run, trained: list[dict[str, Any]], arguments: list[str]
+) -> None:
+    make_run(Path("runs/x"), task={"name": "a.jsonl"}, training={"steps": 9})
+    assert run("train", "--resume", *arguments, "--json", "--quiet").code == 0
+    (call,) = trained
+    assert call["config"].training.steps == 9
+    assert (call["resume"], call["out"]) == (Path("runs/x").absolute(), None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["runs/x", "--steps", "3"], "--steps was given too"),
+        (["runs/x", "--seed", "0", "--set", "seed=1"], "--set, --seed was given too"),
+        ([], "got none"),
+        (["runs/x", "--out", "runs/y"], "got two folders"),
+        (["nowhere"], "is not a run folder"),
+    ],
+)
+def test_resume_of_nothing_or_with_more(
+    run: Run, trained: list[dict[str, Any]], arguments: list[str], words: str
+) -> None:
+    make_run(Path("runs/x"), task={"name": "a.jsonl"})
+    assert words in one_error(run("train", "--resume", *arguments))
+    assert not trained
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "--stepz", "3"], "--steps"),
+        (["train", "--steps", "many"], "--steps"),
+        (["train", "--steps"], "--steps"),
+        (["train", "a", "b"], "midtune train --help"),
+        (["teach"], "teach"),
+        (["eval"], "midtune eval --help"),
+        (["merge", "runs/x"], "--out"),
+        (["train", "--steps", "0"], "`training.steps` on the command line"),
+        (["train", "--algorithm", "ppo"], "'grpo', 'dr_grpo'"),
+        (["train", "--group-size", "1"], "at least 2"),
+        (["train", "--set", "training.lrr=1"], "`training.lr`"),
+        (["train", "--set", "training.lr"], "--set part.key=value"),
+        (["train", "--set", "model=tiny"], "`model.name`"),
+        (["train", "--task-arg", "max_terms"], "--task-arg key=value"),
+        (["train", "--recipe", "none.yaml"], "recipe none.yaml does not exist"),
+        (["train", "smollm2-135m"], "no task was given for smollm2-135m"),
+        (["tasks", "--task-arg", "=3"], "--task-arg key=value"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    run: Run, trained: list[dict[str, Any]], elsewhere: Path, arguments: list[str], words: str
+) -> None:
+    assert words in one_error(run(*arguments))
+    assert not trained
+    assert not list(elsewhere.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(InputError("a. b."), 2), (RunStopped("all rewards are zero."), 3), (Interrupted("saved."), 130)],
+)
+def test_errors_of_our_own_become_one_line(run: Run, stage: Stage, error: Exception, code: int) -> None:
+    def fail(*_: Any, **__: Any) -> dict[str, Any]:
+        raise error
+
+    stage("train", fail)
+    assert one_error(run("train"), code) == f"error: {error}"
+
+
+def test_ctrl_c(run: Run, stage: Stage) -> None:
+    def fail(*_: Any, **__: Any) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    stage("train", fail)
+    assert one_error(run("train"), 130) == "error: interrupted."
+
+
+def test_a_bug_is_one_line_and_says_where_the_run_is(run: Run, stage: Stage) -> None:
+    def fail(config: RunConfig, **_: Any) -> dict[str, Any]:
+        make_run(Path("runs/tiny"))
+        raise RuntimeError("shapes\ndo not match")
+
+    stage("train", fail)
+    line = one_error(run("train"), 1)
+    assert "RuntimeError: shapes do not match (the run is in runs/tiny)" in line
+    assert "--debug" in line
+
+
+def test_debug_shows_the_traceback(run: Run, stage: Stage) -> None:
+    def fail(*_: Any, **__: Any) -> dict[str, Any]:
+        raise RuntimeError("broken")
+
+    stage("train", fail)
+    result = run("train", "--debug")
+    assert result.code == 1
+    assert "Traceback" in result.err and "in fail" in result.err
+
+
+def test_tasks_are_listed_one_a_line(run: Run) -> None:
+    result = run("tasks")
+    assert result.code == 0, result.err
+    lines = result.out.splitlines()
+    assert "reasoning-gym:chain_sum" in lines
+    assert lines == sorted(lines)
+    assert json.loads(run("tasks", "--json").out)["tasks"] == lines
+
+
+def test_a_task_is_shown_with_its_arguments(run: Run) -> None:
+    found = json.loads(run("tasks", "chain_sum", "--task-arg", "max_terms=2", "--json").out)
+    assert found["task"] == "reasoning-gym:chain_sum"
+    assert found["arguments"]["max_terms"] == 2
+    assert found["question"] and found["answer"]
+    text = run("tasks", "reasoning-gym:chain_sum", "--task-arg", "max_terms=2").out
+    assert found["question"] in text and "max_terms=2" in text
+    assert "chain_sum" in one_error(run("tasks", "chain_summ"))

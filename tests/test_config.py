@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from midtune import config as module
+from midtune.config import (
+    RunConfig,
+    dump_config,
+    load_config,
+    parse_assignment,
+    parse_value,
+    require_task,
+    setting,
+)
+from midtune.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def bundled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tmp_path / "bundled.yaml"
+    recipe.write_text(
+        "task: {name: 'reasoning-gym:chain_sum', args: {min_terms: 2, max_terms: 2}}\ntraining: {steps: 7}\n"
+    )
+    monkeypatch.setattr(module, "BUNDLED_RECIPE", recipe)
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def message(recipe: Path | None, **overrides: object) -> str:
+    with pytest.raises(InputError) as caught:
+        load_config(recipe, {key.replace("__", "."): value for key, value in overrides.items()})
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_nothing_given_means_the_bundled_model_and_its_recipe() -> None:
+    config = load_config(None, {})
+    assert config.model.name == "tiny"
+    assert config.task.name == "reasoning-gym:chain_sum"
+    assert config.training.steps == 7
+    assert config.training.lr == RunConfig().training.lr
+
+
+def test_command_line_beats_recipe_beats_default(tmp_path: Path) -> None:
+    recipe = write(tmp_path, "training: {steps: 3, lr: 1e-4}\ntask: {name: a.jsonl}\n")
+    config = load_config(recipe, {"training.steps": 5})
+    assert (config.training.steps, config.training.lr, config.training.group_size) == (5, 1e-4, 4)
+
+
+def test_another_model_gets_nothing_of_the_bundled_recipe() -> None:
+    config = load_config(None, {"model.name": "smollm2-135m"})
+    assert config.task.name is None
+    assert config.training.steps == RunConfig().training.steps
+    with pytest.raises(InputError, match=r"smollm2-135m.*reasoning-gym:NAME.*jsonl or csv"):
+        require_task(config)
+
+
+def test_a_recipe_with_a_task_stands_alone(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "task: {name: a.jsonl}\n"), {})
+    assert config.task.args == {}
+    assert config.training.steps == RunConfig().training.steps
+
+
+def test_a_recipe_without_a_task_lies_over_the_bundled_one(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "training: {lr: 1e-3}\n"), {})
+    assert (config.task.name, config.training.steps, config.training.lr) == (
+        "reasoning-gym:chain_sum",
+        7,
+        1e-3,
+    )
+
+
+def test_another_task_drops_the_arguments_of_the_first(tmp_path: Path) -> None:
+    assert load_config(None, {"task.name": "reasoning-gym:gcd"}).task.args == {}
+    kept = load_config(None, {"task.name": "reasoning-gym:chain_sum", "task.args.max_terms": 3})
+    assert kept.task.args == {"min_terms": 2, "max_terms": 3}
+    recipe = write(tmp_path, "task: {name: 'reasoning-gym:gcd', args: {max_value: 9}}\n")
+    other = load_config(recipe, {"task.name": "reasoning-gym:lcm", "task.args.min_value": 2})
+    assert other.task.args == {"min_value": 2}
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("training.stps", "training.steps"),
+        ("training.top_kk", "training.top_k"),
+        ("traning.lr", "training"),
+        ("lr", "training.lr"),
+        ("group_sise", "training.group_size"),
+        ("trainin", "training"),
+        ("model.quantise", "model.quantize"),
+    ],
+)
+def test_unknown_key_names_the_nearest(key: str, nearest: str) -> None:
+    assert f"`{nearest}`" in message(None, **{key: 1})
+
+
+def test_unknown_key_says_where_it_stands(tmp_path: Path) -> None:
+    recipe = write(tmp_path, "task: {name: a.jsonl}\ntraining: {stps: 3}\n")
+    assert f"unknown key `training.stps` in recipe {recipe}" in message(recipe)
+    assert "on the command line" in message(None, training__stps=3)
+    good = write(tmp_path, "task: {name: a.jsonl}\n")
+    assert "on the command line" in message(good, training__stps=3)
+
+
+def test_wrong_types_say_what_is_valid(tmp_path: Path) -> None:
+    assert "'grpo', 'dr_grpo'" in message(None, training__algorithm="ppo")
+    assert "`training.steps` on the command line was 'many', but it must be a valid integer" in message(
+        None, training__steps="many"
+    )
+    assert "finite number" in message(None, training__lr=float("inf"))
+    assert "greater than or equal to 1" in message(None, training__steps=0)
+    assert "at least 2" in message(None, training__group_size=1)
+    assert "`training.lr` is one value" in message(None, training__lr__start=1)
+
+
+def test_a_group_given_one_value_lists_its_keys(tmp_path: Path) -> None:
+    text = message(None, model="tiny")
+    assert "`model` on the command line was given 'tiny'" in text
+    assert "`model.name`" in text
+    assert "group of settings" in message(None, model="tiny", model__quantize="none")
+    assert "group of settings" in message(write(tmp_path, "training: 5\n"))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("model: [\n", "not valid YAML (line 2)"),
+        ("- a\n- b\n", "holds no settings"),
+        ("", "holds no settings"),
+    ],
+)
+def test_unreadable_recipe(tmp_path: Path, text: str, expected: str) -> None:
+    assert expected in message(write(tmp_path, text))
+
+
+def test_missing_recipe(tmp_path: Path) -> None:
+    assert "does not exist" in message(tmp_path / "none.yaml")
+
+
+def test_a_heading_with_nothing_under_it_is_no_error(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, "training:\nmodel: {name: x}\n"), {}).model.name == "x"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("training.lr=1e-5", ("training.lr", 1e-5)),
+        ("training.steps=3", ("training.steps", 3)),
+        ("blocks.layers=14", ("blocks.layers", "14")),
+        ("model.revision=0123456", ("model.revision", "0123456")),
+        ("model.revision=12e4567", ("model.revision", "12e4567")),
+        ("training.epsilon=null", ("training.epsilon", None)),
+        ("task.args.operators=[+, -]", ("task.args.operators", ["+", "-"])),
+        ("task.system_prompt=a=b: c", ("task.system_prompt", "a=b: c")),
+    ],
+)
+def test_assignments(text: str, expected: tuple[str, object]) -> None:
+    assert parse_assignment(text) == expected
+
+
+@pytest.mark.parametrize("text", ["training.lr", "=3", " =3"])
+def test_assignment_without_a_key_or_value(text: str) -> None:
+    with pytest.raises(InputError, match="--set part.key=value"):
+        parse_assignment(text)
+
+
+def test_numbers_as_people_write_them() -> None:
+    assert parse_value("1e-5") == 1e-5
+    assert parse_value("nan") == "nan"
+    assert parse_value("inf") == "inf"
+    assert parse_value("true") is True
+
+
+def test_settings_come_from_the_fields() -> None:
+    algorithm = setting("training.algorithm")
+    assert algorithm is not None and algorithm.choices[:2] == ("grpo", "dr_grpo") and algorithm.is_text
+    steps = setting("training.steps")
+    assert steps is not None and steps.default == 100 and not steps.is_text
+    assert setting("training") is None
+    assert setting("training.nothing") is None
+    assert setting("training.lr.more") is None
+    assert setting("task.args.min_terms") is None
+
+
+@given(
+    lr=st.floats(1e-12, 1e3),
+    steps=st.integers(1, 10**9),
+    name=st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1),
+    args=st.dictionaries(
+        st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1),
+        st.one_of(
+            st.booleans(),
+            st.integers(),
+            st.floats(allow_nan=False, allow_infinity=False),
+            st.lists(st.integers()),
+        ),
+    ),
+    layers=st.sampled_from([None, "14", "10-12", "3,7", "middle"]),
+    probe=st.sampled_from([None, Path("runs/a b/probe.json")]),
+)
+def test_what_is_dumped_loads_to_the_same(
+    tmp_path_factory: pytest.TempPathFactory,
+    lr: float,
+    steps: int,
+    name: str,
+    args: dict[str, object],
+    layers: str | None,
+    probe: Path | None,
+) -> None:
+    config = RunConfig.model_validate(
+        {
+            "model": {"name": name},
+            "task": {"name": name, "args": args},
+            "blocks": {"layers": layers, "probe": probe},
+            "training": {"lr": lr, "steps": steps},
+        }
+    )
+    recipe = tmp_path_factory.getbasetemp() / "dumped.yaml"
+    recipe.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(recipe, {}) == config
+
+
+def test_the_resolved_bundled_run_is_dumped_whole(tmp_path: Path) -> None:
+    config = load_config(None, {"task.name": "reasoning-gym:gcd"})
+    assert load_config(write(tmp_path, dump_config(config)), {}) == config

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from midtune.cli import app
+from midtune.config import BUNDLED_RECIPE, RunConfig, dump_config, load_config, require_task
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted(ROOT.glob("recipes/*.yaml"))
+COMMANDS = {info.name or info.callback.__name__ for info in app.registered_commands if info.callback}
+
+
+def test_there_are_recipes() -> None:
+    assert RECIPES
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES, BUNDLED_RECIPE], ids=lambda path: path.stem)
+def test_recipe_loads_and_survives_a_round_trip(recipe: Path, tmp_path: Path) -> None:
+    config = load_config(recipe, {})
+    require_task(config)
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(again, {}) == config
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_the_first_line_is_the_command(recipe: Path) -> None:
+    first = recipe.read_text(encoding="utf-8").splitlines()[0]
+    assert first.startswith("# midtune ")
+    words = shlex.split(first.removeprefix("# "))
+    assert words[1] in COMMANDS
+    assert words[2:] == ["--recipe", str(recipe.relative_to(ROOT))]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_say_only_what_differs_or_matters(recipe: Path) -> None:
+    data = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    assert set(data) <= set(RunConfig.model_fields)
+    assert data["model"]["name"]
+    assert data["task"]["name"]
+
+
+@pytest.mark.parametrize("recipe", sorted(ROOT.glob("recipes/*gsm8k.yaml")), ids=lambda path: path.stem)
+def test_recipes_that_never_ran_say_so(recipe: Path) -> None:
+    assert "Not run yet" in recipe.read_text(encoding="utf-8")
+    training = load_config(recipe, {}).training
+    assert (training.lr, training.group_size, training.beta, training.epsilon) == (5e-6, 4, 0.001, 0.2)
+
+
+def test_gsm8k_answers_are_read_after_their_mark() -> None:
+    from midtune.tasks.rewards import built_in
+
+    reward = built_in("numeric")
+    reference = "She has 3 * 4 = <<3*4=12>>12 apples, then eats 2.\n#### 10"
+    scores = reward(
+        prompts=["?"] * 3,
+        completions=["3 * 4 = 12, less 2 is 10.\n#### 10", "#### 12", ""],
+        completion_ids=[[1], [1], [1]],
+        answer=[reference] * 3,
+        question=["How many?"] * 3,
+    )
+    assert scores == [1.0, 0.0, 0.0]
