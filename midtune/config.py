@@ -62,6 +62,9 @@ class TaskConfig(Part):
     )
     prompt_column: str = Field("prompt", description="column of a data file that holds the prompt")
     answer_column: str = Field("answer", description="column of a data file that holds the answer")
+    prompt_format: Literal["chat", "plain"] = Field(
+        "chat", description="the model's chat template, or plain text that the model continues"
+    )
     system_prompt: str | None = Field(None, description="system message put before every prompt")
     train_size: int = Field(4000, ge=1, description="most training problems to keep")
     eval_size: int = Field(300, ge=2, description="held-out problems, never shared with training")

@@ -52,7 +52,9 @@ def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
         if key not in made:
             folder = tmp_path_factory.mktemp(architecture)
             torch.manual_seed(0)
-            config = AutoConfig.for_model(architecture, **{**COMMON, **ARCHITECTURES[architecture], **overrides})
+            config = AutoConfig.for_model(
+                architecture, **{**COMMON, **ARCHITECTURES[architecture], **overrides}
+            )
             AutoModelForCausalLM.from_config(config).save_pretrained(folder, max_shard_size=shard_size)
             alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
             vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}

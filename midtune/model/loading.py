@@ -7,7 +7,13 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from midtune.errors import InputError
@@ -38,7 +44,9 @@ def load_policy(
     with _quiet(), _readable_errors(source):
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
         stored = getattr(config, "quantization_config", None)
-        method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+        method = (
+            stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+        )
         if stored is not None and "bitsandbytes" not in str(method or "bitsandbytes"):
             raise InputError(
                 f"{source.name} is stored with {method} quantization, which midtune cannot train over; "

@@ -114,14 +114,13 @@ class Policy:
 
         for block in blocks:
             self.check_block(block)
-        config = LoraConfig(
-            r=rank,
-            lora_alpha=2 * rank,
-            target_modules="all-linear",
-            layers_to_transform=blocks,
-            layers_pattern=self.stack_name.rpartition(".")[2],
-            task_type="CAUSAL_LM",
-        )
+        linears = [
+            f"{self.stack_name}.{block}.{name}"
+            for block in blocks
+            for name, part in self.blocks[block].named_modules()
+            if isinstance(part, nn.Linear)
+        ]
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linears, task_type="CAUSAL_LM")
         self.use_adapter(get_peft_model(self.model, config), blocks)
 
     def use_adapter(self, adapter: PeftModel, blocks: list[int]) -> None:

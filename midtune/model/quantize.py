@@ -29,7 +29,13 @@ def clear_quantized_markers(model: PreTrainedModel) -> None:
     With the markers in place, transformers' Trainer refuses a model without a PEFT adapter and TRL casts
     trainable parameters to bf16, which destroys fp32 master weights silently.
     """
-    for marker in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "hf_quantizer", "quantization_method"):
+    for marker in (
+        "is_quantized",
+        "is_loaded_in_4bit",
+        "is_loaded_in_8bit",
+        "hf_quantizer",
+        "quantization_method",
+    ):
         if marker in vars(model):
             delattr(model, marker)
     if getattr(model.config, "quantization_config", None) is not None:
@@ -78,4 +84,4 @@ def _as_linear(part: bnb.nn.Linear4bit, original: torch.Tensor | None) -> nn.Lin
 
 def dequantized(weight: Any) -> torch.Tensor:
     """The full-precision values that a 4-bit parameter stands for, [out, in]."""
-    return bnb.functional.dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[no-any-return]
+    return bnb.functional.dequantize_4bit(weight.data, weight.quant_state)

@@ -39,5 +39,7 @@ def groups_per_micro_batch(prompts_per_step: int, group_tokens: int, budget: int
         group_tokens: most tokens a group can have: group size × (longest prompt + longest completion).
         budget: most tokens in a micro-batch; a single group may exceed it.
     """
-    fitting = [n for n in range(1, prompts_per_step + 1) if prompts_per_step % n == 0 and n * group_tokens <= budget]
+    fitting = [
+        n for n in range(1, prompts_per_step + 1) if prompts_per_step % n == 0 and n * group_tokens <= budget
+    ]
     return max(fitting, default=1)

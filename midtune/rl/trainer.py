@@ -28,7 +28,7 @@ from midtune.savings.meter import Meter
 TRAINED_TENSORS = "trained.safetensors"
 
 
-class LayerGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
+class LayerGRPOTrainer(GRPOTrainer):
     """GRPO on the trained blocks of a policy, in one process.
 
     Args:
@@ -54,6 +54,7 @@ class LayerGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         self.policy = policy
         self.meter = meter
         self._rollout: Rollout | None = None
+        self._buffered_inputs: list[dict[str, Any]] | None = None
         # TRL loads a second model when it sees a beta, so it learns of it after it is built.
         beta, args.beta = args.beta, 0.0
         super().__init__(
@@ -65,7 +66,9 @@ class LayerGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             callbacks=callbacks,
         )
         if self.accelerator.num_processes > 1:
-            raise NotImplementedError("midtune trains in one process; start it without a distributed launcher.")
+            raise NotImplementedError(
+                "midtune trains in one process; start it without a distributed launcher."
+            )
         args.beta = self.beta = beta
         if beta > 0:
             policy.keep_reference()
@@ -102,8 +105,7 @@ class LayerGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         if self._buffered_inputs is None or self._step % (parts * self.num_iterations) == 0:
             batch = self._generate_and_score_completions(generation_batch)
             self._buffered_inputs = self._split_by_groups(batch, parts)
-        inputs: dict[str, Any] = self._buffered_inputs[self._step % parts]
-        return inputs
+        return self._buffered_inputs[self._step % parts]
 
     def _split_by_groups(self, batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
         assert self._rollout is not None
@@ -123,8 +125,7 @@ class LayerGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         self._rollout = inputs["rollout"]
-        loss: torch.Tensor = super()._compute_loss(model, inputs)
-        return loss
+        return super()._compute_loss(model, inputs)
 
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: torch.Tensor, *args: Any, **kwargs: Any
@@ -137,7 +138,9 @@ class LayerGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             groups = self._rollout.prompt_ids.size(0)
             size = self.args.per_device_train_batch_size // self.num_generations
             scored = [
-                completion_log_probs(self.policy, self._rollout.groups(i, i + size), temperature=self.temperature)
+                completion_log_probs(
+                    self.policy, self._rollout.groups(i, i + size), temperature=self.temperature
+                )
                 for i in range(0, groups, size)
             ]
         log_probs, entropies = zip(*scored, strict=True)

@@ -45,7 +45,9 @@ def captured(policy: Policy, block: int | None, *, stop: bool = False) -> Iterat
     """
     states: list[torch.Tensor] = []
 
-    def keep(module: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
+    def keep(
+        module: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]
+    ) -> None:
         states.append(args[0] if args else kwargs["hidden_states"])
         if stop:
             raise _Reached

@@ -161,7 +161,7 @@ def by_gradient(
             "raise --set task.train_size, or name the blocks with --layers."
         )
     rows = random.Random(config.seed).sample(task.train, count)
-    prompts = [prompt_ids(policy, row["prompt"]) for row in rows]
+    prompts = [prompt_ids(policy.tokenizer, row["prompt"]) for row in rows]
     longest = max(map(len, prompts))
     group_tokens = longest + training.group_size * training.max_new_tokens
     fitting = training.micro_batch_tokens // MEMORY_FACTOR // group_tokens

@@ -2,8 +2,18 @@
 
 from midtune.tasks.check import check_reward
 from midtune.tasks.gym import example, list_tasks, task_arguments
-from midtune.tasks.rewards import Reward
+from midtune.tasks.rewards import Reward, completion_of
 from midtune.tasks.split import Row
 from midtune.tasks.task import Task, load_task
 
-__all__ = ["Reward", "Row", "Task", "check_reward", "example", "list_tasks", "load_task", "task_arguments"]
+__all__ = [
+    "Reward",
+    "Row",
+    "Task",
+    "check_reward",
+    "completion_of",
+    "example",
+    "list_tasks",
+    "load_task",
+    "task_arguments",
+]

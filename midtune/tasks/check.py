@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from midtune.errors import InputError
-from midtune.tasks.rewards import Reward
+from midtune.tasks.rewards import Reward, completion_of
 from midtune.tasks.split import Row
 from midtune.tasks.task import Task
 
@@ -34,7 +34,7 @@ def check_reward(task: Task) -> None:
         known = [(a or 0.0) > (b or 0.0) for a, b, answer in pairs if answer]
         if known and not any(known) and not task.own_reward:
             raise InputError(
-                f"the reward `{task.reward.__name__}` gives the right answers of `{task.name}` no more than empty ones, "
+                f"the reward `{task.reward.__name__}` gives right answers of `{task.name}` no more than empty ones, "
                 f"as on {_shown(rows[0])}; choose another reward with --reward."
             )
 
@@ -45,7 +45,7 @@ def _call(reward: Reward, rows: Sequence[Row], texts: Sequence[str], task: Task)
     try:
         values: Any = reward(
             prompts=[row["prompt"] for row in rows],
-            completions=[[{"role": "assistant", "content": text}] for text in texts],
+            completions=[completion_of(row["prompt"], text) for row, text in zip(rows, texts, strict=True)],
             completion_ids=[[0] * bool(text) for text in texts],
             **columns,
         )

@@ -59,7 +59,7 @@ def accepting(function: Callable[..., Any], name: str) -> Reward:
         values = function(**passed)
         if inspect.isawaitable(values):
             values = asyncio.run(_awaited(values))
-        return values.tolist() if hasattr(values, "tolist") else values  # type: ignore[no-any-return]
+        return values.tolist() if hasattr(values, "tolist") else values
 
     return named(reward, name)
 

@@ -39,6 +39,11 @@ def completion_text(completion: Any) -> str:
     return str(completion[-1].get("content") or "") if completion else ""
 
 
+def completion_of(prompt: Any, text: str) -> Any:
+    """A completion in the form TRL gives it: a text for a text prompt, messages for chat messages."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
 def per_completion(name: str, score_one: Callable[[str, str, str], float]) -> Reward:
     """A reward called `name` from a function of (extracted answer, reference answer, question).
 

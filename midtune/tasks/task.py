@@ -21,7 +21,8 @@ from midtune.tasks.split import Row, Split, split_rows
 class Task:
     """Problems to learn from, problems held out, and the functions that score completions.
 
-    Rows have `prompt` (chat messages), `question` and `answer` (text); rows of a file also its other columns.
+    Rows have `prompt` (chat messages, or a text to continue), `question` and `answer` (text); rows of a
+    file also have its other columns.
     """
 
     name: str
@@ -42,6 +43,7 @@ def load_task(
     prompt_column: str,
     answer_column: str,
     system_prompt: str | None,
+    prompt_format: str = "chat",
     train_size: int,
     eval_size: int,
     seed: int,
@@ -55,6 +57,7 @@ def load_task(
         prompt_column: column of a file that holds the prompt.
         answer_column: column of a file that holds the answer.
         system_prompt: system message of every prompt, in place of a prompt's own one.
+        prompt_format: `chat` for chat messages, `plain` for text that the model continues.
         train_size: most training problems.
         eval_size: most held-out problems.
         seed: fixes the problems and the split.
@@ -64,7 +67,7 @@ def load_task(
     """
     _check_reward_name(reward)
     own, own_digest = load_reward(reward) if reward is not None and is_own(reward) else (None, "")
-    identity: dict[str, Any] = {"system": system_prompt, "own": own_digest}
+    identity: dict[str, Any] = {"system": system_prompt, "format": prompt_format, "own": own_digest}
     verifier: Reward | None = None
     if name.startswith(gym.PREFIX):
         short = name.removeprefix(gym.PREFIX)
@@ -89,16 +92,16 @@ def load_task(
         raise InputError(_unknown(name))
     if chosen == "verifier" and verifier is None:
         raise InputError(
-            f"the reward `verifier` exists for reasoning-gym tasks only, and {name} is a file; use exact, numeric, math "
-            "or path/to/file.py:function."
+            f"the reward `verifier` exists for reasoning-gym tasks only, and {name} is a file; use exact, "
+            "numeric, math or path/to/file.py:function."
         )
     function = own or (verifier if chosen == "verifier" else None) or built_in(chosen)
     identity["reward"] = "own" if own else chosen
     return Task(
         name=name,
         fingerprint=_fingerprint(identity),
-        train=[_with_system(row, system_prompt) for row in split.train],
-        held_out=[_with_system(row, system_prompt) for row in split.held_out],
+        train=[_prompted(row, system_prompt, prompt_format) for row in split.train],
+        held_out=[_prompted(row, system_prompt, prompt_format) for row in split.held_out],
         reward=function,
         score=own or solved(function),
         own_reward=own is not None,
@@ -125,11 +128,14 @@ def _bare(split: Split) -> Split:
     )
 
 
-def _with_system(row: Row, system_prompt: str | None) -> Row:
-    if system_prompt is None:
-        return row
-    rest = [message for message in row["prompt"] if message["role"] != "system"]
-    return {**row, "prompt": [{"role": "system", "content": system_prompt}, *rest]}
+def _prompted(row: Row, system_prompt: str | None, prompt_format: str) -> Row:
+    messages = row["prompt"]
+    if system_prompt is not None:
+        rest = [message for message in messages if message["role"] != "system"]
+        messages = [{"role": "system", "content": system_prompt}, *rest]
+    if prompt_format == "plain":
+        return {**row, "prompt": "\n".join(message["content"] for message in messages)}
+    return {**row, "prompt": messages}
 
 
 def _note(split: Split, train_size: int, eval_size: int) -> str | None:

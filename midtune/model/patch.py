@@ -1,0 +1,213 @@
+"""Trained blocks on disk: saved, applied to a policy, merged into a checkpoint.
+
+A full patch holds whole blocks under the checkpoint's own tensor names and in the checkpoint's dtype, so
+what is graded is what is deployed: patch + base equals the merged checkpoint, tensor for tensor. A LoRA
+patch is PEFT's own adapter folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from midtune.errors import InputError
+from midtune.model.policy import Policy
+from midtune.model.sources import Source, checkpoint_files
+
+TENSORS = "patch.safetensors"
+DESCRIPTION = "patch.json"
+SCHEMA = 1
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+
+
+@dataclass(frozen=True)
+class Patch:
+    """What `patch.json` says.
+
+    Attributes:
+        base_model, revision: the model the patch belongs to, as `resolve` takes it.
+        blocks: the trained blocks.
+        adapter: `full` or `lora`.
+        base_digest: sha256 of the base's tensors that the patch replaces.
+    """
+
+    base_model: str
+    revision: str | None
+    blocks: list[int]
+    adapter: str
+    base_digest: str
+    schema: int = SCHEMA
+
+
+def save_patch(policy: Policy, folder: Path) -> int:
+    """Write the trained blocks to `folder`, whole or not at all; returns the bytes written."""
+    scratch = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    if policy.adapter is not None:
+        policy.adapter.save_pretrained(scratch)
+    else:
+        save_file(block_tensors(policy), scratch / TENSORS)
+    patch = Patch(
+        base_model=policy.source.name,
+        revision=policy.source.revision,
+        blocks=policy.trained,
+        adapter="full" if policy.adapter is None else "lora",
+        base_digest=base_digest(policy),
+    )
+    (scratch / DESCRIPTION).write_text(json.dumps(asdict(patch), indent=1) + "\n", encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    scratch.rename(folder)
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def block_tensors(policy: Policy) -> dict[str, torch.Tensor]:
+    """The trained blocks under the checkpoint's names, in the checkpoint's dtype, on the CPU."""
+    tensors = {}
+    for block in policy.trained:
+        parameters = dict(policy.blocks[block].named_parameters())
+        stored = policy.original_tensors(block)
+        for inner, name in policy.checkpoint_names(block).items():
+            dtype = stored[inner].dtype if stored else torch.float32
+            tensors[name] = parameters[inner].detach().to("cpu", dtype).contiguous()
+    return tensors
+
+
+def base_digest(policy: Policy) -> str:
+    """sha256 over the checkpoint's tensors of the trained blocks, by name."""
+    files = checkpoint_files(policy.source.folder)
+    digest = hashlib.sha256()
+    for block in policy.trained:
+        for name in sorted(policy.checkpoint_names(block).values()):
+            with safe_open(files[name], framework="pt") as file:
+                tensor: torch.Tensor = file.get_tensor(name)
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_patch(folder: Path) -> Patch:
+    """What the patch in `folder` says of itself.
+
+    Raises:
+        InputError: there is no complete patch.
+    """
+    try:
+        data = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        patch = Patch(**data)
+    except FileNotFoundError:
+        raise InputError(
+            f"{folder} holds no trained patch (no {DESCRIPTION}); finish the run with --resume, or give another run."
+        ) from None
+    except (ValueError, TypeError):
+        raise InputError(f"{folder / DESCRIPTION} is damaged; train again or restore the file.") from None
+    weights = folder / (TENSORS if patch.adapter == "full" else "adapter_model.safetensors")
+    if not weights.is_file():
+        raise InputError(f"{folder} lacks {weights.name}; train again or restore the file.")
+    return patch
+
+
+def apply_patch(policy: Policy, folder: Path) -> Patch:
+    """Put the trained blocks of `folder` into a policy that holds their base model.
+
+    Raises:
+        InputError: the policy's base is another one than the patch was trained on.
+    """
+    patch = read_patch(folder)
+    if patch.adapter == "lora":
+        from peft import PeftModel
+
+        policy.use_adapter(PeftModel.from_pretrained(policy.model, folder), patch.blocks)
+    else:
+        for block in patch.blocks:
+            policy.thaw(block)
+    if base_digest(policy) != patch.base_digest:
+        raise InputError(
+            f"{folder} was trained on other weights of {patch.base_model} than those of {policy.source.name}; "
+            "use the base model and revision that patch.json names."
+        )
+    if patch.adapter == "full":
+        tensors = load_file(folder / TENSORS)
+        with torch.no_grad():
+            for block in patch.blocks:
+                parameters = dict(policy.blocks[block].named_parameters())
+                for inner, name in policy.checkpoint_names(block).items():
+                    parameters[inner].copy_(tensors[name])
+    return patch
+
+
+def merge_patch(source: Source, tensors: dict[str, torch.Tensor], out: Path) -> int:
+    """A complete checkpoint: the base's files with `tensors` in their places.
+
+    One shard is in memory at a time; `out` appears when it is complete.
+
+    Returns:
+        The bytes written.
+
+    Raises:
+        InputError: `out` holds something already, the disk is too full, or the base is stored in 4-bit.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} already exists and is not empty; choose another --out.")
+    files = checkpoint_files(source.folder)
+    if any(f"{name}.absmax" in files for name in tensors):
+        raise InputError(
+            f"{source.name} is stored in 4-bit, so whole blocks cannot be put into its files; "
+            "train on the unquantized checkpoint to merge."
+        )
+    need = sum(file.stat().st_size for file in set(files.values()))
+    anchor = next(parent for parent in out.absolute().parents if parent.exists())
+    free = shutil.disk_usage(anchor).free
+    if free < need:
+        raise InputError(
+            f"the merged model needs {need / 2**30:.2f} GiB and {anchor} has {free / 2**30:.2f} GiB free; "
+            "choose another --out."
+        )
+    scratch = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    for file in sorted(source.folder.iterdir()):
+        if file.is_file() and not file.name.endswith(WEIGHTS):
+            shutil.copy(file, scratch / file.name)
+    for shard in sorted(set(files.values())):
+        if any(files[name] == shard for name in tensors):
+            with safe_open(shard, framework="pt") as opened:
+                metadata = opened.metadata()
+            whole = load_file(shard)
+            for name in tensors.keys() & whole.keys():
+                whole[name] = tensors[name].to(whole[name].dtype)
+            save_file(whole, scratch / shard.name, metadata=metadata or {"format": "pt"})
+        else:
+            shutil.copy(shard, scratch / shard.name)
+    if out.exists():
+        out.rmdir()
+    scratch.rename(out)
+    return sum(file.stat().st_size for file in out.iterdir())
+
+
+def deployed_tensors(policy: Policy, folder: Path) -> dict[str, torch.Tensor]:
+    """What the patch in `folder` makes of its blocks' tensors, under the checkpoint's names.
+
+    Args:
+        policy: the unquantized base; LoRA matrices are multiplied into it.
+    """
+    patch = apply_patch(policy, folder)
+    if policy.adapter is not None:
+        originals = {block: policy.original_tensors(block) for block in patch.blocks}
+        policy.adapter.merge_and_unload()
+        policy.adapter, policy.adapted = None, []
+        return {
+            name: dict(policy.blocks[block].named_parameters())[inner]
+            .detach()
+            .to(originals[block][inner].dtype)
+            for block in patch.blocks
+            for inner, name in policy.checkpoint_names(block).items()
+        }
+    return block_tensors(policy)

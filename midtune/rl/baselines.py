@@ -1,0 +1,94 @@
+"""Plain TRL training of every parameter, for comparison."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
+from trl import GRPOTrainer
+
+from midtune.config import TrainingConfig
+from midtune.model.loading import compute_dtype_of, load_tokenizer
+from midtune.model.sources import Source
+from midtune.rl.training import in_order, trl_arguments
+from midtune.rollout.evaluation import prompt_ids
+from midtune.savings.meter import Meter
+from midtune.tasks import Reward, Row
+
+
+class _Clock(TrainerCallback):
+    """Seconds of each step."""
+
+    def __init__(self) -> None:
+        self.steps_s: list[float] = []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.steps_s.append(time.perf_counter() - self._began)
+
+
+def full_training(
+    source: Source,
+    rows: Sequence[Row],
+    reward: Reward,
+    settings: TrainingConfig,
+    *,
+    seed: int,
+    device: torch.device,
+    steps: int,
+) -> dict[str, Any]:
+    """Train every parameter with TRL's own trainer for a few steps, on the prompts of a midtune run.
+
+    Weights are fp32, as RL learning rates need; TRL's defaults otherwise, gradient checkpointing among
+    them. Micro-batches are those of midtune.
+
+    Returns:
+        `step`: seconds of the fastest step (the first one also warms up); `peak`: peak bytes while
+        training; `completion_length`: mean tokens of a completion.
+    """
+    meter = Meter(device)
+    model = AutoModelForCausalLM.from_pretrained(
+        source.folder, dtype=torch.float32, device_map={"": device}, use_safetensors=True
+    )
+    tokenizer = load_tokenizer(source)
+    ordered = in_order(rows, settings.steps * settings.prompts_per_step, seed)[
+        : steps * settings.prompts_per_step
+    ]
+    longest = max(len(prompt_ids(tokenizer, row["prompt"])) for row in ordered)
+    clock = _Clock()
+    with tempfile.TemporaryDirectory() as scratch:
+        args = trl_arguments(
+            settings.model_copy(update={"steps": steps}),
+            group_tokens=settings.group_size * (longest + settings.max_new_tokens),
+            folder=Path(scratch),
+            seed=seed,
+            device=device,
+            compute_dtype=compute_dtype_of(device),
+            checkpoints=False,
+        )
+        args.gradient_checkpointing = True
+        trainer = GRPOTrainer(
+            model=model,
+            args=args,
+            reward_funcs=[reward],
+            train_dataset=Dataset.from_list(ordered),
+            processing_class=tokenizer,
+            callbacks=[clock],
+        )
+        trainer.remove_callback(PrinterCallback)
+        meter.reset_peak()
+        trainer.train()
+    lengths = [log["completions/mean_length"] for log in trainer.state.log_history if "reward" in log]
+    return {
+        "step": min(clock.steps_s),
+        "peak": meter.peak_bytes(),
+        "completion_length": sum(lengths) / len(lengths),
+    }

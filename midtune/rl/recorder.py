@@ -1,0 +1,170 @@
+"""What happens around each step: metrics, samples, warnings, and stopping when nothing can be learned."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from midtune.errors import RunStopped
+from midtune.savings.meter import Meter
+from midtune.tasks.rewards import completion_text
+
+if TYPE_CHECKING:
+    from midtune.rl.trainer import LayerGRPOTrainer
+
+SAMPLES_PER_STEP = 2
+FIELDS = {
+    "reward": "reward",
+    "reward_std": "reward_std",
+    "frac_reward_zero_std": "equal_groups",
+    "completions/mean_length": "completion_length",
+    "completions/clipped_ratio": "clipped",
+    "loss": "loss",
+    "kl": "kl",
+    "entropy": "entropy",
+    "grad_norm": "grad_norm",
+    "learning_rate": "lr",
+}
+
+
+class StepRecorder(TrainerCallback):
+    """Turns TRL's logs into one line of metrics a step.
+
+    Args:
+        meter: where the trainer charges its phases.
+        on_step: receives a metrics line: step, reward, equal_groups (share of groups whose rewards are all
+            equal), completion_length (tokens), clipped (share cut at the limit), loss, grad_norm, lr,
+            rollout_s, reward_s, update_s, step_s, tokens_per_s, memory_bytes, elapsed_s.
+        on_sample: receives some completions with their rewards.
+        on_message: receives a sentence for the person who watches.
+        stop_requested: asked after every step; True saves a checkpoint and ends training.
+        stop_after_equal_rewards: see `TrainingConfig`.
+        rows_per_step: completions of a step.
+    """
+
+    def __init__(
+        self,
+        meter: Meter,
+        *,
+        on_step: Callable[[dict[str, Any]], None],
+        on_sample: Callable[[dict[str, Any]], None],
+        on_message: Callable[[str], None],
+        stop_requested: Callable[[], bool],
+        stop_after_equal_rewards: int,
+        rows_per_step: int,
+        max_new_tokens: int,
+    ) -> None:
+        self.trainer: LayerGRPOTrainer | None = None
+        self.meter = meter
+        self.on_step = on_step
+        self.on_sample = on_sample
+        self.on_message = on_message
+        self.stop_requested = stop_requested
+        self.stop_after_equal_rewards = stop_after_equal_rewards
+        self.rows_per_step = rows_per_step
+        self.max_new_tokens = max_new_tokens
+        self._started = time.perf_counter()
+        self._phases: dict[str, float] = {}
+        self._only_equal = True
+        self._said: set[str] = set()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.meter.step()
+        self._step_started = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        phases = self.meter.step()
+        step_s = time.perf_counter() - self._step_started
+        rollout_s, reward_s = phases.get("rollout", 0.0), phases.get("reward", 0.0)
+        self._phases = {
+            "rollout_s": rollout_s,
+            "reward_s": reward_s,
+            "update_s": step_s - rollout_s - reward_s,
+            "step_s": step_s,
+        }
+        if self.stop_requested():
+            control.should_training_stop = True
+        if control.should_training_stop or state.global_step >= state.max_steps:
+            control.should_save = True
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not logs or "reward" not in logs:
+            return
+        metrics: dict[str, Any] = {"step": state.global_step}
+        metrics |= {ours: logs[theirs] for theirs, ours in FIELDS.items() if theirs in logs}
+        metrics |= self._phases
+        tokens = metrics["completion_length"] * self.rows_per_step
+        metrics["tokens_per_s"] = tokens / max(self._phases["rollout_s"], 1e-9)
+        metrics["memory_bytes"] = self.meter.current_bytes()
+        metrics["elapsed_s"] = time.perf_counter() - self._started
+        self.on_step(metrics)
+        for sample in self._last_samples()[:SAMPLES_PER_STEP]:
+            self.on_sample({"step": state.global_step, **sample})
+        self._watch(metrics)
+
+    def _watch(self, metrics: dict[str, Any]) -> None:
+        if metrics["equal_groups"] < 1:
+            self._only_equal = False
+        if self._only_equal and 0 < self.stop_after_equal_rewards <= metrics["step"]:
+            raise RunStopped(self._nothing_to_learn(metrics))
+        if metrics["clipped"] == 1:
+            self._say(
+                "clipped",
+                f"every completion was cut at {self.max_new_tokens} tokens, so answers at the end are lost; "
+                "raise --max-new-tokens if this goes on.",
+            )
+        if abs(metrics.get("loss", 1.0)) < 1e-3:
+            self._say(
+                "loss",
+                "the loss is near zero because the advantages of a group sum to zero; it is no measure of "
+                "progress, watch the reward.",
+            )
+
+    def _nothing_to_learn(self, metrics: dict[str, Any]) -> str:
+        shown = "\n".join(
+            f"  reward {sample['reward']:g}: {' '.join(sample['completion'].split())[:160]!r}"
+            for sample in self._last_samples()[:3]
+        )
+        if metrics["reward"] == 0:
+            cause = (
+                "every reward was 0: the task is too hard for this model, or its answers are not recognised"
+            )
+        else:
+            cause = f"all completions of each prompt got equal rewards (mean {metrics['reward']:.3g})"
+        return (
+            f"stopped after {metrics['step']} steps without a learning signal: {cause}. Look at these completions, "
+            "then try easier problems, a larger --group-size, more --max-new-tokens or another --reward "
+            f"(--set training.stop_after_equal_rewards=0 goes on regardless):\n{shown}"
+        )
+
+    def _say(self, key: str, text: str) -> None:
+        if key not in self._said:
+            self._said.add(key)
+            self.on_message(text)
+
+    def _last_samples(self) -> list[dict[str, Any]]:
+        assert self.trainer is not None
+        logs = self.trainer._logs
+        rewards = list(logs["rewards"].values())
+        return [
+            {
+                "prompt": completion_text(prompt),
+                "completion": completion_text(completion),
+                "reward": sum(values[i] for values in rewards),
+            }
+            for i, (prompt, completion) in enumerate(zip(logs["prompt"], logs["completion"], strict=True))
+        ]

@@ -1,0 +1,156 @@
+"""One RL run: TRL's settings worked out from midtune's, the trainer built, run and taken down."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback
+from trl import GRPOConfig
+
+from midtune.config import TrainingConfig
+from midtune.model.policy import Policy
+from midtune.rl.algorithms import algorithm_arguments, groups_per_micro_batch
+from midtune.rl.recorder import StepRecorder
+from midtune.rl.trainer import LayerGRPOTrainer, check_trainable
+from midtune.rollout.evaluation import prompt_ids
+from midtune.savings.meter import Meter
+from midtune.tasks import Reward, Row
+
+logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
+
+
+def ignore(*_: Any) -> None:
+    """Takes a report that nobody waits for."""
+
+
+def train_blocks(
+    policy: Policy,
+    rows: Sequence[Row],
+    reward: Reward,
+    settings: TrainingConfig,
+    *,
+    folder: Path,
+    seed: int,
+    meter: Meter,
+    on_step: Callable[[dict[str, Any]], None] = ignore,
+    on_sample: Callable[[dict[str, Any]], None] = ignore,
+    on_message: Callable[[str], None] = ignore,
+    stop_requested: Callable[[], bool] = lambda: False,
+    checkpoints: bool = True,
+    resume_from: Path | None = None,
+) -> int:
+    """Train the policy's chosen blocks for `settings.steps` steps.
+
+    Args:
+        policy: blocks already thawed, or LoRA added; changed in place.
+        rows: training problems; used in an order fixed by `seed`, all of them before any comes again.
+        folder: where TRL keeps its files and checkpoints go.
+        resume_from: a checkpoint to go on from, exactly.
+
+    Returns:
+        The number of the last step; less than `settings.steps` if `stop_requested` said so.
+
+    Raises:
+        RunStopped: no group had unequal rewards in the first steps.
+    """
+    ordered = in_order(rows, settings.steps * settings.prompts_per_step, seed)
+    different = {row["question"]: row["prompt"] for row in ordered}.values()
+    longest = max(len(prompt_ids(policy.tokenizer, prompt)) for prompt in different)
+    args = trl_arguments(
+        settings,
+        group_tokens=settings.group_size * (longest + settings.max_new_tokens),
+        folder=folder,
+        seed=seed,
+        device=policy.device,
+        compute_dtype=policy.compute_dtype,
+        checkpoints=checkpoints,
+    )
+    recorder = StepRecorder(
+        meter,
+        on_step=on_step,
+        on_sample=on_sample,
+        on_message=on_message,
+        stop_requested=stop_requested,
+        stop_after_equal_rewards=settings.stop_after_equal_rewards,
+        rows_per_step=settings.prompts_per_step * settings.group_size,
+        max_new_tokens=settings.max_new_tokens,
+    )
+    trainer = LayerGRPOTrainer(policy, args, [reward], ordered, meter=meter, callbacks=[recorder])
+    trainer.remove_callback(PrinterCallback)
+    recorder.trainer = trainer
+    try:
+        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from is not None else None)
+    finally:
+        # TRL and accelerate wrap the model's forward in place; the policy outlives this trainer.
+        policy.model.__dict__.pop("forward", None)
+        policy.model.eval()
+    check_trainable(policy)
+    return int(trainer.state.global_step)
+
+
+def in_order(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
+    """`count` rows: shuffled passes over `rows`, one after the other."""
+    shuffler = random.Random(seed)
+    ordered: list[Row] = []
+    while len(ordered) < count:
+        ordered += shuffler.sample(list(rows), len(rows))
+    return ordered[:count]
+
+
+def trl_arguments(
+    settings: TrainingConfig,
+    *,
+    group_tokens: int,
+    folder: Path,
+    seed: int,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    checkpoints: bool,
+) -> GRPOConfig:
+    """TRL's configuration of a run; micro-batches are whole groups that divide a step evenly.
+
+    Args:
+        group_tokens: most tokens a group can have.
+    """
+    groups = groups_per_micro_batch(settings.prompts_per_step, group_tokens, settings.micro_batch_tokens)
+    parts = settings.prompts_per_step // groups
+    return GRPOConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=groups * settings.group_size,
+        gradient_accumulation_steps=parts,
+        steps_per_generation=parts,
+        num_generations=settings.group_size,
+        max_completion_length=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        beta=settings.beta,
+        **algorithm_arguments(settings.algorithm, settings.epsilon),
+        learning_rate=settings.lr,
+        lr_scheduler_type=settings.lr_schedule,
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        max_steps=settings.steps,
+        # The rows come in the order they are used, so a resumed run finds its place by counting.
+        shuffle_dataset=False,
+        save_strategy="steps" if checkpoints else "no",
+        save_steps=settings.checkpoint_every,
+        save_total_limit=2,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to=settings.report_to,
+        seed=seed,
+        use_cpu=device.type == "cpu",
+        bf16=compute_dtype == torch.bfloat16,
+        fp16=compute_dtype == torch.float16,
+        gradient_checkpointing=False,
+        disable_dropout=True,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )

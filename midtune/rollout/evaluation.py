@@ -1,0 +1,137 @@
+"""Scoring a policy on held-out problems, greedily and by sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from midtune.model.policy import Policy
+from midtune.rollout.sampler import sample
+from midtune.tasks import Reward, Row, completion_of
+
+# Beyond this a CPU gains nothing from more rows and a GPU little.
+MOST_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of the same problems in the same order.
+
+    Attributes:
+        greedy: [n] score of the greedy completion.
+        sampled: [n] mean score over samples at the training temperature; None if none were drawn.
+        completions: the greedy completions.
+    """
+
+    greedy: NDArray[np.float64]
+    sampled: NDArray[np.float64] | None
+    completions: list[str]
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> list[int]:
+    """A prompt as token ids, as TRL makes them: a text as it is, a chat up to where the answer begins."""
+    if isinstance(prompt, str):
+        ids: list[int] = tokenizer(prompt)["input_ids"]
+        return ids
+    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
+        "input_ids"
+    ]
+    return ids
+
+
+def evaluate(
+    policy: Policy,
+    rows: Sequence[Row],
+    score: Reward,
+    *,
+    samples: int,
+    temperature: float,
+    max_new_tokens: int,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+    on_problems: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Score `policy` on `rows`.
+
+    Args:
+        score: TRL reward signature; called on all completions of a batch of problems.
+        samples: completions per problem at `temperature`; 0 draws none.
+        seed: of the samples; the caller's random state is left as it was.
+        on_problems: called with the completions finished since the last call and the tokens they took.
+    """
+    prompts = [prompt_ids(policy.tokenizer, row["prompt"]) for row in rows]
+    # Problems of like length share a batch, so that little of it is padding.
+    order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
+
+    def run(draws: int, heat: float) -> tuple[NDArray[np.float64], list[str]]:
+        scores = np.zeros(len(rows))
+        texts = [""] * len(rows)
+        start = 0
+        while start < len(order):
+            longest = len(prompts[order[min(start + MOST_ROWS, len(order)) - 1]]) + max_new_tokens
+            count = max(1, rows_that_fit(policy, longest) // draws)
+            batch = order[start : start + count]
+            start += count
+            rollout = sample(
+                policy,
+                [prompts[i] for i in batch],
+                group_size=draws,
+                max_new_tokens=max_new_tokens,
+                temperature=heat,
+                top_p=top_p,
+                top_k=top_k,
+            )
+            ids = rollout.completions()
+            decoded = policy.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            found = score_completions(score, [rows[i] for i in batch for _ in range(draws)], decoded, ids)
+            for place, i in enumerate(batch):
+                scores[i] = np.mean(found[place * draws : (place + 1) * draws])
+                texts[i] = decoded[place * draws]
+            if on_problems is not None:
+                on_problems(len(ids), sum(map(len, ids)))
+        return scores, texts
+
+    greedy, completions = run(1, 0.0)
+    sampled = None
+    if samples:
+        devices = [policy.device] if policy.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            sampled, _ = run(samples, temperature)
+    return Evaluation(greedy, sampled, completions)
+
+
+def score_completions(
+    score: Reward, rows: Sequence[Row], texts: Sequence[str], ids: Sequence[list[int]]
+) -> list[float]:
+    """Call a reward as TRL does, with every other column of the rows as a list; None counts as 0."""
+    columns: dict[str, list[Any]] = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
+    found = score(
+        prompts=[row["prompt"] for row in rows],
+        completions=[completion_of(row["prompt"], text) for row, text in zip(rows, texts, strict=True)],
+        completion_ids=list(ids),
+        **columns,
+    )
+    return [0.0 if value is None else float(value) for value in found]
+
+
+def rows_that_fit(policy: Policy, tokens: int) -> int:
+    """How many rows of `tokens` tokens can be sampled together, by the memory their keys and values take."""
+    if policy.device.type != "cuda":
+        return MOST_ROWS
+    config: Any = policy.model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    row_bytes = 2 * policy.num_blocks * heads * width * tokens * policy.compute_dtype.itemsize
+    # A step's logits are held a few times over in fp32.
+    row_bytes += 16 * config.vocab_size
+    free_bytes, _ = torch.cuda.mem_get_info(policy.device)
+    # Growing a cache holds its old and its new tensors for a moment.
+    return int(max(1, min(MOST_ROWS, free_bytes // 3 // row_bytes)))

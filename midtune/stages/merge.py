@@ -1,0 +1,39 @@
+"""`midtune merge`: a complete checkpoint from a run, which needs no midtune to load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from midtune.errors import InputError
+from midtune.model.loading import load_policy
+from midtune.model.patch import deployed_tensors, merge_patch, read_patch
+from midtune.model.sources import resolve
+from midtune.report.terminal import Terminal
+from midtune.stages.evaluate import patch_of
+
+
+def run(target: Path, *, out: Path, terminal: Terminal) -> dict[str, Any]:
+    """Put the trained blocks of a run into its base model's checkpoint.
+
+    Args:
+        target: a run folder or a patch folder.
+        out: the new checkpoint's folder; it appears when it is complete.
+
+    Returns:
+        `folder`, `tensors` (how many were replaced), `bytes`.
+    """
+    patch_folder = patch_of(str(target))
+    if patch_folder is None:
+        raise InputError(
+            f"{target} is neither a run folder nor a patch folder; give a folder that `train` made."
+        )
+    patch = read_patch(patch_folder)
+    source = resolve(patch.base_model, patch.revision)
+    terminal.message(f"merging blocks {', '.join(map(str, patch.blocks))} into {source.name}")
+    # On the CPU: merging is reading and writing, and a LoRA product is small.
+    policy = load_policy(source, quantize="none", device="cpu")
+    tensors = deployed_tensors(policy, patch_folder)
+    del policy
+    written = merge_patch(source, tensors, out)
+    return {"folder": str(out), "tensors": len(tensors), "bytes": written}

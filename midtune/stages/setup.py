@@ -1,0 +1,94 @@
+"""What several commands begin with: the model and the task that a configuration names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from midtune.config import RunConfig
+from midtune.errors import InputError
+from midtune.model.loading import load_policy
+from midtune.model.policy import Policy
+from midtune.model.sources import Source, resolve
+from midtune.report.terminal import Terminal
+from midtune.rollout.evaluation import Evaluation, evaluate
+from midtune.tasks import Row, Task, check_reward, load_task
+
+
+def open_source(config: RunConfig, terminal: Terminal) -> Source:
+    """The model's files on this machine, fetched or converted if need be."""
+    from midtune.model.loading import resolve_device
+
+    resolve_device(config.model.device)
+    said: set[str] = set()
+
+    def progress(message: str, done: int | None, total: int | None) -> None:
+        if message not in said:
+            said.add(message)
+            terminal.message(message)
+
+    return resolve(config.model.name, config.model.revision, progress=progress)
+
+
+def open_policy(config: RunConfig, source: Source, *, quantize: str | None = None) -> Policy:
+    """The model in memory, frozen."""
+    return load_policy(
+        source,
+        quantize=quantize or config.model.quantize,
+        device=config.model.device,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+
+
+def open_task(config: RunConfig, terminal: Terminal) -> Task:
+    """The task, its rewards already tried on real rows."""
+    settings = config.task
+    if settings.name is None:
+        raise InputError(
+            f"no task was given for {config.model.name}; add --task reasoning-gym:NAME, or --task with the path "
+            "of a jsonl or csv file (`midtune tasks` lists the names)."
+        )
+    task = load_task(
+        settings.name,
+        args=settings.args,
+        reward=settings.reward,
+        prompt_column=settings.prompt_column,
+        answer_column=settings.answer_column,
+        system_prompt=settings.system_prompt,
+        prompt_format=settings.prompt_format,
+        # More than a run can use would only cost time: some generators take seconds a problem.
+        train_size=min(
+            settings.train_size, max(config.training.steps * config.training.prompts_per_step, 64)
+        ),
+        eval_size=settings.eval_size,
+        seed=config.seed,
+    )
+    check_reward(task)
+    if task.note:
+        terminal.message(task.note)
+    return task
+
+
+def score_policy(
+    policy: Policy,
+    task: Task,
+    rows: Sequence[Row],
+    config: RunConfig,
+    terminal: Terminal,
+    what: str,
+    samples: int,
+) -> Evaluation:
+    """Score the policy on `rows`, with a progress bar that says `what` is going on."""
+    training = config.training
+    with terminal.progress(what, len(rows) * (1 + samples)) as advance:
+        return evaluate(
+            policy,
+            rows,
+            task.score,
+            samples=samples,
+            temperature=training.temperature,
+            max_new_tokens=training.max_new_tokens,
+            top_p=training.top_p,
+            top_k=training.top_k,
+            seed=config.seed,
+            on_problems=lambda problems, tokens: advance(problems, tokens=tokens),
+        )

@@ -1,0 +1,365 @@
+"""`midtune train`: choose blocks, train them alone, score before and after, report.
+
+Departures from the study (arXiv 2607.01232): frozen linear layers are in 4-bit; scores are given on that
+model as it trains and on the unquantized one as it will be deployed; batches are as small as one
+consumer card needs. The learning rate of a single block is the study's, unless a recipe says otherwise.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import signal
+import statistics
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from midtune.config import RunConfig, dump_config
+from midtune.errors import InputError, Interrupted
+from midtune.model.patch import apply_patch, save_patch
+from midtune.model.policy import Policy
+from midtune.model.sources import Source
+from midtune.probe.selection import best, matching_probe, middle_band, parse_layers, ranking_of
+from midtune.report.statistics import compare
+from midtune.report.summary import MemoryReport, Report, TimeReport
+from midtune.report.terminal import Terminal
+from midtune.rl.training import train_blocks
+from midtune.rollout.evaluation import Evaluation, prompt_ids
+from midtune.runs import RunFolder, describe_environment
+from midtune.savings.estimate import ModelNumbers, StepShape, estimate_full_training
+from midtune.savings.meter import Meter
+from midtune.stages import baseline
+from midtune.stages.probe import probe_blocks
+from midtune.stages.setup import open_policy, open_source, open_task, score_policy
+from midtune.tasks import Task
+
+# Trained tensors in fp32 and two Adam moments, in the two checkpoints that are kept.
+CHECKPOINT_BYTES_PER_PARAMETER = 2 * 3 * 4
+
+
+def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: Terminal) -> dict[str, Any]:
+    """Train, and return report.json.
+
+    Args:
+        config: of a resumed run, the one its folder holds.
+        out: the run's folder; None makes one under `runs/`.
+        resume: the folder of a run to go on with.
+
+    Raises:
+        InputError: anything asked for is wrong or missing; nothing has been written.
+        RunStopped: there was nothing to learn from.
+        Interrupted: Ctrl-C or SIGTERM, after a checkpoint.
+    """
+    if resume is not None:
+        folder = RunFolder.open(resume)
+        checkpoint = folder.latest_checkpoint()
+        if checkpoint is None:
+            raise InputError(f"{folder} has no checkpoint to resume from; start it again with another --out.")
+    else:
+        folder, checkpoint = RunFolder.create(out, _stem(config)), None
+
+    task = open_task(config, terminal)
+    source = open_source(config, terminal)
+    policy = open_policy(config, source)
+    if policy.stored_quantized:
+        terminal.message(
+            f"{source.name} is stored in 4-bit: the trained block starts from dequantized weights."
+        )
+    config, choice = _choose_blocks(config, policy, task, folder, terminal)
+    blocks = parse_layers(config.blocks.layers or "", policy.num_blocks, config.blocks.top_k)
+
+    if checkpoint is None:
+        trained = len(blocks) * sum(p.numel() for p in policy.blocks[blocks[0]].parameters())
+        folder.require_free(trained * CHECKPOINT_BYTES_PER_PARAMETER)
+        folder.write_text(folder.config, dump_config(config))
+        folder.write_json(folder.environment, describe_environment(str(policy.device), config.seed))
+        before = score_policy(
+            policy,
+            task,
+            task.held_out,
+            config,
+            terminal,
+            "scoring before training",
+            config.evaluation.samples,
+        )
+        _write_start(folder, before, choice)
+    else:
+        step = int(checkpoint.name.rpartition("-")[2])
+        folder.truncate_metrics(step)
+        before, choice = _read_start(folder)
+        terminal.message(f"resuming {folder} after step {step}")
+
+    if config.model.adapter == "lora":
+        policy.add_lora(blocks, config.model.lora_rank)
+    else:
+        for block in blocks:
+            policy.thaw(block)
+    trainable = sum(p.numel() for p in policy.trained_parameters().values())
+    peak_bytes, memory_source = _train(config, policy, task, folder, checkpoint, terminal)
+
+    after = score_policy(
+        policy, task, task.held_out, config, terminal, "scoring after training", config.evaluation.samples
+    )
+    patch_bytes = save_patch(policy, folder.patch)
+    steps = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
+    shape = _shape(config, policy, task, steps)
+    numbers = ModelNumbers.from_config(policy.model.config.to_dict(), policy.total_parameters)
+    total_parameters, stored_quantized = policy.total_parameters, policy.stored_quantized
+    del policy
+    _release()
+
+    deployed = None
+    if config.evaluation.deployed and not stored_quantized:
+        deployed = _score_deployed(config, source, task, folder, terminal)
+    time = _time(config, steps)
+    full = _full_training(config, folder, numbers, shape, blocks, time, terminal)
+
+    report = Report(
+        model=source.name,
+        task=task.name,
+        blocks=tuple(blocks),
+        quality=compare(before.greedy, after.greedy),
+        sampled=(
+            compare(before.sampled, after.sampled)
+            if before.sampled is not None and after.sampled is not None
+            else None
+        ),
+        deployed=compare(deployed[0].greedy, deployed[1].greedy) if deployed else None,
+        time=TimeReport(**time, full_step=full.step_s, full_source=full.source),
+        memory=MemoryReport(
+            peak=peak_bytes, source=memory_source, full_peak=full.peak_bytes, full_source=full.source
+        ),
+        trainable_parameters=trainable,
+        total_parameters=total_parameters,
+        patch_bytes=patch_bytes,
+        probe=choice,
+        seed=config.seed,
+    ).to_dict()
+    folder.write_json(folder.report, report)
+    terminal.message(f"run folder: {folder}")
+    return {**report, "run": str(folder)}
+
+
+def _stem(config: RunConfig) -> str:
+    task = (config.task.name or "").rpartition(":")[2]
+    return f"{Path(config.model.name).stem}-{Path(task).stem}"
+
+
+def _choose_blocks(
+    config: RunConfig, policy: Policy, task: Task, folder: RunFolder, terminal: Terminal
+) -> tuple[RunConfig, str]:
+    """The configuration with its blocks written out, and how they were chosen."""
+    wanted = config.blocks
+    if wanted.layers is not None:
+        blocks = parse_layers(wanted.layers, policy.num_blocks, wanted.top_k)
+        how = f"--layers {wanted.layers}"
+    else:
+        probe_file = wanted.probe or (folder.probe if folder.probe.is_file() else None)
+        probe = _read_probe(probe_file) if probe_file is not None else None
+        if probe is not None and matching_probe(
+            probe, policy.source.name, task.fingerprint, policy.source.revision
+        ):
+            how = f"the ranking of {probe_file} ({probe['method']})"
+        else:
+            if wanted.probe is not None:
+                raise InputError(
+                    f"{wanted.probe} ranks the blocks of {probe and probe.get('model')} on "
+                    f"{probe and probe.get('task')}, not those of {policy.source.name} on {task.name} as asked; "
+                    "probe again, or choose with --layers."
+                )
+            band = middle_band(policy.num_blocks, at_least=wanted.top_k)
+            terminal.message(
+                f"no probe for this model and task: ranking blocks {band[0]} to {band[-1]} by reward gradient"
+            )
+            # Trials would cost as much as the training itself; they are asked for with `midtune probe`.
+            gradient = config.probe.model_copy(update={"method": "gradient"})
+            probe = probe_blocks(policy, task, config.model_copy(update={"probe": gradient}), band, terminal)
+            folder.write_json(folder.probe, probe)
+            how = f"gradient probe of blocks {band[0]}-{band[-1]}"
+        blocks = best(ranking_of(probe), policy.num_blocks, wanted.top_k)
+    terminal.message(
+        f"training {'block' if len(blocks) == 1 else 'blocks'} {', '.join(map(str, blocks))} ({how})"
+    )
+    layers = ",".join(map(str, blocks))
+    chosen = wanted.model_copy(update={"layers": layers, "top_k": len(blocks), "probe": None})
+    return config.model_copy(update={"blocks": chosen}), how
+
+
+def _train(
+    config: RunConfig,
+    policy: Policy,
+    task: Task,
+    folder: RunFolder,
+    checkpoint: Path | None,
+    terminal: Terminal,
+) -> tuple[int, Any]:
+    """The training itself; returns peak bytes and what they count."""
+    meter = Meter(policy.device)
+    meter.reset_peak()
+    title = f"{policy.source.name}, {task.name}, blocks {', '.join(map(str, policy.trained))}"
+    with _signals() as stop, terminal.training(config.training.steps, title) as display:
+
+        def on_step(metrics: dict[str, Any]) -> None:
+            folder.append_jsonl(folder.metrics, metrics)
+            display.update(metrics)
+            if stop.asked and not stop.said:
+                stop.said = True
+                display.message("stopping after this step; its checkpoint is being saved")
+
+        last = train_blocks(
+            policy,
+            task.train,
+            task.reward,
+            config.training,
+            folder=folder.checkpoints,
+            seed=config.seed,
+            meter=meter,
+            on_step=on_step,
+            on_sample=lambda sample: folder.append_jsonl(folder.samples, sample),
+            on_message=display.message,
+            stop_requested=lambda: stop.asked,
+            resume_from=checkpoint,
+        )
+    if last < config.training.steps:
+        raise Interrupted(
+            f"stopped after step {last} of {config.training.steps}; go on with `midtune train --resume {folder}`."
+        )
+    return meter.peak_bytes(), meter.source
+
+
+@dataclass
+class _Stop:
+    asked: bool = False
+    said: bool = False
+
+
+@contextmanager
+def _signals() -> Iterator[_Stop]:
+    """The first Ctrl-C or SIGTERM asks for a stop after the step; the second stops at once."""
+    stop = _Stop()
+
+    def ask(number: int, frame: Any) -> None:
+        if stop.asked:
+            raise KeyboardInterrupt
+        stop.asked = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _score_deployed(
+    config: RunConfig, source: Source, task: Task, folder: RunFolder, terminal: Terminal
+) -> tuple[Evaluation, Evaluation]:
+    """Greedy scores of the unquantized model without and with the patch that was written."""
+    policy = open_policy(config, source, quantize="none")
+    before = score_policy(policy, task, task.held_out, config, terminal, "scoring the unquantized model", 0)
+    apply_patch(policy, folder.patch)
+    after = score_policy(policy, task, task.held_out, config, terminal, "scoring it with the patch", 0)
+    del policy
+    _release()
+    return before, after
+
+
+@dataclass(frozen=True)
+class _Full:
+    step_s: float
+    peak_bytes: int
+    source: Any
+
+
+def _full_training(
+    config: RunConfig,
+    folder: RunFolder,
+    numbers: ModelNumbers,
+    shape: StepShape,
+    blocks: list[int],
+    time: dict[str, float],
+    terminal: Terminal,
+) -> _Full:
+    if config.evaluation.baseline == "measured":
+        terminal.message(f"measuring full training: {baseline.STEPS} steps in a process of its own")
+        figures = baseline.measure(folder.config)
+        return _Full(figures["step"], figures["peak"], "measured")
+    width = shape.prompt_tokens + shape.completion_tokens
+    estimate = estimate_full_training(
+        numbers,
+        shape,
+        lowest_block=blocks[0],
+        trained_blocks=len(blocks),
+        rollout_s=time["rollout"],
+        reward_s=time["reward"],
+        update_s=time["update"],
+        backward_tokens=min(
+            config.training.micro_batch_tokens, int(shape.prompts * shape.group_size * width)
+        ),
+        reference=config.training.beta > 0,
+    )
+    return _Full(estimate.step_s, estimate.peak_bytes, "estimated")
+
+
+def _shape(config: RunConfig, policy: Policy, task: Task, steps: list[dict[str, Any]]) -> StepShape:
+    some = task.train[:64]
+    return StepShape(
+        prompts=config.training.prompts_per_step,
+        group_size=config.training.group_size,
+        prompt_tokens=statistics.fmean(len(prompt_ids(policy.tokenizer, row["prompt"])) for row in some),
+        completion_tokens=statistics.fmean(step["completion_length"] for step in steps),
+    )
+
+
+def _time(config: RunConfig, steps: list[dict[str, Any]]) -> dict[str, float]:
+    """Mean seconds of a step and its phases, and of the steps that the baseline repeats."""
+    names = {"step": "step_s", "rollout": "rollout_s", "reward": "reward_s", "update": "update_s"}
+    means = {ours: statistics.fmean(step[theirs] for step in steps) for ours, theirs in names.items()}
+    if config.evaluation.baseline == "measured":
+        means["compared_step"] = min(step["step_s"] for step in steps[: baseline.STEPS])
+    return means
+
+
+def _write_start(folder: RunFolder, before: Evaluation, choice: str) -> None:
+    folder.write_json(
+        folder.start,
+        {
+            "choice": choice,
+            "greedy": before.greedy.tolist(),
+            "sampled": None if before.sampled is None else before.sampled.tolist(),
+        },
+    )
+
+
+def _read_start(folder: RunFolder) -> tuple[Evaluation, str]:
+    import numpy as np
+
+    data = folder.read_json(folder.start)
+    sampled = None if data["sampled"] is None else np.array(data["sampled"])
+    return Evaluation(np.array(data["greedy"]), sampled, []), data["choice"]
+
+
+def _read_probe(path: Path) -> dict[str, Any]:
+    try:
+        probe: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        probe["blocks"], probe["method"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(
+            f"{path} is not a probe.json that can be read; make one with `midtune probe`."
+        ) from None
+    return probe
+
+
+def _release() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
