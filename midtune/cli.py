@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from midtune import __version__
 from midtune.config import RunConfig, load_config, parse_assignment, require_task, setting
@@ -153,9 +154,26 @@ AsJson = Annotated[bool, _plain_option("--json", "print the result as one JSON o
 Quiet = Annotated[bool, _plain_option("--quiet", "no progress and no messages", "Output")]
 Debug = Annotated[bool, _plain_option("--debug", "show the traceback of an unexpected error", "Output")]
 
+
+class Command(TyperCommand):
+    """A command whose help has a section for each group of options."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the sections, in the order in which the parameters are declared."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            if (record := parameter.get_help_record(ctx)) is not None:
+                panel = getattr(parameter, "rich_help_panel", None)
+                default = "Arguments" if parameter.param_type_name == "argument" else "Output"
+                sections.setdefault(panel or default, []).append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
 app = typer.Typer(
     add_completion=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,  # plain help: Rich takes as long to load as all the rest
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
@@ -168,7 +186,9 @@ def start(
 ) -> None:
     """Reinforcement learning of one transformer block over a frozen 4-bit model.
 
-    Example: midtune train --top-k 1 trains the bundled model on its own task.
+    \b
+    Example: train the bundled model on its own task.
+      midtune train --top-k 1
     """
     if version:
         print(f"midtune {__version__}")
@@ -176,7 +196,7 @@ def start(
         print(ctx.get_help())
 
 
-@app.command()
+@app.command(cls=Command, short_help="train blocks, report what it gained and saved")
 def train(
     ctx: typer.Context,
     model: Model = None,
@@ -214,7 +234,9 @@ def train(
 ) -> None:
     """Train the chosen blocks, score them before and after, and report what was gained and saved.
 
-    Example: midtune train smollm2-135m --task reasoning-gym:chain_sum --task-arg min_terms=2 --top-k 1
+    \b
+    Example:
+      midtune train smollm2-135m --task reasoning-gym:chain_sum --task-arg min_terms=2 --top-k 1
     """
     folder = _resumed(ctx) if resume else None
     config = load_config(folder / "config.yaml", {}) if folder else _configure(ctx)
@@ -224,10 +246,10 @@ def train(
 
         return stage.run(config, out=None if folder else out, resume=folder, terminal=terminal)
 
-    _show(_run(stage, quiet), as_json, _report_table)
+    _show("report", _run(stage, quiet), as_json)
 
 
-@app.command()
+@app.command(cls=Command, short_help="rank the blocks by what training each would pay")
 def probe(
     ctx: typer.Context,
     model: Model = None,
@@ -260,7 +282,9 @@ def probe(
 ) -> None:
     """Rank the blocks by how much training each would pay, with intervals and prices.
 
-    Example: midtune probe --method gradient --out runs/ranking
+    \b
+    Example:
+      midtune probe --method gradient --out runs/ranking
     """
     config = _configure(ctx)
 
@@ -269,15 +293,13 @@ def probe(
 
         return stage.run(config, out=out, terminal=terminal)
 
-    _show(_run(stage, quiet), as_json, _probe_table)
+    _show("probe", _run(stage, quiet), as_json)
 
 
-@app.command("eval")
+@app.command("eval", cls=Command, short_help="score a model, a run or a patch")
 def evaluate(
     ctx: typer.Context,
-    target: Annotated[
-        str, typer.Argument(help="a model, the folder of a run, or a patch", show_default=False)
-    ],
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="a model, a run folder or a patch folder")],
     quantize: Quantize = None,
     device: Device = None,
     task: TaskName = None,
@@ -300,7 +322,9 @@ def evaluate(
 
     A run or the patch inside it is scored on its own task, unless another one is given.
 
-    Example: midtune eval runs/tiny --quantize none
+    \b
+    Example:
+      midtune eval runs/tiny --quantize none
     """
     config = _configure(ctx, target=target)
 
@@ -309,12 +333,12 @@ def evaluate(
 
         return stage.run(target, config, terminal=terminal)
 
-    _show(_run(stage, quiet), as_json, _score_table)
+    _show("score", _run(stage, quiet), as_json)
 
 
-@app.command()
+@app.command(cls=Command, short_help="write a checkpoint with the trained blocks in place")
 def merge(
-    run: Annotated[Path, typer.Argument(help="the folder of a run", show_default=False)],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a run")],
     out: Annotated[
         Path, typer.Option(help="folder for the checkpoint", show_default=False, rich_help_panel="Output")
     ],
@@ -324,7 +348,9 @@ def merge(
 ) -> None:
     """Write a complete checkpoint: the base model with the trained blocks in place.
 
-    Example: midtune merge runs/tiny --out merged
+    \b
+    Example:
+      midtune merge runs/tiny --out merged
     """
 
     def stage(terminal: Terminal) -> dict[str, Any]:
@@ -332,13 +358,13 @@ def merge(
 
         return stage.run(run, out=out, terminal=terminal)
 
-    _show(_run(stage, quiet), as_json, _merge_text)
+    _show("merge", _run(stage, quiet), as_json)
 
 
-@app.command()
+@app.command(cls=Command, short_help="list the reasoning-gym datasets, or show one")
 def tasks(
     name: Annotated[
-        str | None, typer.Argument(help="show a problem of this dataset", show_default=False)
+        str | None, typer.Argument(metavar="NAME", help="show a problem of this dataset", show_default=False)
     ] = None,
     task_arg: TaskArgs = None,
     seed: Seed = None,
@@ -348,16 +374,18 @@ def tasks(
 ) -> None:
     """List the reasoning-gym datasets, or show a problem and the arguments of one.
 
-    Example: midtune tasks chain_sum --task-arg max_terms=2
+    \b
+    Example:
+      midtune tasks chain_sum --task-arg max_terms=2
     """
     args = dict(_task_argument(text) for text in task_arg or [])
 
     def stage(terminal: Terminal) -> dict[str, Any]:
         from midtune.stages import tasks as stage
 
-        return stage.run(name, args=args, seed=seed or 0)
+        return stage.run(name, args=args, seed=RunConfig().seed if seed is None else seed)
 
-    _show(_run(stage, quiet), as_json, _tasks_text)
+    _show("tasks", _run(stage, quiet), as_json)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -386,11 +414,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _complain(f"{_one_line(error.format_message()).rstrip('.')}; see `{command} --help`.")
     except Exception as error:  # noqa: BLE001 (a traceback is no message)
         folder = _latest_run(arguments, started)
-        _complain(
-            f"{type(error).__name__}: {_one_line(str(error)) or 'no message'}"
-            + (f" (the run is in {folder})" if folder else "")
-            + ("" if debug else "; this is a bug in midtune or below it: --debug shows the traceback.")
-        )
+        where = f" (the run is in {folder})" if folder else ""
+        hint = "" if debug else "; run it again with --debug to see where."
+        _complain(f"unexpected {type(error).__name__}: {_one_line(str(error)) or 'no message'}{where}{hint}")
         if debug:
             traceback.print_exc()
     sys.exit(code)
@@ -501,7 +527,7 @@ def _run(stage: Callable[[Terminal], dict[str, Any]], quiet: bool) -> dict[str, 
         return stage(Terminal(quiet=quiet))
 
 
-def _show(result: dict[str, Any], as_json: bool, table: Callable[[dict[str, Any]], RenderableType]) -> None:
+def _show(kind: str, result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         # JSON has no NaN.
         plain = json.loads(json.dumps(result, default=str), parse_constant=lambda name: None)
@@ -510,34 +536,17 @@ def _show(result: dict[str, Any], as_json: bool, table: Callable[[dict[str, Any]
     from rich.console import Console
 
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
-    Console(width=width).print(table(result))
+    Console(width=width).print(_table(kind, result))
 
 
-def _report_table(report: dict[str, Any]) -> RenderableType:
-    from midtune.report.tables import report_table
+def _table(kind: str, result: dict[str, Any]) -> RenderableType:
+    from midtune.report import results, tables
 
-    return report_table(report)
-
-
-def _probe_table(probe: dict[str, Any]) -> RenderableType:
-    from midtune.report.tables import probe_table
-
-    return probe_table(probe)
-
-
-def _score_table(result: dict[str, Any]) -> RenderableType:
-    from midtune.report.results import score_table
-
-    return score_table(result)
-
-
-def _merge_text(result: dict[str, Any]) -> RenderableType:
-    from midtune.report.results import merge_text
-
-    return merge_text(result)
-
-
-def _tasks_text(result: dict[str, Any]) -> RenderableType:
-    from midtune.report.results import tasks_text
-
-    return tasks_text(result)
+    tables_of = {
+        "report": tables.report_table,
+        "probe": tables.probe_table,
+        "score": results.score_table,
+        "merge": results.merge_text,
+        "tasks": results.tasks_text,
+    }
+    return tables_of[kind](result)
