@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from midtune.config import RunConfig
 from midtune.errors import InputError
-from midtune.model.loading import load_policy
+from midtune.model.loading import load_policy, resolve_device
 from midtune.model.policy import Policy
 from midtune.model.sources import Source, resolve
 from midtune.report.terminal import Terminal
@@ -16,8 +16,6 @@ from midtune.tasks import Row, Task, check_reward, load_task
 
 def open_source(config: RunConfig, terminal: Terminal) -> Source:
     """The model's files on this machine, fetched or converted if need be."""
-    from midtune.model.loading import resolve_device
-
     resolve_device(config.model.device)
     said: set[str] = set()
 

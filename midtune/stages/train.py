@@ -22,6 +22,7 @@ import torch
 
 from midtune.config import RunConfig, dump_config
 from midtune.errors import InputError, Interrupted
+from midtune.model.loading import resolve_device
 from midtune.model.patch import apply_patch, save_patch
 from midtune.model.policy import Policy
 from midtune.model.sources import Source
@@ -66,6 +67,9 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
 
     task = open_task(config, terminal)
     source = open_source(config, terminal)
+    meter = Meter(resolve_device(config.model.device))
+    # On a CPU peaks count the whole process, so full training's estimate has to begin there too.
+    process_bytes = meter.current_bytes()
     policy = open_policy(config, source)
     if policy.stored_quantized:
         terminal.message(
@@ -101,7 +105,7 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
         for block in blocks:
             policy.thaw(block)
     trainable = sum(p.numel() for p in policy.trained_parameters().values())
-    peak_bytes, memory_source = _train(config, policy, task, folder, checkpoint, terminal)
+    peak_bytes = _train(config, policy, task, folder, checkpoint, meter, terminal)
 
     after = score_policy(
         policy, task, task.held_out, config, terminal, "scoring after training", config.evaluation.samples
@@ -111,6 +115,7 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
     shape = _shape(config, policy, task, steps)
     numbers = ModelNumbers.from_config(policy.model.config.to_dict(), policy.total_parameters)
     total_parameters, stored_quantized = policy.total_parameters, policy.stored_quantized
+    compute_bytes = policy.compute_dtype.itemsize
     del policy
     _release()
 
@@ -118,7 +123,11 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
     if config.evaluation.deployed and not stored_quantized:
         deployed = _score_deployed(config, source, task, folder, terminal)
     time = _time(config, steps)
-    full = _full_training(config, folder, numbers, shape, blocks, time, terminal)
+    if config.evaluation.baseline == "measured":
+        terminal.message(f"measuring full training: {baseline.STEPS} steps in a process of its own")
+        full = baseline.measure(folder.config)
+    else:
+        full = _estimate(config, numbers, shape, blocks, time, compute_bytes, process_bytes)
 
     report = Report(
         model=source.name,
@@ -131,9 +140,12 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
             else None
         ),
         deployed=compare(deployed[0].greedy, deployed[1].greedy) if deployed else None,
-        time=TimeReport(**time, full_step=full.step_s, full_source=full.source),
+        time=TimeReport(**time, full_step=full["step"], full_source=config.evaluation.baseline),
         memory=MemoryReport(
-            peak=peak_bytes, source=memory_source, full_peak=full.peak_bytes, full_source=full.source
+            peak=peak_bytes,
+            source=meter.source,
+            full_peak=full["peak"],
+            full_source=config.evaluation.baseline,
         ),
         trainable_parameters=trainable,
         total_parameters=total_parameters,
@@ -197,10 +209,10 @@ def _train(
     task: Task,
     folder: RunFolder,
     checkpoint: Path | None,
+    meter: Meter,
     terminal: Terminal,
-) -> tuple[int, Any]:
-    """The training itself; returns peak bytes and what they count."""
-    meter = Meter(policy.device)
+) -> int:
+    """The training itself; returns its peak bytes."""
     meter.reset_peak()
     title = f"{policy.source.name}, {task.name}, blocks {', '.join(map(str, policy.trained))}"
     with _signals() as stop, terminal.training(config.training.steps, title) as display:
@@ -230,7 +242,7 @@ def _train(
         raise Interrupted(
             f"stopped after step {last} of {config.training.steps}; go on with `midtune train --resume {folder}`."
         )
-    return meter.peak_bytes(), meter.source
+    return meter.peak_bytes()
 
 
 @dataclass
@@ -273,26 +285,16 @@ def _score_deployed(
     return before, after
 
 
-@dataclass(frozen=True)
-class _Full:
-    step_s: float
-    peak_bytes: int
-    source: Any
-
-
-def _full_training(
+def _estimate(
     config: RunConfig,
-    folder: RunFolder,
     numbers: ModelNumbers,
     shape: StepShape,
     blocks: list[int],
     time: dict[str, float],
-    terminal: Terminal,
-) -> _Full:
-    if config.evaluation.baseline == "measured":
-        terminal.message(f"measuring full training: {baseline.STEPS} steps in a process of its own")
-        figures = baseline.measure(folder.config)
-        return _Full(figures["step"], figures["peak"], "measured")
+    compute_bytes: int,
+    process_bytes: int,
+) -> dict[str, Any]:
+    """Full training's `step` seconds and `peak` bytes, estimated from this run's own phases."""
     width = shape.prompt_tokens + shape.completion_tokens
     estimate = estimate_full_training(
         numbers,
@@ -306,8 +308,10 @@ def _full_training(
             config.training.micro_batch_tokens, int(shape.prompts * shape.group_size * width)
         ),
         reference=config.training.beta > 0,
+        compute_bytes=compute_bytes,
+        process_bytes=process_bytes,
     )
-    return _Full(estimate.step_s, estimate.peak_bytes, "estimated")
+    return {"step": estimate.step_s, "peak": estimate.peak_bytes}
 
 
 def _shape(config: RunConfig, policy: Policy, task: Task, steps: list[dict[str, Any]]) -> StepShape:
