@@ -39,6 +39,7 @@ SETTINGS = {
     "reward": "task.reward",
     "prompt_column": "task.prompt_column",
     "answer_column": "task.answer_column",
+    "prompt_format": "task.prompt_format",
     "eval_size": "task.eval_size",
     "layers": "blocks.layers",
     "top_k": "blocks.top_k",
@@ -108,6 +109,7 @@ TaskArgs = Annotated[
 Reward = Annotated[str | None, _option("reward", "Task")]
 PromptColumn = Annotated[str | None, _option("prompt_column", "Task")]
 AnswerColumn = Annotated[str | None, _option("answer_column", "Task")]
+PromptFormat = Annotated[str | None, _option("prompt_format", "Task")]
 
 Layers = Annotated[str | None, _option("layers", "Blocks")]
 TopK = Annotated[int | None, _option("top_k", "Blocks")]
@@ -208,6 +210,7 @@ def train(
     reward: Reward = None,
     prompt_column: PromptColumn = None,
     answer_column: AnswerColumn = None,
+    prompt_format: PromptFormat = None,
     layers: Layers = None,
     top_k: TopK = None,
     probe: ProbeFile = None,
@@ -260,6 +263,7 @@ def probe(
     reward: Reward = None,
     prompt_column: PromptColumn = None,
     answer_column: AnswerColumn = None,
+    prompt_format: PromptFormat = None,
     method: Method = None,
     probed: Probed = None,
     top_k: TopK = None,
@@ -307,6 +311,7 @@ def evaluate(
     reward: Reward = None,
     prompt_column: PromptColumn = None,
     answer_column: AnswerColumn = None,
+    prompt_format: PromptFormat = None,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
     eval_size: EvalSize = None,

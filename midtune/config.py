@@ -213,8 +213,8 @@ def load_config(recipe: Path | None, overrides: Mapping[str, Any]) -> RunConfig:
     return config
 
 
-def require_task(config: RunConfig) -> None:
-    """Check that there is a task.
+def require_task(config: RunConfig) -> str:
+    """The name of the task.
 
     Raises:
         InputError: there is none; the message says what a task can be.
@@ -224,6 +224,7 @@ def require_task(config: RunConfig) -> None:
             f"no task was given for {config.model.name}; add --task reasoning-gym:NAME (`midtune tasks` has "
             "the names), or --task with the path of a jsonl or csv file."
         )
+    return config.task.name
 
 
 def parse_assignment(text: str, option: str = "--set part.key=value") -> tuple[str, Any]:

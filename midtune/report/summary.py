@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -101,68 +100,3 @@ class Report:
             "probe": self.probe,
             "seed": self.seed,
         }
-
-
-def build_report(
-    *,
-    model: str,
-    task: str,
-    blocks: Sequence[int],
-    quality: Comparison,
-    sampled: Comparison | None,
-    deployed: Comparison | None,
-    step_s: float,
-    rollout_s: float,
-    reward_s: float,
-    update_s: float,
-    full_step_s: float | None,
-    full_step_source: Source | None,
-    peak_bytes: int,
-    memory_source: Literal["cuda_allocated", "resident"],
-    full_peak_bytes: int | None,
-    full_peak_source: Source | None,
-    trainable_parameters: int,
-    total_parameters: int,
-    patch_bytes: int,
-    probe: str,
-    seed: int,
-    compared_step_s: float | None = None,
-) -> Report:
-    """The report of a run from its figures.
-
-    Args:
-        quality, sampled, deployed: see `Report`; the last two None when they were not asked for.
-        step_s, rollout_s, reward_s, update_s: mean seconds of a step and its phases.
-        full_step_s, full_peak_bytes: full training's, with where each comes from; None when unknown.
-        peak_bytes: the most that training held, counted as `memory_source` says.
-        patch_bytes: size of the trained blocks on disk.
-        compared_step_s: see `TimeReport`.
-    """
-    return Report(
-        model=model,
-        task=task,
-        blocks=tuple(sorted(int(block) for block in blocks)),
-        quality=quality,
-        sampled=sampled,
-        deployed=deployed,
-        time=TimeReport(
-            step=float(step_s),
-            rollout=float(rollout_s),
-            reward=float(reward_s),
-            update=float(update_s),
-            full_step=None if full_step_s is None else float(full_step_s),
-            full_source=full_step_source,
-            compared_step=None if compared_step_s is None else float(compared_step_s),
-        ),
-        memory=MemoryReport(
-            peak=int(peak_bytes),
-            source=memory_source,
-            full_peak=None if full_peak_bytes is None else int(full_peak_bytes),
-            full_source=full_peak_source,
-        ),
-        trainable_parameters=int(trainable_parameters),
-        total_parameters=int(total_parameters),
-        patch_bytes=int(patch_bytes),
-        probe=probe,
-        seed=int(seed),
-    )

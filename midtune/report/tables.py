@@ -185,12 +185,14 @@ def _savings(report: Mapping[str, Any]) -> Table:
     table.add_column("full training", justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     full_step = _finite(time["full_step"])
-    table.add_row(
-        "time per step",
-        seconds_text(time["step"]),
-        "-" if full_step is None else f"{seconds_text(full_step)}, {time['full_source']}",
-        "" if time["speedup"] is None else _speed(time["speedup"]),
-    )
+    full = "-" if full_step is None else f"{seconds_text(full_step)}, {time['full_source']}"
+    speed = "" if time["speedup"] is None else _speed(time["speedup"])
+    compared = _finite(time.get("compared_step"))
+    if compared is not None:
+        # Completions grow or shrink as a model learns, so only the same prompts compare.
+        table.add_row("time per step, first prompts", seconds_text(compared), full, speed)
+        full = speed = ""
+    table.add_row("time per step, mean", seconds_text(time["step"]), full, speed)
     for phase in ("rollout", "reward", "update"):
         table.add_row(f"  {phase}", seconds_text(time[phase]), "", "")
     full_peak = memory["full_peak"]

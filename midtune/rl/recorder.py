@@ -69,6 +69,7 @@ class StepRecorder(TrainerCallback):
         self._started = time.perf_counter()
         self._phases: dict[str, float] = {}
         self._only_equal = True
+        self._checked = False
         self._said: set[str] = set()
 
     def on_step_begin(
@@ -89,6 +90,10 @@ class StepRecorder(TrainerCallback):
             "update_s": step_s - rollout_s - reward_s,
             "step_s": step_s,
         }
+        if not self._checked:
+            assert self.trainer is not None
+            self.trainer.check_frozen()
+            self._checked = True
         if self.stop_requested():
             control.should_training_stop = True
         if control.should_training_stop or state.global_step >= state.max_steps:

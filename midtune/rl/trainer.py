@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from midtune.errors import MidtuneError
 from midtune.model.policy import Policy
 from midtune.rl.tail import completion_log_probs
 from midtune.rollout.sampler import Rollout, sample
@@ -66,14 +67,25 @@ class LayerGRPOTrainer(GRPOTrainer):
             callbacks=callbacks,
         )
         if self.accelerator.num_processes > 1:
-            raise NotImplementedError(
-                "midtune trains in one process; start it without a distributed launcher."
-            )
+            raise MidtuneError("midtune trains in one process; start it without a distributed launcher.")
         args.beta = self.beta = beta
         if beta > 0:
             policy.keep_reference()
             self.ref_model = policy.reference  # only ever handed back to the log-prob method below
         check_trainable(policy)
+        self._frozen = frozen_checksums(policy)
+
+    def check_frozen(self) -> None:
+        """Check after a step what was checked before the first one, and that no frozen tensor moved.
+
+        Raises:
+            MidtuneError: one of them is not so; a library underneath has changed its ways.
+        """
+        check_trainable(self.policy)
+        found = frozen_checksums(self.policy)
+        moved = [name for name, checksum in self._frozen.items() if found.get(name) != checksum]
+        if moved:
+            raise MidtuneError(f"{moved[0]} is frozen, but training changed it.")
 
     def _generate_single_turn(
         self,
@@ -163,8 +175,24 @@ class LayerGRPOTrainer(GRPOTrainer):
 
 
 def check_trainable(policy: Policy) -> None:
-    """Assert what midtune promises: trained parameters are fp32 and lie in the chosen blocks only."""
+    """Check what midtune promises: trained parameters are fp32 and lie in the chosen blocks only.
+
+    Raises:
+        MidtuneError: they are not; a library underneath has changed its ways.
+    """
     prefixes = tuple(f"{policy.stack_name}.{k}." for k in policy.trained)
     for name, parameter in policy.trained_parameters().items():
-        assert parameter.dtype == torch.float32, f"{name} is {parameter.dtype}, not fp32"
-        assert name.startswith(prefixes), f"{name} requires a gradient outside blocks {policy.trained}"
+        if parameter.dtype != torch.float32:
+            raise MidtuneError(f"{name} is trained in {parameter.dtype}, not in fp32.")
+        if not name.startswith(prefixes):
+            raise MidtuneError(f"{name} requires a gradient outside blocks {policy.trained}.")
+
+
+def frozen_checksums(policy: Policy) -> dict[str, int]:
+    """Name → sum of the bytes of every tensor that is not trained, as integers."""
+    tensors = [*policy.model.named_parameters(), *policy.model.named_buffers()]
+    return {
+        name: int(tensor.detach().contiguous().view(torch.uint8).sum(dtype=torch.int64))
+        for name, tensor in tensors
+        if not tensor.requires_grad and tensor.numel() > 0 and tensor.dim() > 0
+    }

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from midtune.config import RunConfig
-from midtune.errors import InputError
+from midtune.config import RunConfig, require_task
 from midtune.model.loading import load_policy, resolve_device
 from midtune.model.policy import Policy
 from midtune.model.sources import Source, resolve
@@ -40,13 +39,8 @@ def open_policy(config: RunConfig, source: Source, *, quantize: str | None = Non
 def open_task(config: RunConfig, terminal: Terminal) -> Task:
     """The task, its rewards already tried on real rows."""
     settings = config.task
-    if settings.name is None:
-        raise InputError(
-            f"no task was given for {config.model.name}; add --task reasoning-gym:NAME, or --task with the path "
-            "of a jsonl or csv file (`midtune tasks` lists the names)."
-        )
     task = load_task(
-        settings.name,
+        require_task(config),
         args=settings.args,
         reward=settings.reward,
         prompt_column=settings.prompt_column,

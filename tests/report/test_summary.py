@@ -1,40 +1,35 @@
 import subprocess
 import sys
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from midtune.report.statistics import Comparison, Gain, Score
-from midtune.report.summary import TimeReport, build_report
+from midtune.report.summary import MemoryReport, Report, TimeReport
 
 QUALITY = Comparison(Score(0.25, 0.2, 0.3, 300), Score(0.5, 0.45, 0.55, 300), Gain(0.25, 0.2, 0.3))
 
 
-def arguments(**changes: Any) -> dict[str, Any]:
-    return {
-        "model": "tiny",
-        "task": "reasoning-gym:chain_sum",
-        "blocks": [3, 2],
-        "quality": QUALITY,
-        "sampled": QUALITY,
-        "deployed": None,
-        "step_s": 4,
-        "rollout_s": 2.5,
-        "reward_s": 0.5,
-        "update_s": 1.0,
-        "full_step_s": 10.0,
-        "full_step_source": "estimated",
-        "peak_bytes": 1000,
-        "memory_source": "resident",
-        "full_peak_bytes": 4000,
-        "full_peak_source": "measured",
-        "trainable_parameters": 20,
-        "total_parameters": 100,
-        "patch_bytes": 80,
-        "probe": "given with --layers",
-        "seed": 7,
-        **changes,
-    }
+def report(
+    full_step: float | None = 10.0,
+    full_peak: int | None = 4000,
+    source: Literal["measured", "estimated"] | None = "measured",
+) -> dict[str, Any]:
+    return Report(
+        model="tiny",
+        task="reasoning-gym:chain_sum",
+        blocks=(2, 3),
+        quality=QUALITY,
+        sampled=QUALITY,
+        deployed=None,
+        time=TimeReport(4.0, 2.5, 0.5, 1.0, full_step=full_step, full_source=source),
+        memory=MemoryReport(1000, "resident", full_peak=full_peak, full_source=source),
+        trainable_parameters=20,
+        total_parameters=100,
+        patch_bytes=80,
+        probe="given with --layers",
+        seed=7,
+    ).to_dict()
 
 
 def test_schema_1() -> None:
@@ -43,7 +38,7 @@ def test_schema_1() -> None:
         "after": {"score": 0.5, "low": 0.45, "high": 0.55, "n": 300},
         "gain": {"value": 0.25, "low": 0.2, "high": 0.3},
     }
-    assert build_report(**arguments()).to_dict() == {
+    assert report() == {
         "schema": 1,
         "model": "tiny",
         "task": "reasoning-gym:chain_sum",
@@ -57,7 +52,7 @@ def test_schema_1() -> None:
             "reward": 0.5,
             "update": 1.0,
             "full_step": 10.0,
-            "full_source": "estimated",
+            "full_source": "measured",
             "compared_step": None,
             "speedup": 2.5,
         },
@@ -77,8 +72,7 @@ def test_schema_1() -> None:
 
 
 def test_what_full_training_takes_may_be_unknown() -> None:
-    unknown = dict.fromkeys(("full_step_s", "full_step_source", "full_peak_bytes", "full_peak_source"))
-    found = build_report(**arguments(**unknown)).to_dict()
+    found = report(full_step=None, full_peak=None, source=None)
     assert (found["time"]["speedup"], found["memory"]["saving"]) == (None, None)
 
 
@@ -88,8 +82,7 @@ def test_speed_is_compared_on_the_same_prompts() -> None:
 
 
 def test_a_saving_may_be_negative() -> None:
-    found = build_report(**arguments(full_peak_bytes=800)).to_dict()
-    assert found["memory"]["saving"] == pytest.approx(-0.25)
+    assert report(full_peak=800)["memory"]["saving"] == pytest.approx(-0.25)
 
 
 def test_the_report_does_not_import_torch() -> None:
