@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sys
 import time
@@ -437,6 +438,8 @@ def _quieten_libraries(debug: bool) -> None:
     if not debug:
         quiet |= {"TRANSFORMERS_VERBOSITY": "error", "DATASETS_VERBOSITY": "error"}
         warnings.simplefilter("ignore")
+        # It recommends a package that midtune has no use for.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
 

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 from midtune.errors import InputError
 from midtune.model.blocks import find_blocks
 from midtune.model.policy import Policy
-from midtune.model.quantize import clear_quantized_markers, nf4_config
+from midtune.model.quantize import clear_quantized_markers, forbid_cpu_packing, nf4_config
 from midtune.model.sources import Source
 
 
@@ -72,6 +72,7 @@ def load_policy(
             **({"quantization_config": quantization} if quantization is not None else {}),
         )
     clear_quantized_markers(model)
+    forbid_cpu_packing(model)
     return Policy(model, tokenizer, source, compute_dtype=compute_dtype, stored_quantized=stored is not None)
 
 

@@ -42,6 +42,17 @@ def clear_quantized_markers(model: PreTrainedModel) -> None:
         del model.config.quantization_config
 
 
+def forbid_cpu_packing(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16.
+
+    It would do so in the first forward pass without gradients, and from then on compute in bf16 and pass no
+    gradient on to whatever lies below, without a word.
+    """
+    for part in model.modules():
+        if isinstance(part, bnb.nn.Linear4bit):
+            part.support_avx512bf16_for_cpu = False
+
+
 def is_quantized(module: nn.Module) -> bool:
     """Whether `module` holds 4-bit linear layers."""
     return any(isinstance(part, bnb.nn.Linear4bit) for part in module.modules())
