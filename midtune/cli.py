@@ -438,8 +438,9 @@ def _quieten_libraries(debug: bool) -> None:
     if not debug:
         quiet |= {"TRANSFORMERS_VERBOSITY": "error", "DATASETS_VERBOSITY": "error"}
         warnings.simplefilter("ignore")
-        # It recommends a package that midtune has no use for.
+        # They recommend a package that midtune has no use for, and report on their own caches.
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
 

@@ -127,6 +127,11 @@ class RunFolder:
         """Quality, time and memory: the result."""
         return self.path / "report.json"
 
+    @property
+    def curve(self) -> Path:
+        """A picture of the reward over the steps, with the scores before and after."""
+        return self.path / "curve.svg"
+
     def require_free(self, need_bytes: int) -> None:
         """Check that the disk has room for `need_bytes` more.
 

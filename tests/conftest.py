@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from midtune.model.policy import Policy
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -53,7 +57,7 @@ def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
             folder = tmp_path_factory.mktemp(architecture)
             torch.manual_seed(0)
             config = AutoConfig.for_model(
-                architecture, **{**COMMON, **ARCHITECTURES[architecture], **overrides}
+                architecture, **{**COMMON, **ARCHITECTURES.get(architecture, {}), **overrides}
             )
             AutoModelForCausalLM.from_config(config).save_pretrained(folder, max_shard_size=shard_size)
             alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -70,3 +74,17 @@ def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def load(random_checkpoint: Callable[..., Path]) -> Callable[..., Policy]:
+    """A function: architecture name, or a checkpoint's folder → a new policy on the CPU."""
+    from midtune.model.loading import load_policy
+    from midtune.model.sources import resolve
+
+    def load(architecture: str | Path = "qwen3", quantize: str = "nf4", **overrides: object) -> Policy:
+        given = isinstance(architecture, Path)
+        folder = architecture if given else random_checkpoint(architecture, **overrides)
+        return load_policy(resolve(str(folder)), quantize=quantize, device="cpu")
+
+    return load

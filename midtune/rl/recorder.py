@@ -72,6 +72,12 @@ class StepRecorder(TrainerCallback):
         self._checked = False
         self._said: set[str] = set()
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # A resumed run knows from its checkpoint what the steps before it were like.
+        self._only_equal = all(log.get("frac_reward_zero_std", 1) == 1 for log in state.log_history)
+
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -96,7 +102,8 @@ class StepRecorder(TrainerCallback):
             self._checked = True
         if self.stop_requested():
             control.should_training_stop = True
-        if control.should_training_stop or state.global_step >= state.max_steps:
+        ended = control.should_training_stop or state.global_step >= state.max_steps
+        if ended and args.save_strategy != "no":
             control.should_save = True
 
     def on_log(

@@ -27,6 +27,7 @@ from midtune.model.patch import apply_patch, save_patch
 from midtune.model.policy import Policy
 from midtune.model.sources import Source
 from midtune.probe.selection import best, matching_probe, middle_band, parse_layers, ranking_of
+from midtune.report.plots import learning_curve
 from midtune.report.statistics import compare
 from midtune.report.summary import MemoryReport, Report, TimeReport
 from midtune.report.terminal import Terminal
@@ -154,6 +155,7 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
         seed=config.seed,
     ).to_dict()
     folder.write_json(folder.report, report)
+    learning_curve(steps, report, folder.curve)
     terminal.message(f"run folder: {folder}")
     return {**report, "run": str(folder)}
 

@@ -1,0 +1,161 @@
+"""The tail of the model from boundary states against the whole model, row by row and without padding."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from midtune.model.policy import Policy
+from midtune.rl import tail
+from midtune.rl.tail import completion_log_probs
+from midtune.rollout.boundary import recompute
+from midtune.rollout.sampler import Rollout, sample
+from tests.conftest import ARCHITECTURES
+from tests.plain import PROMPTS, plain_log_probs, stop_early
+
+Load = Callable[..., Policy]
+Scores = tuple[torch.Tensor, torch.Tensor]
+
+
+def rollout_of(policy: Policy, *, temperature: float = 1.0) -> Rollout:
+    """Completions of the policy, which has learned something since."""
+    stop_early(policy)
+    torch.manual_seed(0)
+    rollout = sample(
+        policy,
+        PROMPTS,
+        group_size=3,
+        max_new_tokens=12,
+        temperature=temperature,
+        boundary_block=policy.trained[0],
+    )
+    with torch.no_grad():
+        for parameter in policy.trained_parameters().values():
+            parameter += 0.02 * torch.randn_like(parameter)
+    return rollout
+
+
+def gradient(policy: Policy, scores: Scores) -> torch.Tensor:
+    """Of a weighted sum of log-probs and entropies, over all trained parameters."""
+    generator = torch.Generator().manual_seed(1)
+    loss = sum((part * torch.randn(part.shape, generator=generator)).sum() for part in scores)
+    found = torch.autograd.grad(loss, list(policy.trained_parameters().values()))
+    return torch.cat([part.flatten() for part in found])
+
+
+def assert_same(policy: Policy, found: Scores, expected: Scores) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    ours, theirs = gradient(policy, found), gradient(policy, expected)
+    assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("block", [0, 2, 3])
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_scores_and_gradients_equal_the_whole_models(
+    load: Load, architecture: str, quantize: str, block: int
+) -> None:
+    policy = load(architecture, quantize)
+    policy.thaw(block)
+    rollout = rollout_of(policy)
+    found = completion_log_probs(policy, rollout, temperature=1.0)
+    assert_same(policy, found, plain_log_probs(policy, rollout, 1.0))
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma3_text", "mistral"])
+def test_two_blocks_apart(load: Load, architecture: str) -> None:
+    policy = load(architecture)
+    policy.thaw(1)
+    policy.thaw(3)
+    rollout = rollout_of(policy)
+    found = completion_log_probs(policy, rollout, temperature=1.0)
+    assert_same(policy, found, plain_log_probs(policy, rollout, 1.0))
+
+
+def test_lora(load: Load) -> None:
+    policy = load("qwen3")
+    policy.add_lora([2], rank=4)
+    rollout = rollout_of(policy)
+    found = completion_log_probs(policy, rollout, temperature=1.0)
+    assert_same(policy, found, plain_log_probs(policy, rollout, 1.0))
+
+
+def test_logits_are_divided_by_the_temperature(load: Load) -> None:
+    policy = load("qwen3")
+    policy.thaw(2)
+    rollout = rollout_of(policy, temperature=0.7)
+    found = completion_log_probs(policy, rollout, temperature=0.7)
+    assert_same(policy, found, plain_log_probs(policy, rollout, 0.7))
+
+
+def test_logits_are_capped_as_the_model_caps_them(load: Load) -> None:
+    policy = load("gemma3_text", "none", final_logit_softcapping=1.5)
+    policy.thaw(2)
+    rollout = rollout_of(policy)
+    found = completion_log_probs(policy, rollout, temperature=1.0)
+    assert_same(policy, found, plain_log_probs(policy, rollout, 1.0))
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "mistral"])
+def test_recomputed_states_serve_as_well_as_captured_ones(load: Load, architecture: str) -> None:
+    policy = load(architecture)
+    policy.thaw(2)
+    rollout = rollout_of(policy)
+    again = recompute(
+        policy, 2, rollout.prompt_ids, rollout.prompt_mask, rollout.completion_ids, rollout.completion_mask
+    )
+    found = completion_log_probs(policy, dataclasses.replace(rollout, boundary=again), temperature=1.0)
+    assert_same(policy, found, completion_log_probs(policy, rollout, temperature=1.0))
+
+
+def test_before_any_update_the_scores_are_the_samplers_own(load: Load) -> None:
+    policy = load("qwen3")
+    policy.thaw(2)
+    torch.manual_seed(0)
+    rollout = sample(policy, PROMPTS, group_size=3, max_new_tokens=12, temperature=0.7, boundary_block=2)
+    found, _ = completion_log_probs(policy, rollout, temperature=0.7)
+    torch.testing.assert_close(found, rollout.log_probs, atol=1e-5, rtol=1e-5)
+
+
+def test_padding_scores_zero(load: Load) -> None:
+    policy = load("qwen3")
+    policy.thaw(2)
+    rollout = rollout_of(policy)
+    padding = rollout.completion_mask == 0
+    assert padding.any()
+    for scores in completion_log_probs(policy, rollout, temperature=1.0):
+        assert (scores[padding] == 0).all()
+
+
+def test_a_group_scores_the_same_alone_as_among_longer_ones(load: Load) -> None:
+    policy = load("qwen3")
+    policy.thaw(2)
+    rollout = rollout_of(policy)
+    lengths = rollout.completion_mask.sum(1).view(-1, 3).amax(1)
+    shortest = int(lengths.argmin())
+    assert lengths[shortest] < rollout.completion_ids.size(1)
+    together, _ = completion_log_probs(policy, rollout, temperature=1.0)
+    alone, _ = completion_log_probs(policy, rollout.groups(shortest, shortest + 1), temperature=1.0)
+    torch.testing.assert_close(alone, together[3 * shortest : 3 * shortest + 3], atol=1e-5, rtol=1e-5)
+
+
+def test_one_token_completions(load: Load) -> None:
+    policy = load("qwen3")
+    policy.thaw(2)
+    rollout = sample(policy, PROMPTS, group_size=3, max_new_tokens=1, temperature=1.0, boundary_block=2)
+    found = completion_log_probs(policy, rollout, temperature=1.0)
+    assert_same(policy, found, plain_log_probs(policy, rollout, 1.0))
+
+
+def test_chunks_of_tokens_give_what_one_chunk_gives(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = load("qwen3")
+    policy.thaw(2)
+    rollout = rollout_of(policy)
+    whole = completion_log_probs(policy, rollout, temperature=1.0)
+    # Room for seven rows of 260 logits.
+    monkeypatch.setattr(tail, "CHUNK_VALUES", 7 * 260 + 100)
+    assert_same(policy, completion_log_probs(policy, rollout, temperature=1.0), whole)

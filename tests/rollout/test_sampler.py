@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from midtune.model.policy import Policy
+from midtune.rollout.boundary import recompute
+from midtune.rollout.sampler import Rollout, choose, sample
+from tests.conftest import ARCHITECTURES
+from tests.plain import PROMPTS, plain_log_probs, stop_early
+
+Load = Callable[..., Policy]
+LOGITS = torch.tensor([[0.25, 0.5, 0.1, 0.15]]).log()
+
+
+@pytest.fixture
+def policy(load: Load) -> Policy:
+    return load("qwen3", "none")
+
+
+def sampled(
+    policy: Policy, *, max_new_tokens: int = 12, temperature: float = 1.0, seed: int = 0, **settings: int
+) -> Rollout:
+    torch.manual_seed(seed)
+    return sample(
+        policy, PROMPTS, group_size=3, max_new_tokens=max_new_tokens, temperature=temperature, **settings
+    )
+
+
+def drawn(top_p: float = 1.0, top_k: int = 0) -> set[int]:
+    torch.manual_seed(0)
+    tokens, _ = choose(LOGITS.expand(400, -1), 1.0, top_p, top_k)
+    return set(tokens.tolist())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_greedy_equals_generate_on_one_prompt_at_a_time(load: Load, architecture: str) -> None:
+    policy = load(architecture)
+    stops = stop_early(policy)
+    found = sample(policy, PROMPTS, group_size=1, max_new_tokens=12, temperature=0).completions()
+    for prompt, completion in zip(PROMPTS, found, strict=True):
+        ids = torch.tensor([prompt])
+        expected = policy.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=12,
+            eos_token_id=stops,
+            pad_token_id=0,
+        )
+        assert completion == expected[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_log_probs_of_sampled_tokens_are_the_models(
+    load: Load, architecture: str, temperature: float
+) -> None:
+    policy = load(architecture)
+    stop_early(policy)
+    rollout = sampled(policy, temperature=temperature)
+    assert len(set(rollout.completion_mask.sum(1).tolist())) > 2
+    with torch.no_grad():
+        expected, _ = plain_log_probs(policy, rollout, temperature)
+    torch.testing.assert_close(rollout.log_probs, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_every_row_of_a_group_follows_its_own_prompt(policy: Policy) -> None:
+    alone = [
+        sample(policy, [prompt], group_size=1, max_new_tokens=8, temperature=0).completions()[0]
+        for prompt in PROMPTS
+    ]
+    together = sampled(policy, max_new_tokens=8, temperature=0).completions()
+    assert together == [completion for completion in alone for _ in range(3)]
+
+
+def test_a_completion_ends_with_its_first_stop_token(policy: Policy) -> None:
+    stops = stop_early(policy)
+    completions = sampled(policy).completions()
+    assert all(token not in stops for ids in completions for token in ids[:-1])
+    assert all(ids[-1] in stops or len(ids) == 12 for ids in completions)
+    assert len({ids[-1] for ids in completions if ids[-1] in stops}) > 1
+
+
+def test_nothing_follows_a_stop_token(policy: Policy) -> None:
+    stop_early(policy)
+    rollout = sampled(policy)
+    after = rollout.completion_mask == 0
+    assert after.any()
+    assert (rollout.completion_ids[after] == policy.tokenizer.pad_token_id).all()
+    assert (rollout.log_probs[after] == 0).all()
+
+
+def test_completions_are_cut_at_max_new_tokens(policy: Policy) -> None:
+    policy.model.generation_config.eos_token_id = None
+    policy.tokenizer.eos_token = None
+    assert [len(ids) for ids in sampled(policy, max_new_tokens=5).completions()] == [5] * 12
+
+
+def test_a_rollout_is_as_wide_as_its_longest_completion(policy: Policy) -> None:
+    policy.model.generation_config.eos_token_id = list(range(260))
+    assert sampled(policy).completion_ids.shape == (12, 1)
+
+
+def test_every_new_token_is_reported(policy: Policy) -> None:
+    stop_early(policy)
+    counts: list[int] = []
+    torch.manual_seed(0)
+    rollout = sample(
+        policy, PROMPTS, group_size=3, max_new_tokens=12, temperature=1.0, on_tokens=counts.append
+    )
+    assert sum(counts) == sum(map(len, rollout.completions()))
+
+
+def test_top_k_of_one_is_greedy(policy: Policy) -> None:
+    greedy = sampled(policy, temperature=0)
+    assert sampled(policy, top_k=1).completions() == greedy.completions()
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"), [(0.4, {1}), (0.6, {0, 1}), (0.8, {0, 1, 3}), (0.95, {0, 1, 2, 3})]
+)
+def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, kept: set[int]) -> None:
+    assert drawn(top_p=top_p) == kept
+
+
+def test_top_k_keeps_the_k_most_likely() -> None:
+    assert drawn(top_k=3) == {0, 1, 3}
+
+
+def test_top_p_counts_the_probability_that_top_k_left() -> None:
+    # Of the two kept, token 1 has 0.5 / 0.75.
+    assert drawn(top_k=2, top_p=0.6) == {1}
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
+    torch.manual_seed(0)
+    tokens, _ = choose(LOGITS.expand(10_000, -1), 1.0, 1.0, 0)
+    shares = [Counter(tokens.tolist())[token] / 10_000 for token in range(4)]
+    assert shares == pytest.approx([0.25, 0.5, 0.1, 0.15], abs=0.02)
+
+
+def test_log_probs_are_those_of_the_full_distribution() -> None:
+    _, log_probs = choose(LOGITS, 1.0, 0.4, 0)
+    assert log_probs.exp().item() == pytest.approx(0.5)
+
+
+def test_temperature_flattens_the_distribution() -> None:
+    # Roots of 0.64, 0.16, 0.16 and 0.04 are 0.8, 0.4, 0.4 and 0.2; they sum to 1.8.
+    logits = torch.tensor([[0.64, 0.16, 0.16, 0.04]]).log()
+    _, log_probs = choose(logits, 2.0, 1.0, 1)
+    assert log_probs.exp().item() == pytest.approx(0.8 / 1.8)
+
+
+def test_the_same_seed_gives_the_same_rollout(policy: Policy) -> None:
+    first, second, other = (sampled(policy, seed=seed).completion_ids for seed in (4, 4, 5))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+
+
+def test_groups_are_cut_out_whole(policy: Policy) -> None:
+    stop_early(policy)
+    rollout = sampled(policy, boundary_block=2)
+    part = rollout.groups(1, 3)
+    assert torch.equal(part.prompt_ids, rollout.prompt_ids[1:3])
+    assert part.completions() == rollout.completions()[3:9]
+    assert torch.equal(part.log_probs, rollout.log_probs[3:9])
+    assert part.boundary is not None and rollout.boundary is not None
+    assert torch.equal(part.boundary.prompt, rollout.boundary.prompt[1:3])
+    assert torch.equal(part.boundary.completion, rollout.boundary.completion[3:9])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_boundary_states_equal_recomputed_ones(load: Load, architecture: str) -> None:
+    policy = load(architecture)
+    stop_early(policy)
+    rollout = sampled(policy, boundary_block=3)
+    states = rollout.boundary
+    assert states is not None
+    again = recompute(
+        policy, 3, rollout.prompt_ids, rollout.prompt_mask, rollout.completion_ids, rollout.completion_mask
+    )
+    tokens = rollout.prompt_mask.bool()
+    torch.testing.assert_close(states.prompt[tokens], again.prompt[tokens], atol=1e-5, rtol=1e-5)
+    fed = rollout.completion_mask[:, 1:].bool()
+    torch.testing.assert_close(
+        states.completion[:, :-1][fed], again.completion[:, :-1][fed], atol=1e-5, rtol=1e-5
+    )
+
+
+def test_sampling_leaves_no_hook_behind(policy: Policy) -> None:
+    sampled(policy, boundary_block=1)
+    assert not policy.blocks[1]._forward_pre_hooks

@@ -1,0 +1,266 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from midtune.config import RunConfig, dump_config, load_config
+from midtune.errors import InputError, RunStopped
+from midtune.report.terminal import Terminal
+from midtune.stages import evaluate, merge, train
+from tests.stages.conftest import Configured
+
+
+def go(config: RunConfig, out: Path | None, terminal: Terminal, **more: Any) -> dict[str, Any]:
+    return train.run(config, out=out, resume=more.get("resume"), terminal=terminal)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def trajectory(folder: Path) -> list[tuple[float, ...]]:
+    """What a step computed, without what the clock said."""
+    return [
+        (m["step"], m["reward"], m["loss"], m["grad_norm"], m["completion_length"]) for m in metrics(folder)
+    ]
+
+
+def test_a_run_leaves_what_the_house_says(finished: tuple[Path, dict[str, Any]]) -> None:
+    run, _ = finished
+    assert {path.name for path in run.iterdir()} == {
+        *("config.yaml", "environment.json", "start.json", "metrics.jsonl", "samples.jsonl"),
+        *("checkpoints", "patch", "report.json", "curve.svg"),
+    }
+    assert {path.name for path in (run / "patch").iterdir()} == {"patch.safetensors", "patch.json"}
+    assert [line["step"] for line in metrics(run)] == [1, 2, 3]
+    assert {"reward", "equal_groups", "completion_length", "rollout_s", "update_s", "memory_bytes"} <= set(
+        metrics(run)[0]
+    )
+
+
+def test_the_report_is_what_was_returned(finished: tuple[Path, dict[str, Any]]) -> None:
+    run, report = finished
+    written = json.loads((run / "report.json").read_text())
+    assert written == {key: value for key, value in report.items() if key != "run"}
+    assert (written["schema"], written["blocks"]) == (1, [2])
+    assert written["patch_bytes"] == sum(f.stat().st_size for f in (run / "patch").iterdir())
+    assert written["time"]["full_source"] == written["memory"]["full_source"] == "estimated"
+    assert written["quality"]["after"]["n"] == 8
+    gain = written["sampled"]["after"]["score"] - written["sampled"]["before"]["score"]
+    assert written["sampled"]["gain"]["value"] == pytest.approx(gain)
+
+
+def test_its_config_gives_the_same_run(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    run, report = finished
+    again = go(load_config(run / "config.yaml", {}), tmp_path / "again", Terminal(quiet=True))
+    assert trajectory(tmp_path / "again") == trajectory(run)
+    assert again["quality"] == report["quality"]
+
+
+def test_eval_of_a_run_gives_the_scores_of_its_report(
+    finished: tuple[Path, dict[str, Any]], terminal: Terminal
+) -> None:
+    run, report = finished
+    config = load_config(run / "config.yaml", {})
+    found = evaluate.run(str(run), config, terminal=terminal)
+    assert found["greedy"] == report["quality"]["after"]
+    assert found["sampled"] == report["sampled"]["after"]
+    unquantized = load_config(run / "config.yaml", {"model.quantize": "none"})
+    assert evaluate.run(str(run), unquantized, terminal=terminal)["greedy"] == report["deployed"]["after"]
+
+
+def test_a_merged_run_scores_as_the_patch_on_the_unquantized_base(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path, terminal: Terminal
+) -> None:
+    run, report = finished
+    merged = merge.run(run, out=tmp_path / "merged", terminal=terminal)
+    assert merged["tensors"] == 11
+    config = load_config(run / "config.yaml", {"model.quantize": "none"})
+    found = evaluate.run(str(tmp_path / "merged"), config, terminal=terminal)
+    assert found["greedy"] == report["deployed"]["after"]
+    assert found["patch"] is None
+
+
+def test_without_layers_the_middle_band_is_probed(
+    configured: Configured, tmp_path: Path, terminal: Terminal
+) -> None:
+    report = go(configured(blocks__layers=None, probe__prompts=8), tmp_path / "run", terminal)
+    probe = json.loads((tmp_path / "run/probe.json").read_text())
+    assert [row["block"] for row in probe["blocks"]] == [1, 2]
+    assert report["blocks"] == probe["selected"]
+    assert "gradient probe of blocks 1-2" in report["probe"]
+
+
+def test_a_probe_of_the_same_model_and_task_chooses(
+    configured: Configured, tmp_path: Path, terminal: Terminal
+) -> None:
+    first = configured(blocks__layers=None, probe__prompts=8, training__steps=1)
+    go(first, tmp_path / "run", terminal)
+    ranking = tmp_path / "run/probe.json"
+    report = go(configured(blocks__layers=None, blocks__probe=ranking), tmp_path / "b", terminal)
+    assert report["probe"].startswith(f"the ranking of {ranking}")
+    assert not (tmp_path / "b/probe.json").exists()
+    other = configured(blocks__layers=None, blocks__probe=ranking, task__reward="exact")
+    with pytest.raises(InputError, match="probe again, or choose with --layers"):
+        go(other, tmp_path / "c", terminal)
+    assert not (tmp_path / "c").exists()
+
+
+def test_lora_trains_scores_and_merges(configured: Configured, tmp_path: Path, terminal: Terminal) -> None:
+    report = go(configured(model__adapter="lora", model__lora_rank=4), tmp_path / "run", terminal)
+    assert (tmp_path / "run/patch/adapter_model.safetensors").is_file()
+    merge.run(tmp_path / "run", out=tmp_path / "merged", terminal=terminal)
+    config = load_config(tmp_path / "run/config.yaml", {"model.quantize": "none"})
+    found = evaluate.run(str(tmp_path / "merged"), config, terminal=terminal)
+    assert found["greedy"]["score"] == pytest.approx(report["deployed"]["after"]["score"], abs=1e-6)
+
+
+def test_full_training_is_measured_in_a_process_of_its_own(
+    configured: Configured, tmp_path: Path, terminal: Terminal
+) -> None:
+    report = go(configured(evaluation__baseline="measured"), tmp_path / "run", terminal)
+    time, memory = report["time"], report["memory"]
+    assert (time["full_source"], memory["full_source"]) == ("measured", "measured")
+    assert time["speedup"] == pytest.approx(time["full_step"] / time["compared_step"])
+    assert memory["full_peak"] > 50 * 2**20
+
+
+def test_nothing_to_learn_stops_the_run(configured: Configured, tmp_path: Path, terminal: Terminal) -> None:
+    config = configured(
+        task__reward=f"{tmp_path / 'reward.py'}:nothing",
+        training__stop_after_equal_rewards=2,
+        training__steps=9,
+    )
+    with pytest.raises(RunStopped, match="every reward was 0") as caught:
+        go(config, tmp_path / "run", terminal)
+    assert str(caught.value).count("reward 0:") == 3
+    assert len(metrics(tmp_path / "run")) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"model__name": "no/such-folder/at-all"}, "no/such-folder/at-all"),
+        ({"model__device": "cuda:7"}, "CUDA"),
+        ({"model__device": "abacus"}, "abacus"),
+        ({"task__name": "reasoning-gym:chain_sums"}, "chain_sum"),
+        ({"task__name": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"task__reward": "exakt"}, "exact"),
+        ({"task__reward": "{}/reward.py:gone"}, "gone"),
+        ({"task__reward": "{}/reward.py:broken"}, "raised ValueError: no such thing"),
+        ({"task__reward": "{}/reward.py:short"}, "returned 1 values for 4 completions"),
+        ({"task__reward": "{}/reward.py:words"}, "returned 'good'"),
+        ({"task__prompt_column": "question"}, "prompt"),
+        ({"task__name": "{}/empty.jsonl"}, "empty.jsonl"),
+        ({"task__name": "{}/torn.jsonl"}, "line 2"),
+        ({"blocks__layers": "4"}, "numbered 0 to 3|0 to 3"),
+        ({"blocks__layers": "middle", "blocks__top_k": 5}, "has 4; ask for 1 to 4"),
+        ({"blocks__layers": None, "blocks__top_k": 5}, "has 4; ask for 1 to 4"),
+    ],
+    ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_bad_input_is_one_sentence_and_nothing_is_written(
+    configured: Configured, tmp_path: Path, terminal: Terminal, settings: dict[str, Any], words: str
+) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "torn.jsonl").write_text('{"prompt": "a", "answer": "1"}\n{"prompt": "b", \n')
+    filled = {k: v.format(tmp_path) if isinstance(v, str) else v for k, v in settings.items()}
+    with pytest.raises(InputError, match=words) as caught:
+        go(configured(**filled), tmp_path / "run", terminal)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_holds_a_run_is_left_alone(
+    finished: tuple[Path, dict[str, Any]], configured: Configured, terminal: Terminal
+) -> None:
+    run, _ = finished
+    before = sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*"))
+    with pytest.raises(InputError, match="holds another run"):
+        go(configured(), run, terminal)
+    assert sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*")) == before
+
+
+def test_a_disk_without_room(
+    configured: Configured, tmp_path: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=1, used=1, free=1000))
+    with pytest.raises(InputError, match="disk space"):
+        go(configured(), tmp_path / "run", terminal)
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_with_nothing_to_resume(configured: Configured, tmp_path: Path, terminal: Terminal) -> None:
+    config = configured()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text(dump_config(config))
+    with pytest.raises(InputError, match="no checkpoint to resume from"):
+        go(config, None, terminal, resume=tmp_path / "run")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_stopped_by_a_signal_goes_on_exactly(
+    configured: Configured, tmp_path: Path, terminal: Terminal, number: int
+) -> None:
+    config = configured(training__steps=60)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump_config(config))
+    command = [
+        sys.executable,
+        "-m",
+        "midtune",
+        "train",
+        "--recipe",
+        str(recipe),
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    written = tmp_path / "run/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (written.is_file() and written.read_text().count("\n") >= 2):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "go on with `midtune train --resume" in err
+    stopped_at = len(metrics(tmp_path / "run"))
+    assert 2 <= stopped_at < 60
+    assert not (tmp_path / "run/patch").exists()
+
+    resumed = go(load_config(tmp_path / "run/config.yaml", {}), None, terminal, resume=tmp_path / "run")
+    whole = go(config, tmp_path / "whole", terminal)
+    assert trajectory(tmp_path / "run") == trajectory(tmp_path / "whole")
+    assert resumed["quality"] == whole["quality"]
+
+
+def test_a_failure_keeps_the_folder_resumable(
+    configured: Configured, tmp_path: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(training__steps=4, training__checkpoint_every=2)
+    go(config, tmp_path / "whole", terminal)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "save_patch", fail)
+        with pytest.raises(MemoryError):
+            go(config, tmp_path / "run", terminal)
+    go(load_config(tmp_path / "run/config.yaml", {}), None, terminal, resume=tmp_path / "run")
+    assert trajectory(tmp_path / "run") == trajectory(tmp_path / "whole")
+    patches = [(tmp_path / name / "patch/patch.safetensors").read_bytes() for name in ("run", "whole")]
+    assert patches[0] == patches[1]
