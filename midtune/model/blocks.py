@@ -26,7 +26,7 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or len(module) != depth:
             continue
-        inside = any(module is candidate for candidate in decoder.modules())
+        inside = any(module is child for child in decoder.children())
         alike = len({type(block) for block in module}) == 1
         if inside and alike and any(isinstance(part, nn.Linear) for part in module[0].modules()):
             return name, module
@@ -65,6 +65,45 @@ def tail_of(model: PreTrainedModel, stack_name: str, first: int) -> nn.Module:
     setattr(tail, attribute, nn.ModuleList(blocks[first:]))
     tail.config = _config_from(inner.config, first, len(blocks))
     return tail
+
+
+@torch.no_grad()
+def check_tail(model: PreTrainedModel, stack_name: str) -> None:
+    """Make sure that what a tail is given enters its first block as it is, by running the last block.
+
+    Raises:
+        InputError: the architecture adds positions to its inputs, scales them, or needs token ids too.
+    """
+    last = len(model.get_submodule(stack_name)) - 1
+    width = model.config.get_text_config().hidden_size
+    given = torch.linspace(-1, 1, width, dtype=model.dtype, device=model.device).view(1, 1, width)
+    entered: list[torch.Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entered.append(args[0] if args else kwargs["hidden_states"])
+
+    hook = model.get_submodule(f"{stack_name}.{last}").register_forward_pre_hook(keep, with_kwargs=True)
+    ones = torch.ones(1, 1, dtype=torch.long, device=model.device)
+    reason = ""
+    try:
+        tail_of(model, stack_name, last)(
+            inputs_embeds=given,
+            attention_mask=ones,
+            position_ids=ones,
+            past_key_values=TailCache(last),
+            use_cache=True,
+        )
+        if not torch.equal(entered[0], given):
+            reason = "it changes what it is given on the way to its blocks"
+    except Exception as error:  # an unknown architecture may raise anything
+        reason = f"{type(error).__name__}: {error}"[:200]
+    finally:
+        hook.remove()
+    if reason:
+        raise InputError(
+            f"{type(model).__name__} cannot be run from a block in the middle ({reason}); "
+            "use a model such as Qwen, Llama, Mistral, Gemma 3, Phi-3 or SmolLM3."
+        )
 
 
 def _config_from(config: Any, first: int, depth: int) -> Any:

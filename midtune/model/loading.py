@@ -17,7 +17,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from midtune.errors import InputError
-from midtune.model.blocks import find_blocks
+from midtune.model.blocks import check_tail, find_blocks
 from midtune.model.policy import Policy
 from midtune.model.quantize import clear_quantized_markers, forbid_cpu_packing, nf4_config
 from midtune.model.sources import Source
@@ -36,7 +36,8 @@ def load_policy(
     read, so a full-precision copy of the model never exists. Embeddings, norms and head stay as stored.
 
     Raises:
-        InputError: not a decoder-only model with safetensors weights, or the device does not exist.
+        InputError: not a decoder-only model with safetensors weights, one that cannot be run from a block in
+            the middle, or the device does not exist.
     """
     target = resolve_device(device)
     compute_dtype = compute_dtype_of(target)
@@ -73,18 +74,24 @@ def load_policy(
         )
     clear_quantized_markers(model)
     forbid_cpu_packing(model)
+    check_tail(model, stack_name)
     return Policy(model, tokenizer, source, compute_dtype=compute_dtype, stored_quantized=stored is not None)
 
 
 def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, padding on the left, with a padding token.
+    """The model's tokenizer, padding on the left, with a padding token and a chat template.
 
     Raises:
-        InputError: there is none, or it has no chat template.
+        InputError: there is none.
     """
     with _quiet(), _readable_errors(source):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source.folder, trust_remote_code=trust_remote_code, padding_side="left"
+        )
+    # Where the files are missing, transformers may hand back a tokenizer without a vocabulary.
+    if set(tokenizer.encode("a 1", add_special_tokens=False)) <= set(tokenizer.all_special_ids):
+        raise InputError(
+            f"{source.name} has no tokenizer; put its files (tokenizer.json, tokenizer_config.json) beside config.json."
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -7,9 +7,11 @@ patch is PEFT's own adapter folder.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -48,13 +50,6 @@ class Patch:
 
 def save_patch(policy: Policy, folder: Path) -> int:
     """Write the trained blocks to `folder`, whole or not at all; returns the bytes written."""
-    scratch = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    if policy.adapter is not None:
-        policy.adapter.save_pretrained(scratch)
-    else:
-        save_file(block_tensors(policy), scratch / TENSORS)
     patch = Patch(
         base_model=policy.source.name,
         revision=policy.source.revision,
@@ -62,10 +57,27 @@ def save_patch(policy: Policy, folder: Path) -> int:
         adapter="full" if policy.adapter is None else "lora",
         base_digest=base_digest(policy),
     )
-    (scratch / DESCRIPTION).write_text(json.dumps(asdict(patch), indent=1) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    scratch.rename(folder)
+    with _written_whole(folder) as scratch:
+        if policy.adapter is not None:
+            policy.adapter.save_pretrained(scratch)
+        else:
+            save_file(block_tensors(policy), scratch / TENSORS)
+        (scratch / DESCRIPTION).write_text(json.dumps(asdict(patch), indent=1) + "\n", encoding="utf-8")
     return sum(file.stat().st_size for file in folder.iterdir())
+
+
+@contextlib.contextmanager
+def _written_whole(folder: Path) -> Iterator[Path]:
+    """A scratch folder that becomes `folder` at the end, and is removed if that is not reached."""
+    scratch = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+        shutil.rmtree(folder, ignore_errors=True)
+        scratch.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def block_tensors(policy: Policy) -> dict[str, torch.Tensor]:
@@ -170,25 +182,23 @@ def merge_patch(source: Source, tensors: dict[str, torch.Tensor], out: Path) -> 
             f"the merged model needs {need / 2**30:.2f} GiB and {anchor} has {free / 2**30:.2f} GiB free; "
             "choose another --out."
         )
-    scratch = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    for file in sorted(source.folder.iterdir()):
-        if file.is_file() and not file.name.endswith(WEIGHTS):
-            shutil.copy(file, scratch / file.name)
-    for shard in sorted(set(files.values())):
-        if any(files[name] == shard for name in tensors):
-            with safe_open(shard, framework="pt") as opened:
-                metadata = opened.metadata()
-            whole = load_file(shard)
-            for name in tensors.keys() & whole.keys():
-                whole[name] = tensors[name].to(whole[name].dtype)
-            save_file(whole, scratch / shard.name, metadata=metadata or {"format": "pt"})
-        else:
-            shutil.copy(shard, scratch / shard.name)
-    if out.exists():
-        out.rmdir()
-    scratch.rename(out)
+    with _written_whole(out) as scratch:
+        for file in sorted(source.folder.iterdir()):
+            if file.is_file() and not file.name.endswith(WEIGHTS):
+                shutil.copy(file, scratch / file.name)
+        for shard in sorted(set(files.values())):
+            if any(files[name] == shard for name in tensors):
+                with safe_open(shard, framework="pt") as opened:
+                    metadata = opened.metadata()
+                whole = load_file(shard)
+                for name in tensors.keys() & whole.keys():
+                    whole[name] = tensors[name].to(whole[name].dtype)
+                save_file(whole, scratch / shard.name, metadata=metadata or {"format": "pt"})
+            else:
+                shutil.copy(shard, scratch / shard.name)
+        if out.exists():
+            # Refuses if something has been put there in the meantime, where rmtree would not.
+            out.rmdir()
     return sum(file.stat().st_size for file in out.iterdir())
 
 

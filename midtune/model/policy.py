@@ -48,6 +48,8 @@ class Policy:
         self.compute_dtype = compute_dtype
         self.stored_quantized = stored_quantized
         self.stack_name, self.blocks = find_blocks(model)
+        # As they are without LoRA, which renames them.
+        self._parameter_names = [{name for name, _ in block.named_parameters()} for block in self.blocks]
         self.quantized = is_quantized(model)
         self.total_parameters = count_parameters(model)
         self.adapter: PeftModel | None = None
@@ -171,7 +173,7 @@ class Policy:
             InputError: the checkpoint stores the block in another layout than the loaded model.
         """
         marker = f"{self.stack_name.rpartition('.')[2]}.{block}."
-        wanted = {name for name, _ in self._plain_block(block).named_parameters()}
+        wanted = self._parameter_names[block]
         by_prefix: dict[str, dict[str, str]] = {}
         for name in checkpoint_files(self.source.folder):
             prefix, found, inner = name.partition(marker)
@@ -184,9 +186,6 @@ class Policy:
             f"{self.source.name} stores block {block} under other tensor names than "
             f"{type(self.model).__name__} uses; save it once with transformers' save_pretrained and use that folder."
         )
-
-    def _plain_block(self, block: int) -> nn.Module:
-        return self._frozen.get(block, self.blocks[block])
 
     def check_block(self, block: int) -> None:
         """Raises InputError if the model has no block of that number."""

@@ -1,0 +1,25 @@
+"""A checkpoint that is in 4-bit already."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from midtune.model.quantize import nf4_config
+
+
+@pytest.fixture(scope="session")
+def stored_in_4bit(random_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Qwen3 checkpoint as transformers saves it in bitsandbytes 4-bit."""
+    plain, folder = random_checkpoint("qwen3"), tmp_path_factory.mktemp("qwen3-4bit")
+    for file in plain.glob("*token*"):
+        shutil.copy(file, folder)
+    settings = nf4_config(torch.float32, keep=["lm_head"])
+    model = AutoModelForCausalLM.from_pretrained(plain, quantization_config=settings, dtype=torch.float32)
+    model.save_pretrained(folder)
+    return folder

@@ -1,0 +1,152 @@
+"""What a loaded model is made of: 4-bit blocks, everything else as stored, nothing trainable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    T5Config,
+    Trainer,
+    TrainingArguments,
+)
+
+from midtune.errors import InputError
+from midtune.model.loading import compute_dtype_of, load_policy, resolve_device
+from midtune.model.policy import Policy
+from midtune.model.sources import resolve
+from tests.conftest import ARCHITECTURES
+from tests.model.toy_training import TOKENS, logits_of
+
+Load = Callable[..., Policy]
+Make = Callable[..., Path]
+
+
+def linears(module: nn.Module) -> list[nn.Linear]:
+    return [part for part in module.modules() if isinstance(part, nn.Linear)]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_linear_layers_of_blocks_are_in_double_quantized_nf4(load: Load, architecture: str) -> None:
+    for layer in linears(load(architecture).blocks):
+        assert isinstance(layer, Linear4bit)
+        assert layer.weight.quant_type == "nf4"
+        assert layer.weight.quant_state.nested
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_embeddings_norms_and_head_are_as_stored(load: Load, architecture: str) -> None:
+    policy = load(architecture)
+    stored = AutoModelForCausalLM.from_pretrained(policy.source.folder).state_dict()
+    plain = {name: p for name, p in policy.model.named_parameters() if not hasattr(p, "quant_state")}
+    assert {"model.embed_tokens.weight", "model.norm.weight"} <= plain.keys()
+    assert type(policy.model.lm_head) is nn.Linear
+    assert all(torch.equal(parameter, stored[name]) for name, parameter in plain.items())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_without_quantization_the_model_is_the_plain_one(load: Load, architecture: str) -> None:
+    policy = load(architecture, "none")
+    assert {type(layer) for layer in linears(policy.model)} == {nn.Linear}
+    with torch.no_grad():
+        plain = AutoModelForCausalLM.from_pretrained(policy.source.folder)(input_ids=TOKENS).logits
+    assert torch.equal(logits_of(policy), plain)
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "none"])
+def test_nothing_is_trainable(load: Load, quantize: str) -> None:
+    policy = load(quantize=quantize)
+    assert (policy.trained, policy.trained_parameters()) == ([], {})
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "llama"])  # tied and untied
+def test_four_bit_parameters_count_as_the_weights_they_stand_for(load: Load, architecture: str) -> None:
+    plain = sum(parameter.numel() for parameter in load(architecture, "none").model.parameters())
+    assert load(architecture).total_parameters == plain
+
+
+def test_shards_load_as_the_single_file_does(load: Load) -> None:
+    sharded = load(shard_size="200KB")
+    assert len(list(sharded.source.folder.glob("*.safetensors"))) > 1
+    assert torch.equal(logits_of(sharded), logits_of(load()))
+
+
+def test_a_half_precision_checkpoint_is_computed_in_single_on_the_cpu(load: Load) -> None:
+    policy = load(quantize="none", dtype="bfloat16")
+    assert {parameter.dtype for parameter in policy.model.parameters()} == {torch.float32}
+
+
+def test_a_checkpoint_stored_in_4bit_is_taken_as_it_is(load: Load, stored_in_4bit: Path) -> None:
+    policy = load(stored_in_4bit)
+    assert (policy.stored_quantized, policy.quantized) == (True, True)
+    assert torch.equal(logits_of(policy), logits_of(load()))
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_the_trainer_of_transformers_accepts_a_thawed_4bit_model(
+    load: Load, stored_in_4bit: Path, tmp_path: Path, stored: bool
+) -> None:
+    policy = load(stored_in_4bit) if stored else load()
+    policy.thaw(1)
+    Trainer(policy.model, TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))
+    assert not hasattr(policy.model.config, "quantization_config")
+
+
+def test_an_encoder_decoder_is_refused(random_checkpoint: Make, load: Load, tmp_path: Path) -> None:
+    config = T5Config(vocab_size=260, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2)
+    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(random_checkpoint()).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="cannot be loaded as a causal .* use a decoder-only model"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma3_text", "llama"])
+def test_a_model_without_a_tokenizer_is_refused(load: Load, tmp_path: Path, architecture: str) -> None:
+    load(architecture, "none").model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="has no tokenizer|Couldn't instantiate the backend tokenizer"):
+        load(tmp_path)
+
+
+def test_the_tokenizer_pads_on_the_left(load: Load) -> None:
+    assert load().tokenizer.padding_side == "left"
+
+
+@pytest.mark.parametrize(("supported", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_gpus_compute_in_bf16_where_they_have_it(
+    monkeypatch: pytest.MonkeyPatch, supported: bool, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
+    assert compute_dtype_of(torch.device("cuda")) == dtype
+
+
+def test_cpus_compute_in_fp32() -> None:
+    assert compute_dtype_of(torch.device("cpu")) == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("device", "reason"),
+    [("gpu", "not known"), ("mps", "not supported"), ("cuda:99", "asked for, but this machine has")],
+)
+def test_a_device_that_does_not_exist_is_refused(device: str, reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        resolve_device(device)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_gpu_computes_in_half_precision_over_fp32_masters(random_checkpoint: Make) -> None:
+    policy = load_policy(resolve(str(random_checkpoint())), device="cuda")
+    policy.thaw(1)
+    with policy.autocast():
+        policy.model(input_ids=TOKENS.to("cuda")).logits.float().sum().backward()
+    trained: dict[str, Any] = policy.trained_parameters()
+    assert policy.model.lm_head.weight.dtype == policy.compute_dtype
+    assert {(p.dtype, p.grad.dtype) for p in trained.values()} == {(torch.float32, torch.float32)}

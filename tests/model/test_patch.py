@@ -1,0 +1,302 @@
+"""Patches: saved under the checkpoint's names, applied again, merged; refused whole or written whole."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from midtune.errors import InputError
+from midtune.model.patch import (
+    apply_patch,
+    block_tensors,
+    deployed_tensors,
+    merge_patch,
+    read_patch,
+    save_patch,
+)
+from midtune.model.policy import Policy
+from midtune.model.sources import checkpoint_files
+from midtune.rollout.sampler import sample
+from tests.model.toy_training import TOKENS, logits_of, perturb
+
+Load = Callable[..., Policy]
+
+CHECKPOINTS = pytest.mark.parametrize(
+    "checkpoint",
+    [
+        pytest.param({"architecture": "qwen3"}, id="tied"),
+        pytest.param({"architecture": "llama"}, id="untied"),
+        pytest.param({"architecture": "phi3"}, id="fused"),
+        pytest.param({"shard_size": "200KB"}, id="sharded"),
+        pytest.param({"dtype": "bfloat16"}, id="bf16"),
+    ],
+)
+
+
+@pytest.fixture
+def patch(load: Load, tmp_path: Path) -> Path:
+    """Blocks 1 and 2 of the Qwen3 checkpoint, trained over 4-bit."""
+    save_patch(trained(load()), tmp_path / "patch")
+    return tmp_path / "patch"
+
+
+def trained(policy: Policy) -> Policy:
+    for block in (1, 2):
+        policy.thaw(block)
+    perturb(policy)
+    return policy
+
+
+def trained_lora(policy: Policy) -> Policy:
+    policy.add_lora([1, 2], rank=2)
+    perturb(policy)
+    return policy
+
+
+def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor
+        for shard in set(checkpoint_files(folder).values())
+        for name, tensor in load_file(shard).items()
+    }
+
+
+# --- saving
+
+
+@CHECKPOINTS
+def test_a_patch_has_the_checkpoints_names_and_dtypes(
+    load: Load, tmp_path: Path, checkpoint: dict[str, Any]
+) -> None:
+    policy = trained(load(**checkpoint))
+    save_patch(policy, tmp_path / "patch")
+    base = tensors_in(policy.source.folder)
+    inside = {name for name in base if name.startswith(("model.layers.1.", "model.layers.2."))}
+    found = load_file(tmp_path / "patch" / "patch.safetensors")
+    assert {name: t.dtype for name, t in found.items()} == {name: base[name].dtype for name in inside}
+
+
+def test_a_patch_holds_what_was_trained(load: Load, tmp_path: Path) -> None:
+    policy = trained(load())
+    save_patch(policy, tmp_path / "patch")
+    found = load_file(tmp_path / "patch" / "patch.safetensors")
+    assert all(torch.equal(p, found[name]) for name, p in policy.trained_parameters().items())
+
+
+def test_a_patch_says_what_it_belongs_to(load: Load, patch: Path) -> None:
+    found = read_patch(patch)
+    assert (found.base_model, found.revision) == (str(load().source.folder), None)
+    assert (found.blocks, found.adapter) == ([1, 2], "full")
+
+
+def test_the_bytes_written_are_those_of_the_folder(load: Load, tmp_path: Path) -> None:
+    written = save_patch(trained(load()), tmp_path / "patch")
+    assert written == sum(file.stat().st_size for file in (tmp_path / "patch").iterdir())
+
+
+def test_saving_again_replaces_the_patch(load: Load, patch: Path) -> None:
+    policy = load()
+    policy.thaw(3)
+    save_patch(policy, patch)
+    assert read_patch(patch).blocks == [3]
+    assert all(name.startswith("model.layers.3.") for name in load_file(patch / "patch.safetensors"))
+
+
+def test_a_patch_that_cannot_be_written_leaves_the_old_one(
+    load: Load, patch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {file.name: file.read_bytes() for file in patch.iterdir()}
+    monkeypatch.setattr("midtune.model.patch.save_file", fail)
+    with pytest.raises(OSError, match="No space left"):
+        save_patch(trained(load()), patch)
+    assert {file.name: file.read_bytes() for file in patch.iterdir()} == before
+    assert list(patch.parent.iterdir()) == [patch]
+
+
+def fail(*_: Any, **__: Any) -> None:
+    raise OSError("No space left on device")
+
+
+# --- applying
+
+
+def test_an_applied_patch_computes_what_was_trained(load: Load, patch: Path) -> None:
+    fresh = load()
+    apply_patch(fresh, patch)
+    assert torch.equal(logits_of(fresh), logits_of(trained(load())))
+
+
+def test_a_patch_of_a_4bit_checkpoint_is_applied_to_it(
+    load: Load, stored_in_4bit: Path, tmp_path: Path
+) -> None:
+    policy, fresh = trained(load(stored_in_4bit)), load(stored_in_4bit)
+    save_patch(policy, tmp_path / "patch")
+    apply_patch(fresh, tmp_path / "patch")
+    assert torch.equal(logits_of(fresh), logits_of(policy))
+
+
+@pytest.mark.parametrize("train", [trained, trained_lora])
+def test_other_base_weights_are_refused(
+    load: Load, tmp_path: Path, train: Callable[[Policy], Policy]
+) -> None:
+    save_patch(train(load()), tmp_path / "patch")
+    with pytest.raises(InputError, match="was trained on other weights .* use the base model and revision"):
+        apply_patch(load(initializer_range=0.1), tmp_path / "patch")
+
+
+def test_no_patch_is_said(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no trained patch"):
+        read_patch(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"blocks": [1]}'])
+def test_a_damaged_description_is_named(patch: Path, content: str) -> None:
+    (patch / "patch.json").write_text(content)
+    with pytest.raises(InputError, match="patch.json is damaged; train again or restore the file"):
+        read_patch(patch)
+
+
+def test_missing_tensors_are_named(patch: Path) -> None:
+    (patch / "patch.safetensors").unlink()
+    with pytest.raises(InputError, match="lacks patch.safetensors; train again or restore the file"):
+        read_patch(patch)
+
+
+def test_a_missing_adapter_is_named(load: Load, tmp_path: Path) -> None:
+    save_patch(trained_lora(load()), tmp_path / "patch")
+    (tmp_path / "patch" / "adapter_model.safetensors").unlink()
+    with pytest.raises(InputError, match="lacks adapter_model.safetensors"):
+        read_patch(tmp_path / "patch")
+
+
+# --- LoRA
+
+
+def test_a_lora_patch_is_an_adapter_that_peft_loads(load: Load, tmp_path: Path) -> None:
+    policy = trained_lora(load(quantize="none"))
+    save_patch(policy, tmp_path / "patch")
+    base = AutoModelForCausalLM.from_pretrained(policy.source.folder)
+    with torch.no_grad():
+        found = PeftModel.from_pretrained(base, tmp_path / "patch").eval()(input_ids=TOKENS).logits
+    assert torch.equal(found, logits_of(policy))
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "none"])
+def test_an_applied_lora_patch_computes_what_was_trained(load: Load, tmp_path: Path, quantize: str) -> None:
+    policy, fresh = trained_lora(load(quantize=quantize)), load(quantize=quantize)
+    save_patch(policy, tmp_path / "patch")
+    apply_patch(fresh, tmp_path / "patch")
+    assert fresh.trained == [1, 2]
+    assert torch.equal(logits_of(fresh), logits_of(policy))
+
+
+def test_lora_is_multiplied_into_the_weights_that_are_deployed(load: Load, tmp_path: Path) -> None:
+    policy = trained_lora(load(quantize="none"))
+    save_patch(policy, tmp_path / "patch")
+    tensors = deployed_tensors(load(quantize="none"), tmp_path / "patch")
+    merge_patch(policy.source, tensors, tmp_path / "merged")
+    torch.testing.assert_close(
+        logits_of(load(tmp_path / "merged", "none")), logits_of(policy), rtol=1e-4, atol=1e-4
+    )
+
+
+# --- merging
+
+
+@CHECKPOINTS
+@pytest.mark.parametrize("train", [trained, trained_lora])
+def test_patch_and_base_are_the_merged_checkpoint_tensor_for_tensor(
+    load: Load, tmp_path: Path, checkpoint: dict[str, Any], train: Callable[[Policy], Policy]
+) -> None:
+    source = load(**checkpoint).source
+    save_patch(train(load(**checkpoint)), tmp_path / "patch")
+    tensors = deployed_tensors(load(quantize="none", **checkpoint), tmp_path / "patch")
+    merge_patch(source, tensors, tmp_path / "merged")
+    expected, merged = {**tensors_in(source.folder), **tensors}, tensors_in(tmp_path / "merged")
+    assert {name: tensor.dtype for name, tensor in merged.items()} == {
+        name: tensor.dtype for name, tensor in expected.items()
+    }
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in merged.items())
+
+
+def test_what_is_deployed_is_the_saved_patch(load: Load, patch: Path) -> None:
+    deployed, saved = deployed_tensors(load(quantize="none"), patch), load_file(patch / "patch.safetensors")
+    assert deployed.keys() == saved.keys()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in deployed.items())
+
+
+@CHECKPOINTS
+def test_the_merged_checkpoint_has_the_bases_files(
+    load: Load, tmp_path: Path, checkpoint: dict[str, Any]
+) -> None:
+    policy = trained(load(**checkpoint))
+    written = merge_patch(policy.source, block_tensors(policy), tmp_path / "merged")
+    sizes = {file.name: file.stat().st_size for file in (tmp_path / "merged").iterdir()}
+    assert sizes.keys() == {file.name for file in policy.source.folder.iterdir()}
+    assert written == sum(sizes.values())
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "llama", "gemma3_text"])
+def test_plain_transformers_generates_what_the_policy_does(
+    load: Load, tmp_path: Path, architecture: str
+) -> None:
+    policy = trained(load(architecture, "none"))
+    merge_patch(policy.source, block_tensors(policy), tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    prompt = tokenizer("What is 3 + 4?", return_tensors="pt")
+    generated = merged.generate(**prompt, do_sample=False, max_new_tokens=16)[0, prompt.input_ids.size(1) :]
+    own = sample(policy, prompt.input_ids.tolist(), group_size=1, max_new_tokens=16, temperature=0)
+    assert own.completions() == [generated.tolist()]
+
+
+def test_merging_into_an_empty_folder_works(load: Load, tmp_path: Path) -> None:
+    policy = trained(load())
+    (tmp_path / "merged").mkdir()
+    merge_patch(policy.source, block_tensors(policy), tmp_path / "merged")
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+def test_a_folder_with_something_in_it_is_not_touched(load: Load, tmp_path: Path) -> None:
+    policy = trained(load())
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(InputError, match="already exists and is not empty; choose another --out"):
+        merge_patch(policy.source, block_tensors(policy), tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_full_disk_is_refused_before_anything_is_written(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = trained(load())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(InputError, match="needs 0.00 GiB and .* has 0.00 GiB free"):
+        merge_patch(policy.source, block_tensors(policy), tmp_path / "new" / "merged")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_4bit_base_is_not_merged(load: Load, stored_in_4bit: Path, tmp_path: Path) -> None:
+    policy = trained(load(stored_in_4bit))
+    with pytest.raises(InputError, match="is stored in 4-bit, .* train on the unquantized checkpoint"):
+        merge_patch(policy.source, block_tensors(policy), tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_merge_that_fails_halfway_leaves_nothing(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = trained(load(shard_size="200KB"))
+    tensors = block_tensors(policy)
+    monkeypatch.setattr("midtune.model.patch.save_file", fail)
+    with pytest.raises(OSError, match="No space left"):
+        merge_patch(policy.source, tensors, tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
