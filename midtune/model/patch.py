@@ -11,15 +11,16 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from midtune.errors import InputError
+from midtune.model.loading import load_policy
 from midtune.model.policy import Policy
 from midtune.model.sources import Source, checkpoint_files
 
@@ -55,7 +56,7 @@ def save_patch(policy: Policy, folder: Path) -> int:
         revision=policy.source.revision,
         blocks=policy.trained,
         adapter="full" if policy.adapter is None else "lora",
-        base_digest=base_digest(policy),
+        base_digest=base_digest(policy.source, replaced_names(policy)),
     )
     with _written_whole(folder) as scratch:
         if policy.adapter is not None:
@@ -92,17 +93,36 @@ def block_tensors(policy: Policy) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def base_digest(policy: Policy) -> str:
-    """sha256 over the checkpoint's tensors of the trained blocks, by name."""
-    files = checkpoint_files(policy.source.folder)
+def replaced_names(policy: Policy) -> list[str]:
+    """The checkpoint's names of all tensors in the trained blocks."""
+    return [name for block in policy.trained for name in policy.checkpoint_names(block).values()]
+
+
+def base_digest(source: Source, names: Iterable[str]) -> str:
+    """sha256 over these tensors of the checkpoint, in the order of their names."""
+    files = checkpoint_files(source.folder)
     digest = hashlib.sha256()
-    for block in policy.trained:
-        for name in sorted(policy.checkpoint_names(block).values()):
-            with safe_open(files[name], framework="pt") as file:
-                tensor: torch.Tensor = file.get_tensor(name)
-            digest.update(name.encode())
-            digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    for name in sorted(names):
+        with safe_open(files[name], framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def check_base(source: Source, names: Iterable[str], patch: Patch, folder: Path) -> None:
+    """Check that the patch was trained on this base.
+
+    Raises:
+        InputError: its tensors of these names are missing or others.
+    """
+    names = list(names)
+    missing = set(names) - checkpoint_files(source.folder).keys()
+    if missing or base_digest(source, names) != patch.base_digest:
+        raise InputError(
+            f"{folder} was trained on other weights of {patch.base_model} than those of {source.name}; "
+            "use the base model and revision that patch.json names."
+        )
 
 
 def read_patch(folder: Path) -> Patch:
@@ -140,17 +160,17 @@ def apply_patch(policy: Policy, folder: Path) -> Patch:
     else:
         for block in patch.blocks:
             policy.thaw(block)
-    if base_digest(policy) != patch.base_digest:
-        raise InputError(
-            f"{folder} was trained on other weights of {patch.base_model} than those of {policy.source.name}; "
-            "use the base model and revision that patch.json names."
-        )
+    check_base(policy.source, replaced_names(policy), patch, folder)
     if patch.adapter == "full":
-        tensors = load_file(folder / TENSORS)
+        tensors = _tensors_in(folder)
         with torch.no_grad():
             for block in patch.blocks:
                 parameters = dict(policy.blocks[block].named_parameters())
                 for inner, name in policy.checkpoint_names(block).items():
+                    if name not in tensors or tensors[name].shape != parameters[inner].shape:
+                        raise InputError(
+                            f"{folder / TENSORS} is damaged (no fitting {name}); train again or restore the file."
+                        )
                     parameters[inner].copy_(tensors[name])
     return patch
 
@@ -202,22 +222,36 @@ def merge_patch(source: Source, tensors: dict[str, torch.Tensor], out: Path) -> 
     return sum(file.stat().st_size for file in out.iterdir())
 
 
-def deployed_tensors(policy: Policy, folder: Path) -> dict[str, torch.Tensor]:
-    """What the patch in `folder` makes of its blocks' tensors, under the checkpoint's names.
+def deployed_tensors(source: Source, folder: Path) -> dict[str, torch.Tensor]:
+    """What the patch in `folder` makes of its base's tensors, under the checkpoint's names.
 
-    Args:
-        policy: the unquantized base; LoRA matrices are multiplied into it.
+    Whole blocks are read as they are; LoRA matrices are multiplied into the base, which is loaded for it.
+
+    Raises:
+        InputError: the patch is damaged or belongs to another base.
     """
-    patch = apply_patch(policy, folder)
-    if policy.adapter is not None:
-        originals = {block: policy.original_tensors(block) for block in patch.blocks}
-        policy.adapter.merge_and_unload()
-        policy.adapter, policy.adapted = None, []
-        return {
-            name: dict(policy.blocks[block].named_parameters())[inner]
-            .detach()
-            .to(originals[block][inner].dtype)
-            for block in patch.blocks
-            for inner, name in policy.checkpoint_names(block).items()
-        }
-    return block_tensors(policy)
+    patch = read_patch(folder)
+    if patch.adapter == "full":
+        tensors = _tensors_in(folder)
+        check_base(source, tensors, patch, folder)
+        return tensors
+    policy = load_policy(source, quantize="none", device="cpu")
+    apply_patch(policy, folder)
+    assert policy.adapter is not None
+    originals = {block: policy.original_tensors(block) for block in patch.blocks}
+    policy.adapter.merge_and_unload()
+    return {
+        name: dict(policy.blocks[block].named_parameters())[inner].detach().to(originals[block][inner].dtype)
+        for block in patch.blocks
+        for inner, name in policy.checkpoint_names(block).items()
+    }
+
+
+def _tensors_in(folder: Path) -> dict[str, torch.Tensor]:
+    try:
+        tensors: dict[str, torch.Tensor] = load_file(folder / TENSORS)
+    except SafetensorError as error:
+        raise InputError(
+            f"{folder / TENSORS} is damaged ({error}); train again or restore the file."
+        ) from None
+    return tensors

@@ -48,7 +48,8 @@ def learning_curve(metrics: Sequence[Mapping[str, Any]], report: Mapping[str, An
             )
     blocks = ", ".join(map(str, report["blocks"]))
     axes.set_title(
-        f"{report['model']} on {report['task']}, block{'s' * (len(report['blocks']) > 1)} {blocks}", fontsize=10
+        f"{report['model']} on {report['task']}, block{'s' * (len(report['blocks']) > 1)} {blocks}",
+        fontsize=10,
     )
     axes.set_xlabel("step")
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))

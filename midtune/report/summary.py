@@ -20,6 +20,8 @@ class TimeReport:
         full_step: None when it is neither measured nor estimated.
         compared_step: seconds of the steps whose prompts full training was measured on; completions grow
             or shrink while a model learns, so the mean over the run would compare unequal work.
+        compared_tokens, full_tokens: mean tokens of a completion in the steps compared, here and in full
+            training; the prompts are the same and the completions are sampled anew.
     """
 
     step: float
@@ -29,6 +31,8 @@ class TimeReport:
     full_step: float | None
     full_source: Source | None
     compared_step: float | None = None
+    compared_tokens: float | None = None
+    full_tokens: float | None = None
 
     @property
     def speedup(self) -> float | None:

@@ -49,7 +49,13 @@ def report_table(report: Mapping[str, Any]) -> RenderableType:
     heading = (
         f"{report['model']} on {report['task']}: block{'s' * (len(report['blocks']) > 1)} {blocks} trained"
     )
-    parts: list[RenderableType] = [Text(heading, style="bold"), "", _quality(report), _savings(report), ""]
+    parts: list[RenderableType] = [Text(heading, style="bold"), "", _quality(report), _savings(report)]
+    if _finite(report["time"].get("full_tokens")) and _finite(report["time"].get("compared_tokens")):
+        here, there = (report["time"][key] for key in ("compared_tokens", "full_tokens"))
+        parts.append(
+            Text(f"First prompts: completions of {here:.1f} tokens here, of {there:.1f} in full training.")
+        )
+    parts.append("")
     trained, total = report["trainable_parameters"], report["total_parameters"]
     share = f"{trained:,} of {total:,} parameters trained ({_percent(trained / total)})"
     parts.append(Text(f"{share}, a patch of {bytes_text(report['patch_bytes'])}."))
@@ -192,7 +198,8 @@ def _savings(report: Mapping[str, Any]) -> Table:
         # Completions grow or shrink as a model learns, so only the same prompts compare.
         table.add_row("time per step, first prompts", seconds_text(compared), full, speed)
         full = speed = ""
-    table.add_row("time per step, mean", seconds_text(time["step"]), full, speed)
+    whole = "time per step" if compared is None else "time per step, mean"
+    table.add_row(whole, seconds_text(time["step"]), full, speed)
     for phase in ("rollout", "reward", "update"):
         table.add_row(f"  {phase}", seconds_text(time[phase]), "", "")
     full_peak = memory["full_peak"]

@@ -27,6 +27,8 @@ from midtune.rollout.sampler import Rollout, sample
 from midtune.savings.meter import Meter
 
 TRAINED_TENSORS = "trained.safetensors"
+# Mean difference of two log-probs of a token that rounding explains, with room to spare.
+MOST_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
 
 class LayerGRPOTrainer(GRPOTrainer):
@@ -55,6 +57,7 @@ class LayerGRPOTrainer(GRPOTrainer):
         self.policy = policy
         self.meter = meter
         self._rollout: Rollout | None = None
+        self._compared = False
         self._buffered_inputs: list[dict[str, Any]] | None = None
         # TRL loads a second model when it sees a beta, so it learns of it after it is built.
         beta, args.beta = args.beta, 0.0
@@ -146,16 +149,20 @@ class LayerGRPOTrainer(GRPOTrainer):
         reference = model is self.ref_model and self.ref_model is not None
         with self.policy.reference() if reference else contextlib.nullcontext():
             if torch.is_grad_enabled():
-                return *completion_log_probs(self.policy, self._rollout, temperature=self.temperature), None
+                scored = completion_log_probs(self.policy, self._rollout, temperature=self.temperature)
+                if not self._compared:
+                    compare_log_probs(self.policy, self._rollout, scored[0])
+                    self._compared = True
+                return *scored, None
             groups = self._rollout.prompt_ids.size(0)
             size = self.args.per_device_train_batch_size // self.num_generations
-            scored = [
+            parts = [
                 completion_log_probs(
                     self.policy, self._rollout.groups(i, i + size), temperature=self.temperature
                 )
                 for i in range(0, groups, size)
             ]
-        log_probs, entropies = zip(*scored, strict=True)
+        log_probs, entropies = zip(*parts, strict=True)
         return torch.cat(log_probs), torch.cat(entropies), None
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -186,6 +193,22 @@ def check_trainable(policy: Policy) -> None:
             raise MidtuneError(f"{name} is trained in {parameter.dtype}, not in fp32.")
         if not name.startswith(prefixes):
             raise MidtuneError(f"{name} requires a gradient outside blocks {policy.trained}.")
+
+
+def compare_log_probs(policy: Policy, rollout: Rollout, log_probs: torch.Tensor) -> None:
+    """Check that the update computes what the sampler did, before the first step has changed anything.
+
+    Raises:
+        MidtuneError: it does not; the architecture does something between its blocks and its logits, such as
+            scaling them, that the tail leaves out.
+    """
+    mask = rollout.completion_mask.bool()
+    difference = (log_probs.detach() - rollout.log_probs)[mask].abs().mean().item()
+    if not difference < MOST_DIFFERENCE[policy.compute_dtype]:
+        raise MidtuneError(
+            f"log-probs of {type(policy.model).__name__} in the update differ from those of sampling by "
+            f"{difference:.2g} on average, so midtune cannot train this architecture; please report it."
+        )
 
 
 def frozen_checksums(policy: Policy) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import random
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from transformers import PrinterCallback
 from trl import GRPOConfig
 
 from midtune.config import TrainingConfig
+from midtune.errors import InputError
 from midtune.model.policy import Policy
 from midtune.rl.algorithms import algorithm_arguments, groups_per_micro_batch
 from midtune.rl.recorder import StepRecorder
@@ -91,6 +93,18 @@ def train_blocks(
         policy.model.eval()
     check_trainable(policy)
     return int(trainer.state.global_step)
+
+
+def require_tracker(name: str) -> None:
+    """Check that the tracker that metrics are to go to is installed.
+
+    Raises:
+        InputError: it is not.
+    """
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise InputError(
+            f"--report-to {name} needs the package {name}; install it with `pip install {name}`."
+        )
 
 
 def in_order(rows: Sequence[Row], count: int, seed: int) -> list[Row]:

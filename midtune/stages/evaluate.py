@@ -35,7 +35,7 @@ def run(target: str, config: RunConfig, *, terminal: Terminal) -> dict[str, Any]
         update={"model": config.model.model_copy(update={"name": name, "revision": revision})}
     )
     task = open_task(config, terminal)
-    policy = open_policy(config, open_source(config, terminal))
+    policy = open_policy(config, open_source(config, terminal), terminal)
     blocks = apply_patch(policy, patch_folder).blocks if patch_folder is not None else None
     found = score_policy(policy, task, task.held_out, config, terminal, "scoring", config.evaluation.samples)
     return {

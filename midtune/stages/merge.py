@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from midtune.errors import InputError
-from midtune.model.loading import load_policy
 from midtune.model.patch import deployed_tensors, merge_patch, read_patch
 from midtune.model.sources import resolve
 from midtune.report.terminal import Terminal
@@ -31,9 +30,6 @@ def run(target: Path, *, out: Path, terminal: Terminal) -> dict[str, Any]:
     patch = read_patch(patch_folder)
     source = resolve(patch.base_model, patch.revision)
     terminal.message(f"merging blocks {', '.join(map(str, patch.blocks))} into {source.name}")
-    # On the CPU: merging is reading and writing, and a LoRA product is small.
-    policy = load_policy(source, quantize="none", device="cpu")
-    tensors = deployed_tensors(policy, patch_folder)
-    del policy
+    tensors = deployed_tensors(source, patch_folder)
     written = merge_patch(source, tensors, out)
     return {"folder": str(out), "tensors": len(tensors), "bytes": written}

@@ -60,7 +60,7 @@ def run(config: RunConfig, *, out: Path | None, terminal: Terminal) -> dict[str,
     task = open_task(config, terminal)
     model_name = Path(config.model.name).name
     folder = RunFolder.create(out, f"probe-{model_name}-{Path(task.name.rpartition(':')[2]).stem}")
-    policy = open_policy(config, open_source(config, terminal))
+    policy = open_policy(config, open_source(config, terminal), terminal)
     blocks = (
         parse_layers(config.probe.layers, policy.num_blocks, config.blocks.top_k)
         if config.probe.layers is not None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 from midtune.config import RunConfig, require_task
 from midtune.model.loading import load_policy, resolve_device
 from midtune.model.policy import Policy
 from midtune.model.sources import Source, resolve
+from midtune.report.display import Advance
 from midtune.report.terminal import Terminal
 from midtune.rollout.evaluation import Evaluation, evaluate
 from midtune.tasks import Row, Task, check_reward, load_task
@@ -16,24 +18,32 @@ from midtune.tasks import Row, Task, check_reward, load_task
 def open_source(config: RunConfig, terminal: Terminal) -> Source:
     """The model's files on this machine, fetched or converted if need be."""
     resolve_device(config.model.device)
-    said: set[str] = set()
+    bars: dict[str, Advance] = {}
+    done_before: dict[str, int] = {}
+    with contextlib.ExitStack() as shown:
 
-    def progress(message: str, done: int | None, total: int | None) -> None:
-        if message not in said:
-            said.add(message)
-            terminal.message(message)
+        def progress(message: str, done: int | None, total: int | None) -> None:
+            if message not in bars:
+                terminal.message(message)
+                shown.close()
+                bars[message] = shown.enter_context(terminal.progress(message, total))
+            bars[message]((done or 0) - done_before.get(message, 0))
+            done_before[message] = done or 0
 
-    return resolve(config.model.name, config.model.revision, progress=progress)
+        return resolve(config.model.name, config.model.revision, progress=progress)
 
 
-def open_policy(config: RunConfig, source: Source, *, quantize: str | None = None) -> Policy:
+def open_policy(
+    config: RunConfig, source: Source, terminal: Terminal, *, quantize: str | None = None
+) -> Policy:
     """The model in memory, frozen."""
-    return load_policy(
-        source,
-        quantize=quantize or config.model.quantize,
-        device=config.model.device,
-        trust_remote_code=config.model.trust_remote_code,
-    )
+    with terminal.progress(f"loading {source.name}", None):
+        return load_policy(
+            source,
+            quantize=quantize or config.model.quantize,
+            device=config.model.device,
+            trust_remote_code=config.model.trust_remote_code,
+        )
 
 
 def open_task(config: RunConfig, terminal: Terminal) -> Task:

@@ -31,7 +31,7 @@ from midtune.report.plots import learning_curve
 from midtune.report.statistics import compare
 from midtune.report.summary import MemoryReport, Report, TimeReport
 from midtune.report.terminal import Terminal
-from midtune.rl.training import train_blocks
+from midtune.rl.training import require_tracker, train_blocks
 from midtune.rollout.evaluation import Evaluation, prompt_ids
 from midtune.runs import RunFolder, describe_environment
 from midtune.savings.estimate import ModelNumbers, StepShape, estimate_full_training
@@ -66,12 +66,13 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
     else:
         folder, checkpoint = RunFolder.create(out, _stem(config)), None
 
+    require_tracker(config.training.report_to)
     task = open_task(config, terminal)
     source = open_source(config, terminal)
     meter = Meter(resolve_device(config.model.device))
     # On a CPU peaks count the whole process, so full training's estimate has to begin there too.
     process_bytes = meter.current_bytes()
-    policy = open_policy(config, source)
+    policy = open_policy(config, source, terminal)
     if policy.stored_quantized:
         terminal.message(
             f"{source.name} is stored in 4-bit: the trained block starts from dequantized weights."
@@ -141,7 +142,12 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
             else None
         ),
         deployed=compare(deployed[0].greedy, deployed[1].greedy) if deployed else None,
-        time=TimeReport(**time, full_step=full["step"], full_source=config.evaluation.baseline),
+        time=TimeReport(
+            **time,
+            full_step=full["step"],
+            full_source=config.evaluation.baseline,
+            full_tokens=full.get("completion_length"),
+        ),
         memory=MemoryReport(
             peak=peak_bytes,
             source=meter.source,
@@ -278,7 +284,7 @@ def _score_deployed(
     config: RunConfig, source: Source, task: Task, folder: RunFolder, terminal: Terminal
 ) -> tuple[Evaluation, Evaluation]:
     """Greedy scores of the unquantized model without and with the patch that was written."""
-    policy = open_policy(config, source, quantize="none")
+    policy = open_policy(config, source, terminal, quantize="none")
     before = score_policy(policy, task, task.held_out, config, terminal, "scoring the unquantized model", 0)
     apply_patch(policy, folder.patch)
     after = score_policy(policy, task, task.held_out, config, terminal, "scoring it with the patch", 0)
@@ -331,7 +337,10 @@ def _time(config: RunConfig, steps: list[dict[str, Any]]) -> dict[str, float]:
     names = {"step": "step_s", "rollout": "rollout_s", "reward": "reward_s", "update": "update_s"}
     means = {ours: statistics.fmean(step[theirs] for step in steps) for ours, theirs in names.items()}
     if config.evaluation.baseline == "measured":
-        means["compared_step"] = min(step["step_s"] for step in steps[: baseline.STEPS])
+        # The fastest, as for full training: the first step also warms up.
+        first = steps[: baseline.STEPS]
+        means["compared_step"] = min(step["step_s"] for step in first)
+        means["compared_tokens"] = statistics.fmean(step["completion_length"] for step in first)
     return means
 
 

@@ -34,7 +34,7 @@ def test_it_solves_a_third_to_a_half_of_its_problems() -> None:
     config = load_config(None, {"task.eval_size": 200})
     terminal = Terminal(quiet=True)
     task = open_task(config, terminal)
-    policy = open_policy(config, open_source(config, terminal))
+    policy = open_policy(config, open_source(config, terminal), terminal)
     found = score_policy(policy, task, task.held_out, config, terminal, "scoring", 1)
     assert 0.30 < found.greedy.mean() < 0.55
     assert found.sampled is not None and 0.2 < found.sampled.mean() < 0.5

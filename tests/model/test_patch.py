@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from midtune.errors import InputError
@@ -171,6 +171,17 @@ def test_missing_tensors_are_named(patch: Path) -> None:
         read_patch(patch)
 
 
+@pytest.mark.parametrize("damage", ["cut short", "renamed"])
+def test_damaged_tensors_are_named(patch: Path, load: Load, damage: str) -> None:
+    file = patch / "patch.safetensors"
+    if damage == "cut short":
+        file.write_bytes(file.read_bytes()[:-100])
+    else:
+        save_file({f"other.{name}": tensor for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(InputError, match=r"patch\.safetensors is damaged"):
+        apply_patch(load(), patch)
+
+
 def test_a_missing_adapter_is_named(load: Load, tmp_path: Path) -> None:
     save_patch(trained_lora(load()), tmp_path / "patch")
     (tmp_path / "patch" / "adapter_model.safetensors").unlink()
@@ -202,7 +213,7 @@ def test_an_applied_lora_patch_computes_what_was_trained(load: Load, tmp_path: P
 def test_lora_is_multiplied_into_the_weights_that_are_deployed(load: Load, tmp_path: Path) -> None:
     policy = trained_lora(load(quantize="none"))
     save_patch(policy, tmp_path / "patch")
-    tensors = deployed_tensors(load(quantize="none"), tmp_path / "patch")
+    tensors = deployed_tensors(policy.source, tmp_path / "patch")
     merge_patch(policy.source, tensors, tmp_path / "merged")
     torch.testing.assert_close(
         logits_of(load(tmp_path / "merged", "none")), logits_of(policy), rtol=1e-4, atol=1e-4
@@ -219,7 +230,7 @@ def test_patch_and_base_are_the_merged_checkpoint_tensor_for_tensor(
 ) -> None:
     source = load(**checkpoint).source
     save_patch(train(load(**checkpoint)), tmp_path / "patch")
-    tensors = deployed_tensors(load(quantize="none", **checkpoint), tmp_path / "patch")
+    tensors = deployed_tensors(source, tmp_path / "patch")
     merge_patch(source, tensors, tmp_path / "merged")
     expected, merged = {**tensors_in(source.folder), **tensors}, tensors_in(tmp_path / "merged")
     assert {name: tensor.dtype for name, tensor in merged.items()} == {
@@ -229,7 +240,7 @@ def test_patch_and_base_are_the_merged_checkpoint_tensor_for_tensor(
 
 
 def test_what_is_deployed_is_the_saved_patch(load: Load, patch: Path) -> None:
-    deployed, saved = deployed_tensors(load(quantize="none"), patch), load_file(patch / "patch.safetensors")
+    deployed, saved = deployed_tensors(load().source, patch), load_file(patch / "patch.safetensors")
     assert deployed.keys() == saved.keys()
     assert all(torch.equal(tensor, saved[name]) for name, tensor in deployed.items())
 

@@ -54,6 +54,8 @@ def test_schema_1() -> None:
             "full_step": 10.0,
             "full_source": "measured",
             "compared_step": None,
+            "compared_tokens": None,
+            "full_tokens": None,
             "speedup": 2.5,
         },
         "memory": {

@@ -125,6 +125,18 @@ def test_report_on_80_columns() -> None:
     ]
 
 
+def test_measured_full_training_is_compared_on_the_same_prompts() -> None:
+    compared = {"compared_step": 9.9, "compared_tokens": 12.0, "full_tokens": 13.24}
+    time = {**REPORT["time"], **compared, "full_source": "measured", "speedup": 26.4 / 9.9}
+    memory = {**REPORT["memory"], "source": "resident"}
+    lines = rendered(report_table({**REPORT, "time": time, "memory": memory}))
+    (first,) = [line.split() for line in lines if line.startswith("time per step, first prompts")]
+    assert first[-6:] == ["s", "26.4", "s,", "measured", "2.7x", "faster"]
+    (mean,) = [line.split() for line in lines if line.startswith("time per step, mean")]
+    assert mean[-2:] == ["8.30", "s"]
+    assert "First prompts: completions of 12.0 tokens here, of 13.2 in full training." in lines
+
+
 def test_unknown_and_unbounded_figures() -> None:
     scores = {
         "before": {"score": 1.25, "low": -1.5, "high": 3.0, "n": 8},

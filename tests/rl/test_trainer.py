@@ -16,6 +16,7 @@ from midtune.model.loading import load_policy
 from midtune.model.policy import Policy
 from midtune.model.sources import resolve
 from midtune.rl.algorithms import ALGORITHMS
+from midtune.rl.tail import completion_log_probs
 from midtune.rl.trainer import TRAINED_TENSORS, LayerGRPOTrainer, check_trainable
 from midtune.rl.training import in_order, train_blocks, trl_arguments
 from midtune.savings.meter import Meter
@@ -158,6 +159,17 @@ def test_a_frozen_tensor_that_moved_is_named(load: Load, tmp_path: Path) -> None
     policy.blocks[1].mlp.up_proj.weight.data[0] ^= 1
     with pytest.raises(MidtuneError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is frozen"):
         trainer.check_frozen()
+
+
+def test_an_update_that_computes_otherwise_than_the_sampler_is_refused(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hotter(*arguments: Any, temperature: float) -> Any:
+        return completion_log_probs(*arguments, temperature=2 * temperature)
+
+    monkeypatch.setattr("midtune.rl.trainer.completion_log_probs", hotter)
+    with pytest.raises(MidtuneError, match="cannot train this architecture"):
+        train(thawed(load, 2), tmp_path)
 
 
 def test_the_policy_is_left_as_it_was_found(load: Load, tmp_path: Path) -> None:

@@ -179,6 +179,15 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_tracker_that_is_not_installed(
+    configured: Configured, tmp_path: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(InputError, match="pip install wandb"):
+        go(configured(training__report_to="wandb"), tmp_path / "run", terminal)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_folder_that_holds_a_run_is_left_alone(
     finished: tuple[Path, dict[str, Any]], configured: Configured, terminal: Terminal
 ) -> None:

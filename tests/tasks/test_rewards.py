@@ -106,7 +106,7 @@ def test_check_reward_rejects_a_built_in_reward_that_never_pays() -> None:
     rows = [{**row, "answer": "not a number"} for row in ROWS]
     numeric = built_in("numeric")
     with pytest.raises(
-        InputError, match="`numeric` gives the right answers of `mine` no more than empty ones"
+        InputError, match="`numeric` gives right answers of `mine` no more than empty ones"
     ):
         check_reward(Task("mine", "0" * 16, rows, rows, numeric, numeric))
 
