@@ -56,7 +56,7 @@ class Phase(NamedTuple):
 
 # A step of four blocks on bare sums costs a small part of a step of twelve on whole questions.
 SHALLOW = Phase("{} =", 0.4, 0.0, 0.0, 1600, 3e-3)
-DEEP = Phase(QUESTION, 0.15, 0.25, 0.03, 500, 1e-3)
+DEEP = Phase(QUESTION, 0.22, 0.3, 0.02, 900, 1e-3)
 
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
