@@ -88,6 +88,10 @@ def _plain_option(flag: str, help: str, panel: str, metavar: str | None = None) 
     return typer.Option(flag, help=help, metavar=metavar, show_default=False, rich_help_panel=panel)
 
 
+def _count(flag: str, help: str, least: int = 1) -> Any:
+    return typer.Option(flag, help=help, metavar="N", min=least, show_default=False, rich_help_panel="Bench")
+
+
 _model_setting = setting("model.name")
 assert _model_setting is not None
 Model = Annotated[
@@ -367,6 +371,59 @@ def merge(
     _show("merge", _run(stage, quiet), as_json)
 
 
+@app.command(cls=Command, short_help="compare with TRL on the same prompts and completions")
+def bench(
+    ctx: typer.Context,
+    model: Model = None,
+    device: Device = None,
+    arms: Annotated[
+        str,
+        _plain_option(
+            "--arms",
+            "what to compare, the first with all others (default: midtune,trl-full,trl-block,trl-qlora)",
+            "Bench",
+            "ARM,ARM",
+        ),
+    ] = "midtune,trl-full,trl-block,trl-qlora",
+    layers: Layers = None,
+    prompts: Annotated[int, _count("--prompts", "prompts of a step (default: 4)")] = 4,
+    prompt_tokens: Annotated[int, _count("--prompt-tokens", "tokens of a prompt (default: 50)")] = 50,
+    new_tokens: Annotated[int, _count("--new-tokens", "tokens of every completion (default: 24)")] = 24,
+    group_size: Annotated[int, _count("--group-size", "completions of a prompt (default: 8)", 2)] = 8,
+    steps: Annotated[int, _count("--steps", "steps counted, after one that warms up (default: 5)")] = 5,
+    seed: Seed = None,
+    out: Out = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Train the same prompts and completions with midtune and with TRL, and compare time and memory.
+
+    \b
+    Example:
+      midtune bench smollm2-135m --arms midtune,trl-full
+    """
+    named = {"model.name": model, "model.device": device, "blocks.layers": layers, "seed": seed}
+    config = load_config(None, {key: value for key, value in named.items() if value is not None})
+
+    def stage(terminal: Terminal) -> dict[str, Any]:
+        from midtune.stages import bench as stage
+
+        return stage.run(
+            config,
+            arms=[arm.strip() for arm in arms.split(",") if arm.strip()],
+            prompts=prompts,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            group_size=group_size,
+            steps=steps,
+            out=out,
+            terminal=terminal,
+        )
+
+    _show("bench", _run(stage, quiet), as_json)
+
+
 @app.command(cls=Command, short_help="list the reasoning-gym datasets, or show one")
 def tasks(
     name: Annotated[
@@ -556,6 +613,7 @@ def _table(kind: str, result: dict[str, Any]) -> RenderableType:
         "probe": tables.probe_table,
         "score": results.score_table,
         "merge": results.merge_text,
+        "bench": results.bench_table,
         "tasks": results.tasks_text,
     }
     return tables_of[kind](result)

@@ -28,7 +28,6 @@ from torch import nn
 from midtune.errors import RunStopped
 from midtune.model.policy import Policy
 from midtune.rl.tail import completion_log_probs
-from midtune.rollout.boundary import BoundaryStates
 from midtune.rollout.sampler import Rollout, sample
 from midtune.savings.meter import Meter
 
@@ -167,7 +166,7 @@ def pair_products(
     if unequal.size == 0:
         return dict.fromkeys(blocks, (0.0, 0.0))
     # A group without advantages has a gradient of exactly zero: it counts, but need not be computed.
-    kept = _groups_at(rollout, torch.as_tensor(unequal, device=policy.device))
+    kept = rollout.groups_at(torch.as_tensor(unequal, device=policy.device))
     assert kept.boundary is not None
     with torch.enable_grad(), _watched(policy, blocks, len(unequal)) as gradients:
         # Autograd starts at these states, so the blocks below the lowest one are left alone.
@@ -273,22 +272,6 @@ def _watched(policy: Policy, blocks: Sequence[int], prompts: int) -> Iterator[_W
 def _square(gradient: torch.Tensor) -> torch.Tensor:
     norm: torch.Tensor = torch.linalg.vector_norm(gradient, dtype=torch.float64)
     return norm.square()
-
-
-def _groups_at(rollout: Rollout, prompts: torch.Tensor) -> Rollout:
-    """The groups of these prompts, copied."""
-    assert rollout.boundary is not None
-    size = rollout.group_size
-    rows = (prompts[:, None] * size + torch.arange(size, device=prompts.device)).flatten()
-    boundary = rollout.boundary
-    return Rollout(
-        rollout.prompt_ids[prompts],
-        rollout.prompt_mask[prompts],
-        rollout.completion_ids[rows],
-        rollout.completion_mask[rows],
-        rollout.log_probs[rows],
-        BoundaryStates(boundary.block, boundary.prompt[prompts], boundary.completion[rows]),
-    )
 
 
 def _signal(block: int, estimates: NDArray[np.float64]) -> BlockSignal:

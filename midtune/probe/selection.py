@@ -65,24 +65,6 @@ def middle_band(num_blocks: int, at_least: int = 1) -> list[int]:
     return band if len(band) >= at_least else middle(num_blocks, at_least)
 
 
-def choose(num_blocks: int, layers: str | None, top_k: int, ranking: Sequence[int] | None) -> list[int]:
-    """The blocks to train, in order of depth.
-
-    Args:
-        layers: what a person named; goes before everything else.
-        top_k: how many blocks, where `layers` does not say.
-        ranking: block numbers, best first; None: the geometric middle is taken.
-
-    Raises:
-        InputError: blocks that do not exist, or more than there are.
-    """
-    if layers is not None:
-        return parse_layers(layers, num_blocks, top_k)
-    if ranking is None:
-        return middle(num_blocks, top_k)
-    return best(ranking, num_blocks, top_k)
-
-
 def best(ranking: Sequence[int], num_blocks: int, top_k: int) -> list[int]:
     """The first `top_k` blocks of a ranking, in order of depth.
 

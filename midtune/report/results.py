@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from midtune.report.tables import bytes_text
+from midtune.report.tables import bytes_text, seconds_text
 
 
 def score_table(result: Mapping[str, Any]) -> RenderableType:
@@ -35,6 +35,40 @@ def score_table(result: Mapping[str, Any]) -> RenderableType:
 def merge_text(result: Mapping[str, Any]) -> RenderableType:
     """What `midtune merge` wrote: `folder`, `tensors`, `bytes`."""
     return Text(f"{result['folder']}: {result['tensors']} tensors replaced, {bytes_text(result['bytes'])}.")
+
+
+def bench_table(result: Mapping[str, Any]) -> RenderableType:
+    """What `midtune bench` measured: seconds and bytes of each arm, and how many times the first arm's."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("", "sampling", "update", "step", "memory"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for arm in result["arms"]:
+        ratios = arm["ratios"] or {}
+        cells = {
+            **{phase: seconds_text(arm[phase]["median"]) for phase in ("rollout", "update", "step")},
+            "memory": bytes_text(arm["peak"] - arm["libraries"]),
+        }
+        own = arm is result["arms"][0]
+        table.add_row(
+            arm["arm"],
+            *(f"{cell}{_times(ratios.get(phase), own)}" for phase, cell in cells.items()),
+        )
+    steps = f"medians of {result['steps']} steps"
+    work = (
+        f"{result['prompts']} prompts x {result['group_size']} completions of {result['new_tokens']} tokens"
+    )
+    notes = [
+        f"{work}, {steps}; memory is the peak without the libraries.",
+        "Least and greatest seconds are in bench.json. TRL runs with its defaults.",
+    ]
+    if any(arm["ratios"] is None for arm in result["arms"]):
+        notes.append("An arm without a ratio did not do the same work.")
+    heading = Text(f"{result['model']}, block {result['block']}", style="bold")
+    return Group(heading, "", table, *(Text(note) for note in notes))
+
+
+def _times(ratio: float | None, own: bool) -> str:
+    return "" if ratio is None or own else f" ({ratio:.1f}x)"
 
 
 def tasks_text(result: Mapping[str, Any]) -> RenderableType:

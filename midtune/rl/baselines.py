@@ -22,17 +22,21 @@ from midtune.savings.meter import Meter
 from midtune.tasks import Reward, Row
 
 
-class _Clock(TrainerCallback):
-    """Seconds of each step."""
+class StepClock(TrainerCallback):
+    """Seconds of each step, `step`, and of its phases: `rollout` as charged to the meter, `update` the rest."""
 
-    def __init__(self) -> None:
-        self.steps_s: list[float] = []
+    def __init__(self, meter: Meter) -> None:
+        self.steps: list[dict[str, float]] = []
+        self._meter = meter
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._meter.step()
         self._began = time.perf_counter()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.steps_s.append(time.perf_counter() - self._began)
+        rollout = self._meter.step().get("rollout", 0.0)
+        step = time.perf_counter() - self._began
+        self.steps.append({"step": step, "rollout": rollout, "update": step - rollout})
 
 
 def full_training(
@@ -63,7 +67,7 @@ def full_training(
         : steps * settings.prompts_per_step
     ]
     longest = max(len(prompt_ids(tokenizer, row["prompt"])) for row in ordered)
-    clock = _Clock()
+    clock = StepClock(meter)
     with tempfile.TemporaryDirectory() as scratch:
         args = trl_arguments(
             settings.model_copy(update={"steps": steps}),
@@ -88,7 +92,7 @@ def full_training(
         trainer.train()
     lengths = [log["completions/mean_length"] for log in trainer.state.log_history if "reward" in log]
     return {
-        "step": min(clock.steps_s),
+        "step": min(step["step"] for step in clock.steps),
         "peak": meter.peak_bytes(),
         "completion_length": sum(lengths) / len(lengths),
     }

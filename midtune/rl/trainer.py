@@ -140,7 +140,32 @@ class LayerGRPOTrainer(GRPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         self._rollout = inputs["rollout"]
+        self._advantages = inputs["advantages"]
         return super()._compute_loss(model, inputs)
+
+    def _scored_for_update(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs and entropies with gradient; groups without advantages keep those of sampling.
+
+        Their part of the loss is exactly zero, whatever their log-probs, as long as nothing but the advantages
+        weighs them: no KL term and no choice of tokens by entropy. TRL still counts them where it normalises.
+        """
+        assert self._rollout is not None
+        rollout = self._rollout
+        needed = self._advantages.view(-1, rollout.group_size).any(1)
+        if self.beta > 0 or self.top_entropy_quantile < 1 or bool(needed.all()):
+            return completion_log_probs(self.policy, rollout, temperature=self.temperature)
+        # Every trained tensor gets a gradient, of zeros if need be: Adam moves on its momentum.
+        zero = torch.stack([p.flatten()[0] for p in self.policy.trained_parameters().values()]).sum() * 0
+        log_probs, entropies = rollout.log_probs + zero, rollout.entropies
+        prompts = needed.nonzero()[:, 0]
+        if len(prompts) > 0:
+            rows = rollout.rows_of(prompts)
+            scored = completion_log_probs(
+                self.policy, rollout.groups_at(prompts), temperature=self.temperature
+            )
+            log_probs = log_probs.index_copy(0, rows, scored[0])
+            entropies = entropies.index_copy(0, rows, scored[1])
+        return log_probs, entropies
 
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: torch.Tensor, *args: Any, **kwargs: Any
@@ -149,7 +174,7 @@ class LayerGRPOTrainer(GRPOTrainer):
         reference = model is self.ref_model and self.ref_model is not None
         with self.policy.reference() if reference else contextlib.nullcontext():
             if torch.is_grad_enabled():
-                scored = completion_log_probs(self.policy, self._rollout, temperature=self.temperature)
+                scored = self._scored_for_update()
                 if not self._compared:
                     compare_log_probs(self.policy, self._rollout, scored[0])
                     self._compared = True

@@ -20,6 +20,7 @@ class Rollout:
         prompt_ids, prompt_mask: [N, P], left-padded.
         completion_ids, completion_mask: [N·G, C], right-padded; the end token is part of a completion.
         log_probs: [N·G, C] fp32, of each sampled token at the sampling temperature; 0 on padding.
+        entropies: [N·G, C] fp32, of the distribution each token was drawn from; 0 on padding.
         boundary: the states that enter the first trained block, where they were asked for.
     """
 
@@ -28,6 +29,7 @@ class Rollout:
     completion_ids: torch.Tensor
     completion_mask: torch.Tensor
     log_probs: torch.Tensor
+    entropies: torch.Tensor
     boundary: BoundaryStates | None = None
 
     @property
@@ -40,18 +42,30 @@ class Rollout:
         return [ids[:length] for ids, length in rows]
 
     def groups(self, start: int, stop: int) -> Rollout:
-        """The part of prompts start…stop−1, with whole groups."""
-        g = self.group_size
-        rows = slice(start * g, stop * g)
+        """The part of prompts start…stop−1, with whole groups, sharing memory with this one."""
+        rows = slice(start * self.group_size, stop * self.group_size)
+        return self._part(slice(start, stop), rows)
+
+    def groups_at(self, prompts: torch.Tensor) -> Rollout:
+        """The part of the prompts with these numbers, with whole groups, copied."""
+        return self._part(prompts, self.rows_of(prompts))
+
+    def rows_of(self, prompts: torch.Tensor) -> torch.Tensor:
+        """The rows that hold the completions of the prompts with these numbers."""
+        within = torch.arange(self.group_size, device=prompts.device)
+        return (prompts[:, None] * self.group_size + within).flatten()
+
+    def _part(self, prompts: slice | torch.Tensor, rows: slice | torch.Tensor) -> Rollout:
         boundary = self.boundary and BoundaryStates(
-            self.boundary.block, self.boundary.prompt[start:stop], self.boundary.completion[rows]
+            self.boundary.block, self.boundary.prompt[prompts], self.boundary.completion[rows]
         )
         return Rollout(
-            self.prompt_ids[start:stop],
-            self.prompt_mask[start:stop],
+            self.prompt_ids[prompts],
+            self.prompt_mask[prompts],
             self.completion_ids[rows],
             self.completion_mask[rows],
             self.log_probs[rows],
+            self.entropies[rows],
             boundary,
         )
 
@@ -92,6 +106,7 @@ def sample(
     rows = len(prompts) * group_size
     completion_ids = torch.full((rows, max_new_tokens), policy.tokenizer.pad_token_id, device=device)
     log_probs = torch.zeros(rows, max_new_tokens, device=device)
+    entropies = torch.zeros_like(log_probs)
     lengths = torch.zeros(rows, dtype=torch.long, device=device)
     stop_ids = torch.tensor(policy.stop_token_ids, device=device)
     # A cache without a config keeps every key; a window is then applied by the mask, exactly.
@@ -114,9 +129,10 @@ def sample(
         live = torch.arange(rows, device=device)
         fed: list[torch.Tensor] = []
         for step in range(max_new_tokens):
-            tokens, chosen = choose(logits.float(), temperature, top_p, top_k)
+            tokens, log_probs[live, step], entropies[live, step] = choose(
+                logits.float(), temperature, top_p, top_k
+            )
             completion_ids[live, step] = tokens
-            log_probs[live, step] = chosen
             lengths[live] = step + 1
             if on_tokens is not None:
                 on_tokens(len(live))
@@ -156,25 +172,36 @@ def sample(
         completion_ids[:, :longest],
         completion_mask,
         log_probs[:, :longest],
+        entropies[:, :longest],
         boundary,
     )
 
 
 def choose(
     logits: torch.Tensor, temperature: float, top_p: float, top_k: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw a token from each row of logits [B, V] → token ids [B] and their log-probs [B]."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Draw a token from each row of logits [B, V] → token ids, their log-probs and the entropies, all [B].
+
+    Log-probs and entropies are those of the full distribution at the temperature (1 where it is 0, greedy).
+    """
+    log_probs = (logits / (temperature or 1.0)).log_softmax(-1)
+    probs = log_probs.exp()
+    # 0 · log 0 is 0.
+    entropies = -(probs * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(-1)
     if temperature == 0:
-        log_probs = logits.log_softmax(-1)
-        chosen, tokens = log_probs.max(-1)
-        return tokens, chosen
-    log_probs = (logits / temperature).log_softmax(-1)
-    kept = log_probs
-    if 0 < top_k < kept.size(-1):
-        kept = kept.masked_fill(kept < kept.topk(top_k, -1).values[:, -1:], -torch.inf)
+        tokens = log_probs.argmax(-1)
+    else:
+        tokens = torch.multinomial(_filtered(log_probs, probs, top_p, top_k), 1)[:, 0]
+    return tokens, log_probs.gather(-1, tokens[:, None])[:, 0], entropies
+
+
+def _filtered(log_probs: torch.Tensor, probs: torch.Tensor, top_p: float, top_k: int) -> torch.Tensor:
+    """Probabilities [B, V], up to a factor, with all but the most likely tokens at zero."""
+    if 0 < top_k < probs.size(-1):
+        least = log_probs.topk(top_k, -1).values[:, -1:]
+        probs = probs.masked_fill(log_probs < least, 0.0)
     if top_p < 1:
-        ordered, order = kept.softmax(-1).sort(-1, descending=True)
+        ordered, order = (probs / probs.sum(-1, keepdim=True)).sort(-1, descending=True)
         beyond = ordered.cumsum(-1) - ordered >= top_p
-        kept = kept.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
-    tokens = torch.multinomial(kept.softmax(-1), 1)[:, 0]
-    return tokens, log_probs.gather(-1, tokens[:, None])[:, 0]
+        probs = probs.masked_fill(beyond.scatter(-1, order, beyond), 0.0)
+    return probs

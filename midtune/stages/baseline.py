@@ -1,18 +1,13 @@
-"""Full training for a few steps in a process of its own: `python -m midtune.stages.baseline RUN/config.yaml`.
-
-A process of its own, because peak memory counts all that a process ever held.
-"""
+"""Full training for a few steps in a process of its own: `python -m midtune.stages.baseline RUN/config.yaml`."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from midtune.errors import MidtuneError
+from midtune.stages.alone import in_own_process
 
 STEPS = 2
 
@@ -23,20 +18,9 @@ def measure(config_file: Path) -> dict[str, Any]:
     Raises:
         MidtuneError: the process failed; its last words are in the message.
     """
-    finished = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "midtune.stages.baseline", str(config_file)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+    return in_own_process(
+        __name__, config_file, what="measuring full training", instead="use --baseline estimated"
     )
-    if finished.returncode != 0:
-        words = finished.stderr.strip().splitlines()
-        raise MidtuneError(
-            f"full training could not be measured ({words[-1][:200] if words else finished.returncode}); "
-            "use --baseline estimated."
-        )
-    result: dict[str, Any] = json.loads(finished.stdout.strip().splitlines()[-1])
-    return result
 
 
 def main(config_file: Path) -> None:

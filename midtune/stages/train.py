@@ -129,7 +129,7 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
         terminal.message(f"measuring full training: {baseline.STEPS} steps in a process of its own")
         full = baseline.measure(folder.config)
     else:
-        full = _estimate(config, numbers, shape, blocks, time, compute_bytes, process_bytes)
+        full = _estimate(config, numbers, shape, blocks, time, steps, compute_bytes, process_bytes)
 
     report = Report(
         model=source.name,
@@ -299,6 +299,7 @@ def _estimate(
     shape: StepShape,
     blocks: list[int],
     time: dict[str, float],
+    steps: list[dict[str, Any]],
     compute_bytes: int,
     process_bytes: int,
 ) -> dict[str, Any]:
@@ -315,6 +316,10 @@ def _estimate(
         backward_tokens=min(
             config.training.micro_batch_tokens, int(shape.prompts * shape.group_size * width)
         ),
+        # Without a KL term, groups of equal rewards are left out of the update.
+        updated_share=1.0
+        if config.training.beta > 0
+        else 1 - statistics.fmean(step["equal_groups"] for step in steps),
         reference=config.training.beta > 0,
         compute_bytes=compute_bytes,
         process_bytes=process_bytes,

@@ -3,7 +3,6 @@ import pytest
 from midtune.errors import InputError
 from midtune.probe.selection import (
     best,
-    choose,
     matching_probe,
     middle,
     middle_band,
@@ -83,13 +82,6 @@ def test_middle_band() -> None:
     assert middle_band(5) == [1, 2, 3]
     assert [middle_band(n) for n in (1, 2, 3)] == [[0], [0], [1]]
     assert middle_band(5, at_least=4) == [0, 1, 2, 3]
-
-
-def test_named_layers_go_before_a_ranking_and_a_ranking_before_the_middle() -> None:
-    ranking = [20, 3, 11]
-    assert choose(30, "5", 2, ranking) == [5]
-    assert choose(30, None, 2, ranking) == [3, 20]
-    assert choose(30, None, 2, None) == [14, 15]
 
 
 def test_a_ranking_must_be_long_enough_and_of_this_model() -> None:

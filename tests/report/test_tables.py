@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
+from midtune.report.results import bench_table
 from midtune.report.tables import (
     IntervalBar,
     bytes_text,
@@ -250,3 +251,20 @@ def test_whole_seconds() -> None:
         "1 min 00 s",
         "3 min 20 s",
     ]
+
+
+def test_the_bench_table_shows_ratios_where_work_was_equal() -> None:
+    def arm(name: str, seconds: float, ratios: dict[str, float] | None) -> dict[str, Any]:
+        phases = {phase: {"median": seconds} for phase in ("step", "rollout", "update")}
+        return {"arm": name, "peak": 3 * 2**30, "libraries": 2**30, "ratios": ratios, **phases}
+
+    ones = dict.fromkeys(("step", "rollout", "update", "memory"), 1.0)
+    fours = {**ones, "update": 4.0}
+    arms = [arm("midtune", 1.5, ones), arm("trl-full", 6.0, fours), arm("trl-qlora", 7.0, None)]
+    sizes = {"steps": 5, "prompts": 4, "group_size": 8, "new_tokens": 24}
+    lines = rendered(bench_table({"model": "m", "block": 3, "arms": arms, **sizes}))
+    by_arm = {line.split()[0]: line.split()[1:] for line in lines if line}
+    assert by_arm["midtune"] == ["1.50", "s", "1.50", "s", "1.50", "s", "2.00", "GiB"]
+    assert "(4.0x)" in by_arm["trl-full"]
+    assert not any("x)" in word for word in by_arm["trl-qlora"])
+    assert "An arm without a ratio did not do the same work." in lines

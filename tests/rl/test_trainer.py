@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from midtune.rl.algorithms import ALGORITHMS
 from midtune.rl.tail import completion_log_probs
 from midtune.rl.trainer import TRAINED_TENSORS, LayerGRPOTrainer, check_trainable
 from midtune.rl.training import in_order, train_blocks, trl_arguments
+from midtune.rollout.sampler import Rollout
 from midtune.savings.meter import Meter
 from midtune.tasks import Row
 from tests.plain import stop_early
@@ -40,6 +42,22 @@ def question_rows() -> list[Row]:
 
 def even_share(completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
+
+
+def short_questions_only(completion_ids: list[list[int]], question: list[str], **_: Any) -> list[float]:
+    """All completions of a long question get the same reward."""
+    scores = even_share(completion_ids)
+    return [score if len(text) < 5 else 0.5 for score, text in zip(scores, question, strict=True)]
+
+
+def wavering() -> Any:
+    """A reward that tells completions apart in every second step only."""
+    calls = itertools.count()
+
+    def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return even_share(completion_ids) if next(calls) % 2 == 0 else [0.5] * len(completion_ids)
+
+    return reward
 
 
 def nothing(completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -224,22 +242,27 @@ def trainer_of(
 
 
 def assert_as_trl(
-    load: Load, folder: Path, quantize: str, settings: TrainingConfig, **arguments: Any
+    load: Load,
+    folder: Path,
+    quantize: str,
+    settings: TrainingConfig,
+    reward: Any = even_share,
+    **arguments: Any,
 ) -> None:
     """Train block 2 with midtune and, on the same completions, with TRL; compare what comes of it."""
     ours, theirs = (thawed(load, 2, quantize=quantize) for _ in range(2))
     start = trained(ours)
     drawn: list[list[list[int]]] = []
 
-    def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    def listening(completion_ids: list[list[int]], **columns: Any) -> list[float]:
         drawn.append(completion_ids)
-        return even_share(completion_ids)
+        return reward(completion_ids, **columns)
 
     # Plain gradient descent: Adam would blow rounding up where a gradient is zero.
     arguments = {"optim": "sgd", "learning_rate": 1.0, **arguments}
-    layer = trainer_of(LayerGRPOTrainer, ours, folder, settings, reward, **arguments)
+    layer = trainer_of(LayerGRPOTrainer, ours, folder, settings, listening, **arguments)
     layer.train()
-    stock = trainer_of(Replay, theirs, folder, settings, **arguments)
+    stock = trainer_of(Replay, theirs, folder, settings, reward, **arguments)
     stock.completions = list(drawn)
     stock.train()
 
@@ -263,6 +286,37 @@ def assert_as_trl(
 def test_three_steps_equal_trls(load: Load, tmp_path: Path, algorithm: str, beta: float) -> None:
     settings = settings_of(steps=3, algorithm=algorithm, beta=beta, temperature=0.8)
     assert_as_trl(load, tmp_path, "none", settings)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_groups_of_equal_rewards_are_left_out_exactly(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str
+) -> None:
+    groups: list[int] = []
+
+    def counted(policy: Policy, rollout: Rollout, *, temperature: float) -> Any:
+        groups.append(len(rollout.prompt_ids))
+        return completion_log_probs(policy, rollout, temperature=temperature)
+
+    monkeypatch.setattr("midtune.rl.trainer.completion_log_probs", counted)
+    # Half of the six questions are short.
+    settings = settings_of(steps=3, algorithm=algorithm, prompts_per_step=6)
+    assert_as_trl(load, tmp_path, "none", settings, short_questions_only)
+    assert groups == [3, 3, 3]
+
+
+def test_a_step_without_advantages_moves_on_momentum(load: Load, tmp_path: Path) -> None:
+    found = []
+    for scored in (False, True):
+        policy = thawed(load, 2)
+        trainer = trainer_of(LayerGRPOTrainer, policy, tmp_path, settings_of(steps=4), wavering())
+        if scored:
+            trainer._scored_for_update = lambda trainer=trainer: completion_log_probs(
+                trainer.policy, trainer._rollout, temperature=trainer.temperature
+            )
+        trainer.train()
+        found.append(trained(policy))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
 
 
 def test_three_steps_over_a_4_bit_model_equal_trls(load: Load, tmp_path: Path) -> None:

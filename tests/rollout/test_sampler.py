@@ -32,7 +32,7 @@ def sampled(
 
 def drawn(top_p: float = 1.0, top_k: int = 0) -> set[int]:
     torch.manual_seed(0)
-    tokens, _ = choose(LOGITS.expand(400, -1), 1.0, top_p, top_k)
+    tokens, _, _ = choose(LOGITS.expand(400, -1), 1.0, top_p, top_k)
     return set(tokens.tolist())
 
 
@@ -56,7 +56,7 @@ def test_greedy_equals_generate_on_one_prompt_at_a_time(load: Load, architecture
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_log_probs_of_sampled_tokens_are_the_models(
+def test_log_probs_and_entropies_of_sampled_tokens_are_the_models(
     load: Load, architecture: str, temperature: float
 ) -> None:
     policy = load(architecture)
@@ -64,8 +64,9 @@ def test_log_probs_of_sampled_tokens_are_the_models(
     rollout = sampled(policy, temperature=temperature)
     assert len(set(rollout.completion_mask.sum(1).tolist())) > 2
     with torch.no_grad():
-        expected, _ = plain_log_probs(policy, rollout, temperature)
-    torch.testing.assert_close(rollout.log_probs, expected, atol=1e-5, rtol=1e-5)
+        log_probs, entropies = plain_log_probs(policy, rollout, temperature)
+    torch.testing.assert_close(rollout.log_probs, log_probs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(rollout.entropies, entropies, atol=1e-5, rtol=1e-5)
 
 
 def test_every_row_of_a_group_follows_its_own_prompt(policy: Policy) -> None:
@@ -138,20 +139,20 @@ def test_top_p_counts_the_probability_that_top_k_left() -> None:
 
 def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
     torch.manual_seed(0)
-    tokens, _ = choose(LOGITS.expand(10_000, -1), 1.0, 1.0, 0)
+    tokens, _, _ = choose(LOGITS.expand(10_000, -1), 1.0, 1.0, 0)
     shares = [Counter(tokens.tolist())[token] / 10_000 for token in range(4)]
     assert shares == pytest.approx([0.25, 0.5, 0.1, 0.15], abs=0.02)
 
 
 def test_log_probs_are_those_of_the_full_distribution() -> None:
-    _, log_probs = choose(LOGITS, 1.0, 0.4, 0)
+    _, log_probs, _ = choose(LOGITS, 1.0, 0.4, 0)
     assert log_probs.exp().item() == pytest.approx(0.5)
 
 
 def test_temperature_flattens_the_distribution() -> None:
     # Roots of 0.64, 0.16, 0.16 and 0.04 are 0.8, 0.4, 0.4 and 0.2; they sum to 1.8.
     logits = torch.tensor([[0.64, 0.16, 0.16, 0.04]]).log()
-    _, log_probs = choose(logits, 2.0, 1.0, 1)
+    _, log_probs, _ = choose(logits, 2.0, 1.0, 1)
     assert log_probs.exp().item() == pytest.approx(0.8 / 1.8)
 
 

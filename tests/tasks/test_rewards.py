@@ -105,9 +105,7 @@ def test_check_reward_shows_what_is_wrong(tmp_path: Path, code: str, message: st
 def test_check_reward_rejects_a_built_in_reward_that_never_pays() -> None:
     rows = [{**row, "answer": "not a number"} for row in ROWS]
     numeric = built_in("numeric")
-    with pytest.raises(
-        InputError, match="`numeric` gives right answers of `mine` no more than empty ones"
-    ):
+    with pytest.raises(InputError, match="`numeric` gives right answers of `mine` no more than empty ones"):
         check_reward(Task("mine", "0" * 16, rows, rows, numeric, numeric))
 
 

@@ -1,0 +1,227 @@
+"""The arms of `midtune bench`: the same prompts and the same completions through midtune and through TRL.
+
+Every arm samples with its own code, but each token is decided beforehand, so that all arms do equal work
+token for token. TRL's arms keep TRL's defaults, gradient checkpointing among them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, PrinterCallback
+from trl import GRPOTrainer
+
+from midtune.config import TrainingConfig
+from midtune.model.loading import compute_dtype_of, load_policy, load_tokenizer
+from midtune.model.policy import count_parameters
+from midtune.model.quantize import forbid_cpu_packing, nf4_config
+from midtune.model.sources import Source
+from midtune.rl.baselines import StepClock
+from midtune.rl.trainer import LayerGRPOTrainer
+from midtune.rl.training import trl_arguments
+from midtune.rollout.evaluation import prompt_ids
+from midtune.savings.meter import Meter
+
+ARMS = {
+    "midtune": "midtune",
+    "trl-full": "TRL, all parameters",
+    "trl-block": "TRL, the same block over NF4",
+    "trl-qlora": "TRL, QLoRA on all linear layers",
+    "trl-qlora-fp32": "the same, adapters in fp32",
+}
+LORA_RANK = 16
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What every arm computes.
+
+    Args:
+        prompts: texts, as many for each step.
+        new_tokens: tokens of every completion.
+        block: the block that midtune and `trl-block` train.
+        warmup, steps: steps that are not counted, and that are.
+    """
+
+    prompts: list[str]
+    group_size: int
+    new_tokens: int
+    block: int
+    warmup: int
+    steps: int
+    micro_batch_tokens: int
+    seed: int = 0
+
+
+def run_arm(arm: str, source: Source, work: Workload, device: torch.device) -> dict[str, Any]:
+    """Run one arm in this process, which should have done nothing else.
+
+    Returns:
+        `steps`: seconds of each counted step, by phase; `peak` and `libraries`: peak bytes since before the
+        model was loaded, and what the process held by then; `prompt_tokens`, `completion_tokens`: of all
+        steps; `trainable`: parameters.
+    """
+    meter = Meter(device)
+    libraries = meter.current_bytes()
+    meter.reset_peak()
+    tokenizer = load_tokenizer(source)
+    lengths = [len(prompt_ids(tokenizer, prompt)) for prompt in work.prompts]
+    completions = _completions(tokenizer, work)
+    rewards = [float(row % work.group_size) for row in range(len(completions))]
+    settings = TrainingConfig(
+        steps=work.warmup + work.steps,
+        beta=0.0,
+        prompts_per_step=len(work.prompts),
+        group_size=work.group_size,
+        max_new_tokens=work.new_tokens,
+        micro_batch_tokens=work.micro_batch_tokens,
+    )
+    clock = StepClock(meter)
+    with tempfile.TemporaryDirectory() as scratch:
+        args = trl_arguments(
+            settings,
+            group_tokens=work.group_size * (max(lengths) + work.new_tokens),
+            folder=Path(scratch),
+            seed=work.seed,
+            device=device,
+            compute_dtype=compute_dtype_of(device),
+            checkpoints=False,
+        )
+        rows = [{"prompt": prompt} for prompt in work.prompts] * settings.steps
+        trainer = _trainer(arm, source, work, device, args, rows, lambda **_: rewards, meter)
+        trainer.forced = completions
+        trainer.add_callback(clock)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    model = trainer.model
+    return {
+        "arm": arm,
+        "steps": clock.steps[work.warmup :],
+        "peak": meter.peak_bytes(),
+        "libraries": libraries,
+        "memory_source": meter.source,
+        "prompt_tokens": settings.steps * work.group_size * sum(lengths),
+        "completion_tokens": round(
+            sum(log["completions/mean_length"] for log in trainer.state.log_history if "reward" in log)
+            * len(completions)
+        ),
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "parameters": count_parameters(model),
+    }
+
+
+class _Forced:
+    """A trainer whose completions are decided beforehand; sampling is its own, and timed."""
+
+    forced: torch.Tensor
+    meter: Meter
+    model: Any
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        with self.meter.phase("rollout"), _decided(self.model, self.forced):
+            return super()._generate_single_turn(*args, **kwargs)  # type: ignore[misc]
+
+
+class _Midtune(_Forced, LayerGRPOTrainer):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # A decided token has the probability 1 while it is sampled, and another one in the update.
+        self._compared = True
+
+
+class _Stock(_Forced, GRPOTrainer):
+    def __init__(self, *args: Any, meter: Meter, **kwargs: Any) -> None:
+        self.meter = meter
+        super().__init__(*args, **kwargs)
+
+
+def _trainer(
+    arm: str,
+    source: Source,
+    work: Workload,
+    device: torch.device,
+    args: Any,
+    rows: list[dict[str, Any]],
+    reward: Any,
+    meter: Meter,
+) -> Any:
+    if arm in ("midtune", "trl-block"):
+        policy = load_policy(source, device=str(device))
+        policy.thaw(work.block)
+        if arm == "midtune":
+            return _Midtune(policy, args, [reward], rows, meter=meter)
+        model = policy.model
+    else:
+        model = AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            # All parameters in fp32, as RL learning rates need; frozen ones as they are computed with.
+            dtype=torch.float32 if arm == "trl-full" else compute_dtype_of(device),
+            device_map={"": device},
+            use_safetensors=True,
+            **(
+                {}
+                if arm == "trl-full"
+                else {"quantization_config": nf4_config(compute_dtype_of(device), keep=["lm_head"])}
+            ),
+        )
+        forbid_cpu_packing(model)
+    args.gradient_checkpointing = True
+    trainer = _Stock(
+        model=model,
+        args=args,
+        reward_funcs=[reward],
+        train_dataset=Dataset.from_list(rows),
+        processing_class=load_tokenizer(source),
+        peft_config=_lora() if "qlora" in arm else None,
+        meter=meter,
+    )
+    if arm == "trl-qlora-fp32":
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    return trainer
+
+
+def _lora() -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+
+
+def _completions(tokenizer: Any, work: Workload) -> torch.Tensor:
+    """Token ids [N·G, C] that end nothing; the first one is the same within a group."""
+    generator = torch.Generator().manual_seed(work.seed)
+    ordinary = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
+    rows = len(work.prompts) * work.group_size
+    drawn = torch.tensor(ordinary)[torch.randint(len(ordinary), (rows, work.new_tokens), generator=generator)]
+    # midtune makes the first token's logits once per prompt.
+    drawn[:, 0] = drawn[:: work.group_size, 0].repeat_interleave(work.group_size)
+    return drawn
+
+
+@contextlib.contextmanager
+def _decided(model: Any, completions: torch.Tensor) -> Iterator[None]:
+    """While inside, the head's n-th call gives all probability to the n-th token of each completion."""
+    step = 0
+
+    def decide(head: Any, args: Any, logits: torch.Tensor) -> torch.Tensor:
+        nonlocal step
+        wanted = completions[:: len(completions) // logits.size(0), step].to(logits.device)
+        step += 1
+        decided = torch.full_like(logits[:, -1:], -torch.inf)
+        return decided.scatter_(-1, wanted[:, None, None], 0.0)
+
+    hook = model.get_output_embeddings().register_forward_hook(decide)
+    try:
+        yield
+    finally:
+        hook.remove()

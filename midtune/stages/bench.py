@@ -1,0 +1,173 @@
+"""`midtune bench`: the same prompts and completions through midtune and through TRL, each in its own process."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from midtune.config import RunConfig
+from midtune.errors import InputError
+from midtune.probe.selection import middle
+from midtune.report.terminal import Terminal
+from midtune.runs import RunFolder, describe_environment
+from midtune.stages.alone import in_own_process
+from midtune.stages.setup import open_source
+
+MICRO_BATCH_TOKENS = RunConfig().training.micro_batch_tokens
+
+
+def run(
+    config: RunConfig,
+    *,
+    arms: Sequence[str],
+    prompts: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    group_size: int,
+    steps: int,
+    out: Path | None,
+    terminal: Terminal,
+) -> dict[str, Any]:
+    """Run the arms one after the other and compare them with the first.
+
+    Args:
+        config: names the model and the device; `blocks.layers` may name the block.
+        arms: see `midtune.rl.arms.ARMS`.
+        steps: counted steps of each arm, after one that warms up.
+        out: the folder that gets bench.json.
+
+    Returns:
+        What bench.json holds: the workload, and `arms` with `step`, `rollout` and `update` (median, least and
+        greatest seconds), `tokens_per_s` of sampling, `peak` and `libraries` bytes, and `ratios` to the first
+        arm: null where it did not do the same work.
+
+    Raises:
+        InputError: an unknown arm, model or block; nothing has been written.
+        MidtuneError: an arm's process failed.
+    """
+    from midtune.model.loading import load_tokenizer, resolve_device
+    from midtune.rl.arms import ARMS, Workload
+
+    unknown = [arm for arm in arms if arm not in ARMS]
+    if unknown or not arms:
+        asked = f"arm {unknown[0]} is not known" if unknown else "no arm was named"
+        raise InputError(f"{asked}; choose among {', '.join(ARMS)}.")
+    source = open_source(config, terminal)
+    blocks = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
+    block = middle(blocks, 1)[0] if config.blocks.layers is None else _block(config.blocks.layers, blocks)
+    folder = RunFolder.create(out, f"bench-{Path(config.model.name).stem}")
+    device = str(resolve_device(config.model.device))
+    work = Workload(
+        prompts=make_prompts(load_tokenizer(source), prompts, prompt_tokens),
+        group_size=group_size,
+        new_tokens=new_tokens,
+        block=block,
+        warmup=1,
+        steps=steps,
+        micro_batch_tokens=MICRO_BATCH_TOKENS,
+        seed=config.seed,
+    )
+    found = []
+    with terminal.progress("arms", len(arms)) as advance:
+        for arm in arms:
+            terminal.message(f"{ARMS[arm]}: {work.warmup} + {steps} steps")
+            model = {"model": source.name, "revision": source.revision, "device": device}
+            found.append(_run_alone({"arm": arm, **model, "work": asdict(work)}))
+            advance(1)
+    result = {
+        "schema": 1,
+        "model": source.name,
+        "block": block,
+        "prompts": prompts,
+        "group_size": group_size,
+        "new_tokens": new_tokens,
+        "prompt_tokens": prompt_tokens,
+        "steps": steps,
+        "arms": [summarise(arm, found[0], rows=prompts * group_size * new_tokens) for arm in found],
+        "environment": describe_environment(device, config.seed),
+    }
+    folder.write_json(folder.path / "bench.json", result)
+    return result
+
+
+def make_prompts(tokenizer: Any, count: int, tokens: int) -> list[str]:
+    """Texts of about `tokens` tokens, all different."""
+    texts = []
+    for number in range(count):
+        sums = " ".join(f"{number + i} + {number + 2 * i} = {2 * number + 3 * i}." for i in range(tokens))
+        texts.append(tokenizer.decode(tokenizer(sums)["input_ids"][:tokens], skip_special_tokens=True))
+    return texts
+
+
+def summarise(arm: dict[str, Any], first: dict[str, Any], *, rows: int) -> dict[str, Any]:
+    """An arm's figures, and how many times those of `first` they are.
+
+    Args:
+        rows: tokens sampled in a step.
+    """
+    phases = {
+        phase: {
+            "median": statistics.median(values := [step[phase] for step in arm["steps"]]),
+            "least": min(values),
+            "greatest": max(values),
+        }
+        for phase in ("step", "rollout", "update")
+    }
+    work = ("prompt_tokens", "completion_tokens")
+    ratios = None
+    if all(arm[key] == first[key] for key in work) and len(arm["steps"]) == len(first["steps"]):
+        ratios = {
+            phase: figures["median"] / statistics.median(step[phase] for step in first["steps"])
+            for phase, figures in phases.items()
+        }
+        ratios["memory"] = (arm["peak"] - arm["libraries"]) / (first["peak"] - first["libraries"])
+    kept = ("arm", "peak", "libraries", "memory_source", "trainable", *work)
+    return {
+        **{key: arm[key] for key in kept},
+        **phases,
+        "tokens_per_s": rows / phases["rollout"]["median"],
+        "ratios": ratios,
+    }
+
+
+def _block(layers: str, blocks: int) -> int:
+    from midtune.probe.selection import parse_layers
+
+    chosen = parse_layers(layers, blocks, 1)
+    if len(chosen) != 1:
+        raise InputError(f"--layers {layers} names {len(chosen)} blocks, but the bench trains one; name one.")
+    return chosen[0]
+
+
+def _run_alone(task: dict[str, Any]) -> dict[str, Any]:
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(task, file)
+        file.flush()
+        return in_own_process(
+            __name__,
+            Path(file.name),
+            what=f"the arm {task['arm']}",
+            instead="leave it out with --arms",
+        )
+
+
+def main(file: Path) -> None:
+    """Run the arm that `file` describes and print its figures as one line of JSON."""
+    import torch
+
+    from midtune.model.sources import resolve
+    from midtune.rl.arms import Workload, run_arm
+
+    task = json.loads(file.read_text(encoding="utf-8"))
+    source = resolve(task["model"], task["revision"])
+    print(json.dumps(run_arm(task["arm"], source, Workload(**task["work"]), torch.device(task["device"]))))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

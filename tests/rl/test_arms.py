@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from midtune.model.sources import resolve
+from midtune.rl.arms import ARMS, Workload, run_arm
+
+WORK = Workload(
+    prompts=["3 + 4 = 7. 5 + 6", "1 + 1"],
+    group_size=4,
+    new_tokens=6,
+    block=2,
+    warmup=1,
+    steps=2,
+    micro_batch_tokens=10_000,
+)
+
+
+@pytest.fixture(scope="module")
+def found(random_checkpoint: Callable[..., Path]) -> dict[str, dict[str, Any]]:
+    """What each arm measured on a random checkpoint."""
+    source = resolve(str(random_checkpoint("qwen3")))
+    return {arm: run_arm(arm, source, WORK, torch.device("cpu")) for arm in ARMS}
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_does_the_same_work(found: dict[str, dict[str, Any]], arm: str) -> None:
+    assert found[arm]["completion_tokens"] == 3 * 8 * 6
+    assert found[arm]["prompt_tokens"] == 3 * 4 * sum(map(len, WORK.prompts))
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_phases_make_up_a_step(found: dict[str, dict[str, Any]], arm: str) -> None:
+    assert len(found[arm]["steps"]) == 2
+    for step in found[arm]["steps"]:
+        assert step["rollout"] > 0 and step["update"] > 0
+        assert step["step"] == pytest.approx(step["rollout"] + step["update"])
+
+
+def test_each_arm_trains_what_it_says(found: dict[str, dict[str, Any]]) -> None:
+    trained = {arm: figures["trainable"] for arm, figures in found.items()}
+    assert trained["trl-full"] == found["trl-full"]["parameters"]
+    assert trained["midtune"] == trained["trl-block"] < trained["trl-full"] / 4
+    linears = 4 * 7
+    assert trained["trl-qlora"] == trained["trl-qlora-fp32"] > linears * 16 * 64

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from midtune.config import load_config
+from midtune.errors import InputError
+from midtune.model.loading import load_tokenizer
+from midtune.model.sources import resolve
+from midtune.report.terminal import Terminal
+from midtune.stages import bench
+
+
+def go(checkpoint: Path, out: Path, terminal: Terminal, **changes: Any) -> dict[str, Any]:
+    sizes = {"prompts": 2, "prompt_tokens": 12, "new_tokens": 4, "group_size": 2, "steps": 2}
+    config = load_config(None, {"model.name": str(checkpoint), **changes.pop("settings", {})})
+    return bench.run(config, out=out, terminal=terminal, **{"arms": ["midtune"], **sizes, **changes})
+
+
+def test_arms_run_in_their_own_processes_and_are_compared(
+    random_checkpoint: Callable[..., Path], tmp_path: Path, terminal: Terminal
+) -> None:
+    checkpoint = random_checkpoint("qwen3")
+    found = go(checkpoint, tmp_path / "bench", terminal, arms=["midtune", "trl-full"])
+    assert json.loads((tmp_path / "bench/bench.json").read_text()) == found
+    first, full = found["arms"]
+    assert first["ratios"]["step"] == 1
+    assert full["ratios"]["update"] == pytest.approx(full["update"]["median"] / first["update"]["median"])
+    assert full["completion_tokens"] == first["completion_tokens"] == 3 * 4 * 4
+
+
+def arm(step: float, tokens: int) -> dict[str, Any]:
+    steps = [{"step": step * i, "rollout": step * i / 2, "update": step * i / 2} for i in (1, 2, 3)]
+    sizes = {"peak": 300, "libraries": 100, "prompt_tokens": 50, "completion_tokens": tokens}
+    return {"arm": "a", "memory_source": "resident", "trainable": 1, "steps": steps, **sizes}
+
+
+def test_ratios_are_of_medians() -> None:
+    first, other = arm(1.0, 24), {**arm(3.0, 24), "peak": 500}
+    found = bench.summarise(other, first, rows=24)
+    assert found["step"] == {"median": 6.0, "least": 3.0, "greatest": 9.0}
+    assert found["ratios"] == {"step": 3.0, "rollout": 3.0, "update": 3.0, "memory": 2.0}
+    assert found["tokens_per_s"] == 8.0
+
+
+def test_unequal_work_has_no_ratio() -> None:
+    assert bench.summarise(arm(3.0, 23), arm(1.0, 24), rows=24)["ratios"] is None
+
+
+def test_prompts_have_about_the_tokens_asked_for(random_checkpoint: Callable[..., Path]) -> None:
+    tokenizer = load_tokenizer(resolve(str(random_checkpoint("qwen3"))))
+    texts = bench.make_prompts(tokenizer, 4, 20)
+    assert len(set(texts)) == 4
+    assert all(len(tokenizer(text)["input_ids"]) == 20 for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"arms": ["midtune", "trl"]}, "arm trl is not known; choose among midtune, trl-full"),
+        ({"arms": []}, "no arm was named"),
+        ({"settings": {"blocks.layers": "9"}}, "0 to 3"),
+        ({"settings": {"blocks.layers": "1-2"}}, "names 2 blocks"),
+    ],
+)
+def test_bad_input(
+    random_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    terminal: Terminal,
+    changes: dict[str, Any],
+    words: str,
+) -> None:
+    with pytest.raises(InputError, match=words):
+        go(random_checkpoint("qwen3"), tmp_path / "bench", terminal, **changes)
+    assert not (tmp_path / "bench").exists()
