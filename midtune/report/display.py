@@ -180,7 +180,7 @@ class TrainingDisplay:
         return None if memory is None else bytes_text(memory)
 
     def _line(self, text: str) -> None:
-        self._console.print(Text(text), soft_wrap=True)
+        self._console.print(Text(text), soft_wrap=not self._console.is_terminal)
 
 
 class Advance(Protocol):

@@ -27,7 +27,7 @@ class Terminal:
     def message(self, text: str) -> None:
         """Print a line."""
         if not self.quiet:
-            self.console.print(Text(text), soft_wrap=True)
+            self.console.print(Text(text), soft_wrap=not self.console.is_terminal)
 
     @contextmanager
     def progress(self, description: str, total: float | None) -> Iterator[Advance]:
