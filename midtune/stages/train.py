@@ -26,7 +26,7 @@ from midtune.model.loading import resolve_device
 from midtune.model.patch import apply_patch, save_patch
 from midtune.model.policy import Policy
 from midtune.model.sources import Source
-from midtune.probe.selection import best, matching_probe, middle_band, parse_layers, ranking_of
+from midtune.probe.selection import parse_layers
 from midtune.report.plots import learning_curve
 from midtune.report.statistics import compare
 from midtune.report.summary import MemoryReport, Report, TimeReport
@@ -37,7 +37,7 @@ from midtune.runs import RunFolder, describe_environment
 from midtune.savings.estimate import ModelNumbers, StepShape, estimate_full_training
 from midtune.savings.meter import Meter
 from midtune.stages import baseline
-from midtune.stages.probe import probe_blocks
+from midtune.stages.choose import choose_blocks
 from midtune.stages.setup import open_policy, open_source, open_task, score_policy
 from midtune.tasks import Task
 
@@ -77,7 +77,7 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
         terminal.message(
             f"{source.name} is stored in 4-bit: the trained block starts from dequantized weights."
         )
-    config, choice = _choose_blocks(config, policy, task, folder, terminal)
+    config, choice = choose_blocks(config, policy, task, folder, terminal)
     blocks = parse_layers(config.blocks.layers or "", policy.num_blocks, config.blocks.top_k)
 
     if checkpoint is None:
@@ -169,46 +169,6 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
 def _stem(config: RunConfig) -> str:
     task = (config.task.name or "").rpartition(":")[2]
     return f"{Path(config.model.name).stem}-{Path(task).stem}"
-
-
-def _choose_blocks(
-    config: RunConfig, policy: Policy, task: Task, folder: RunFolder, terminal: Terminal
-) -> tuple[RunConfig, str]:
-    """The configuration with its blocks written out, and how they were chosen."""
-    wanted = config.blocks
-    if wanted.layers is not None:
-        blocks = parse_layers(wanted.layers, policy.num_blocks, wanted.top_k)
-        how = f"--layers {wanted.layers}"
-    else:
-        probe_file = wanted.probe or (folder.probe if folder.probe.is_file() else None)
-        probe = _read_probe(probe_file) if probe_file is not None else None
-        if probe is not None and matching_probe(
-            probe, policy.source.name, task.fingerprint, policy.source.revision
-        ):
-            how = f"the ranking of {probe_file} ({probe['method']})"
-        else:
-            if wanted.probe is not None:
-                raise InputError(
-                    f"{wanted.probe} ranks the blocks of {probe and probe.get('model')} on "
-                    f"{probe and probe.get('task')}, not those of {policy.source.name} on {task.name} as asked; "
-                    "probe again, or choose with --layers."
-                )
-            band = middle_band(policy.num_blocks, at_least=wanted.top_k)
-            terminal.message(
-                f"no probe for this model and task: ranking blocks {band[0]} to {band[-1]} by reward gradient"
-            )
-            # Trials would cost as much as the training itself; they are asked for with `midtune probe`.
-            gradient = config.probe.model_copy(update={"method": "gradient"})
-            probe = probe_blocks(policy, task, config.model_copy(update={"probe": gradient}), band, terminal)
-            folder.write_json(folder.probe, probe)
-            how = f"gradient probe of blocks {band[0]}-{band[-1]}"
-        blocks = best(ranking_of(probe), policy.num_blocks, wanted.top_k)
-    terminal.message(
-        f"training {'block' if len(blocks) == 1 else 'blocks'} {', '.join(map(str, blocks))} ({how})"
-    )
-    layers = ",".join(map(str, blocks))
-    chosen = wanted.model_copy(update={"layers": layers, "top_k": len(blocks), "probe": None})
-    return config.model_copy(update={"blocks": chosen}), how
 
 
 def _train(
@@ -366,17 +326,6 @@ def _read_start(folder: RunFolder) -> tuple[Evaluation, str]:
     data = folder.read_json(folder.start)
     sampled = None if data["sampled"] is None else np.array(data["sampled"])
     return Evaluation(np.array(data["greedy"]), sampled, []), data["choice"]
-
-
-def _read_probe(path: Path) -> dict[str, Any]:
-    try:
-        probe: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        probe["blocks"], probe["method"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(
-            f"{path} is not a probe.json that can be read; make one with `midtune probe`."
-        ) from None
-    return probe
 
 
 def _release() -> None:

@@ -14,7 +14,7 @@ import pytest
 from midtune.config import RunConfig, dump_config, load_config
 from midtune.errors import InputError, RunStopped
 from midtune.report.terminal import Terminal
-from midtune.stages import evaluate, merge, train
+from midtune.stages import evaluate, merge, probe, train
 from tests.stages.conftest import Configured
 
 
@@ -93,9 +93,9 @@ def test_without_layers_the_middle_band_is_probed(
     configured: Configured, tmp_path: Path, terminal: Terminal
 ) -> None:
     report = go(configured(blocks__layers=None, probe__prompts=8), tmp_path / "run", terminal)
-    probe = json.loads((tmp_path / "run/probe.json").read_text())
-    assert [row["block"] for row in probe["blocks"]] == [1, 2]
-    assert report["blocks"] == probe["selected"]
+    ranking = json.loads((tmp_path / "run/probe.json").read_text())
+    assert [row["block"] for row in ranking["blocks"]] == [1, 2]
+    assert report["blocks"] == ranking["selected"]
     assert "gradient probe of blocks 1-2" in report["probe"]
 
 
@@ -112,6 +112,22 @@ def test_a_probe_of_the_same_model_and_task_chooses(
     with pytest.raises(InputError, match="probe again, or choose with --layers"):
         go(other, tmp_path / "c", terminal)
     assert not (tmp_path / "c").exists()
+
+
+def test_the_latest_fitting_ranking_under_runs_chooses(
+    configured: Configured, tmp_path: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = configured(blocks__layers=None, probe__prompts=8, training__steps=1)
+    ranking = probe.run(config, out=None, terminal=terminal)
+    assert [row["block"] for row in ranking["blocks"]] == [0, 1, 2, 3]
+    report = go(config, None, terminal)
+    assert report["probe"].startswith("the ranking of runs/probe-")
+    assert report["blocks"] == ranking["selected"]
+    other = configured(blocks__layers=None, probe__prompts=8, training__steps=1, task__eval_size=9)
+    assert go(other, None, terminal)["blocks"] == ranking["selected"]
+    exact = configured(blocks__layers="middle", task__reward="exact", training__steps=1)
+    assert go(exact, None, terminal)["probe"] == "--layers middle"
 
 
 def test_lora_trains_scores_and_merges(configured: Configured, tmp_path: Path, terminal: Terminal) -> None:
