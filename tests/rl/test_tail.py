@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from midtune.model.policy import Policy
 from midtune.rl import tail
@@ -159,3 +162,39 @@ def test_chunks_of_tokens_give_what_one_chunk_gives(load: Load, monkeypatch: pyt
     # Room for seven rows of 260 logits.
     monkeypatch.setattr(tail, "CHUNK_VALUES", 7 * 260 + 100)
     assert_same(policy, completion_log_probs(policy, rollout, temperature=1.0), whole)
+
+
+SHAPES = st.fixed_dictionaries(
+    {
+        "lengths": st.lists(st.integers(1, 12), min_size=1, max_size=4),
+        "group_size": st.integers(2, 16),
+        "max_new_tokens": st.integers(1, 10),
+        "temperature": st.sampled_from([0.6, 1.0, 1.5]),
+        "block": st.integers(0, 3),
+        "architecture": st.sampled_from(sorted(ARCHITECTURES)),
+    }
+)
+
+
+@settings(
+    max_examples=15,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(shape=SHAPES)
+def test_scores_and_gradients_equal_the_whole_models_for_any_shape(load: Load, shape: dict[str, Any]) -> None:
+    policy = load(shape["architecture"])
+    stop_early(policy)
+    policy.thaw(shape["block"])
+    torch.manual_seed(0)
+    rollout = sample(
+        policy,
+        [torch.randint(3, 250, (length,)).tolist() for length in shape["lengths"]],
+        group_size=shape["group_size"],
+        max_new_tokens=shape["max_new_tokens"],
+        temperature=shape["temperature"],
+        boundary_block=shape["block"],
+    )
+    found = completion_log_probs(policy, rollout, temperature=shape["temperature"])
+    assert_same(policy, found, plain_log_probs(policy, rollout, shape["temperature"]))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from scipy.stats import chisquare
 
 from midtune.model.policy import Policy
 from midtune.rollout.boundary import recompute
@@ -142,6 +143,24 @@ def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
     tokens, _, _ = choose(LOGITS.expand(10_000, -1), 1.0, 1.0, 0)
     shares = [Counter(tokens.tolist())[token] / 10_000 for token in range(4)]
     assert shares == pytest.approx([0.25, 0.5, 0.1, 0.15], abs=0.02)
+
+
+def test_tokens_of_a_rollout_are_distributed_as_the_model_says(policy: Policy) -> None:
+    prompt = PROMPTS[0]
+    torch.manual_seed(0)
+    rollout = sample(policy, [prompt], group_size=4000, max_new_tokens=2, temperature=0.4)
+    first, second = rollout.completion_ids.T
+    common = int(first.mode().values)
+    # The first tokens, and what follows the commonest of them.
+    for drawn, context in ((first, prompt), (second[first == common], [*prompt, common])):
+        with torch.no_grad():
+            probs = (policy.model(torch.tensor([context])).logits[0, -1] / 0.4).softmax(-1).double()
+        expected = probs * len(drawn)
+        observed = torch.bincount(drawn, minlength=len(probs)).double()
+        often = expected >= 5
+        merged = [torch.cat([x[often], x[~often].sum()[None]]).numpy() for x in (observed, expected)]
+        assert len(merged[0]) > 5
+        assert chisquare(merged[0], merged[1] * merged[0].sum() / merged[1].sum()).pvalue > 0.001
 
 
 def test_log_probs_are_those_of_the_full_distribution() -> None:
