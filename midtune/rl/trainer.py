@@ -153,19 +153,24 @@ class LayerGRPOTrainer(GRPOTrainer):
         rollout = self._rollout
         needed = self._advantages.view(-1, rollout.group_size).any(1)
         if self.beta > 0 or self.top_entropy_quantile < 1 or bool(needed.all()):
-            return completion_log_probs(self.policy, rollout, temperature=self.temperature)
+            return self._scored(rollout)
         # Every trained tensor gets a gradient, of zeros if need be: Adam moves on its momentum.
         zero = torch.stack([p.flatten()[0] for p in self.policy.trained_parameters().values()]).sum() * 0
         log_probs, entropies = rollout.log_probs + zero, rollout.entropies
         prompts = needed.nonzero()[:, 0]
         if len(prompts) > 0:
             rows = rollout.rows_of(prompts)
-            scored = completion_log_probs(
-                self.policy, rollout.groups_at(prompts), temperature=self.temperature
-            )
+            scored = self._scored(rollout.groups_at(prompts))
             log_probs = log_probs.index_copy(0, rows, scored[0])
             entropies = entropies.index_copy(0, rows, scored[1])
         return log_probs, entropies
+
+    def _scored(self, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
+        scored = completion_log_probs(self.policy, rollout, temperature=self.temperature)
+        if not self._compared:
+            compare_log_probs(self.policy, rollout, scored[0])
+            self._compared = True
+        return scored
 
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: torch.Tensor, *args: Any, **kwargs: Any
@@ -174,20 +179,16 @@ class LayerGRPOTrainer(GRPOTrainer):
         reference = model is self.ref_model and self.ref_model is not None
         with self.policy.reference() if reference else contextlib.nullcontext():
             if torch.is_grad_enabled():
-                scored = self._scored_for_update()
-                if not self._compared:
-                    compare_log_probs(self.policy, self._rollout, scored[0])
-                    self._compared = True
-                return *scored, None
+                return *self._scored_for_update(), None
             groups = self._rollout.prompt_ids.size(0)
             size = self.args.per_device_train_batch_size // self.num_generations
-            parts = [
+            scored = [
                 completion_log_probs(
                     self.policy, self._rollout.groups(i, i + size), temperature=self.temperature
                 )
                 for i in range(0, groups, size)
             ]
-        log_probs, entropies = zip(*parts, strict=True)
+        log_probs, entropies = zip(*scored, strict=True)
         return torch.cat(log_probs), torch.cat(entropies), None
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -221,7 +222,7 @@ def check_trainable(policy: Policy) -> None:
 
 
 def compare_log_probs(policy: Policy, rollout: Rollout, log_probs: torch.Tensor) -> None:
-    """Check that the update computes what the sampler did, before the first step has changed anything.
+    """Check that the update computes what the sampler did with the same weights.
 
     Raises:
         MidtuneError: it does not; the architecture does something between its blocks and its logits, such as

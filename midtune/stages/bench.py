@@ -51,6 +51,8 @@ def run(
         InputError: an unknown arm, model or block; nothing has been written.
         MidtuneError: an arm's process failed.
     """
+    from transformers import AutoConfig
+
     from midtune.model.loading import load_tokenizer, resolve_device
     from midtune.rl.arms import ARMS, Workload
 
@@ -59,7 +61,7 @@ def run(
         asked = f"arm {unknown[0]} is not known" if unknown else "no arm was named"
         raise InputError(f"{asked}; choose among {', '.join(ARMS)}.")
     source = open_source(config, terminal)
-    blocks = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
+    blocks = AutoConfig.from_pretrained(source.folder).get_text_config().num_hidden_layers
     block = middle(blocks, 1)[0] if config.blocks.layers is None else _block(config.blocks.layers, blocks)
     folder = RunFolder.create(out, f"bench-{Path(config.model.name).stem}")
     device = str(resolve_device(config.model.device))

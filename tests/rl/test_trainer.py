@@ -18,7 +18,7 @@ from midtune.model.policy import Policy
 from midtune.model.sources import resolve
 from midtune.rl.algorithms import ALGORITHMS
 from midtune.rl.tail import completion_log_probs
-from midtune.rl.trainer import TRAINED_TENSORS, LayerGRPOTrainer, check_trainable
+from midtune.rl.trainer import TRAINED_TENSORS, LayerGRPOTrainer, check_trainable, compare_log_probs
 from midtune.rl.training import in_order, train_blocks, trl_arguments
 from midtune.rollout.sampler import Rollout
 from midtune.savings.meter import Meter
@@ -188,6 +188,25 @@ def test_an_update_that_computes_otherwise_than_the_sampler_is_refused(
     monkeypatch.setattr("midtune.rl.trainer.completion_log_probs", hotter)
     with pytest.raises(MidtuneError, match="cannot train this architecture"):
         train(thawed(load, 2), tmp_path)
+
+
+def test_the_first_groups_that_are_computed_are_compared(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[int] = []
+
+    def listening(policy: Policy, rollout: Rollout, log_probs: torch.Tensor) -> None:
+        compared.append(len(log_probs))
+        compare_log_probs(policy, rollout, log_probs)
+
+    monkeypatch.setattr("midtune.rl.trainer.compare_log_probs", listening)
+    calls = itertools.count()
+
+    def equal_at_first(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [0.5] * len(completion_ids) if next(calls) == 0 else even_share(completion_ids)
+
+    train(thawed(load, 2), tmp_path, equal_at_first, steps=3)
+    assert compared == [8]
 
 
 def test_the_policy_is_left_as_it_was_found(load: Load, tmp_path: Path) -> None:
