@@ -49,6 +49,9 @@ class ModelConfig(Part):
     device: str = Field("auto", description="`auto`, `cpu`, `cuda` or `cuda:N`")
     adapter: Literal["full", "lora"] = Field("full", description="train whole blocks, or LoRA on them")
     lora_rank: int = Field(16, ge=1, description="rank of the LoRA matrices")
+    unpack: Literal["auto", "never"] = Field(
+        "auto", description="dequantize weights once a rollout where half the free memory holds them: faster"
+    )
     trust_remote_code: bool = Field(False, description="run Python code that a model repository brings")
 
 
@@ -100,6 +103,10 @@ class TrainingConfig(Part):
     temperature: float = Field(1.0, gt=0, description="sampling temperature of training")
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, description="sample among the k most likely tokens; 0: all")
+    min_p: float = Field(
+        0.0, ge=0, le=1, description="leave out tokens below this share of the likeliest one's probability"
+    )
+    stop_strings: list[str] = Field(default_factory=list, description="texts that end a completion")
     micro_batch_tokens: int = Field(16384, ge=1, description="most tokens in one backward pass")
     checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints")
     stop_after_equal_rewards: int = Field(

@@ -37,11 +37,13 @@ def load_policy(
     quantize: str = "nf4",
     device: str = "auto",
     trust_remote_code: bool = False,
+    unpack: bool = True,
 ) -> Policy:
     """Load a model with every parameter frozen.
 
     With `quantize="nf4"` the linear layers of the blocks are quantized one by one while the checkpoint is
     read, so a full-precision copy of the model never exists. Embeddings, norms and head stay as stored.
+    `unpack` is the policy's.
 
     Raises:
         InputError: not a decoder-only model with safetensors weights, one that cannot be run from a block in
@@ -84,7 +86,14 @@ def load_policy(
     clear_quantized_markers(model)
     forbid_cpu_packing(model)
     check_tail(model, stack_name)
-    return Policy(model, tokenizer, source, compute_dtype=compute_dtype, stored_quantized=stored is not None)
+    return Policy(
+        model,
+        tokenizer,
+        source,
+        compute_dtype=compute_dtype,
+        stored_quantized=stored is not None,
+        unpack=unpack,
+    )
 
 
 def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -31,6 +31,7 @@ class Policy:
         source: where it came from; original tensors are read from there when a block is thawed.
         compute_dtype: the dtype of activations; parameters of trained blocks are always fp32.
         stored_quantized: the checkpoint itself is in 4-bit, so there are no original tensors to read.
+        unpack: sampling may hold dequantized weights, where memory has room.
     """
 
     def __init__(
@@ -41,12 +42,14 @@ class Policy:
         *,
         compute_dtype: torch.dtype,
         stored_quantized: bool = False,
+        unpack: bool = True,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.source = source
         self.compute_dtype = compute_dtype
         self.stored_quantized = stored_quantized
+        self.unpack = unpack
         self.stack_name, self.blocks = find_blocks(model)
         # As they are without LoRA, which renames them.
         self._parameter_names = [{name for name, _ in block.named_parameters()} for block in self.blocks]

@@ -28,7 +28,7 @@ from torch import nn
 from midtune.errors import RunStopped
 from midtune.model.policy import Policy
 from midtune.rl.tail import completion_log_probs
-from midtune.rollout.sampler import Rollout, sample
+from midtune.rollout.sampler import Rollout, Sampling, sample
 from midtune.savings.meter import Meter
 
 # TRL's, so that the gradient is the one that training would follow.
@@ -60,11 +60,8 @@ def gradient_probe(
     reward_of: Callable[[Rollout, int], Any],
     *,
     blocks: Sequence[int],
+    sampling: Sampling,
     group_size: int,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float = 1.0,
-    top_k: int = 0,
     micro_prompts: int,
     sample_prompts: int | None = None,
     meter: Meter | None = None,
@@ -106,11 +103,8 @@ def gradient_probe(
             rollout = sample(
                 policy,
                 prompts[start : start + together],
+                sampling,
                 group_size=group_size,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_p=top_p,
-                top_k=top_k,
                 boundary_block=min(blocks),
             )
         with meter.phase("reward"):
@@ -125,7 +119,11 @@ def gradient_probe(
             part = slice(first, first + micro_prompts)
             passes.append(
                 pair_products(
-                    policy, rollout.groups(part.start, part.stop), advantages[part], blocks, temperature
+                    policy,
+                    rollout.groups(part.start, part.stop),
+                    advantages[part],
+                    blocks,
+                    sampling.temperature,
                 )
             )
             if on_progress is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,8 @@ def full_training(
         source.folder, dtype=torch.float32, device_map={"": device}, use_safetensors=True
     )
     tokenizer = load_tokenizer(source)
+    # Stop strings need it, and TRL does not pass it on.
+    model.generate = partial(model.generate, tokenizer=tokenizer)
     ordered = in_order(rows, settings.steps * settings.prompts_per_step, seed)[
         : steps * settings.prompts_per_step
     ]

@@ -23,7 +23,7 @@ from trl import GRPOConfig, GRPOTrainer
 from midtune.errors import MidtuneError
 from midtune.model.policy import Policy
 from midtune.rl.tail import completion_log_probs
-from midtune.rollout.sampler import Rollout, sample
+from midtune.rollout.sampler import Rollout, Sampling, sample
 from midtune.savings.meter import Meter
 
 TRAINED_TENSORS = "trained.safetensors"
@@ -102,11 +102,8 @@ class LayerGRPOTrainer(GRPOTrainer):
             self._rollout = sample(
                 self.policy,
                 prompt_ids[::num_generations],
+                sampling_of(self.args),
                 group_size=num_generations,
-                max_new_tokens=self.max_completion_length,
-                temperature=self.temperature,
-                top_p=self.top_p,
-                top_k=self.top_k,
                 boundary_block=self.policy.trained[0],
             )
         return self._rollout.completions(), None
@@ -205,6 +202,18 @@ class LayerGRPOTrainer(GRPOTrainer):
         with torch.no_grad():
             for name, parameter in self.policy.trained_parameters().items():
                 parameter.copy_(tensors[name])
+
+
+def sampling_of(args: GRPOConfig) -> Sampling:
+    """How TRL's settings ask for completions to be drawn."""
+    return Sampling(
+        max_new_tokens=args.max_completion_length,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        min_p=args.min_p or 0.0,
+        stop_strings=tuple((args.generation_kwargs or {}).get("stop_strings", ())),
+    )
 
 
 def check_trainable(policy: Policy) -> None:

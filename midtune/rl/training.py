@@ -143,6 +143,8 @@ def trl_arguments(
         temperature=settings.temperature,
         top_p=settings.top_p,
         top_k=settings.top_k,
+        min_p=settings.min_p,
+        generation_kwargs={"stop_strings": settings.stop_strings} if settings.stop_strings else None,
         beta=settings.beta,
         **algorithm_arguments(settings.algorithm, settings.epsilon),
         learning_rate=settings.lr,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from midtune.model.policy import Policy
-from midtune.rollout.sampler import sample
+from midtune.rollout.sampler import Sampling, sample
+from midtune.savings.meter import free_bytes
 from midtune.tasks import Reward, Row, completion_of
 
 # Beyond this a CPU gains nothing from more rows and a GPU little.
@@ -49,12 +50,9 @@ def evaluate(
     policy: Policy,
     rows: Sequence[Row],
     score: Reward,
+    sampling: Sampling,
     *,
     samples: int,
-    temperature: float,
-    max_new_tokens: int,
-    top_p: float = 1.0,
-    top_k: int = 0,
     seed: int = 0,
     on_problems: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
@@ -62,7 +60,8 @@ def evaluate(
 
     Args:
         score: TRL reward signature; called on all completions of a batch of problems.
-        samples: completions per problem at `temperature`; 0 draws none.
+        sampling: how samples are drawn; greedy completions differ in the temperature alone.
+        samples: completions per problem; 0 draws none.
         seed: of the samples; the caller's random state is left as it was.
         on_problems: called with the completions finished since the last call and the tokens they took.
     """
@@ -70,24 +69,16 @@ def evaluate(
     # Problems of like length share a batch, so that little of it is padding.
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
 
-    def run(draws: int, heat: float) -> tuple[NDArray[np.float64], list[str]]:
+    def run(draws: int, how: Sampling) -> tuple[NDArray[np.float64], list[str]]:
         scores = np.zeros(len(rows))
         texts = [""] * len(rows)
         start = 0
         while start < len(order):
-            longest = len(prompts[order[min(start + MOST_ROWS, len(order)) - 1]]) + max_new_tokens
+            longest = len(prompts[order[min(start + MOST_ROWS, len(order)) - 1]]) + how.max_new_tokens
             count = max(1, rows_that_fit(policy, longest) // draws)
             batch = order[start : start + count]
             start += count
-            rollout = sample(
-                policy,
-                [prompts[i] for i in batch],
-                group_size=draws,
-                max_new_tokens=max_new_tokens,
-                temperature=heat,
-                top_p=top_p,
-                top_k=top_k,
-            )
+            rollout = sample(policy, [prompts[i] for i in batch], how, group_size=draws)
             ids = rollout.completions()
             decoded = policy.tokenizer.batch_decode(ids, skip_special_tokens=True)
             found = score_completions(score, [rows[i] for i in batch for _ in range(draws)], decoded, ids)
@@ -98,13 +89,13 @@ def evaluate(
                 on_problems(len(ids), sum(map(len, ids)))
         return scores, texts
 
-    greedy, completions = run(1, 0.0)
+    greedy, completions = run(1, replace(sampling, temperature=0.0))
     sampled = None
     if samples:
         devices = [policy.device] if policy.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
-            sampled, _ = run(samples, temperature)
+            sampled, _ = run(samples, sampling)
     return Evaluation(greedy, sampled, completions)
 
 
@@ -132,6 +123,5 @@ def rows_that_fit(policy: Policy, tokens: int) -> int:
     row_bytes = 2 * policy.num_blocks * heads * width * tokens * policy.compute_dtype.itemsize
     # A step's logits are held a few times over in fp32.
     row_bytes += 16 * config.vocab_size
-    free_bytes, _ = torch.cuda.mem_get_info(policy.device)
     # Growing a cache holds its old and its new tensors for a moment.
-    return int(max(1, min(MOST_ROWS, free_bytes // 3 // row_bytes)))
+    return int(max(1, min(MOST_ROWS, free_bytes(policy.device) // 3 // row_bytes)))

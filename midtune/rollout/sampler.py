@@ -6,10 +6,51 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    StopStringCriteria,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from midtune.model.policy import Policy
+from midtune.model.quantize import unpacked
 from midtune.rollout.boundary import BoundaryStates, captured, positions
+from midtune.rollout.keys_values import closed_up, shared_prompts
+from midtune.savings.meter import free_bytes
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn.
+
+    Args:
+        max_new_tokens: where a completion is cut.
+        temperature: 0 is greedy.
+        top_p, top_k, min_p: keep the smallest set of tokens with this probability; the k most likely ones (0: all);
+            those with at least this share of the likeliest one's probability. Log-probs and entropies stay
+            those of the full distribution, as the update computes them.
+        stop_strings: texts that end a completion, each part of the completion it ends.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    stop_strings: tuple[str, ...] = ()
+
+    def warpers(self) -> LogitsProcessorList:
+        """What sets the log-probs of tokens that are not to be drawn to -inf."""
+        chosen = LogitsProcessorList()
+        if self.top_k > 0:
+            chosen.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1:
+            chosen.append(TopPLogitsWarper(self.top_p))
+        if self.min_p > 0:
+            chosen.append(MinPLogitsWarper(self.min_p))
+        return chosen
 
 
 @dataclass
@@ -74,12 +115,9 @@ class Rollout:
 def sample(
     policy: Policy,
     prompts: list[list[int]],
+    sampling: Sampling,
     *,
-    group_size: int,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float = 1.0,
-    top_k: int = 0,
+    group_size: int = 1,
     boundary_block: int | None = None,
     on_tokens: Callable[[int], None] | None = None,
 ) -> Rollout:
@@ -88,15 +126,12 @@ def sample(
     Args:
         policy: the model to sample from; sampling uses torch's global random state.
         prompts: token ids of each prompt.
-        temperature: 0 is greedy.
-        top_p, top_k: keep the smallest set of tokens with this probability, or the k most likely; log-probs
-            stay those of the full distribution, as the update computes them.
         boundary_block: capture the states that enter this block.
         on_tokens: called with the number of new tokens after every step.
     """
-    device = policy.device
+    device, pad = policy.device, policy.tokenizer.pad_token_id
     width = max(len(ids) for ids in prompts)
-    prompt_ids = torch.full((len(prompts), width), policy.tokenizer.pad_token_id, dtype=torch.long)
+    prompt_ids = torch.full((len(prompts), width), pad, dtype=torch.long)
     prompt_mask = torch.zeros_like(prompt_ids)
     for row, ids in enumerate(prompts):
         prompt_ids[row, width - len(ids) :] = torch.tensor(ids)
@@ -104,16 +139,21 @@ def sample(
     prompt_ids, prompt_mask = prompt_ids.to(device), prompt_mask.to(device)
 
     rows = len(prompts) * group_size
-    completion_ids = torch.full((rows, max_new_tokens), policy.tokenizer.pad_token_id, device=device)
-    log_probs = torch.zeros(rows, max_new_tokens, device=device)
+    completion_ids = torch.full((rows, sampling.max_new_tokens), pad, device=device)
+    log_probs = torch.zeros(rows, sampling.max_new_tokens, device=device)
     entropies = torch.zeros_like(log_probs)
     lengths = torch.zeros(rows, dtype=torch.long, device=device)
-    stop_ids = torch.tensor(policy.stop_token_ids, device=device)
-    # A cache without a config keeps every key; a window is then applied by the mask, exactly.
-    cache = DynamicCache()
+    ends = _ends(policy, sampling)
+    warpers = sampling.warpers()
+    cache = shared_prompts()
+    fed: list[torch.Tensor] = []
     training = policy.model.training
     policy.model.eval()
-    with captured(policy, boundary_block) as states, policy.autocast():
+    with (
+        unpacked(policy.model, policy.compute_dtype, rows=rows, most_bytes=_room(policy)),
+        captured(policy, boundary_block) as states,
+        policy.autocast(),
+    ):
         output = policy.model(
             input_ids=prompt_ids,
             attention_mask=prompt_mask,
@@ -127,23 +167,21 @@ def sample(
         mask = prompt_mask.repeat_interleave(group_size, 0)
         position = mask.sum(1, keepdim=True)
         live = torch.arange(rows, device=device)
-        fed: list[torch.Tensor] = []
-        for step in range(max_new_tokens):
+        for step in range(sampling.max_new_tokens):
             tokens, log_probs[live, step], entropies[live, step] = choose(
-                logits.float(), temperature, top_p, top_k
+                logits.float(), sampling.temperature, warpers
             )
             completion_ids[live, step] = tokens
             lengths[live] = step + 1
             if on_tokens is not None:
                 on_tokens(len(live))
-            going = ~torch.isin(tokens, stop_ids)
-            count = int(going.sum())
-            if count == 0 or step + 1 == max_new_tokens:
+            going = ~ends(completion_ids[live, : step + 1])
+            if step + 1 == sampling.max_new_tokens or not going.any():
                 break
-            if count < len(live):
-                keep = going.nonzero()[:, 0]
-                cache.batch_select_indices(keep)
-                live, tokens, mask, position = live[keep], tokens[keep], mask[keep], position[keep]
+            if not going.all():
+                kept = closed_up(going)
+                cache.batch_select_indices(kept)
+                live, tokens, mask, position = live[kept], tokens[kept], mask[kept], position[kept]
             mask = torch.cat([mask, mask.new_ones(len(live), 1)], 1)
             output = policy.model(
                 input_ids=tokens[:, None],
@@ -178,30 +216,48 @@ def sample(
 
 
 def choose(
-    logits: torch.Tensor, temperature: float, top_p: float, top_k: int
+    logits: torch.Tensor, temperature: float, warpers: LogitsProcessorList
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Draw a token from each row of logits [B, V] → token ids, their log-probs and the entropies, all [B].
 
     Log-probs and entropies are those of the full distribution at the temperature (1 where it is 0, greedy).
     """
-    log_probs = (logits / (temperature or 1.0)).log_softmax(-1)
+    log_probs = (logits / temperature if temperature not in (0, 1) else logits).log_softmax(-1)
     probs = log_probs.exp()
-    # 0 · log 0 is 0.
-    entropies = -(probs * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(-1)
     if temperature == 0:
         tokens = log_probs.argmax(-1)
+    elif warpers:
+        # They look at scores alone.
+        tokens = _drawn(warpers(None, log_probs).softmax(-1))
     else:
-        tokens = torch.multinomial(_filtered(log_probs, probs, top_p, top_k), 1)[:, 0]
-    return tokens, log_probs.gather(-1, tokens[:, None])[:, 0], entropies
+        tokens = _drawn(probs)
+    chosen = log_probs.gather(-1, tokens[:, None])[:, 0]
+    # 0 · log 0 is 0.
+    return tokens, chosen, -torch.linalg.vecdot(probs, log_probs.clamp_(min=torch.finfo(log_probs.dtype).min))
 
 
-def _filtered(log_probs: torch.Tensor, probs: torch.Tensor, top_p: float, top_k: int) -> torch.Tensor:
-    """Probabilities [B, V], up to a factor, with all but the most likely tokens at zero."""
-    if 0 < top_k < probs.size(-1):
-        least = log_probs.topk(top_k, -1).values[:, -1:]
-        probs = probs.masked_fill(log_probs < least, 0.0)
-    if top_p < 1:
-        ordered, order = (probs / probs.sum(-1, keepdim=True)).sort(-1, descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= top_p
-        probs = probs.masked_fill(beyond.scatter(-1, order, beyond), 0.0)
-    return probs
+def _drawn(probs: torch.Tensor) -> torch.Tensor:
+    """A token of each row of probabilities [B, V] → [B]."""
+    if probs.device.type != "cpu":
+        return torch.multinomial(probs, 1)[:, 0]
+    # Multinomial draws a random number for every token of the vocabulary, which on a CPU takes longer than
+    # the whole head. One number a row does: where it falls among the sums of probabilities, which a CPU
+    # adds up in double precision and in order.
+    sums = probs.cumsum(-1)
+    total = sums[:, -1:]
+    aim = torch.minimum(torch.rand_like(total) * total, total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(sums, aim, right=True)[:, 0]
+
+
+def _ends(policy: Policy, sampling: Sampling) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function: completions so far [B, T] → which of them end with their last token, [B] bool."""
+    stop_ids = torch.tensor(policy.stop_token_ids, device=policy.device)
+    if not sampling.stop_strings:
+        return lambda completions: torch.isin(completions[:, -1], stop_ids)
+    texts = StopStringCriteria(policy.tokenizer, list(sampling.stop_strings))
+    return lambda completions: torch.isin(completions[:, -1], stop_ids) | texts(completions, None)
+
+
+def _room(policy: Policy) -> int:
+    """Bytes that unpacked weights may take while sampling."""
+    return free_bytes(policy.device) // 2 if policy.unpack else 0

@@ -100,6 +100,17 @@ class Meter:
         self._mark = now
 
 
+def free_bytes(device: Any) -> int:
+    """Bytes that can still be allocated on a torch device, or on the one of this name."""
+    if str(device).startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
 def _status_bytes(key: str) -> int | None:
     try:
         lines = STATUS.read_text().splitlines()

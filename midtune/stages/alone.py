@@ -22,7 +22,7 @@ def in_own_process(module: str, file: Path, *, what: str, instead: str) -> dict[
         MidtuneError: the process failed; its last words are in the message.
     """
     finished = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", module, str(file)],
+        [sys.executable, "-P", "-W", "ignore", "-m", module, str(file)],
         capture_output=True,
         text=True,
         env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},

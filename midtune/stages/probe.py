@@ -18,7 +18,7 @@ from midtune.report.terminal import Terminal
 from midtune.rollout.evaluation import prompt_ids, score_completions
 from midtune.runs import RunFolder, describe_environment
 from midtune.savings.meter import Meter
-from midtune.stages.setup import open_policy, open_source, open_task, score_policy
+from midtune.stages.setup import open_policy, open_source, open_task, sampling_of, score_policy
 from midtune.tasks import Task
 
 if TYPE_CHECKING:
@@ -186,11 +186,8 @@ def by_gradient(
             prompts,
             reward_of,
             blocks=blocks,
+            sampling=sampling_of(training),
             group_size=training.group_size,
-            max_new_tokens=training.max_new_tokens,
-            temperature=training.temperature,
-            top_p=training.top_p,
-            top_k=training.top_k,
             micro_prompts=micro_prompts,
             sample_prompts=sample_prompts,
             meter=meter,
@@ -287,5 +284,5 @@ def by_trials(
 
 
 def _sampling(config: RunConfig) -> dict[str, Any]:
-    keys = {"group_size", "max_new_tokens", "temperature", "top_p", "top_k"}
+    keys = {"group_size", "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "stop_strings"}
     return {"quantize": config.model.quantize, **config.training.model_dump(include=keys)}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 
-from midtune.config import RunConfig, require_task
+from midtune.config import RunConfig, TrainingConfig, require_task
 from midtune.model.loading import load_policy, resolve_device
 from midtune.model.policy import Policy
 from midtune.model.sources import Source, resolve
 from midtune.report.display import Advance
 from midtune.report.terminal import Terminal
 from midtune.rollout.evaluation import Evaluation, evaluate
+from midtune.rollout.sampler import Sampling
 from midtune.tasks import Row, Task, check_reward, load_task
 
 
@@ -43,6 +44,7 @@ def open_policy(
             quantize=quantize or config.model.quantize,
             device=config.model.device,
             trust_remote_code=config.model.trust_remote_code,
+            unpack=config.model.unpack == "auto",
         )
 
 
@@ -80,17 +82,25 @@ def score_policy(
     samples: int,
 ) -> Evaluation:
     """Score the policy on `rows`, with a progress bar that says `what` is going on."""
-    training = config.training
     with terminal.progress(what, len(rows) * (1 + samples)) as advance:
         return evaluate(
             policy,
             rows,
             task.score,
+            sampling_of(config.training),
             samples=samples,
-            temperature=training.temperature,
-            max_new_tokens=training.max_new_tokens,
-            top_p=training.top_p,
-            top_k=training.top_k,
             seed=config.seed,
             on_problems=lambda problems, tokens: advance(problems, tokens=tokens),
         )
+
+
+def sampling_of(settings: TrainingConfig) -> Sampling:
+    """How completions are drawn, in training and where a score is taken."""
+    return Sampling(
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        min_p=settings.min_p,
+        stop_strings=tuple(settings.stop_strings),
+    )

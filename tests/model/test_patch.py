@@ -25,7 +25,7 @@ from midtune.model.patch import (
 )
 from midtune.model.policy import Policy
 from midtune.model.sources import checkpoint_files
-from midtune.rollout.sampler import sample
+from midtune.rollout.sampler import Sampling, sample
 from tests.model.toy_training import TOKENS, logits_of, perturb
 
 Load = Callable[..., Policy]
@@ -266,7 +266,7 @@ def test_plain_transformers_generates_what_the_policy_does(
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     prompt = tokenizer("What is 3 + 4?", return_tensors="pt")
     generated = merged.generate(**prompt, do_sample=False, max_new_tokens=16)[0, prompt.input_ids.size(1) :]
-    own = sample(policy, prompt.input_ids.tolist(), group_size=1, max_new_tokens=16, temperature=0)
+    own = sample(policy, prompt.input_ids.tolist(), Sampling(max_new_tokens=16, temperature=0))
     assert own.completions() == [generated.tolist()]
 
 

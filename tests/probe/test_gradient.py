@@ -17,10 +17,11 @@ from midtune.model.loading import load_policy
 from midtune.model.policy import Policy
 from midtune.model.sources import resolve
 from midtune.probe.gradient import _watched, gradient_probe, group_advantages, pair_products
-from midtune.rollout.sampler import Rollout, sample
+from midtune.rollout.sampler import Rollout, Sampling, sample
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [20, 21], [30, 31, 32, 33], [40]]
-SETTINGS = {"group_size": 3, "max_new_tokens": 6, "temperature": 0.8}
+SAMPLING = Sampling(max_new_tokens=6, temperature=0.8)
+GROUP_SIZE = 3
 Make = Callable[..., Path]
 
 
@@ -30,12 +31,12 @@ def policy_of(folder: Path, quantize: str) -> Policy:
 
 def rollout_of(policy: Policy, block: int) -> Rollout:
     torch.manual_seed(1)
-    return sample(policy, PROMPTS, **SETTINGS, boundary_block=block)  # type: ignore[arg-type]
+    return sample(policy, PROMPTS, SAMPLING, group_size=GROUP_SIZE, boundary_block=block)
 
 
 def advantages() -> NDArray[np.float64]:
     """Unequal in three groups of four."""
-    found = np.random.default_rng(0).normal(size=(len(PROMPTS), SETTINGS["group_size"]))
+    found = np.random.default_rng(0).normal(size=(len(PROMPTS), GROUP_SIZE))
     found[2] = 0
     return found
 
@@ -61,7 +62,7 @@ def by_autograd(
         for j, completion in enumerate(completions[prompt * size : (prompt + 1) * size]):
             sequence = torch.tensor([ids + completion])
             logits = policy.model(input_ids=sequence, use_cache=False).logits[0, len(ids) - 1 : -1]
-            log_probs = (logits / SETTINGS["temperature"]).log_softmax(-1)
+            log_probs = (logits / SAMPLING.temperature).log_softmax(-1)
             chosen = log_probs.gather(-1, sequence[0, len(ids) :, None])
             loss = loss - given[prompt, j] * chosen.mean() / size
         for k in blocks:
@@ -77,7 +78,7 @@ def test_pair_products_equal_plain_autograd(random_checkpoint: Make, architectur
     blocks = [1, 3]
     rollout, given = rollout_of(policy, 1), advantages()
 
-    found = pair_products(policy, rollout, given, blocks, SETTINGS["temperature"])
+    found = pair_products(policy, rollout, given, blocks, SAMPLING.temperature)
 
     for k, rows in by_autograd(policy, rollout, given, blocks).items():
         n = len(rows)
@@ -94,7 +95,7 @@ def test_two_prompts_give_the_product_of_two_halves(random_checkpoint: Make) -> 
     policy = policy_of(random_checkpoint("qwen3"), "none")
     rollout, given = rollout_of(policy, 0), advantages()
 
-    product, _ = pair_products(policy, rollout.groups(0, 2), given[:2], [0], SETTINGS["temperature"])[0]
+    product, _ = pair_products(policy, rollout.groups(0, 2), given[:2], [0], SAMPLING.temperature)[0]
 
     half_a, half_b = by_autograd(policy, rollout, given, [0])[0][:2]
     assert product == pytest.approx(float(half_a @ half_b), rel=1e-4)
@@ -111,7 +112,7 @@ def test_nf4_gradients_equal_those_of_the_dequantized_weights(random_checkpoint:
                 plain.blocks.get_submodule(name).weight.copy_(dequantized(part.weight))
     rollout, given = rollout_of(quantized, 0), advantages()
 
-    found = pair_products(quantized, rollout, given, [0, 2], SETTINGS["temperature"])
+    found = pair_products(quantized, rollout, given, [0, 2], SAMPLING.temperature)
 
     for k, rows in by_autograd(plain, rollout, given, [0, 2]).items():
         assert found[k][1] == pytest.approx(float(rows.mean(0).square().sum()), rel=1e-3)
@@ -161,8 +162,7 @@ def test_every_requested_block_gets_a_signal_and_nothing_changes(random_checkpoi
         reward_of,
         blocks=[3, 1, 2],
         group_size=4,
-        max_new_tokens=5,
-        temperature=1.0,
+        sampling=Sampling(max_new_tokens=5),
         micro_prompts=2,
         sample_prompts=4,
         on_progress=done.append,
@@ -201,8 +201,7 @@ def test_rewards_that_say_nothing_stop_the_probe(
             reward,  # type: ignore[arg-type]
             blocks=[2],
             group_size=6,
-            max_new_tokens=2,
-            temperature=1.0,
+            sampling=Sampling(max_new_tokens=2),
             micro_prompts=2,
         )
 
@@ -216,7 +215,8 @@ def test_passes_must_hold_pairs(random_checkpoint: Make, prompts: int, micro: in
             [[1]] * prompts,
             rewards_by_length,
             blocks=[0],
-            **SETTINGS,
+            sampling=SAMPLING,
+            group_size=GROUP_SIZE,
             micro_prompts=micro,  # type: ignore[arg-type]
         )
 
@@ -230,8 +230,7 @@ def test_one_token_completions(random_checkpoint: Make) -> None:
         rewards_by_length,
         blocks=[0, 3],
         group_size=4,
-        max_new_tokens=1,
-        temperature=1.0,
+        sampling=Sampling(max_new_tokens=1),
         micro_prompts=2,
     )
     assert all(signal.norm > 0 for signal in signals)

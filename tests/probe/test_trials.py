@@ -12,7 +12,7 @@ from midtune.model.loading import load_policy
 from midtune.model.policy import Policy
 from midtune.model.sources import resolve
 from midtune.probe.trials import Trial, single_block_trials, update_seconds
-from midtune.rollout.sampler import sample
+from midtune.rollout.sampler import Sampling, sample
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_a_failed_trial_leaves_the_policy_frozen(policy: Policy) -> None:
 
 def test_updates_are_timed_at_three_depths_and_interpolated(policy: Policy) -> None:
     torch.manual_seed(0)
-    rollout = sample(policy, [[5, 6], [7]], group_size=2, max_new_tokens=4, temperature=1.0)
+    rollout = sample(policy, [[5, 6], [7]], Sampling(max_new_tokens=4), group_size=2)
     frozen = list(policy.blocks)
 
     seconds = update_seconds(policy, rollout, [0, 1, 2, 3], temperature=1.0, groups_per_pass=8)

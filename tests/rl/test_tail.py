@@ -15,7 +15,7 @@ from midtune.model.policy import Policy
 from midtune.rl import tail
 from midtune.rl.tail import completion_log_probs
 from midtune.rollout.boundary import recompute
-from midtune.rollout.sampler import Rollout, sample
+from midtune.rollout.sampler import Rollout, Sampling, sample
 from tests.conftest import ARCHITECTURES
 from tests.plain import PROMPTS, plain_log_probs, stop_early
 
@@ -30,9 +30,8 @@ def rollout_of(policy: Policy, *, temperature: float = 1.0) -> Rollout:
     rollout = sample(
         policy,
         PROMPTS,
+        Sampling(max_new_tokens=12, temperature=temperature),
         group_size=3,
-        max_new_tokens=12,
-        temperature=temperature,
         boundary_block=policy.trained[0],
     )
     with torch.no_grad():
@@ -119,7 +118,9 @@ def test_before_any_update_the_scores_are_the_samplers_own(load: Load) -> None:
     policy = load("qwen3")
     policy.thaw(2)
     torch.manual_seed(0)
-    rollout = sample(policy, PROMPTS, group_size=3, max_new_tokens=12, temperature=0.7, boundary_block=2)
+    rollout = sample(
+        policy, PROMPTS, Sampling(max_new_tokens=12, temperature=0.7), group_size=3, boundary_block=2
+    )
     found, _ = completion_log_probs(policy, rollout, temperature=0.7)
     torch.testing.assert_close(found, rollout.log_probs, atol=1e-5, rtol=1e-5)
 
@@ -149,7 +150,7 @@ def test_a_group_scores_the_same_alone_as_among_longer_ones(load: Load) -> None:
 def test_one_token_completions(load: Load) -> None:
     policy = load("qwen3")
     policy.thaw(2)
-    rollout = sample(policy, PROMPTS, group_size=3, max_new_tokens=1, temperature=1.0, boundary_block=2)
+    rollout = sample(policy, PROMPTS, Sampling(max_new_tokens=1), group_size=3, boundary_block=2)
     found = completion_log_probs(policy, rollout, temperature=1.0)
     assert_same(policy, found, plain_log_probs(policy, rollout, 1.0))
 
@@ -191,9 +192,8 @@ def test_scores_and_gradients_equal_the_whole_models_for_any_shape(load: Load, s
     rollout = sample(
         policy,
         [torch.randint(3, 250, (length,)).tolist() for length in shape["lengths"]],
+        Sampling(max_new_tokens=shape["max_new_tokens"], temperature=shape["temperature"]),
         group_size=shape["group_size"],
-        max_new_tokens=shape["max_new_tokens"],
-        temperature=shape["temperature"],
         boundary_block=shape["block"],
     )
     found = completion_log_probs(policy, rollout, temperature=shape["temperature"])

@@ -11,7 +11,7 @@ import torch
 from midtune.model.policy import Policy
 from midtune.rollout import evaluation
 from midtune.rollout.evaluation import Evaluation, evaluate, prompt_ids, rows_that_fit, score_completions
-from midtune.rollout.sampler import sample
+from midtune.rollout.sampler import Sampling, sample
 from midtune.tasks import Row
 from tests.plain import stop_early
 
@@ -48,9 +48,7 @@ def by_place(completions: list[Any], **_: Any) -> list[float]:
 
 
 def run(policy: Policy, score: Callable[..., Any], **settings: Any) -> Evaluation:
-    return evaluate(
-        policy, rows(), score, **{"samples": 0, "temperature": 1.0, "max_new_tokens": 6, **settings}
-    )
+    return evaluate(policy, rows(), score, Sampling(max_new_tokens=6), **{"samples": 0, **settings})
 
 
 def test_scores_are_in_the_order_of_the_rows(policy: Policy) -> None:
@@ -65,9 +63,7 @@ def test_completions_are_those_of_each_row_alone(policy: Policy) -> None:
         sample(
             policy,
             [prompt_ids(policy.tokenizer, row["prompt"])],
-            group_size=1,
-            max_new_tokens=6,
-            temperature=0,
+            Sampling(max_new_tokens=6, temperature=0),
         )
         for row in rows()
     ]

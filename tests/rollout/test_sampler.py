@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from scipy.stats import chisquare
 
 from midtune.model.policy import Policy
 from midtune.rollout.boundary import recompute
-from midtune.rollout.sampler import Rollout, choose, sample
+from midtune.rollout.sampler import Rollout, Sampling, choose, sample
 from tests.conftest import ARCHITECTURES
 from tests.plain import PROMPTS, plain_log_probs, stop_early
 
@@ -22,18 +23,15 @@ def policy(load: Load) -> Policy:
     return load("qwen3", "none")
 
 
-def sampled(
-    policy: Policy, *, max_new_tokens: int = 12, temperature: float = 1.0, seed: int = 0, **settings: int
-) -> Rollout:
+def sampled(policy: Policy, *, seed: int = 0, boundary_block: int | None = None, **settings: Any) -> Rollout:
     torch.manual_seed(seed)
-    return sample(
-        policy, PROMPTS, group_size=3, max_new_tokens=max_new_tokens, temperature=temperature, **settings
-    )
+    sampling = Sampling(**{"max_new_tokens": 12, **settings})
+    return sample(policy, PROMPTS, sampling, group_size=3, boundary_block=boundary_block)
 
 
-def drawn(top_p: float = 1.0, top_k: int = 0) -> set[int]:
+def drawn(**settings: float) -> set[int]:
     torch.manual_seed(0)
-    tokens, _, _ = choose(LOGITS.expand(400, -1), 1.0, top_p, top_k)
+    tokens, _, _ = choose(LOGITS.expand(400, -1), 1.0, Sampling(1, **settings).warpers())  # type: ignore[arg-type]
     return set(tokens.tolist())
 
 
@@ -41,7 +39,7 @@ def drawn(top_p: float = 1.0, top_k: int = 0) -> set[int]:
 def test_greedy_equals_generate_on_one_prompt_at_a_time(load: Load, architecture: str) -> None:
     policy = load(architecture)
     stops = stop_early(policy)
-    found = sample(policy, PROMPTS, group_size=1, max_new_tokens=12, temperature=0).completions()
+    found = sample(policy, PROMPTS, Sampling(max_new_tokens=12, temperature=0)).completions()
     for prompt, completion in zip(PROMPTS, found, strict=True):
         ids = torch.tensor([prompt])
         expected = policy.model.generate(
@@ -72,7 +70,7 @@ def test_log_probs_and_entropies_of_sampled_tokens_are_the_models(
 
 def test_every_row_of_a_group_follows_its_own_prompt(policy: Policy) -> None:
     alone = [
-        sample(policy, [prompt], group_size=1, max_new_tokens=8, temperature=0).completions()[0]
+        sample(policy, [prompt], Sampling(max_new_tokens=8, temperature=0)).completions()[0]
         for prompt in PROMPTS
     ]
     together = sampled(policy, max_new_tokens=8, temperature=0).completions()
@@ -85,6 +83,37 @@ def test_a_completion_ends_with_its_first_stop_token(policy: Policy) -> None:
     assert all(token not in stops for ids in completions for token in ids[:-1])
     assert all(ids[-1] in stops or len(ids) == 12 for ids in completions)
     assert len({ids[-1] for ids in completions if ids[-1] in stops}) > 1
+
+
+def test_a_completion_ends_with_the_token_that_completes_a_stop_string(policy: Policy) -> None:
+    def completion(**settings: Any) -> list[int]:
+        torch.manual_seed(0)
+        return sample(policy, PROMPTS[:1], Sampling(40, **settings)).completions()[0]
+
+    free = completion()
+    texts = [policy.tokenizer.decode(free[: i + 1]) for i in range(len(free))]
+    # Two characters of a token each.
+    place = next(i for i in range(3, 40) if texts[i][-2:].isprintable() and texts[i][-2:].isascii())
+    stop = texts[place][-2:]
+    assert stop not in texts[place - 1]
+    assert completion(stop_strings=("never that", stop)) == free[: place + 1]
+
+
+def test_a_stop_string_in_the_prompt_ends_nothing(policy: Policy) -> None:
+    last = policy.tokenizer.decode(PROMPTS[0][-1:])
+    found = sample(policy, PROMPTS[:1], Sampling(6, stop_strings=(last + "zzz",)))
+    assert found.completion_ids.size(1) == 6
+
+
+def test_unlikely_draws_fall_on_tokens_that_can_be_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The least and the greatest number that torch.rand gives.
+    for number in (0.0, 1 - 2**-24):
+        monkeypatch.setattr(torch, "rand_like", lambda x, number=number: torch.full_like(x, number))
+        logits = torch.tensor([[-torch.inf, 0.3, -torch.inf, 0.1, -torch.inf, -torch.inf]])
+        token, log_prob, entropy = choose(logits, 1.0, Sampling(1).warpers())
+        assert token.item() == (1 if number == 0 else 3)
+        assert torch.isfinite(log_prob).all()
+        assert torch.isfinite(entropy).all()
 
 
 def test_nothing_follows_a_stop_token(policy: Policy) -> None:
@@ -111,9 +140,7 @@ def test_every_new_token_is_reported(policy: Policy) -> None:
     stop_early(policy)
     counts: list[int] = []
     torch.manual_seed(0)
-    rollout = sample(
-        policy, PROMPTS, group_size=3, max_new_tokens=12, temperature=1.0, on_tokens=counts.append
-    )
+    rollout = sample(policy, PROMPTS, Sampling(12), group_size=3, on_tokens=counts.append)
     assert sum(counts) == sum(map(len, rollout.completions()))
 
 
@@ -133,6 +160,13 @@ def test_top_k_keeps_the_k_most_likely() -> None:
     assert drawn(top_k=3) == {0, 1, 3}
 
 
+@pytest.mark.parametrize(
+    ("min_p", "kept"), [(0.6, {1}), (0.4, {0, 1}), (0.25, {0, 1, 3}), (0.1, {0, 1, 2, 3})]
+)
+def test_min_p_keeps_what_is_likely_enough_beside_the_likeliest(min_p: float, kept: set[int]) -> None:
+    assert drawn(min_p=min_p) == kept
+
+
 def test_top_p_counts_the_probability_that_top_k_left() -> None:
     # Of the two kept, token 1 has 0.5 / 0.75.
     assert drawn(top_k=2, top_p=0.6) == {1}
@@ -140,7 +174,7 @@ def test_top_p_counts_the_probability_that_top_k_left() -> None:
 
 def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
     torch.manual_seed(0)
-    tokens, _, _ = choose(LOGITS.expand(10_000, -1), 1.0, 1.0, 0)
+    tokens, _, _ = choose(LOGITS.expand(10_000, -1), 1.0, Sampling(1).warpers())
     shares = [Counter(tokens.tolist())[token] / 10_000 for token in range(4)]
     assert shares == pytest.approx([0.25, 0.5, 0.1, 0.15], abs=0.02)
 
@@ -148,7 +182,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
 def test_tokens_of_a_rollout_are_distributed_as_the_model_says(policy: Policy) -> None:
     prompt = PROMPTS[0]
     torch.manual_seed(0)
-    rollout = sample(policy, [prompt], group_size=4000, max_new_tokens=2, temperature=0.4)
+    rollout = sample(policy, [prompt], Sampling(2, temperature=0.4), group_size=4000)
     first, second = rollout.completion_ids.T
     common = int(first.mode().values)
     # The first tokens, and what follows the commonest of them.
@@ -164,14 +198,14 @@ def test_tokens_of_a_rollout_are_distributed_as_the_model_says(policy: Policy) -
 
 
 def test_log_probs_are_those_of_the_full_distribution() -> None:
-    _, log_probs, _ = choose(LOGITS, 1.0, 0.4, 0)
+    _, log_probs, _ = choose(LOGITS, 1.0, Sampling(1, top_p=0.4).warpers())
     assert log_probs.exp().item() == pytest.approx(0.5)
 
 
 def test_temperature_flattens_the_distribution() -> None:
     # Roots of 0.64, 0.16, 0.16 and 0.04 are 0.8, 0.4, 0.4 and 0.2; they sum to 1.8.
     logits = torch.tensor([[0.64, 0.16, 0.16, 0.04]]).log()
-    _, log_probs, _ = choose(logits, 2.0, 1.0, 1)
+    _, log_probs, _ = choose(logits, 2.0, Sampling(1, top_k=1).warpers())
     assert log_probs.exp().item() == pytest.approx(0.8 / 1.8)
 
 

@@ -1,0 +1,82 @@
+"""A key/value cache made for rollouts: writing a token copies nothing, and neither does a row that leaves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+# Tokens of room that are added whenever there is none left.
+ROOM = 64
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values [B, heads, T, D] of one block, views of larger tensors.
+
+    Transformers' dynamic layer copies everything it holds for each new token and whenever a row is dropped.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._keys, self._values = key_states, value_states
+            end = key_states.size(2)
+        else:
+            start, end = self.keys.size(2), self.keys.size(2) + key_states.size(2)
+            if end > self._keys.size(2):
+                self._keys, self._values = (_with_room(x, end) for x in (self.keys, self.values))
+            rows = key_states.size(0)
+            self._keys[:rows, :, start:end] = key_states
+            self._values[:rows, :, start:end] = value_states
+        self.keys, self.values = (x[: key_states.size(0), :, :end] for x in (self._keys, self._values))
+        return self.keys, self.values
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        rows, _, tokens, _ = self.keys.shape
+        self._keys, self._values = (
+            _with_room(x[:, None].expand(-1, repeats, -1, -1, -1).flatten(0, 1), tokens)
+            for x in (self.keys, self.values)
+        )
+        self.keys, self.values = (x[: rows * repeats, :, :tokens] for x in (self._keys, self._values))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Row i becomes what row `indices[i]` was; only rows that change place are copied."""
+        moved = (indices != torch.arange(len(indices), device=indices.device)).nonzero()[:, 0]
+        for held in (self.keys, self.values):
+            held[moved] = held[indices[moved]]
+        self.keys, self.values = self.keys[: len(indices)], self.values[: len(indices)]
+
+
+def shared_prompts() -> Cache:
+    """An empty cache that keeps every key; a window is then applied by the mask, exactly."""
+    return Cache(layer_class_to_replicate=RoomyLayer)
+
+
+def closed_up(going: torch.Tensor) -> torch.Tensor:
+    """Which rows to keep, in an order that moves few: those at the end fill the places that become free.
+
+    Args:
+        going: [B] bool, the rows that stay.
+
+    Returns:
+        [kept], for `batch_select_indices`.
+    """
+    count = int(going.sum())
+    kept = torch.arange(count, device=going.device)
+    kept[~going[:count]] = going[count:].nonzero()[:, 0] + count
+    return kept
+
+
+def _with_room(held: torch.Tensor, tokens: int) -> torch.Tensor:
+    """A copy of `held` [B, heads, T, D] in a tensor with room for more than `tokens` tokens."""
+    rows, heads, length, width = held.shape
+    roomy = held.new_empty(rows, heads, tokens + ROOM, width)
+    roomy[:, :, :length] = held
+    return roomy
