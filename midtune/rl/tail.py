@@ -1,26 +1,26 @@
 """Log-probabilities of completions from boundary states, through blocks k…L−1 and the head alone.
 
 Each prompt passes once; its keys and values, with their gradient, are shared by its group. Logits are
-made for a chunk of tokens at a time and made again in the backward pass, so [B, T, V] never exists.
+made for a chunk of tokens at a time, so [B, T, V] never exists, and never made again.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from midtune.model.blocks import TailCache
 from midtune.model.policy import Policy
 from midtune.rollout.boundary import positions
 from midtune.rollout.sampler import Rollout
 
-# Logits of one chunk in fp32 take this many values: 256 MiB.
-CHUNK_VALUES = 2**26
+# Logits of one chunk in fp32 take this many values: 64 MiB. More is slower on a CPU, which has to be given new
+# pages for every tensor, and no faster elsewhere.
+CHUNK_VALUES = 2**24
 
 
 def completion_log_probs(
-    policy: Policy, rollout: Rollout, *, temperature: float
+    policy: Policy, rollout: Rollout, *, temperature: float, entropy_gradient: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-prob of every completion token and entropy of the distribution it was drawn from.
 
@@ -28,9 +28,10 @@ def completion_log_probs(
         policy: the policy as it is now.
         rollout: whole groups, with boundary states.
         temperature: what logits are divided by.
+        entropy_gradient: let the gradient reach the trained blocks through the entropies too.
 
     Returns:
-        Two fp32 tensors [N·G, C], 0 on padding; the gradient reaches the trained blocks through both.
+        Two fp32 tensors [N·G, C], 0 on padding; the gradient reaches the trained blocks through the first.
     """
     assert rollout.boundary is not None
     width = rollout.completion_ids.size(1)
@@ -63,7 +64,11 @@ def completion_log_probs(
             hidden = torch.cat([hidden, rest], 1)
         keep = completion_mask.bool()
         scored = token_log_probs(
-            policy.model, hidden[keep], rollout.completion_ids[:, :longest][keep], temperature
+            policy.model,
+            hidden[keep],
+            rollout.completion_ids[:, :longest][keep],
+            temperature,
+            entropy_gradient=entropy_gradient,
         )
     full = keep.new_zeros(keep.size(0), width)
     full[:, :longest] = keep
@@ -73,13 +78,22 @@ def completion_log_probs(
 
 
 def token_log_probs(
-    model: nn.Module, hidden: torch.Tensor, tokens: torch.Tensor, temperature: float
+    model: nn.Module,
+    hidden: torch.Tensor,
+    tokens: torch.Tensor,
+    temperature: float,
+    *,
+    entropy_gradient: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs and entropies, in chunks.
+
+    The head is frozen and a token's log-prob depends on its own hidden state alone, so its derivative is
+    taken at once, while the chunk's logits are there, and kept in their place.
 
     Args:
         hidden: [T, H], what enters the head.
         tokens: [T], the token that followed each position.
+        entropy_gradient: let the gradient reach `hidden` through the entropies too.
 
     Returns:
         Log-probs [T] and entropies [T], fp32.
@@ -87,18 +101,30 @@ def token_log_probs(
     head = model.get_output_embeddings()  # type: ignore[operator]
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)  # type: ignore[union-attr,operator]
     size = max(1, CHUNK_VALUES // head.weight.size(0))
+    wanted = torch.is_grad_enabled() and hidden.requires_grad
 
-    def score(part: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def score(part: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits = head(part).float()
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
-        log_probs = (logits / temperature).log_softmax(-1)
-        entropy = -(log_probs.exp() * log_probs).sum(-1)
-        return log_probs.gather(-1, wanted[:, None])[:, 0], entropy
+        if temperature != 1:
+            logits = logits / temperature
+        log_probs = logits.log_softmax(-1)
+        with torch.set_grad_enabled(wanted and entropy_gradient):
+            entropies = -torch.linalg.vecdot(log_probs.exp(), log_probs)
+        return log_probs.gather(-1, tokens[:, None])[:, 0], entropies
 
-    parts = [
-        checkpoint(score, part, wanted, use_reentrant=False)
-        for part, wanted in zip(hidden.split(size), tokens.split(size), strict=True)
-    ]
-    log_probs, entropies = zip(*parts, strict=True)
+    log_probs, entropies = [], []
+    for part, followed in zip(hidden.split(size), tokens.split(size), strict=True):
+        leaf = part.detach().requires_grad_(wanted)
+        found = score(leaf, followed)
+        with_slope = [_with_slope(value, leaf, part) if value.requires_grad else value for value in found]
+        log_probs.append(with_slope[0])
+        entropies.append(with_slope[1])
     return torch.cat(log_probs), torch.cat(entropies)
+
+
+def _with_slope(value: torch.Tensor, leaf: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """`value` [T], computed from `leaf` [T, H] row by row, as a function of `part`, which equals it."""
+    (slope,) = torch.autograd.grad(value.sum(), leaf, retain_graph=True)
+    return value.detach() + ((part - leaf.detach()) * slope).sum(-1).float()

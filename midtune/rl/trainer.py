@@ -144,12 +144,14 @@ class LayerGRPOTrainer(GRPOTrainer):
         """Log-probs and entropies with gradient; groups without advantages keep those of sampling.
 
         Their part of the loss is exactly zero, whatever their log-probs, as long as nothing but the advantages
-        weighs them: no KL term and no choice of tokens by entropy. TRL still counts them where it normalises.
+        weighs them: no KL term, no entropy bonus and no choice of tokens by entropy. TRL still counts them
+        where it normalises.
         """
         assert self._rollout is not None
         rollout = self._rollout
         needed = self._advantages.view(-1, rollout.group_size).any(1)
-        if self.beta > 0 or self.top_entropy_quantile < 1 or bool(needed.all()):
+        weighed_otherwise = self.beta > 0 or self.top_entropy_quantile < 1 or self._entropy_bonus_enabled
+        if weighed_otherwise or bool(needed.all()):
             return self._scored(rollout)
         # Every trained tensor gets a gradient, of zeros if need be: Adam moves on its momentum.
         zero = torch.stack([p.flatten()[0] for p in self.policy.trained_parameters().values()]).sum() * 0
@@ -163,7 +165,12 @@ class LayerGRPOTrainer(GRPOTrainer):
         return log_probs, entropies
 
     def _scored(self, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
-        scored = completion_log_probs(self.policy, rollout, temperature=self.temperature)
+        scored = completion_log_probs(
+            self.policy,
+            rollout,
+            temperature=self.temperature,
+            entropy_gradient=self._entropy_bonus_enabled,
+        )
         if not self._compared:
             compare_log_probs(self.policy, rollout, scored[0])
             self._compared = True

@@ -41,7 +41,7 @@ def rollout_of(policy: Policy, *, temperature: float = 1.0) -> Rollout:
 
 
 def gradient(policy: Policy, scores: Scores) -> torch.Tensor:
-    """Of a weighted sum of log-probs and entropies, over all trained parameters."""
+    """Of a weighted sum of log-probs, and of entropies where they have one, over all trained parameters."""
     generator = torch.Generator().manual_seed(1)
     loss = sum((part * torch.randn(part.shape, generator=generator)).sum() for part in scores)
     found = torch.autograd.grad(loss, list(policy.trained_parameters().values()))
@@ -51,6 +51,8 @@ def gradient(policy: Policy, scores: Scores) -> torch.Tensor:
 def assert_same(policy: Policy, found: Scores, expected: Scores) -> None:
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    if not found[1].requires_grad:
+        expected = (expected[0], expected[1].detach())
     ours, theirs = gradient(policy, found), gradient(policy, expected)
     assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
 
@@ -66,6 +68,17 @@ def test_scores_and_gradients_equal_the_whole_models(
     rollout = rollout_of(policy)
     found = completion_log_probs(policy, rollout, temperature=1.0)
     assert_same(policy, found, plain_log_probs(policy, rollout, 1.0))
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma3_text"])
+def test_entropies_have_a_gradient_where_it_is_asked_for(load: Load, architecture: str) -> None:
+    policy = load(architecture)
+    policy.thaw(2)
+    rollout = rollout_of(policy)
+    found = completion_log_probs(policy, rollout, temperature=0.7, entropy_gradient=True)
+    assert found[1].requires_grad
+    assert_same(policy, found, plain_log_probs(policy, rollout, 0.7))
+    assert not completion_log_probs(policy, rollout, temperature=0.7)[1].requires_grad
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "gemma3_text", "mistral"])

@@ -182,8 +182,8 @@ def test_a_frozen_tensor_that_moved_is_named(load: Load, tmp_path: Path) -> None
 def test_an_update_that_computes_otherwise_than_the_sampler_is_refused(
     load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def hotter(*arguments: Any, temperature: float) -> Any:
-        return completion_log_probs(*arguments, temperature=2 * temperature)
+    def hotter(*arguments: Any, temperature: float, **settings: Any) -> Any:
+        return completion_log_probs(*arguments, temperature=2 * temperature, **settings)
 
     monkeypatch.setattr("midtune.rl.trainer.completion_log_probs", hotter)
     with pytest.raises(MidtuneError, match="cannot train this architecture"):
@@ -313,15 +313,20 @@ def test_groups_of_equal_rewards_are_left_out_exactly(
 ) -> None:
     groups: list[int] = []
 
-    def counted(policy: Policy, rollout: Rollout, *, temperature: float) -> Any:
+    def counted(policy: Policy, rollout: Rollout, **settings: Any) -> Any:
         groups.append(len(rollout.prompt_ids))
-        return completion_log_probs(policy, rollout, temperature=temperature)
+        return completion_log_probs(policy, rollout, **settings)
 
     monkeypatch.setattr("midtune.rl.trainer.completion_log_probs", counted)
     # Half of the six questions are short.
     settings = settings_of(steps=3, algorithm=algorithm, prompts_per_step=6)
     assert_as_trl(load, tmp_path, "none", settings, short_questions_only)
     assert groups == [3, 3, 3]
+
+
+def test_an_entropy_bonus_weighs_groups_of_equal_rewards_too(load: Load, tmp_path: Path) -> None:
+    settings = settings_of(steps=3, prompts_per_step=6)
+    assert_as_trl(load, tmp_path, "none", settings, short_questions_only, entropy_coef=0.1)
 
 
 def test_a_step_without_advantages_moves_on_momentum(load: Load, tmp_path: Path) -> None:
