@@ -107,6 +107,13 @@ class TrainingConfig(Part):
         0.0, ge=0, le=1, description="leave out tokens below this share of the likeliest one's probability"
     )
     stop_strings: list[str] = Field(default_factory=list, description="texts that end a completion")
+    optimizer: Literal["adamw", "adamw_8bit"] = Field(
+        "adamw", description="AdamW, or bitsandbytes' with 8-bit states: a quarter of their memory"
+    )
+    recompute: bool = Field(
+        False, description="hold no activations in the update, but compute them again: less memory, slower"
+    )
+    vllm: str | None = Field(None, description="address of a vLLM server that samples in training")
     micro_batch_tokens: int = Field(16384, ge=1, description="most tokens in one backward pass")
     checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints")
     stop_after_equal_rewards: int = Field(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,11 +38,18 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 class TailCache(DynamicCache):
-    """Keys and values of blocks first…L−1 only, under the layer numbers that those blocks carry."""
+    """Keys and values of blocks first…L−1 only, under the layer numbers that those blocks carry.
 
-    def __init__(self, first: int) -> None:
+    Args:
+        first: the lowest of the blocks.
+        held: what it holds at first: keys and values of block `first`, of the next one, and so on.
+    """
+
+    def __init__(self, first: int, held: Sequence[torch.Tensor] = ()) -> None:
         super().__init__()
         self.first = first
+        for layer, (keys, values) in enumerate(zip(held[::2], held[1::2], strict=True)):
+            super().update(keys, values, layer)
 
     def update(  # type: ignore[no-untyped-def]
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs

@@ -169,6 +169,23 @@ class Policy:
                 tensors[inner] = file.get_tensor(name)
         return tensors
 
+    def deployed_blocks(self) -> dict[str, torch.Tensor]:
+        """The trained blocks as an unquantized model would hold them, fp32, by the checkpoint's names, on the CPU."""
+        tensors = {}
+        for block in self.trained:
+            stored = self.original_tensors(block)
+            own = dict(self.blocks[block].named_parameters())
+            for inner, name in self.checkpoint_names(block).items():
+                if self.adapter is None:
+                    value = own[inner].detach()
+                else:
+                    layer: Any = self.blocks[block].get_submodule(inner.rpartition(".")[0])
+                    value = stored[inner].to(self.device, torch.float32)
+                    if inner.endswith(".weight") and hasattr(layer, "get_delta_weight"):
+                        value = value + layer.get_delta_weight("default").detach()
+                tensors[name] = value.to("cpu", torch.float32).contiguous()
+        return tensors
+
     def checkpoint_names(self, block: int) -> dict[str, str]:
         """Name inside the block → the checkpoint's own name, for every parameter of the block.
 

@@ -169,7 +169,8 @@ def pair_products(
     with torch.enable_grad(), _watched(policy, blocks, len(unequal)) as gradients:
         # Autograd starts at these states, so the blocks below the lowest one are left alone.
         inputs = [kept.boundary.prompt.requires_grad_(), kept.boundary.completion.requires_grad_()]
-        log_probs, _ = completion_log_probs(policy, kept, temperature=temperature)
+        # One pack: the rows of a prompt stay adjacent.
+        log_probs, _ = completion_log_probs(policy, kept, temperature=temperature, most_padding=1)
         weights = torch.as_tensor(
             advantages[unequal].reshape(-1), dtype=torch.float32, device=log_probs.device
         )

@@ -25,6 +25,7 @@ FIELDS = {
     "loss": "loss",
     "kl": "kl",
     "entropy": "entropy",
+    "sampling/sampling_logp_difference/mean": "vllm_difference",
     "grad_norm": "grad_norm",
     "learning_rate": "lr",
 }
@@ -36,7 +37,8 @@ class StepRecorder(TrainerCallback):
     Args:
         meter: where the trainer charges its phases.
         on_step: receives a metrics line: step, reward, equal_groups (share of groups whose rewards are all
-            equal), completion_length (tokens), clipped (share cut at the limit), loss, grad_norm, lr,
+            equal), completion_length (tokens), clipped (share cut at the limit), vllm_difference (mean
+            difference of a token's log-prob between vLLM and the policy), loss, grad_norm, lr,
             rollout_s, reward_s, update_s, step_s, tokens_per_s, memory_bytes, elapsed_s.
         on_sample: receives some completions with their rewards.
         on_message: receives a sentence for the person who watches.

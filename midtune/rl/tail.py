@@ -1,13 +1,19 @@
 """Log-probabilities of completions from boundary states, through blocks k…L−1 and the head alone.
 
-Each prompt passes once; its keys and values, with their gradient, are shared by its group. Logits are
-made for a chunk of tokens at a time, so [B, T, V] never exists, and never made again.
+Each prompt passes once; its keys and values, with their gradient, are shared by its group. Completions pass
+in packs of like length, so that little of what is computed is padding. Logits are made for a chunk of tokens
+at a time, so [B, T, V] never exists, and never made again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from midtune.model.blocks import TailCache
 from midtune.model.policy import Policy
@@ -17,10 +23,18 @@ from midtune.rollout.sampler import Rollout
 # Logits of one chunk in fp32 take this many values: 64 MiB. More is slower on a CPU, which has to be given new
 # pages for every tensor, and no faster elsewhere.
 CHUNK_VALUES = 2**24
+# Share of a pack's tokens that may be padding.
+MOST_PADDING = 0.15
 
 
 def completion_log_probs(
-    policy: Policy, rollout: Rollout, *, temperature: float, entropy_gradient: bool = False
+    policy: Policy,
+    rollout: Rollout,
+    *,
+    temperature: float,
+    entropy_gradient: bool = False,
+    recompute: bool = False,
+    most_padding: float = MOST_PADDING,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-prob of every completion token and entropy of the distribution it was drawn from.
 
@@ -29,52 +43,101 @@ def completion_log_probs(
         rollout: whole groups, with boundary states.
         temperature: what logits are divided by.
         entropy_gradient: let the gradient reach the trained blocks through the entropies too.
+        recompute: hold no activations of the blocks, but compute them again for the gradient, pack by pack.
+        most_padding: share of a pack's tokens that may be padding; 1 makes one pack, of rows in their order.
 
     Returns:
         Two fp32 tensors [N·G, C], 0 on padding; the gradient reaches the trained blocks through the first.
     """
-    assert rollout.boundary is not None
-    width = rollout.completion_ids.size(1)
-    longest = max(int(rollout.completion_mask.sum(1).max()), 1)
     states = rollout.boundary
+    assert states is not None
     tail = policy.tail(states.block)
-    cache = TailCache(states.block)
-    group_size = rollout.group_size
-    completion_mask = rollout.completion_mask[:, :longest]
-    with policy.autocast():
+    lengths = rollout.completion_mask.sum(1)
+    # Prompts of other micro-batches may be longer.
+    start = int(rollout.prompt_mask.argmax(1).min())
+    prompt_mask = rollout.prompt_mask[:, start:]
+    prompt_of_row = torch.arange(len(lengths), device=lengths.device) // rollout.group_size
+
+    def prompts() -> tuple[torch.Tensor, ...]:
+        cache = TailCache(states.block)
         hidden = tail(
-            inputs_embeds=states.prompt,
-            attention_mask=rollout.prompt_mask,
-            position_ids=positions(rollout.prompt_mask),
+            inputs_embeds=states.prompt[:, start:].to(policy.device),
+            attention_mask=prompt_mask,
+            position_ids=positions(prompt_mask),
             past_key_values=cache,
             use_cache=True,
-        ).last_hidden_state[:, -1:]
-        hidden = hidden.repeat_interleave(group_size, 0)
-        if longest > 1:
-            cache.batch_repeat_interleave(group_size)
-            prompt_mask = rollout.prompt_mask.repeat_interleave(group_size, 0)
-            mask = torch.cat([prompt_mask, completion_mask[:, :-1]], 1)
-            rest = tail(
-                inputs_embeds=states.completion[:, : longest - 1],
-                attention_mask=mask,
-                position_ids=positions(mask)[:, prompt_mask.size(1) :],
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state
-            hidden = torch.cat([hidden, rest], 1)
-        keep = completion_mask.bool()
-        scored = token_log_probs(
+        ).last_hidden_state[:, -1]
+        return hidden, *(part for layer in cache.layers for part in (layer.keys, layer.values))
+
+    def completions(rows: torch.Tensor, fed: int, *shared: torch.Tensor) -> torch.Tensor:
+        own = prompt_of_row[rows]
+        cache = TailCache(states.block, [part[own] for part in shared])
+        mask = torch.cat([prompt_mask[own], rollout.completion_mask[rows, :fed]], 1)
+        hidden: torch.Tensor = tail(
+            inputs_embeds=states.completion[rows.to(states.completion.device), :fed].to(policy.device),
+            attention_mask=mask,
+            position_ids=positions(mask)[:, -fed:],
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        return hidden
+
+    run: Callable[..., Any]
+    run = partial(checkpoint, use_reentrant=False) if recompute and torch.is_grad_enabled() else _call
+    with policy.autocast():
+        first, *shared = run(prompts)
+        scored = lengths > 0
+        # The prompt's last token predicts the first one of each completion.
+        hidden, places = (
+            [first[prompt_of_row[scored]]],
+            [scored.nonzero()[:, 0] * rollout.completion_ids.size(1)],
+        )
+        # A completion's last token is fed nowhere.
+        for rows in packs((lengths - 1).tolist(), most_padding):
+            pack = torch.tensor(rows, device=lengths.device)
+            fed = int(lengths[pack].max()) - 1
+            kept = rollout.completion_mask[pack, 1 : fed + 1].bool()
+            hidden.append(run(completions, pack, fed, *shared)[kept])
+            row, place = kept.nonzero().unbind(1)
+            places.append(pack[row] * rollout.completion_ids.size(1) + place + 1)
+        place = torch.cat(places)
+        found = token_log_probs(
             policy.model,
-            hidden[keep],
-            rollout.completion_ids[:, :longest][keep],
+            torch.cat(hidden),
+            rollout.completion_ids.flatten()[place],
             temperature,
             entropy_gradient=entropy_gradient,
         )
-    full = keep.new_zeros(keep.size(0), width)
-    full[:, :longest] = keep
-    return tuple(  # type: ignore[return-value]
-        torch.zeros(full.shape, device=full.device).masked_scatter(full, values) for values in scored
+    empty = torch.zeros(rollout.completion_ids.numel(), device=place.device)
+    log_probs, entropies = (
+        empty.index_copy(0, place, part).view_as(rollout.completion_ids) for part in found
     )
+    return log_probs, entropies
+
+
+def packs(lengths: Sequence[int], most_padding: float) -> list[list[int]]:
+    """Rows that pass together: as few packs as keep the padding of each within bounds, longest rows first.
+
+    Args:
+        lengths: tokens of each row; rows without any are left out.
+        most_padding: share of a pack's tokens that may be padding; 1 makes one pack, of rows in their order.
+    """
+    rows = [row for row, length in enumerate(lengths) if length > 0]
+    if most_padding < 1:
+        rows.sort(key=lambda row: -lengths[row])
+    found: list[list[int]] = []
+    tokens = 0
+    for row in rows:
+        tokens += lengths[row]
+        if not found or (len(found[-1]) + 1) * lengths[found[-1][0]] * (1 - most_padding) > tokens:
+            found.append([])
+            tokens = lengths[row]
+        found[-1].append(row)
+    return found
+
+
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
 
 
 def token_log_probs(

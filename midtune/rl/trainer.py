@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from trl import GRPOConfig, GRPOTrainer
 from midtune.errors import MidtuneError
 from midtune.model.policy import Policy
 from midtune.rl.tail import completion_log_probs
-from midtune.rollout.sampler import Rollout, Sampling, sample
+from midtune.rollout.sampler import Rollout, Sampling, sample, sampled_elsewhere
+from midtune.rollout.vllm import VLLMServer
 from midtune.savings.meter import Meter
 
 TRAINED_TENSORS = "trained.safetensors"
@@ -40,6 +42,8 @@ class LayerGRPOTrainer(GRPOTrainer):
         rewards: TRL reward functions.
         rows: training rows in the order they are used, one per prompt, each once.
         meter: receives the phases `rollout` and `reward`.
+        recompute: see `completion_log_probs`.
+        vllm: samples in place of the policy; TRL corrects for what its log-probs differ.
     """
 
     _name = "LayerGRPO"
@@ -53,8 +57,11 @@ class LayerGRPOTrainer(GRPOTrainer):
         *,
         meter: Meter,
         callbacks: list[TrainerCallback] | None = None,
+        recompute: bool = False,
+        vllm: VLLMServer | None = None,
     ) -> None:
         self.policy = policy
+        self.recompute = recompute
         self.meter = meter
         self._rollout: Rollout | None = None
         self._compared = False
@@ -75,6 +82,10 @@ class LayerGRPOTrainer(GRPOTrainer):
         if beta > 0:
             policy.keep_reference()
             self.ref_model = policy.reference  # only ever handed back to the log-prob method below
+        if vllm is not None:
+            # TRL's vLLM mode, with a server that needs neither vLLM nor CUDA here.
+            self.use_vllm, self.vllm_mode, self.vllm_generation = True, "server", vllm
+            self._last_loaded_step = -1
         check_trainable(policy)
         self._frozen = frozen_checksums(policy)
 
@@ -97,8 +108,18 @@ class LayerGRPOTrainer(GRPOTrainer):
         multimodal_fields: Any,
         num_generations: int,
         has_tool_images: bool = False,
-    ) -> tuple[list[list[int]], None]:
+    ) -> tuple[list[list[int]], list[list[float]] | None]:
+        # The last step's states have done their work; there should not be two sets of them.
+        self._rollout = self._buffered_inputs = None
         with self.meter.phase("rollout"):
+            if self.use_vllm:
+                ids, log_probs = super()._generate_single_turn(
+                    prompt_ids, images, multimodal_fields, num_generations
+                )
+                prompts = prompt_ids[::num_generations]
+                block = self.policy.trained[0]
+                self._rollout = sampled_elsewhere(self.policy, prompts, ids, log_probs, block)
+                return ids, log_probs
             self._rollout = sample(
                 self.policy,
                 prompt_ids[::num_generations],
@@ -170,6 +191,7 @@ class LayerGRPOTrainer(GRPOTrainer):
             rollout,
             temperature=self.temperature,
             entropy_gradient=self._entropy_bonus_enabled,
+            recompute=self.recompute,
         )
         if not self._compared:
             compare_log_probs(self.policy, rollout, scored[0])
@@ -192,8 +214,11 @@ class LayerGRPOTrainer(GRPOTrainer):
                 )
                 for i in range(0, groups, size)
             ]
-        log_probs, entropies = zip(*scored, strict=True)
-        return torch.cat(log_probs), torch.cat(entropies), None
+        log_probs, entropies = (torch.cat(part) for part in zip(*scored, strict=True))
+        if self.use_vllm and not reference:
+            # What is known of the rollout so far is vLLM's.
+            self._rollout = replace(self._rollout, log_probs=log_probs, entropies=entropies)
+        return log_probs, entropies, None
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """A checkpoint of a few blocks is no model to publish a card for."""

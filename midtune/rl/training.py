@@ -18,10 +18,13 @@ from midtune.errors import InputError
 from midtune.model.policy import Policy
 from midtune.rl.algorithms import algorithm_arguments, groups_per_micro_batch
 from midtune.rl.recorder import StepRecorder
-from midtune.rl.trainer import LayerGRPOTrainer, check_trainable
+from midtune.rl.trainer import LayerGRPOTrainer, check_trainable, sampling_of
 from midtune.rollout.evaluation import prompt_ids
+from midtune.rollout.vllm import VLLMServer
 from midtune.savings.meter import Meter
 from midtune.tasks import Reward, Row
+
+OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit"}
 
 logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
 
@@ -82,7 +85,18 @@ def train_blocks(
         rows_per_step=settings.prompts_per_step * settings.group_size,
         max_new_tokens=settings.max_new_tokens,
     )
-    trainer = LayerGRPOTrainer(policy, args, [reward], ordered, meter=meter, callbacks=[recorder])
+    trainer = LayerGRPOTrainer(
+        policy,
+        args,
+        [reward],
+        ordered,
+        meter=meter,
+        callbacks=[recorder],
+        recompute=settings.recompute,
+        vllm=(
+            VLLMServer(settings.vllm, policy, sampling_of(args), folder / "vllm") if settings.vllm else None
+        ),
+    )
     trainer.remove_callback(PrinterCallback)
     recorder.trainer = trainer
     try:
@@ -147,6 +161,7 @@ def trl_arguments(
         generation_kwargs={"stop_strings": settings.stop_strings} if settings.stop_strings else None,
         beta=settings.beta,
         **algorithm_arguments(settings.algorithm, settings.epsilon),
+        optim=OPTIMIZERS[settings.optimizer],
         learning_rate=settings.lr,
         lr_scheduler_type=settings.lr_schedule,
         warmup_steps=settings.warmup_steps,

@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from transformers import DynamicCache
 
 from midtune.model.policy import Policy
+from midtune.savings.meter import free_bytes
 
 
 @dataclass
@@ -23,32 +25,53 @@ class BoundaryStates:
         prompt: [N, P, H], one row a prompt, left-padded as the prompts are.
         completion: [N·G, C, H]; the state of a completion's last token is never needed and is zero when
             the states were captured while sampling.
+
+    Both may lie on the host while the policy is on a CUDA device; see `home_of`.
     """
 
     block: int
     prompt: torch.Tensor
     completion: torch.Tensor
 
+    def part(self, prompts: slice | torch.Tensor, rows: slice | torch.Tensor) -> BoundaryStates:
+        """The states of some prompts and of some completions, where these lie."""
+
+        def chosen(states: torch.Tensor, which: slice | torch.Tensor) -> torch.Tensor:
+            return states[which if isinstance(which, slice) else which.to(states.device)]
+
+        return BoundaryStates(self.block, chosen(self.prompt, prompts), chosen(self.completion, rows))
+
 
 class _Reached(Exception):
     """Ends a forward pass at the boundary."""
 
 
+def home_of(policy: Policy, tokens: int) -> torch.device:
+    """Where the states of so many tokens are kept: the policy's device, or the host if they would crowd it."""
+    state_bytes = policy.model.config.get_text_config().hidden_size * policy.compute_dtype.itemsize
+    crowded = tokens * state_bytes > free_bytes(policy.device) // 4
+    return torch.device("cpu") if crowded else policy.device
+
+
 @contextlib.contextmanager
-def captured(policy: Policy, block: int | None, *, stop: bool = False) -> Iterator[list[torch.Tensor]]:
+def captured(
+    policy: Policy, block: int | None, *, stop: bool = False, home: torch.device | None = None
+) -> Iterator[list[torch.Tensor]]:
     """Collects the states [B, T, H] that enter `block` in each forward pass inside the context.
 
     Args:
         policy: the policy whose model is run inside the context.
         block: the block to watch; None collects nothing.
-        stop: end each forward pass there; the pass then returns nothing and must be wrapped by `below`.
+        stop: end each forward pass there, by an exception.
+        home: where the states are put; default: where they are.
     """
     states: list[torch.Tensor] = []
 
     def keep(
         module: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]
     ) -> None:
-        states.append(args[0] if args else kwargs["hidden_states"])
+        state = args[0] if args else kwargs["hidden_states"]
+        states.append(state if home is None else state.to(home))
         if stop:
             raise _Reached
 
@@ -73,17 +96,33 @@ def recompute(
 ) -> BoundaryStates:
     """The boundary states of sequences that were sampled elsewhere, by one pass through the blocks below.
 
+    Each prompt passes once; its keys and values are shared by its group.
+
     Args:
         prompt_ids, prompt_mask: [N, P], left-padded.
         completion_ids, completion_mask: [N·G, C], right-padded, the G completions of a prompt adjacent.
     """
     group_size = completion_ids.size(0) // prompt_ids.size(0)
-    width = prompt_ids.size(1)
-    ids = torch.cat([prompt_ids.repeat_interleave(group_size, 0), completion_ids], 1)
-    mask = torch.cat([prompt_mask.repeat_interleave(group_size, 0), completion_mask], 1)
-    with captured(policy, block, stop=True) as states, policy.autocast(), contextlib.suppress(_Reached):
-        policy.model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False)
-    return BoundaryStates(block, states[0][::group_size, :width], states[0][:, width:])
+    cache = DynamicCache()
+
+    def below(ids: torch.Tensor, mask: torch.Tensor) -> None:
+        width = ids.size(1)
+        with contextlib.suppress(_Reached):
+            policy.model(
+                input_ids=ids,
+                # Below the first block there is nothing to attend to, and no cache.
+                attention_mask=mask if block > 0 else mask[:, -width:],
+                position_ids=positions(mask)[:, -width:],
+                past_key_values=cache,
+                use_cache=True,
+            )
+
+    with captured(policy, block, stop=True) as states, policy.autocast():
+        below(prompt_ids, prompt_mask)
+        cache.batch_repeat_interleave(group_size)
+        below(completion_ids, torch.cat([prompt_mask.repeat_interleave(group_size, 0), completion_mask], 1))
+    home = home_of(policy, completion_ids.numel())
+    return BoundaryStates(block, *(state.to(home) for state in states))
 
 
 def positions(mask: torch.Tensor) -> torch.Tensor:

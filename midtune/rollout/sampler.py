@@ -16,7 +16,7 @@ from transformers import (
 
 from midtune.model.policy import Policy
 from midtune.model.quantize import unpacked
-from midtune.rollout.boundary import BoundaryStates, captured, positions
+from midtune.rollout.boundary import BoundaryStates, captured, home_of, positions, recompute
 from midtune.rollout.keys_values import closed_up, shared_prompts
 from midtune.savings.meter import free_bytes
 
@@ -97,9 +97,7 @@ class Rollout:
         return (prompts[:, None] * self.group_size + within).flatten()
 
     def _part(self, prompts: slice | torch.Tensor, rows: slice | torch.Tensor) -> Rollout:
-        boundary = self.boundary and BoundaryStates(
-            self.boundary.block, self.boundary.prompt[prompts], self.boundary.completion[rows]
-        )
+        boundary = self.boundary and self.boundary.part(prompts, rows)
         return Rollout(
             self.prompt_ids[prompts],
             self.prompt_mask[prompts],
@@ -130,14 +128,7 @@ def sample(
         on_tokens: called with the number of new tokens after every step.
     """
     device, pad = policy.device, policy.tokenizer.pad_token_id
-    width = max(len(ids) for ids in prompts)
-    prompt_ids = torch.full((len(prompts), width), pad, dtype=torch.long)
-    prompt_mask = torch.zeros_like(prompt_ids)
-    for row, ids in enumerate(prompts):
-        prompt_ids[row, width - len(ids) :] = torch.tensor(ids)
-        prompt_mask[row, width - len(ids) :] = 1
-    prompt_ids, prompt_mask = prompt_ids.to(device), prompt_mask.to(device)
-
+    prompt_ids, prompt_mask = padded(policy, prompts, "left")
     rows = len(prompts) * group_size
     completion_ids = torch.full((rows, sampling.max_new_tokens), pad, device=device)
     log_probs = torch.zeros(rows, sampling.max_new_tokens, device=device)
@@ -146,12 +137,13 @@ def sample(
     ends = _ends(policy, sampling)
     warpers = sampling.warpers()
     cache = shared_prompts()
+    home = home_of(policy, rows * sampling.max_new_tokens)
     fed: list[torch.Tensor] = []
     training = policy.model.training
     policy.model.eval()
     with (
         unpacked(policy.model, policy.compute_dtype, rows=rows, most_bytes=_room(policy)),
-        captured(policy, boundary_block) as states,
+        captured(policy, boundary_block, home=home) as states,
         policy.autocast(),
     ):
         output = policy.model(
@@ -200,9 +192,12 @@ def sample(
     boundary = None
     if boundary_block is not None:
         prompt_states, *steps = states
-        completion_states = prompt_states.new_zeros(rows, longest, prompt_states.size(-1))
+        # Pinned, it goes back to the device faster.
+        completion_states = prompt_states.new_zeros(
+            rows, longest, prompt_states.size(-1), pin_memory=home != device
+        )
         for step, (live, state) in enumerate(zip(fed, steps, strict=True)):
-            completion_states[live, step] = state[:, 0]
+            completion_states[live.to(home), step] = state[:, 0]
         boundary = BoundaryStates(boundary_block, prompt_states, completion_states)
     return Rollout(
         prompt_ids,
@@ -213,6 +208,39 @@ def sample(
         entropies[:, :longest],
         boundary,
     )
+
+
+@torch.no_grad()
+def sampled_elsewhere(
+    policy: Policy,
+    prompts: list[list[int]],
+    completions: list[list[int]],
+    log_probs: list[list[float]],
+    boundary_block: int,
+) -> Rollout:
+    """The rollout of completions that came from another sampler, the G of a prompt adjacent.
+
+    Args:
+        log_probs: of each token, as that sampler has them. Entropies are not known, and zero.
+    """
+    prompt_ids, prompt_mask = padded(policy, prompts, "left")
+    ids, mask = padded(policy, completions, "right")
+    known = torch.zeros(ids.shape, device=ids.device)
+    known[mask.bool()] = torch.tensor([value for row in log_probs for value in row], device=ids.device)
+    boundary = recompute(policy, boundary_block, prompt_ids, prompt_mask, ids, mask)
+    return Rollout(prompt_ids, prompt_mask, ids, mask, known, torch.zeros_like(known), boundary)
+
+
+def padded(policy: Policy, rows: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and their mask, [N, T] each, padded on the `left` or on the `right`."""
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), policy.tokenizer.pad_token_id, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, own in enumerate(rows):
+        place = slice(width - len(own), width) if side == "left" else slice(len(own))
+        ids[row, place] = torch.tensor(own)
+        mask[row, place] = 1
+    return ids.to(policy.device), mask.to(policy.device)
 
 
 def choose(

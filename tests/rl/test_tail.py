@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from midtune.model.policy import Policy
 from midtune.rl import tail
-from midtune.rl.tail import completion_log_probs
+from midtune.rl.tail import completion_log_probs, packs
 from midtune.rollout.boundary import recompute
 from midtune.rollout.sampler import Rollout, Sampling, sample
 from tests.conftest import ARCHITECTURES
@@ -158,6 +159,55 @@ def test_a_group_scores_the_same_alone_as_among_longer_ones(load: Load) -> None:
     together, _ = completion_log_probs(policy, rollout, temperature=1.0)
     alone, _ = completion_log_probs(policy, rollout.groups(shortest, shortest + 1), temperature=1.0)
     torch.testing.assert_close(alone, together[3 * shortest : 3 * shortest + 3], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("most_padding", [0.0, 0.15, 1.0])
+def test_packs_and_recomputation_change_nothing(load: Load, most_padding: float, recompute: bool) -> None:
+    policy = load("gemma3_text")
+    policy.thaw(1)
+    rollout = rollout_of(policy)
+    assert len(set(rollout.completion_mask.sum(1).tolist())) > 3
+    found = completion_log_probs(
+        policy, rollout, temperature=1.0, most_padding=most_padding, recompute=recompute
+    )
+    assert_same(policy, found, plain_log_probs(policy, rollout, 1.0))
+
+
+def test_recomputation_holds_less(load: Load) -> None:
+    policy = load("qwen3")
+    policy.thaw(0)
+    rollout = rollout_of(policy)
+    held = []
+    for again in (False, True):
+        kept: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            completion_log_probs(policy, rollout, temperature=1.0, recompute=again)
+        held.append(sum(kept.values()))
+    assert held[1] < held[0] / 3
+
+
+@pytest.mark.parametrize("spread", [2, 10, 100, 1000])
+def test_ragged_completions_are_packed_with_little_padding(spread: int) -> None:
+    lengths = np.random.default_rng(0).integers(1, spread + 1, size=64).tolist()
+    found = packs(lengths, 0.15)
+    assert sorted(row for pack in found for row in pack) == list(range(64))
+    computed = sum(len(pack) * max(lengths[row] for row in pack) for pack in found)
+    assert 1 - sum(lengths) / computed <= 0.15
+    assert len(found) <= 14
+
+
+def test_packs_by_hand() -> None:
+    # 10 + 9 + 8 of 30 tokens leave 10% padding; a 7 would make it 15% of 40, a 5 20%.
+    assert packs([9, 5, 10, 0, 8, 7], 0.15) == [[2, 0, 4, 5], [1]]
+    assert packs([9, 5, 10, 0, 8, 7], 0.1) == [[2, 0, 4], [5], [1]]
+    assert packs([9, 5, 10, 0, 8, 7], 1) == [[0, 1, 2, 4, 5]]
+    assert packs([0, 0], 0.15) == []
 
 
 def test_one_token_completions(load: Load) -> None:

@@ -247,10 +247,11 @@ def trainer_of(
         compute_dtype=policy.compute_dtype,
         checkpoints=False,
     )
+    own = {name: arguments.pop(name) for name in ("vllm", "recompute") if name in arguments}
     for name, value in arguments.items():
         setattr(args, name, value)
     if issubclass(kind, LayerGRPOTrainer):
-        return kind(policy, args, [reward], rows, meter=Meter(policy.device))
+        return kind(policy, args, [reward], rows, meter=Meter(policy.device), **own)
     return kind(
         model=policy.model,
         args=args,
@@ -266,6 +267,7 @@ def assert_as_trl(
     quantize: str,
     settings: TrainingConfig,
     reward: Any = even_share,
+    recompute: bool = False,
     **arguments: Any,
 ) -> None:
     """Train block 2 with midtune and, on the same completions, with TRL; compare what comes of it."""
@@ -279,7 +281,7 @@ def assert_as_trl(
 
     # Plain gradient descent: Adam would blow rounding up where a gradient is zero.
     arguments = {"optim": "sgd", "learning_rate": 1.0, **arguments}
-    layer = trainer_of(LayerGRPOTrainer, ours, folder, settings, listening, **arguments)
+    layer = trainer_of(LayerGRPOTrainer, ours, folder, settings, listening, recompute=recompute, **arguments)
     layer.train()
     stock = trainer_of(Replay, theirs, folder, settings, reward, **arguments)
     stock.completions = list(drawn)
@@ -327,6 +329,20 @@ def test_groups_of_equal_rewards_are_left_out_exactly(
 def test_an_entropy_bonus_weighs_groups_of_equal_rewards_too(load: Load, tmp_path: Path) -> None:
     settings = settings_of(steps=3, prompts_per_step=6)
     assert_as_trl(load, tmp_path, "none", settings, short_questions_only, entropy_coef=0.1)
+
+
+def test_recomputing_the_tail_equals_trls(load: Load, tmp_path: Path) -> None:
+    assert_as_trl(load, tmp_path, "none", settings_of(steps=3), recompute=True)
+
+
+def test_8_bit_adam_keeps_its_states_in_8_bit(load: Load, tmp_path: Path) -> None:
+    policy = thawed(load, 2)
+    start = trained(policy)
+    trainer = trainer_of(LayerGRPOTrainer, policy, tmp_path, settings_of(optimizer="adamw_8bit", lr=1e-2))
+    trainer.train()
+    assert not torch.equal(trained(policy), start)
+    states = trainer.optimizer.optimizer.state[policy.blocks[2].mlp.up_proj.weight]
+    assert states["state1"].dtype == states["state2"].dtype == torch.uint8
 
 
 def test_a_step_without_advantages_moves_on_momentum(load: Load, tmp_path: Path) -> None:

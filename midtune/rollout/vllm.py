@@ -1,0 +1,104 @@
+"""Sampling by a vLLM server, which is sent the trained blocks and nothing else.
+
+TRL's own client would need vLLM in the trainer's environment, where its releases ask for an older
+transformers, and moves weights between CUDA devices only. A vLLM server in an environment of its own can
+read weights from a folder instead: midtune writes the trained blocks there, under the checkpoint's names and
+never in 4-bit, and asks for them to be loaded. Works with vLLM 0.31, its development endpoints turned on.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import requests
+from safetensors.torch import save_file
+
+from midtune.errors import InputError, MidtuneError
+from midtune.model.policy import Policy
+from midtune.rollout.sampler import Sampling
+
+START = "VLLM_SERVER_DEV_MODE=1 vllm serve {model} --logprobs-mode processed_logprobs"
+
+
+class VLLMServer:
+    """A running server that serves the policy's model; TRL's trainer uses it as its `vllm_generation`.
+
+    Args:
+        url: its address.
+        policy: what it samples for. It holds the frozen weights as the checkpoint has them, so a policy that
+            holds them in 4-bit differs from it a little.
+        folder: gets the trained blocks; the server reads it under the same path.
+
+    Raises:
+        InputError: there is no server at `url`, or one that cannot be sent weights.
+    """
+
+    def __init__(self, url: str, policy: Policy, sampling: Sampling, folder: Path) -> None:
+        self.url = url.rstrip("/")
+        self.policy = policy
+        self.sampling = sampling
+        self.folder = folder.absolute()
+        start = START.format(model=policy.source.folder)
+        try:
+            self.model = requests.get(f"{self.url}/v1/models", timeout=30).json()["data"][0]["id"]
+        except (requests.RequestException, ValueError, LookupError):
+            raise InputError(f"there is no vLLM server at {url}; start one with `{start}`.") from None
+        if requests.get(f"{self.url}/server_info", timeout=30).status_code != 200:
+            raise InputError(
+                f"the vLLM server at {url} takes no weights; start it with `{start}`, on this machine."
+            )
+        # An earlier run may have left its blocks there.
+        self._load(policy.source.folder)
+
+    def sync_weights(self) -> None:
+        """Send the trained blocks as they are now."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_file(self.policy.deployed_blocks(), self.folder / "model.safetensors")
+        self._load(self.folder)
+
+    def generate(
+        self, prompts: list[list[int]], *, num_generations: int, **_: Any
+    ) -> tuple[list[list[int]], list[list[int]], list[list[list[float]]], None]:
+        """Completions of prompts that are given `num_generations` times each, as TRL asks for them.
+
+        Returns:
+            The prompts; the completions' token ids; the log-prob of each token, in a list of its own; None.
+        """
+        how = self.sampling
+        answer = self._post(
+            "/v1/completions",
+            {
+                "model": self.model,
+                "prompt": prompts[::num_generations],
+                "n": num_generations,
+                "max_tokens": how.max_new_tokens,
+                "temperature": how.temperature,
+                "top_p": how.top_p,
+                "top_k": how.top_k,
+                "min_p": how.min_p,
+                "stop": list(how.stop_strings),
+                "stop_token_ids": self.policy.stop_token_ids,
+                "include_stop_str_in_output": True,
+                "logprobs": 0,
+                "return_token_ids": True,
+            },
+        )
+        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+        ids = [choice["token_ids"] for choice in choices]
+        log_probs = [[[value] for value in choice["logprobs"]["token_logprobs"]] for choice in choices]
+        return prompts, ids, log_probs, None
+
+    def _load(self, folder: Path) -> None:
+        self._post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
+        # What it remembers of prompts was computed with other weights.
+        self._post("/reset_prefix_cache", {})
+
+    def _post(self, path: str, body: dict[str, Any]) -> Any:
+        try:
+            answer = requests.post(f"{self.url}{path}", json=body, timeout=3600)
+            answer.raise_for_status()
+        except requests.RequestException as error:
+            said = error.response.text[:200] if error.response is not None else str(error)[:200]
+            raise MidtuneError(f"the vLLM server at {self.url} failed at {path} ({said}).") from None
+        return answer.json() if answer.text else None
