@@ -375,6 +375,10 @@ def merge(
 def bench(
     ctx: typer.Context,
     model: Model = None,
+    model_option: Annotated[
+        str | None,
+        _plain_option("--model", "the model, for those who would rather name it", "Model", "MODEL"),
+    ] = None,
     device: Device = None,
     arms: Annotated[
         str,
@@ -391,6 +395,9 @@ def bench(
     new_tokens: Annotated[int, _count("--new-tokens", "tokens of every completion (default: 24)")] = 24,
     group_size: Annotated[int, _count("--group-size", "completions of a prompt (default: 8)", 2)] = 8,
     steps: Annotated[int, _count("--steps", "steps counted, after one that warms up (default: 5)")] = 5,
+    profile: Annotated[
+        bool, _plain_option("--profile", "say where the first arm's time goes, in one more step", "Bench")
+    ] = False,
     seed: Seed = None,
     out: Out = None,
     as_json: AsJson = False,
@@ -403,7 +410,12 @@ def bench(
     Example:
       midtune bench smollm2-135m --arms midtune,trl-full
     """
-    named = {"model.name": model, "model.device": device, "blocks.layers": layers, "seed": seed}
+    named = {
+        "model.name": model or model_option,
+        "model.device": device,
+        "blocks.layers": layers,
+        "seed": seed,
+    }
     config = load_config(None, {key: value for key, value in named.items() if value is not None})
 
     def stage(terminal: Terminal) -> dict[str, Any]:
@@ -417,6 +429,7 @@ def bench(
             new_tokens=new_tokens,
             group_size=group_size,
             steps=steps,
+            profile=profile,
             out=out,
             terminal=terminal,
         )

@@ -61,10 +61,25 @@ def bench_table(result: Mapping[str, Any]) -> RenderableType:
         f"{work}, {steps}; memory is the peak without the libraries.",
         "Least and greatest seconds are in bench.json. TRL runs with its defaults.",
     ]
+    notes += [_profile_text(phase, seconds, result) for phase, seconds in result.get("profile", {}).items()]
     if any(arm["ratios"] is None for arm in result["arms"]):
         notes.append("An arm without a ratio did not do the same work.")
     heading = Text(f"{result['model']}, block {result['block']}", style="bold")
     return Group(heading, "", table, *(Text(note) for note in notes))
+
+
+def _profile_text(phase: str, seconds: Mapping[str, float], result: Mapping[str, Any]) -> str:
+    """Shares of a phase by kind of work, the largest first, and what the machine's peak would make of it."""
+    total = sum(seconds.values())
+    ordered = sorted(seconds.items(), key=lambda item: -item[1])
+    shares = ", ".join(f"{kind} {part / total:.0%}" for kind, part in ordered if part >= 0.005 * total)
+    name = {"rollout": "Sampling", "update": "Update"}[phase]
+    peak = result["peak_flops_per_s"]
+    floor = ""
+    if phase in result["flops"]:
+        least = seconds_text(result["flops"][phase] / peak)
+        floor = f"; at this machine's {peak / 1e9:,.0f} GFLOP/s the products with weights would take {least}"
+    return f"{name} of {result['arms'][0]['arm']}, profiled at {seconds_text(total)}: {shares}{floor}."
 
 
 def _times(ratio: float | None, own: bool) -> str:

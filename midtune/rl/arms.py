@@ -7,6 +7,7 @@ token for token. TRL's arms keep TRL's defaults, gradient checkpointing among th
 from __future__ import annotations
 
 import contextlib
+import statistics
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, PrinterCallback
+from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 from trl import GRPOTrainer
 
 from midtune.config import TrainingConfig
@@ -24,6 +25,7 @@ from midtune.model.policy import count_parameters
 from midtune.model.quantize import forbid_cpu_packing, nf4_config
 from midtune.model.sources import Source
 from midtune.rl.baselines import StepClock
+from midtune.rl.profile import Profile, peak_flops_per_s, product_flops
 from midtune.rl.trainer import LayerGRPOTrainer
 from midtune.rl.training import trl_arguments
 from midtune.rollout.evaluation import prompt_ids
@@ -48,6 +50,7 @@ class Workload:
         new_tokens: tokens of every completion.
         block: the block that midtune and `trl-block` train.
         warmup, steps: steps that are not counted, and that are.
+        profile: profile one more step.
     """
 
     prompts: list[str]
@@ -58,6 +61,7 @@ class Workload:
     steps: int
     micro_batch_tokens: int
     seed: int = 0
+    profile: bool = False
 
 
 def run_arm(arm: str, source: Source, work: Workload, device: torch.device) -> dict[str, Any]:
@@ -65,8 +69,8 @@ def run_arm(arm: str, source: Source, work: Workload, device: torch.device) -> d
 
     Returns:
         `steps`: seconds of each counted step, by phase; `peak` and `libraries`: peak bytes since before the
-        model was loaded, and what the process held by then; `prompt_tokens`, `completion_tokens`: of all
-        steps; `trainable`: parameters.
+        model was loaded, and what the process held by then; `prompt_tokens`, `completion_tokens`: of a
+        step; `trainable`: parameters; `profile` and `peak_flops_per_s`, where asked for.
     """
     meter = Meter(device)
     libraries = meter.current_bytes()
@@ -76,7 +80,7 @@ def run_arm(arm: str, source: Source, work: Workload, device: torch.device) -> d
     completions = _completions(tokenizer, work)
     rewards = [float(row % work.group_size) for row in range(len(completions))]
     settings = TrainingConfig(
-        steps=work.warmup + work.steps,
+        steps=work.warmup + work.steps + work.profile,
         beta=0.0,
         prompts_per_step=len(work.prompts),
         group_size=work.group_size,
@@ -98,23 +102,76 @@ def run_arm(arm: str, source: Source, work: Workload, device: torch.device) -> d
         trainer = _trainer(arm, source, work, device, args, rows, lambda **_: rewards, meter)
         trainer.forced = completions
         trainer.add_callback(clock)
+        watched = Watched(trainer, meter, settings.steps) if work.profile else None
+        if watched is not None:
+            trainer.add_callback(watched)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     model = trainer.model
     return {
         "arm": arm,
-        "steps": clock.steps[work.warmup :],
-        "peak": meter.peak_bytes(),
+        "steps": clock.steps[work.warmup : work.warmup + work.steps],
+        "peak": watched.peak if watched is not None else meter.peak_bytes(),
         "libraries": libraries,
         "memory_source": meter.source,
-        "prompt_tokens": settings.steps * work.group_size * sum(lengths),
+        "prompt_tokens": work.group_size * sum(lengths),
         "completion_tokens": round(
-            sum(log["completions/mean_length"] for log in trainer.state.log_history if "reward" in log)
+            statistics.fmean(
+                log["completions/mean_length"] for log in trainer.state.log_history if "reward" in log
+            )
             * len(completions)
         ),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "parameters": count_parameters(model),
+        **(_profile(watched, trainer, work, lengths, device) if watched is not None else {}),
     }
+
+
+class Watched(TrainerCallback):
+    """Profiles the last step of a trainer: its `rollout` and, as `update`, what follows."""
+
+    def __init__(self, trainer: Any, meter: Meter, last: int) -> None:
+        self.trainer = trainer
+        self.meter = meter
+        self.last = last
+        self.profile = Profile(trainer.accelerator.device)
+        self.found: dict[str, dict[str, float]] = {}
+
+    def on_step_begin(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+        if state.global_step == self.last - 1:
+            # What the profiler remembers takes memory too.
+            self.peak = self.meter.peak_bytes()
+            self.profile.start()
+            self.trainer.profile = self.profile
+            self._update = contextlib.ExitStack()
+            self.trainer.after_rollout = lambda: self._update.enter_context(self.profile.phase("update"))
+
+    def on_step_end(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+        if state.global_step == self.last:
+            self._update.close()
+            self.found = self.profile.stop()
+
+
+def _profile(
+    watched: Watched, trainer: Any, work: Workload, lengths: list[int], device: torch.device
+) -> dict[str, Any]:
+    """The profile, and the floating-point operations of the weights where midtune's are known."""
+    policy = getattr(trainer, "policy", None)
+    flops = {}
+    if policy is not None:
+        linears = [part for part in policy.blocks[0].modules() if isinstance(part, torch.nn.Linear)]
+        head = policy.model.get_output_embeddings()
+        sizes = {
+            "block": sum(part.in_features * part.out_features for part in linears),
+            "head": head.in_features * head.out_features,
+            "blocks": policy.num_blocks,
+            "tail": policy.num_blocks - work.block,
+        }
+        rows = len(work.prompts) * work.group_size
+        tokens = {"prompt_tokens": max(lengths), "new_tokens": work.new_tokens}
+        flops = product_flops(sizes, {"prompts": len(work.prompts), "rows": rows, **tokens})
+    dtype = compute_dtype_of(device)
+    return {"profile": watched.found, "flops": flops, "peak_flops_per_s": peak_flops_per_s(device, dtype)}
 
 
 class _Forced:
@@ -123,10 +180,16 @@ class _Forced:
     forced: torch.Tensor
     meter: Meter
     model: Any
+    profile: Profile | None = None
+    after_rollout: Any = None
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        with self.meter.phase("rollout"), _decided(self.model, self.forced):
-            return super()._generate_single_turn(*args, **kwargs)  # type: ignore[misc]
+        watched = self.profile.phase("rollout") if self.profile else contextlib.nullcontext()
+        with self.meter.phase("rollout"), _decided(self.model, self.forced), watched:
+            found = super()._generate_single_turn(*args, **kwargs)  # type: ignore[misc]
+        if self.profile:
+            self.after_rollout()
+        return found
 
 
 class _Midtune(_Forced, LayerGRPOTrainer):

@@ -34,7 +34,9 @@ MOST_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05
 
 
 class LayerGRPOTrainer(GRPOTrainer):
-    """GRPO on the trained blocks of a policy, in one process.
+    """GRPO on the trained blocks of a policy.
+
+    Under a distributed launcher every process holds the policy and computes its own groups.
 
     Args:
         policy: what is trained, its blocks already thawed or given LoRA.
@@ -76,8 +78,6 @@ class LayerGRPOTrainer(GRPOTrainer):
             processing_class=policy.tokenizer,
             callbacks=callbacks,
         )
-        if self.accelerator.num_processes > 1:
-            raise MidtuneError("midtune trains in one process; start it without a distributed launcher.")
         args.beta = self.beta = beta
         if beta > 0:
             policy.keep_reference()
@@ -128,6 +128,14 @@ class LayerGRPOTrainer(GRPOTrainer):
                 boundary_block=self.policy.trained[0],
             )
         return self._rollout.completions(), None
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        # The tail does not pass through the wrapper that would do this.
+        if self.accelerator.num_processes > 1 and self.accelerator.sync_gradients:
+            for parameter in self.policy.trained_parameters().values():
+                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+        return loss
 
     def _calculate_rewards(self, *args: Any) -> torch.Tensor:
         with self.meter.phase("reward"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -107,6 +108,20 @@ def train_blocks(
         policy.model.eval()
     check_trainable(policy)
     return int(trainer.state.global_step)
+
+
+def require_one_process() -> None:
+    """Check that no distributed launcher started this process as one of several.
+
+    Raises:
+        InputError: one did.
+    """
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise InputError(
+            f"{processes} processes were started, but `midtune train` works in one; start it without a "
+            "distributed launcher."
+        )
 
 
 def require_tracker(name: str) -> None:

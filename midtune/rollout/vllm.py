@@ -21,6 +21,28 @@ from midtune.rollout.sampler import Sampling
 START = "VLLM_SERVER_DEV_MODE=1 vllm serve {model} --logprobs-mode processed_logprobs"
 
 
+def require_server(url: str, model: Path) -> str:
+    """Check that a vLLM server that can be sent weights answers at `url`; returns the name of what it serves.
+
+    Args:
+        model: the folder of the model that it should serve, for the message.
+
+    Raises:
+        InputError: none does.
+    """
+    start = START.format(model=model)
+    try:
+        served: str = requests.get(f"{url}/v1/models", timeout=30).json()["data"][0]["id"]
+        takes_weights = requests.get(f"{url}/server_info", timeout=30).status_code == 200
+    except (requests.RequestException, ValueError, LookupError):
+        raise InputError(f"there is no vLLM server at {url}; start one with `{start}`.") from None
+    if not takes_weights:
+        raise InputError(
+            f"the vLLM server at {url} takes no weights; start it with `{start}`, on this machine."
+        )
+    return served
+
+
 class VLLMServer:
     """A running server that serves the policy's model; TRL's trainer uses it as its `vllm_generation`.
 
@@ -39,15 +61,7 @@ class VLLMServer:
         self.policy = policy
         self.sampling = sampling
         self.folder = folder.absolute()
-        start = START.format(model=policy.source.folder)
-        try:
-            self.model = requests.get(f"{self.url}/v1/models", timeout=30).json()["data"][0]["id"]
-        except (requests.RequestException, ValueError, LookupError):
-            raise InputError(f"there is no vLLM server at {url}; start one with `{start}`.") from None
-        if requests.get(f"{self.url}/server_info", timeout=30).status_code != 200:
-            raise InputError(
-                f"the vLLM server at {url} takes no weights; start it with `{start}`, on this machine."
-            )
+        self.model = require_server(self.url, policy.source.folder)
         # An earlier run may have left its blocks there.
         self._load(policy.source.folder)
 

@@ -7,7 +7,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ def run(
     new_tokens: int,
     group_size: int,
     steps: int,
+    profile: bool,
     out: Path | None,
     terminal: Terminal,
 ) -> dict[str, Any]:
@@ -40,12 +41,14 @@ def run(
         config: names the model and the device; `blocks.layers` may name the block.
         arms: see `midtune.rl.arms.ARMS`.
         steps: counted steps of each arm, after one that warms up.
+        profile: profile one more step of the first arm.
         out: the folder that gets bench.json.
 
     Returns:
         What bench.json holds: the workload, and `arms` with `step`, `rollout` and `update` (median, least and
         greatest seconds), `tokens_per_s` of sampling, `peak` and `libraries` bytes, and `ratios` to the first
-        arm: null where it did not do the same work.
+        arm: null where it did not do the same work. Where it was asked for, `profile`, the seconds of the first
+        arm by phase and kind of work, `flops` by phase and `peak_flops_per_s` of the machine.
 
     Raises:
         InputError: an unknown arm, model or block; nothing has been written.
@@ -77,12 +80,13 @@ def run(
     )
     found = []
     with terminal.progress("arms", len(arms)) as advance:
-        for arm in arms:
+        for number, arm in enumerate(arms):
             terminal.message(f"{ARMS[arm]}: {work.warmup} + {steps} steps")
+            own = replace(work, profile=profile and number == 0)
             model = {"model": source.name, "revision": source.revision, "device": device}
-            found.append(_run_alone({"arm": arm, **model, "work": asdict(work)}))
+            found.append(_run_alone({"arm": arm, **model, "work": asdict(own)}))
             advance(1)
-    result = {
+    result: dict[str, Any] = {
         "schema": 1,
         "model": source.name,
         "block": block,
@@ -92,6 +96,7 @@ def run(
         "prompt_tokens": prompt_tokens,
         "steps": steps,
         "arms": [summarise(arm, found[0], rows=prompts * group_size * new_tokens) for arm in found],
+        **{key: found[0][key] for key in ("profile", "flops", "peak_flops_per_s") if key in found[0]},
         "environment": describe_environment(device, config.seed),
     }
     folder.write_json(folder.path / "bench.json", result)

@@ -31,8 +31,9 @@ from midtune.report.plots import learning_curve
 from midtune.report.statistics import compare
 from midtune.report.summary import MemoryReport, Report, TimeReport
 from midtune.report.terminal import Terminal
-from midtune.rl.training import require_tracker, train_blocks
+from midtune.rl.training import require_one_process, require_tracker, train_blocks
 from midtune.rollout.evaluation import Evaluation, prompt_ids
+from midtune.rollout.vllm import require_server
 from midtune.runs import RunFolder, describe_environment
 from midtune.savings.estimate import ModelNumbers, StepShape, estimate_full_training
 from midtune.savings.meter import Meter
@@ -66,9 +67,12 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
     else:
         folder, checkpoint = RunFolder.create(out, _stem(config)), None
 
+    require_one_process()
     require_tracker(config.training.report_to)
     task = open_task(config, terminal)
     source = open_source(config, terminal)
+    if config.training.vllm is not None:
+        require_server(config.training.vllm, source.folder)
     meter = Meter(resolve_device(config.model.device))
     # On a CPU peaks count the whole process, so full training's estimate has to begin there too.
     process_bytes = meter.current_bytes()

@@ -16,7 +16,14 @@ from midtune.stages import bench
 
 
 def go(checkpoint: Path, out: Path, terminal: Terminal, **changes: Any) -> dict[str, Any]:
-    sizes = {"prompts": 2, "prompt_tokens": 12, "new_tokens": 4, "group_size": 2, "steps": 2}
+    sizes = {
+        "prompts": 2,
+        "prompt_tokens": 12,
+        "new_tokens": 4,
+        "group_size": 2,
+        "steps": 2,
+        "profile": False,
+    }
     config = load_config(None, {"model.name": str(checkpoint), **changes.pop("settings", {})})
     return bench.run(config, out=out, terminal=terminal, **{"arms": ["midtune"], **sizes, **changes})
 
@@ -30,7 +37,25 @@ def test_arms_run_in_their_own_processes_and_are_compared(
     first, full = found["arms"]
     assert first["ratios"]["step"] == 1
     assert full["ratios"]["update"] == pytest.approx(full["update"]["median"] / first["update"]["median"])
-    assert full["completion_tokens"] == first["completion_tokens"] == 3 * 4 * 4
+    assert full["completion_tokens"] == first["completion_tokens"] == 4 * 4
+
+
+def test_a_profile_says_where_the_first_arms_time_goes(
+    random_checkpoint: Callable[..., Path], tmp_path: Path, terminal: Terminal
+) -> None:
+    found = go(random_checkpoint("qwen3"), tmp_path, terminal, arms=["midtune", "trl-block"], profile=True)
+    assert found["profile"].keys() == {"rollout", "update"}
+    for seconds in found["profile"].values():
+        assert seconds["matrix products"] > 0
+        assert all(part >= 0 for part in seconds.values())
+    # The step that is profiled is not counted.
+    assert found["arms"][1]["ratios"] is not None
+    # Of a step: 2 prompts of 12 tokens and 4 rows of 3 fed tokens through weights of 64 × (128 + 2 · 64 + 128)
+    # for attention and 3 · 64 · 128 for the rest, in 4 blocks; 2 + 12 tokens drawn from 260.
+    block = 64 * 384 + 3 * 64 * 128
+    assert found["flops"]["rollout"] == 2 * (4 * block * 36 + 260 * 64 * 14)
+    assert found["flops"]["update"] == 2 * ((2 * (4 - found["block"]) + 1) * block * 36 + 2 * 260 * 64 * 16)
+    assert found["peak_flops_per_s"] > 1e9
 
 
 def arm(step: float, tokens: int) -> dict[str, Any]:

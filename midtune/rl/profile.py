@@ -1,0 +1,99 @@
+"""Where the time of a step goes, by kind of work, beside what matrix products alone would need."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+# Kind of work → what the names of its operators contain; the first that fits counts.
+KINDS = {
+    "matrix products": ("::mm", "::addmm", "::bmm", "::matmul", "::_linear_pointwise", "gemm"),
+    "attention": ("scaled_dot_product", "flash_attention", "efficient_attention"),
+    "unpacking weights": ("dequantize", "_reorder_linear_weight"),
+}
+OTHER, BETWEEN = "other operators", "between operators"
+
+
+def kind_of(operator: str) -> str:
+    """The kind of work that an operator such as `aten::mm` does."""
+    return next((kind for kind, names in KINDS.items() if any(name in operator for name in names)), OTHER)
+
+
+class Profile:
+    """Seconds by phase and kind of one step; time in which no operator runs counts as `between operators`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._cuda else [])]
+        self._profiler = profile(activities=activities)
+        self._phases: list[str] = []
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Give what runs inside to the phase `name`; phases do not overlap."""
+        self._phases.append(name)
+        with record_function(name):
+            yield
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._profiler.start()
+
+    def stop(self) -> dict[str, dict[str, float]]:
+        """End, and return seconds by phase and kind of work."""
+        self._profiler.stop()
+        events = self._profiler.events()
+        found: dict[str, dict[str, float]] = {}
+        for name in self._phases:
+            whole = next(event for event in events if event.name == name)
+            own: dict[str, float] = {}
+            for event in events:
+                inside = whole.time_range.start <= event.time_range.start <= whole.time_range.end
+                if event is whole or not inside or event.name in self._phases:
+                    continue
+                microseconds = event.self_device_time_total if self._cuda else event.self_cpu_time_total
+                own[kind_of(event.name)] = own.get(kind_of(event.name), 0.0) + microseconds / 1e6
+            seconds = whole.time_range.elapsed_us() / 1e6
+            own[BETWEEN] = max(0.0, seconds - sum(own.values()))
+            found[name] = own
+        return found
+
+
+def peak_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of the best of ten products of square matrices of 2,048."""
+    size = 2048
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+
+    def once() -> float:
+        began = time.perf_counter()
+        torch.mm(left, right)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+
+    return float(2 * size**3 / min(once() for _ in range(10)))
+
+
+def product_flops(sizes: dict[str, int], work: dict[str, int]) -> dict[str, int]:
+    """Floating-point operations that weights cost when one block is trained, by phase.
+
+    Args:
+        sizes: `block` and `head`, weights of one block's linear layers and of the head; `blocks`, how many
+            blocks there are, and `tail`, how many from the trained one on.
+        work: `prompts`, `prompt_tokens`, `rows` and `new_tokens` of a step.
+
+    Returns:
+        `rollout`: every block for each prompt token and each token fed back, the head for each token drawn.
+        `update`: the tail forward and backward, the trained block's own gradient, the head there and back.
+    """
+    fed = work["prompts"] * work["prompt_tokens"] + work["rows"] * (work["new_tokens"] - 1)
+    drawn = work["prompts"] + work["rows"] * (work["new_tokens"] - 1)
+    scored = work["rows"] * work["new_tokens"]
+    return {
+        "rollout": 2 * (sizes["blocks"] * sizes["block"] * fed + sizes["head"] * drawn),
+        "update": 2 * ((2 * sizes["tail"] + 1) * sizes["block"] * fed + 2 * sizes["head"] * scored),
+    }

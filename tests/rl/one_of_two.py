@@ -1,0 +1,66 @@
+"""A process of `test_two_processes.py`: one step of gradient descent, its result saved by the first process."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from midtune.model.loading import load_policy
+from midtune.model.sources import resolve
+from midtune.rl.algorithms import groups_per_micro_batch
+from midtune.rl.trainer import LayerGRPOTrainer
+from midtune.rollout.sampler import sampled_elsewhere
+from tests.rl.test_trainer import question_rows, settings_of, short_questions_only, trainer_of
+
+GROUP_SIZE = 4
+
+
+class Decided(LayerGRPOTrainer):
+    """Completions follow from the prompt and their place in the group."""
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any, **__: Any) -> Any:
+        rows = range(len(prompt_ids))
+        ids = [
+            [
+                3 + (7 * (row % GROUP_SIZE) + len(prompt_ids[row]) * t) % 250
+                for t in range(3 + row % GROUP_SIZE)
+            ]
+            for row in rows
+        ]
+        known = [[0.0] * len(own) for own in ids]
+        self._rollout = sampled_elsewhere(self.policy, prompt_ids[::GROUP_SIZE], ids, known, 2)
+        self._compared = True
+        return ids, None
+
+
+def main(checkpoint: str, out: str, algorithm: str, processes: int) -> None:
+    policy = load_policy(resolve(checkpoint), device="cpu")
+    policy.thaw(2)
+    settings = settings_of(steps=2, algorithm=algorithm, prompts_per_step=4, group_size=GROUP_SIZE)
+    assert groups_per_micro_batch(4, 100, settings.micro_batch_tokens) == 4
+    trainer = trainer_of(
+        Decided,
+        policy,
+        Path(out),
+        settings,
+        short_questions_only,
+        optim="sgd",
+        learning_rate=1.0,
+        per_device_train_batch_size=4 * GROUP_SIZE // processes,
+        generation_batch_size=4 * GROUP_SIZE,
+    )
+    assert trainer.accelerator.num_processes == processes
+    assert len(question_rows()) > 4
+    trainer.train()
+    if trainer.accelerator.is_main_process:
+        trained = {name: value.detach() for name, value in policy.trained_parameters().items()}
+        save_file(trained, Path(out) / f"{processes}.safetensors")
+    torch.distributed.destroy_process_group() if processes > 1 else None
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:4], processes=int(sys.argv[4]))  # type: ignore[misc]
