@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
@@ -106,12 +106,14 @@ class TrainingConfig(Part):
     min_p: float = Field(
         0.0, ge=0, le=1, description="leave out tokens below this share of the likeliest one's probability"
     )
-    stop_strings: list[str] = Field(default_factory=list, description="texts that end a completion")
+    stop_strings: list[Annotated[str, Field(min_length=1)]] = Field(
+        default_factory=list, description="texts that end a completion"
+    )
     optimizer: Literal["adamw", "adamw_8bit"] = Field(
         "adamw", description="AdamW, or bitsandbytes' with 8-bit states: a quarter of their memory"
     )
     recompute: bool = Field(
-        False, description="hold no activations in the update, but compute them again: less memory, slower"
+        False, description="hold no activations in the update but compute them again: less memory, slower"
     )
     vllm: str | None = Field(None, description="address of a vLLM server that samples in training")
     micro_batch_tokens: int = Field(16384, ge=1, description="most tokens in one backward pass")

@@ -33,7 +33,7 @@ def completion_log_probs(
     *,
     temperature: float,
     entropy_gradient: bool = False,
-    recompute: bool = False,
+    recompute_tokens: int = 0,
     most_padding: float = MOST_PADDING,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-prob of every completion token and entropy of the distribution it was drawn from.
@@ -43,7 +43,8 @@ def completion_log_probs(
         rollout: whole groups, with boundary states.
         temperature: what logits are divided by.
         entropy_gradient: let the gradient reach the trained blocks through the entropies too.
-        recompute: hold no activations of the blocks, but compute them again for the gradient, pack by pack.
+        recompute_tokens: hold no activations of the blocks, but compute them again for the gradient, in packs
+            of at most so many tokens, prompts included; 0 holds them.
         most_padding: share of a pack's tokens that may be padding; 1 makes one pack, of rows in their order.
 
     Returns:
@@ -83,7 +84,8 @@ def completion_log_probs(
         return hidden
 
     run: Callable[..., Any]
-    run = partial(checkpoint, use_reentrant=False) if recompute and torch.is_grad_enabled() else _call
+    again = recompute_tokens > 0 and torch.is_grad_enabled()
+    run = partial(checkpoint, use_reentrant=False) if again else _call
     with policy.autocast():
         first, *shared = run(prompts)
         scored = lengths > 0
@@ -93,7 +95,8 @@ def completion_log_probs(
             [scored.nonzero()[:, 0] * rollout.completion_ids.size(1)],
         )
         # A completion's last token is fed nowhere.
-        for rows in packs((lengths - 1).tolist(), most_padding):
+        most_rows = (lambda fed: recompute_tokens // (prompt_mask.size(1) + fed)) if again else None
+        for rows in packs((lengths - 1).tolist(), most_padding, most_rows):
             pack = torch.tensor(rows, device=lengths.device)
             fed = int(lengths[pack].max()) - 1
             kept = rollout.completion_mask[pack, 1 : fed + 1].bool()
@@ -115,12 +118,15 @@ def completion_log_probs(
     return log_probs, entropies
 
 
-def packs(lengths: Sequence[int], most_padding: float) -> list[list[int]]:
+def packs(
+    lengths: Sequence[int], most_padding: float, most_rows: Callable[[int], int] | None = None
+) -> list[list[int]]:
     """Rows that pass together: as few packs as keep the padding of each within bounds, longest rows first.
 
     Args:
         lengths: tokens of each row; rows without any are left out.
         most_padding: share of a pack's tokens that may be padding; 1 makes one pack, of rows in their order.
+        most_rows: tokens of the longest row → how many rows of them may pass together; one always may.
     """
     rows = [row for row, length in enumerate(lengths) if length > 0]
     if most_padding < 1:
@@ -129,7 +135,9 @@ def packs(lengths: Sequence[int], most_padding: float) -> list[list[int]]:
     tokens = 0
     for row in rows:
         tokens += lengths[row]
-        if not found or (len(found[-1]) + 1) * lengths[found[-1][0]] * (1 - most_padding) > tokens:
+        pack = found[-1] if found else []
+        padded = not pack or (len(pack) + 1) * lengths[pack[0]] * (1 - most_padding) > tokens
+        if padded or (most_rows is not None and len(pack) + 1 > most_rows(lengths[pack[0]])):
             found.append([])
             tokens = lengths[row]
         found[-1].append(row)

@@ -44,7 +44,7 @@ class LayerGRPOTrainer(GRPOTrainer):
         rewards: TRL reward functions.
         rows: training rows in the order they are used, one per prompt, each once.
         meter: receives the phases `rollout` and `reward`.
-        recompute: see `completion_log_probs`.
+        recompute_tokens: see `completion_log_probs`.
         vllm: samples in place of the policy; TRL corrects for what its log-probs differ.
     """
 
@@ -59,11 +59,11 @@ class LayerGRPOTrainer(GRPOTrainer):
         *,
         meter: Meter,
         callbacks: list[TrainerCallback] | None = None,
-        recompute: bool = False,
+        recompute_tokens: int = 0,
         vllm: VLLMServer | None = None,
     ) -> None:
         self.policy = policy
-        self.recompute = recompute
+        self.recompute_tokens = recompute_tokens
         self.meter = meter
         self._rollout: Rollout | None = None
         self._compared = False
@@ -199,7 +199,7 @@ class LayerGRPOTrainer(GRPOTrainer):
             rollout,
             temperature=self.temperature,
             entropy_gradient=self._entropy_bonus_enabled,
-            recompute=self.recompute,
+            recompute_tokens=self.recompute_tokens,
         )
         if not self._compared:
             compare_log_probs(self.policy, rollout, scored[0])

@@ -93,7 +93,7 @@ def train_blocks(
         ordered,
         meter=meter,
         callbacks=[recorder],
-        recompute=settings.recompute,
+        recompute_tokens=settings.micro_batch_tokens if settings.recompute else 0,
         vllm=(
             VLLMServer(settings.vllm, policy, sampling_of(args), folder / "vllm") if settings.vllm else None
         ),

@@ -30,6 +30,7 @@ def require_server(url: str, model: Path) -> str:
     Raises:
         InputError: none does.
     """
+    url = url.rstrip("/")
     start = START.format(model=model)
     try:
         served: str = requests.get(f"{url}/v1/models", timeout=30).json()["data"][0]["id"]

@@ -81,6 +81,11 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
         terminal.message(
             f"{source.name} is stored in 4-bit: the trained block starts from dequantized weights."
         )
+        if config.training.vllm is not None:
+            raise InputError(
+                f"{source.name} is stored in 4-bit, so a vLLM server cannot be sent its trained block; leave "
+                "training.vllm out, or use the unquantized checkpoint."
+            )
     config, choice = choose_blocks(config, policy, task, folder, terminal)
     blocks = parse_layers(config.blocks.layers or "", policy.num_blocks, config.blocks.top_k)
 

@@ -12,7 +12,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from midtune.model.loading import load_policy
 from midtune.model.policy import Policy
+from midtune.model.sources import resolve
 from midtune.rl import tail
 from midtune.rl.tail import completion_log_probs, packs
 from midtune.rollout.boundary import recompute
@@ -82,11 +84,12 @@ def test_entropies_have_a_gradient_where_it_is_asked_for(load: Load, architectur
     assert not completion_log_probs(policy, rollout, temperature=0.7)[1].requires_grad
 
 
+@pytest.mark.parametrize("blocks", [(1, 3), (0, 1, 3)])
 @pytest.mark.parametrize("architecture", ["qwen3", "gemma3_text", "mistral"])
-def test_two_blocks_apart(load: Load, architecture: str) -> None:
+def test_several_blocks_apart(load: Load, architecture: str, blocks: tuple[int, ...]) -> None:
     policy = load(architecture)
-    policy.thaw(1)
-    policy.thaw(3)
+    for block in blocks:
+        policy.thaw(block)
     rollout = rollout_of(policy)
     found = completion_log_probs(policy, rollout, temperature=1.0)
     assert_same(policy, found, plain_log_probs(policy, rollout, 1.0))
@@ -161,15 +164,17 @@ def test_a_group_scores_the_same_alone_as_among_longer_ones(load: Load) -> None:
     torch.testing.assert_close(alone, together[3 * shortest : 3 * shortest + 3], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute_tokens", [0, 40, 10_000])
 @pytest.mark.parametrize("most_padding", [0.0, 0.15, 1.0])
-def test_packs_and_recomputation_change_nothing(load: Load, most_padding: float, recompute: bool) -> None:
+def test_packs_and_recomputation_change_nothing(
+    load: Load, most_padding: float, recompute_tokens: int
+) -> None:
     policy = load("gemma3_text")
     policy.thaw(1)
     rollout = rollout_of(policy)
     assert len(set(rollout.completion_mask.sum(1).tolist())) > 3
     found = completion_log_probs(
-        policy, rollout, temperature=1.0, most_padding=most_padding, recompute=recompute
+        policy, rollout, temperature=1.0, most_padding=most_padding, recompute_tokens=recompute_tokens
     )
     assert_same(policy, found, plain_log_probs(policy, rollout, 1.0))
 
@@ -179,7 +184,7 @@ def test_recomputation_holds_less(load: Load) -> None:
     policy.thaw(0)
     rollout = rollout_of(policy)
     held = []
-    for again in (False, True):
+    for recompute_tokens in (0, 1000):
         kept: dict[int, int] = {}
 
         def keep(tensor: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
@@ -187,7 +192,7 @@ def test_recomputation_holds_less(load: Load) -> None:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            completion_log_probs(policy, rollout, temperature=1.0, recompute=again)
+            completion_log_probs(policy, rollout, temperature=1.0, recompute_tokens=recompute_tokens)
         held.append(sum(kept.values()))
     assert held[1] < held[0] / 3
 
@@ -208,6 +213,8 @@ def test_packs_by_hand() -> None:
     assert packs([9, 5, 10, 0, 8, 7], 0.1) == [[2, 0, 4], [5], [1]]
     assert packs([9, 5, 10, 0, 8, 7], 1) == [[0, 1, 2, 4, 5]]
     assert packs([0, 0], 0.15) == []
+    # At most 20 tokens together, of which each row brings 3 more.
+    assert packs([9, 5, 10, 0, 8, 7], 1, lambda fed: 20 // (fed + 3)) == [[0], [1, 2], [4], [5]]
 
 
 def test_one_token_completions(load: Load) -> None:
@@ -261,3 +268,21 @@ def test_scores_and_gradients_equal_the_whole_models_for_any_shape(load: Load, s
     )
     found = completion_log_probs(policy, rollout, temperature=shape["temperature"])
     assert_same(policy, found, plain_log_probs(policy, rollout, shape["temperature"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [0, 15, 29])
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_scores_and_gradients_of_smollm2_equal_the_whole_models(quantize: str, block: int) -> None:
+    policy = load_policy(resolve("smollm2-135m"), quantize=quantize, device="cpu")
+    policy.thaw(block)
+    prompts = [policy.tokenizer(text)["input_ids"] for text in ("12 + 34 =", "Say something long about 7:")]
+    torch.manual_seed(0)
+    rollout = sample(policy, prompts, Sampling(12), group_size=3, boundary_block=block)
+    found = completion_log_probs(policy, rollout, temperature=1.0)
+    expected = plain_log_probs(policy, rollout, 1.0)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    expected = (expected[0], expected[1].detach())
+    ours, theirs = gradient(policy, found), gradient(policy, expected)
+    assert float((ours - theirs).norm() / theirs.norm()) < 1e-4

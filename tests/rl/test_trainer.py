@@ -247,7 +247,7 @@ def trainer_of(
         compute_dtype=policy.compute_dtype,
         checkpoints=False,
     )
-    own = {name: arguments.pop(name) for name in ("vllm", "recompute") if name in arguments}
+    own = {name: arguments.pop(name) for name in ("vllm", "recompute_tokens") if name in arguments}
     for name, value in arguments.items():
         setattr(args, name, value)
     if issubclass(kind, LayerGRPOTrainer):
@@ -267,7 +267,7 @@ def assert_as_trl(
     quantize: str,
     settings: TrainingConfig,
     reward: Any = even_share,
-    recompute: bool = False,
+    recompute_tokens: int = 0,
     **arguments: Any,
 ) -> None:
     """Train block 2 with midtune and, on the same completions, with TRL; compare what comes of it."""
@@ -281,7 +281,9 @@ def assert_as_trl(
 
     # Plain gradient descent: Adam would blow rounding up where a gradient is zero.
     arguments = {"optim": "sgd", "learning_rate": 1.0, **arguments}
-    layer = trainer_of(LayerGRPOTrainer, ours, folder, settings, listening, recompute=recompute, **arguments)
+    layer = trainer_of(
+        LayerGRPOTrainer, ours, folder, settings, listening, recompute_tokens=recompute_tokens, **arguments
+    )
     layer.train()
     stock = trainer_of(Replay, theirs, folder, settings, reward, **arguments)
     stock.completions = list(drawn)
@@ -332,7 +334,7 @@ def test_an_entropy_bonus_weighs_groups_of_equal_rewards_too(load: Load, tmp_pat
 
 
 def test_recomputing_the_tail_equals_trls(load: Load, tmp_path: Path) -> None:
-    assert_as_trl(load, tmp_path, "none", settings_of(steps=3), recompute=True)
+    assert_as_trl(load, tmp_path, "none", settings_of(steps=3), recompute_tokens=60)
 
 
 def test_8_bit_adam_keeps_its_states_in_8_bit(load: Load, tmp_path: Path) -> None:
