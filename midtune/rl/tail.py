@@ -125,12 +125,12 @@ def packs(
 
     Args:
         lengths: tokens of each row; rows without any are left out.
-        most_padding: share of a pack's tokens that may be padding; 1 makes one pack, of rows in their order.
+        most_padding: share of a pack's tokens that may be padding; 1 makes one pack, of all rows in their order.
         most_rows: tokens of the longest row → how many rows of them may pass together; one always may.
     """
-    rows = [row for row, length in enumerate(lengths) if length > 0]
+    rows = list(range(len(lengths))) if any(lengths) else []
     if most_padding < 1:
-        rows.sort(key=lambda row: -lengths[row])
+        rows = sorted((row for row in rows if lengths[row] > 0), key=lambda row: -lengths[row])
     found: list[list[int]] = []
     tokens = 0
     for row in rows:

@@ -91,6 +91,18 @@ def test_pair_products_equal_plain_autograd(random_checkpoint: Make, architectur
     assert all(parameter.grad is None for parameter in policy.model.parameters())
 
 
+def test_completions_of_one_token_among_longer_ones(random_checkpoint: Make) -> None:
+    policy = policy_of(random_checkpoint("qwen3"), "none")
+    policy.model.generation_config.eos_token_id = list(range(100))
+    rollout, given = rollout_of(policy, 1), advantages()
+    assert {1, 6} <= set(rollout.completion_mask.sum(1).tolist())
+
+    found = pair_products(policy, rollout, given, [1], SAMPLING.temperature)
+
+    rows = by_autograd(policy, rollout, given, [1])[1]
+    assert found[1][1] == pytest.approx(float(rows.mean(0).square().sum()), rel=1e-4)
+
+
 def test_two_prompts_give_the_product_of_two_halves(random_checkpoint: Make) -> None:
     policy = policy_of(random_checkpoint("qwen3"), "none")
     rollout, given = rollout_of(policy, 0), advantages()

@@ -211,10 +211,10 @@ def test_packs_by_hand() -> None:
     # 10 + 9 + 8 of 30 tokens leave 10% padding; a 7 would make it 15% of 40, a 5 20%.
     assert packs([9, 5, 10, 0, 8, 7], 0.15) == [[2, 0, 4, 5], [1]]
     assert packs([9, 5, 10, 0, 8, 7], 0.1) == [[2, 0, 4], [5], [1]]
-    assert packs([9, 5, 10, 0, 8, 7], 1) == [[0, 1, 2, 4, 5]]
-    assert packs([0, 0], 0.15) == []
+    assert packs([9, 5, 10, 0, 8, 7], 1) == [[0, 1, 2, 3, 4, 5]]
+    assert packs([0, 0], 0.15) == packs([0, 0], 1) == []
     # At most 20 tokens together, of which each row brings 3 more.
-    assert packs([9, 5, 10, 0, 8, 7], 1, lambda fed: 20 // (fed + 3)) == [[0], [1, 2], [4], [5]]
+    assert packs([9, 5, 10, 0, 8, 7], 0.9, lambda fed: 20 // (fed + 3)) == [[2], [0], [4], [5, 1]]
 
 
 def test_one_token_completions(load: Load) -> None:
