@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import sys
 from collections.abc import Iterator
 
 import torch
@@ -20,15 +18,10 @@ from transformers.utils import logging as transformers_logging
 
 from midtune.errors import InputError
 from midtune.model.blocks import check_tail, find_blocks
+from midtune.model.memory import freed_at_once
 from midtune.model.policy import Policy
 from midtune.model.quantize import clear_quantized_markers, forbid_cpu_packing, nf4_config
 from midtune.model.sources import Source
-
-# glibc's mallopt: allocations of this many bytes are mapped one by one, and go back when they are freed.
-M_MMAP_THRESHOLD = -3
-MAPPED_WHILE_LOADING = 2**16
-# Where glibc's own moving threshold ends on 64-bit systems; working memory is better kept.
-MAPPED_AT_MOST = 2**25
 
 
 def load_policy(
@@ -74,7 +67,7 @@ def load_policy(
                 if isinstance(module, nn.Linear) and not name.startswith(f"{stack_name}.")
             ]
             quantization = nf4_config(compute_dtype, keep=outside or ["lm_head"])
-        with _freed_at_once():
+        with freed_at_once():
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 source.folder,
                 dtype=compute_dtype,
@@ -151,24 +144,6 @@ def compute_dtype_of(device: torch.device) -> torch.dtype:
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
-@contextlib.contextmanager
-def _freed_at_once() -> Iterator[None]:
-    """Give each weight's memory back to the system as soon as it has been quantized.
-
-    glibc keeps freed memory for itself, so that loading SmolLM2-135M in NF4 would hold as much as in fp32:
-    556 MiB in place of 169. Does nothing where there is no glibc.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None:
-        yield
-        return
-    mallopt(M_MMAP_THRESHOLD, MAPPED_WHILE_LOADING)
-    try:
-        yield
-    finally:
-        mallopt(M_MMAP_THRESHOLD, MAPPED_AT_MOST)
 
 
 @contextlib.contextmanager

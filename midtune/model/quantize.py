@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from midtune.model.memory import freed_at_once
+
 
 def nf4_config(compute_dtype: torch.dtype, keep: list[str]) -> BitsAndBytesConfig:
     """NF4 with double quantization for every linear layer except the modules named in `keep`."""
@@ -127,8 +129,10 @@ def unpacked(model: nn.Module, dtype: torch.dtype, *, rows: int, most_bytes: int
             if most_bytes < 0:
                 break
             if packed or fast:
-                weight = dequantized(part.weight).to(dtype) if packed else part.weight.detach()
-                part.forward = _product(weight, part.bias, rows if fast else None)  # type: ignore[method-assign,assignment]
+                with freed_at_once():
+                    weight = dequantized(part.weight).to(dtype) if packed else part.weight.detach()
+                    product = _product(weight, part.bias, rows if fast else None)
+                part.forward = product  # type: ignore[method-assign,assignment]
                 changed.append(part)
         yield
     finally:

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-# Tokens of room that are added whenever there is none left.
-ROOM = 64
-
 
 class RoomyLayer(DynamicLayer):
     """Keys and values [B, heads, T, D] of one block, views of larger tensors.
 
     Transformers' dynamic layer copies everything it holds for each new token and whenever a row is dropped.
+
+    Args:
+        room: tokens that there is room for whenever more is made.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -31,7 +36,7 @@ class RoomyLayer(DynamicLayer):
         else:
             start, end = self.keys.size(2), self.keys.size(2) + key_states.size(2)
             if end > self._keys.size(2):
-                self._keys, self._values = (_with_room(x, end) for x in (self.keys, self.values))
+                self._keys, self._values = (_with_room(x, end + self.room) for x in (self.keys, self.values))
             rows = key_states.size(0)
             self._keys[:rows, :, start:end] = key_states
             self._values[:rows, :, start:end] = value_states
@@ -41,7 +46,7 @@ class RoomyLayer(DynamicLayer):
     def batch_repeat_interleave(self, repeats: int) -> None:
         rows, _, tokens, _ = self.keys.shape
         self._keys, self._values = (
-            _with_room(x[:, None].expand(-1, repeats, -1, -1, -1).flatten(0, 1), tokens)
+            _with_room(x[:, None].expand(-1, repeats, -1, -1, -1).flatten(0, 1), tokens + self.room)
             for x in (self.keys, self.values)
         )
         self.keys, self.values = (x[: rows * repeats, :, :tokens] for x in (self._keys, self._values))
@@ -54,9 +59,13 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = self.keys[: len(indices)], self.values[: len(indices)]
 
 
-def shared_prompts() -> Cache:
-    """An empty cache that keeps every key; a window is then applied by the mask, exactly."""
-    return Cache(layer_class_to_replicate=RoomyLayer)
+def shared_prompts(room: int) -> Cache:
+    """An empty cache that keeps every key; a window is then applied by the mask, exactly.
+
+    Args:
+        room: tokens that there is room for whenever more is made.
+    """
+    return Cache(layer_class_to_replicate=partial(RoomyLayer, room))
 
 
 def closed_up(going: torch.Tensor) -> torch.Tensor:
@@ -75,8 +84,8 @@ def closed_up(going: torch.Tensor) -> torch.Tensor:
 
 
 def _with_room(held: torch.Tensor, tokens: int) -> torch.Tensor:
-    """A copy of `held` [B, heads, T, D] in a tensor with room for more than `tokens` tokens."""
+    """A copy of `held` [B, heads, T, D] in a tensor with room for `tokens` tokens."""
     rows, heads, length, width = held.shape
-    roomy = held.new_empty(rows, heads, tokens + ROOM, width)
+    roomy = held.new_empty(rows, heads, tokens, width)
     roomy[:, :, :length] = held
     return roomy

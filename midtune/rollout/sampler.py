@@ -20,6 +20,9 @@ from midtune.rollout.boundary import BoundaryStates, captured, home_of, position
 from midtune.rollout.keys_values import closed_up, shared_prompts
 from midtune.savings.meter import free_bytes
 
+# Tokens that keys and values have room for beyond those they hold.
+ROOM = 128
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -136,7 +139,7 @@ def sample(
     lengths = torch.zeros(rows, dtype=torch.long, device=device)
     ends = _ends(policy, sampling)
     warpers = sampling.warpers()
-    cache = shared_prompts()
+    cache = shared_prompts(room=min(sampling.max_new_tokens, ROOM))
     home = home_of(policy, rows * sampling.max_new_tokens)
     fed: list[torch.Tensor] = []
     training = policy.model.training

@@ -7,7 +7,6 @@ consumer card needs. The learning rate of a single block is the study's, unless 
 
 from __future__ import annotations
 
-import gc
 import json
 import signal
 import statistics
@@ -18,11 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from midtune.config import RunConfig, dump_config
 from midtune.errors import InputError, Interrupted
 from midtune.model.loading import resolve_device
+from midtune.model.memory import give_back
 from midtune.model.patch import apply_patch, save_patch
 from midtune.model.policy import Policy
 from midtune.model.sources import Source
@@ -128,7 +126,7 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
     total_parameters, stored_quantized = policy.total_parameters, policy.stored_quantized
     compute_bytes = policy.compute_dtype.itemsize
     del policy
-    _release()
+    give_back()
 
     deployed = None
     if config.evaluation.deployed and not stored_quantized:
@@ -190,6 +188,8 @@ def _train(
     terminal: Terminal,
 ) -> int:
     """The training itself; returns its peak bytes."""
+    # What scoring has left behind is no part of it.
+    give_back()
     meter.reset_peak()
     title = f"{policy.source.name}, {task.name}, blocks {', '.join(map(str, policy.trained))}"
     with _signals() as stop, terminal.training(config.training.steps, title) as display:
@@ -258,7 +258,7 @@ def _score_deployed(
     apply_patch(policy, folder.patch)
     after = score_policy(policy, task, task.held_out, config, terminal, "scoring it with the patch", 0)
     del policy
-    _release()
+    give_back()
     return before, after
 
 
@@ -335,9 +335,3 @@ def _read_start(folder: RunFolder) -> tuple[Evaluation, str]:
     data = folder.read_json(folder.start)
     sampled = None if data["sampled"] is None else np.array(data["sampled"])
     return Evaluation(np.array(data["greedy"]), sampled, []), data["choice"]
-
-
-def _release() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from transformers import DynamicCache
 
-from midtune.rollout.keys_values import ROOM, closed_up, shared_prompts
+from midtune.rollout.keys_values import closed_up, shared_prompts
+
+ROOM = 20
 
 
 def states(rows: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -14,7 +16,7 @@ def states(rows: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_it_holds_what_a_dynamic_cache_holds() -> None:
     torch.manual_seed(0)
-    ours, theirs = shared_prompts(), DynamicCache()
+    ours, theirs = shared_prompts(ROOM), DynamicCache()
     prompt = states(2, 5)
     for cache in (ours, theirs):
         cache.update(*prompt, 0)
@@ -35,7 +37,7 @@ def test_it_holds_what_a_dynamic_cache_holds() -> None:
 
 
 def test_a_token_is_written_where_there_is_room() -> None:
-    cache = shared_prompts()
+    cache = shared_prompts(ROOM)
     cache.update(*states(2, 5), 0)
     cache.batch_repeat_interleave(2)
     first, _ = cache.update(*states(4, 1), 0)
