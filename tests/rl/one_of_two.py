@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 
 from midtune.model.loading import load_policy
@@ -59,7 +59,9 @@ def main(checkpoint: str, out: str, algorithm: str, processes: int) -> None:
     if trainer.accelerator.is_main_process:
         trained = {name: value.detach() for name, value in policy.trained_parameters().items()}
         save_file(trained, Path(out) / f"{processes}.safetensors")
-    torch.distributed.destroy_process_group() if processes > 1 else None
+    trainer.accelerator.wait_for_everyone()
+    # Taking a group of gloo processes down can wait for ever for one that has gone.
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ def test_two_processes_take_the_step_that_one_takes(
             ],
             capture_output=True,
             text=True,
+            timeout=240,
             env={**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
         )
         assert finished.returncode == 0, finished.stderr[-2000:]
