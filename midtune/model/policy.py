@@ -173,8 +173,8 @@ class Policy:
         """The trained blocks as an unquantized model would hold them, fp32, by the checkpoint's names, on the CPU."""
         tensors = {}
         for block in self.trained:
-            stored = self.original_tensors(block)
             own = dict(self.blocks[block].named_parameters())
+            stored = self.original_tensors(block) if self.adapter is not None else {}
             for inner, name in self.checkpoint_names(block).items():
                 if self.adapter is None:
                     value = own[inner].detach()
