@@ -395,6 +395,10 @@ def bench(
     new_tokens: Annotated[int, _count("--new-tokens", "tokens of every completion (default: 24)")] = 24,
     group_size: Annotated[int, _count("--group-size", "completions of a prompt (default: 8)", 2)] = 8,
     steps: Annotated[int, _count("--steps", "steps counted, after one that warms up (default: 5)")] = 5,
+    micro_batch_tokens: Annotated[
+        int | None,
+        _count("--micro-batch-tokens", "most tokens in one backward pass of any arm (default: 16384)"),
+    ] = None,
     profile: Annotated[
         bool, _plain_option("--profile", "say where the first arm's time goes, in one more step", "Bench")
     ] = False,
@@ -429,6 +433,7 @@ def bench(
             new_tokens=new_tokens,
             group_size=group_size,
             steps=steps,
+            micro_batch_tokens=micro_batch_tokens,
             profile=profile,
             out=out,
             terminal=terminal,

@@ -53,6 +53,8 @@ def bench_table(result: Mapping[str, Any]) -> RenderableType:
             arm["arm"],
             *(f"{cell}{_times(ratios.get(phase), own)}" for phase, cell in cells.items()),
         )
+    for arm in result["failed"]:
+        table.add_row(arm, "-", "-", "-", "failed")
     steps = f"medians of {result['steps']} steps"
     work = (
         f"{result['prompts']} prompts x {result['group_size']} completions of {result['new_tokens']} tokens"
@@ -64,6 +66,7 @@ def bench_table(result: Mapping[str, Any]) -> RenderableType:
     notes += [_profile_text(phase, seconds, result) for phase, seconds in result.get("profile", {}).items()]
     if any(arm["ratios"] is None for arm in result["arms"]):
         notes.append("An arm without a ratio did not do the same work.")
+    notes += [f"{why[:1].upper()}{why[1:]}" for why in result["failed"].values()]
     heading = Text(f"{result['model']}, block {result['block']}", style="bold")
     return Group(heading, "", table, *(Text(note) for note in notes))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,8 @@ def in_own_process(module: str, file: Path, *, what: str, instead: str) -> dict[
         text=True,
         env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
     )
+    if finished.returncode == -signal.SIGKILL:
+        raise MidtuneError(f"{what} failed (it was killed, most likely because memory ran out); {instead}.")
     if finished.returncode != 0:
         words = finished.stderr.strip().splitlines()
         raise MidtuneError(f"{what} failed ({words[-1][:200] if words else finished.returncode}); {instead}.")

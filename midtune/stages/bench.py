@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from midtune.config import RunConfig
-from midtune.errors import InputError
+from midtune.errors import InputError, MidtuneError
 from midtune.probe.selection import middle
 from midtune.report.terminal import Terminal
 from midtune.runs import RunFolder, describe_environment
@@ -31,6 +31,7 @@ def run(
     new_tokens: int,
     group_size: int,
     steps: int,
+    micro_batch_tokens: int | None,
     profile: bool,
     out: Path | None,
     terminal: Terminal,
@@ -41,6 +42,7 @@ def run(
         config: names the model and the device; `blocks.layers` may name the block.
         arms: see `midtune.rl.arms.ARMS`.
         steps: counted steps of each arm, after one that warms up.
+        micro_batch_tokens: most tokens in one backward pass of any arm; None: as in training.
         profile: profile one more step of the first arm.
         out: the folder that gets bench.json.
 
@@ -48,11 +50,12 @@ def run(
         What bench.json holds: the workload, and `arms` with `step`, `rollout` and `update` (median, least and
         greatest seconds), `tokens_per_s` of sampling, `peak` and `libraries` bytes, and `ratios` to the first
         arm: null where it did not do the same work. Where it was asked for, `profile`, the seconds of the first
-        arm by phase and kind of work, `flops` by phase and `peak_flops_per_s` of the machine.
+        arm by phase and kind of work, `flops` by phase and `peak_flops_per_s` of the machine. `failed`: arms
+        that did not come to their end, and why.
 
     Raises:
         InputError: an unknown arm, model or block; nothing has been written.
-        MidtuneError: an arm's process failed.
+        MidtuneError: the first arm's process failed; another one that fails does not stop the rest.
     """
     from transformers import AutoConfig
 
@@ -75,17 +78,9 @@ def run(
         block=block,
         warmup=1,
         steps=steps,
-        micro_batch_tokens=MICRO_BATCH_TOKENS,
+        micro_batch_tokens=micro_batch_tokens or MICRO_BATCH_TOKENS,
         seed=config.seed,
     )
-    found = []
-    with terminal.progress("arms", len(arms)) as advance:
-        for number, arm in enumerate(arms):
-            terminal.message(f"{ARMS[arm]}: {work.warmup} + {steps} steps")
-            own = replace(work, profile=profile and number == 0)
-            model = {"model": source.name, "revision": source.revision, "device": device}
-            found.append(_run_alone({"arm": arm, **model, "work": asdict(own)}))
-            advance(1)
     result: dict[str, Any] = {
         "schema": 1,
         "model": source.name,
@@ -94,11 +89,32 @@ def run(
         "group_size": group_size,
         "new_tokens": new_tokens,
         "prompt_tokens": prompt_tokens,
+        "micro_batch_tokens": work.micro_batch_tokens,
         "steps": steps,
-        "arms": [summarise(arm, found[0], rows=prompts * group_size * new_tokens) for arm in found],
-        **{key: found[0][key] for key in ("profile", "flops", "peak_flops_per_s") if key in found[0]},
+        "arms": [],
+        "failed": {},
         "environment": describe_environment(device, config.seed),
     }
+    first: dict[str, Any] = {}
+    with terminal.progress("arms", len(arms)) as advance:
+        for arm in arms:
+            terminal.message(f"{ARMS[arm]}: {work.warmup} + {steps} steps")
+            own = replace(work, profile=profile and not first)
+            model = {"model": source.name, "revision": source.revision, "device": device}
+            try:
+                found = _run_alone({"arm": arm, **model, "work": asdict(own)})
+            except MidtuneError as error:
+                if not first:
+                    raise
+                terminal.message(str(error))
+                result["failed"][arm] = str(error)
+            else:
+                first = first or found
+                result["arms"].append(summarise(found, first, rows=prompts * group_size * new_tokens))
+            # Arms take long, and what has been measured should outlive the rest.
+            folder.write_json(folder.path / "bench.json", result)
+            advance(1)
+    result |= {key: first[key] for key in ("profile", "flops", "peak_flops_per_s") if key in first}
     folder.write_json(folder.path / "bench.json", result)
     return result
 
@@ -160,7 +176,7 @@ def _run_alone(task: dict[str, Any]) -> dict[str, Any]:
             __name__,
             Path(file.name),
             what=f"the arm {task['arm']}",
-            instead="leave it out with --arms",
+            instead="leave it out with --arms, or lower --micro-batch-tokens",
         )
 
 

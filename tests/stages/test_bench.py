@@ -1,18 +1,22 @@
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from midtune.config import load_config
-from midtune.errors import InputError
+from midtune.errors import InputError, MidtuneError
 from midtune.model.loading import load_tokenizer
 from midtune.model.sources import resolve
+from midtune.report.results import bench_table
 from midtune.report.terminal import Terminal
 from midtune.stages import bench
+from midtune.stages.alone import in_own_process
 
 
 def go(checkpoint: Path, out: Path, terminal: Terminal, **changes: Any) -> dict[str, Any]:
@@ -22,6 +26,7 @@ def go(checkpoint: Path, out: Path, terminal: Terminal, **changes: Any) -> dict[
         "new_tokens": 4,
         "group_size": 2,
         "steps": 2,
+        "micro_batch_tokens": None,
         "profile": False,
     }
     config = load_config(None, {"model.name": str(checkpoint), **changes.pop("settings", {})})
@@ -102,3 +107,38 @@ def test_bad_input(
     with pytest.raises(InputError, match=words):
         go(random_checkpoint("qwen3"), tmp_path / "bench", terminal, **changes)
     assert not (tmp_path / "bench").exists()
+
+
+def test_an_arm_that_fails_does_not_cost_the_others(
+    random_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    terminal: Terminal,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run_alone = bench._run_alone
+
+    def failing(task: dict[str, Any]) -> dict[str, Any]:
+        if task["arm"] == "trl-full":
+            raise MidtuneError("the arm trl-full failed (no memory); leave it out.")
+        return run_alone(task)
+
+    monkeypatch.setattr(bench, "_run_alone", failing)
+    arms = ["midtune", "trl-full", "trl-block"]
+    found = go(random_checkpoint("qwen3"), tmp_path / "bench", terminal, arms=arms)
+    assert [arm["arm"] for arm in found["arms"]] == ["midtune", "trl-block"]
+    assert list(found["failed"]) == ["trl-full"]
+    assert json.loads((tmp_path / "bench/bench.json").read_text()) == found
+    console = Console(file=io.StringIO(), width=80)
+    console.print(bench_table(found))
+    assert "The arm trl-full failed (no memory)" in console.file.getvalue()  # type: ignore[attr-defined]
+    with pytest.raises(MidtuneError, match="no memory"):
+        go(random_checkpoint("qwen3"), tmp_path / "other", terminal, arms=["trl-full"])
+
+
+def test_a_process_that_was_killed_is_said_to_have_been(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "victim.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(MidtuneError, match="the arm x failed .it was killed, most likely because memory"):
+        in_own_process("victim", tmp_path, what="the arm x", instead="leave it out")
