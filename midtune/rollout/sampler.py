@@ -124,8 +124,11 @@ def sample(
 ) -> Rollout:
     """Sample `group_size` completions for every prompt, all rows in flight together.
 
+    Every token has a random number of its own, drawn beforehand from torch's global random state. So two
+    policies that start from one state meet the same luck, whatever they answer, and differ the less.
+
     Args:
-        policy: the model to sample from; sampling uses torch's global random state.
+        policy: the model to sample from.
         prompts: token ids of each prompt.
         boundary_block: capture the states that enter this block.
         on_tokens: called with the number of new tokens after every step.
@@ -139,6 +142,7 @@ def sample(
     lengths = torch.zeros(rows, dtype=torch.long, device=device)
     ends = _ends(policy, sampling)
     warpers = sampling.warpers()
+    luck = torch.rand(sampling.max_new_tokens, rows, device=device) if sampling.temperature > 0 else None
     cache = shared_prompts(room=min(sampling.max_new_tokens, ROOM))
     home = home_of(policy, rows * sampling.max_new_tokens)
     fed: list[torch.Tensor] = []
@@ -164,7 +168,10 @@ def sample(
         live = torch.arange(rows, device=device)
         for step in range(sampling.max_new_tokens):
             tokens, log_probs[live, step], entropies[live, step] = choose(
-                logits.float(), sampling.temperature, warpers
+                logits.float(),
+                sampling.temperature,
+                warpers,
+                None if luck is None else luck[step, live],
             )
             completion_ids[live, step] = tokens
             lengths[live] = step + 1
@@ -247,36 +254,42 @@ def padded(policy: Policy, rows: list[list[int]], side: str) -> tuple[torch.Tens
 
 
 def choose(
-    logits: torch.Tensor, temperature: float, warpers: LogitsProcessorList
+    logits: torch.Tensor,
+    temperature: float,
+    warpers: LogitsProcessorList,
+    luck: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Draw a token from each row of logits [B, V] → token ids, their log-probs and the entropies, all [B].
 
     Log-probs and entropies are those of the full distribution at the temperature (1 where it is 0, greedy).
+
+    Args:
+        luck: [B] uniform in [0, 1), a number for each row's draw; greedily there is none.
     """
     log_probs = (logits / temperature if temperature not in (0, 1) else logits).log_softmax(-1)
     probs = log_probs.exp()
-    if temperature == 0:
+    if luck is None:
         tokens = log_probs.argmax(-1)
     elif warpers:
         # They look at scores alone.
-        tokens = _drawn(warpers(None, log_probs).softmax(-1))
+        tokens = _drawn(warpers(None, log_probs).softmax(-1), luck)
     else:
-        tokens = _drawn(probs)
+        tokens = _drawn(probs, luck)
     chosen = log_probs.gather(-1, tokens[:, None])[:, 0]
     # 0 · log 0 is 0.
     return tokens, chosen, -torch.linalg.vecdot(probs, log_probs.clamp_(min=torch.finfo(log_probs.dtype).min))
 
 
-def _drawn(probs: torch.Tensor) -> torch.Tensor:
-    """A token of each row of probabilities [B, V] → [B]."""
-    if probs.device.type != "cpu":
-        return torch.multinomial(probs, 1)[:, 0]
-    # Multinomial draws a random number for every token of the vocabulary, which on a CPU takes longer than
-    # the whole head. One number a row does: where it falls among the sums of probabilities, which a CPU
-    # adds up in double precision and in order.
-    sums = probs.cumsum(-1)
+def _drawn(probs: torch.Tensor, luck: torch.Tensor) -> torch.Tensor:
+    """The token of each row of probabilities [B, V] on whose stretch of their sums its luck [B] falls → [B].
+
+    Multinomial draws a random number for every token of the vocabulary, which on a CPU takes longer than the
+    whole head.
+    """
+    # A CPU adds fp32 numbers up in double precision and in order; a GPU needs to be told.
+    sums = probs.cumsum(-1) if probs.device.type == "cpu" else probs.cumsum(-1, dtype=torch.float64)
     total = sums[:, -1:]
-    aim = torch.minimum(torch.rand_like(total) * total, total.nextafter(torch.zeros_like(total)))
+    aim = torch.minimum(luck[:, None] * total, total.nextafter(torch.zeros_like(total)))
     return torch.searchsorted(sums, aim, right=True)[:, 0]
 
 

@@ -45,8 +45,8 @@ def even_share(completion_ids: list[list[int]], **_: Any) -> list[float]:
 
 
 def short_questions_only(completion_ids: list[list[int]], question: list[str], **_: Any) -> list[float]:
-    """All completions of a long question get the same reward."""
-    scores = even_share(completion_ids)
+    """All completions of a long question get the same reward, and those of a short one hardly ever."""
+    scores = [sum(ids) / 1000 for ids in completion_ids]
     return [score if len(text) < 5 else 0.5 for score, text in zip(scores, question, strict=True)]
 
 
@@ -268,10 +268,14 @@ def assert_as_trl(
     settings: TrainingConfig,
     reward: Any = even_share,
     recompute_tokens: int = 0,
+    whole: bool = False,
     **arguments: Any,
 ) -> None:
-    """Train block 2 with midtune and, on the same completions, with TRL; compare what comes of it."""
-    ours, theirs = (thawed(load, 2, quantize=quantize) for _ in range(2))
+    """Train block 2 or all with midtune and, on the same completions, with TRL; compare what comes of it."""
+    ours, theirs = (thawed(load, *([] if whole else [2]), quantize=quantize) for _ in range(2))
+    if whole:
+        ours.thaw_all()
+        theirs.thaw_all()
     start = trained(ours)
     drawn: list[list[list[int]]] = []
 
@@ -309,6 +313,31 @@ def assert_as_trl(
 def test_three_steps_equal_trls(load: Load, tmp_path: Path, algorithm: str, beta: float) -> None:
     settings = settings_of(steps=3, algorithm=algorithm, beta=beta, temperature=0.8)
     assert_as_trl(load, tmp_path, "none", settings)
+
+
+@pytest.mark.parametrize("beta", [0, 0.1])
+def test_full_training_equals_trls(load: Load, tmp_path: Path, beta: float) -> None:
+    settings = settings_of(steps=3, beta=beta, temperature=0.8)
+    assert_as_trl(load, tmp_path, "none", settings, whole=True)
+
+
+def test_some_blocks_learn_faster(load: Load, tmp_path: Path) -> None:
+    policy = thawed(load, 1, 2, quantize="none")
+    before = {name: p.detach().clone() for name, p in policy.trained_parameters().items()}
+    train(policy, tmp_path, steps=1, lr=1e-3, faster={1: 3.0})
+    # A first step of Adam moves every weight that has a gradient by its learning rate.
+    for name, parameter in policy.trained_parameters().items():
+        expected = 3e-3 if ".1." in name else 1e-3
+        assert float((parameter - before[name]).abs().max().detach()) == pytest.approx(expected, rel=0.01)
+
+
+def test_a_stop_after_a_step_leaves_the_schedule_as_it_was(load: Load, tmp_path: Path) -> None:
+    settings = {"steps": 4, "lr_schedule": "linear"}
+    _, whole = train(thawed(load, 2), tmp_path / "whole", **settings)
+    step, part = train(thawed(load, 2), tmp_path / "part", **settings, stop_after=2)
+    assert step == 2
+    assert [line["lr"] for line in part] == [line["lr"] for line in whole[:2]]
+    assert (tmp_path / "part" / "checkpoint-2" / TRAINED_TENSORS).is_file()
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -32,7 +32,7 @@ def sampled(policy: Policy, *, seed: int = 0, boundary_block: int | None = None,
 
 def drawn(**settings: float) -> set[int]:
     torch.manual_seed(0)
-    tokens, _, _ = choose(LOGITS.expand(400, -1), 1.0, Sampling(1, **settings).warpers())  # type: ignore[arg-type]
+    tokens, _, _ = choose(LOGITS.expand(400, -1), 1.0, Sampling(1, **settings).warpers(), torch.rand(400))  # type: ignore[arg-type]
     return set(tokens.tolist())
 
 
@@ -106,12 +106,11 @@ def test_a_stop_string_in_the_prompt_ends_nothing(policy: Policy) -> None:
     assert found.completion_ids.size(1) == 6
 
 
-def test_unlikely_draws_fall_on_tokens_that_can_be_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unlikely_draws_fall_on_tokens_that_can_be_drawn() -> None:
     # The least and the greatest number that torch.rand gives.
     for number in (0.0, 1 - 2**-24):
-        monkeypatch.setattr(torch, "rand_like", lambda x, number=number: torch.full_like(x, number))
         logits = torch.tensor([[-torch.inf, 0.3, -torch.inf, 0.1, -torch.inf, -torch.inf]])
-        token, log_prob, entropy = choose(logits, 1.0, Sampling(1).warpers())
+        token, log_prob, entropy = choose(logits, 1.0, Sampling(1).warpers(), torch.tensor([number]))
         assert token.item() == (1 if number == 0 else 3)
         assert torch.isfinite(log_prob).all()
         assert torch.isfinite(entropy).all()
@@ -175,7 +174,7 @@ def test_top_p_counts_the_probability_that_top_k_left() -> None:
 
 def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
     torch.manual_seed(0)
-    tokens, _, _ = choose(LOGITS.expand(10_000, -1), 1.0, Sampling(1).warpers())
+    tokens, _, _ = choose(LOGITS.expand(10_000, -1), 1.0, Sampling(1).warpers(), torch.rand(10_000))
     shares = [Counter(tokens.tolist())[token] / 10_000 for token in range(4)]
     assert shares == pytest.approx([0.25, 0.5, 0.1, 0.15], abs=0.02)
 
@@ -199,15 +198,26 @@ def test_tokens_of_a_rollout_are_distributed_as_the_model_says(policy: Policy) -
 
 
 def test_log_probs_are_those_of_the_full_distribution() -> None:
-    _, log_probs, _ = choose(LOGITS, 1.0, Sampling(1, top_p=0.4).warpers())
+    _, log_probs, _ = choose(LOGITS, 1.0, Sampling(1, top_p=0.4).warpers(), torch.rand(1))
     assert log_probs.exp().item() == pytest.approx(0.5)
 
 
 def test_temperature_flattens_the_distribution() -> None:
     # Roots of 0.64, 0.16, 0.16 and 0.04 are 0.8, 0.4, 0.4 and 0.2; they sum to 1.8.
     logits = torch.tensor([[0.64, 0.16, 0.16, 0.04]]).log()
-    _, log_probs, _ = choose(logits, 2.0, Sampling(1, top_k=1).warpers())
+    _, log_probs, _ = choose(logits, 2.0, Sampling(1, top_k=1).warpers(), torch.rand(1))
     assert log_probs.exp().item() == pytest.approx(0.8 / 1.8)
+
+
+def test_policies_that_answer_at_different_length_meet_the_same_luck(policy: Policy) -> None:
+    free = sampled(policy, seed=4)
+    after_free = torch.rand(1)
+    stop_early(policy)
+    cut = sampled(policy, seed=4)
+    assert torch.equal(torch.rand(1), after_free)
+    assert cut.completion_mask.sum() < free.completion_mask.sum()
+    both = cut.completion_mask.bool()
+    assert torch.equal(cut.completion_ids[both], free.completion_ids[:, : both.size(1)][both])
 
 
 def test_the_same_seed_gives_the_same_rollout(policy: Policy) -> None:
