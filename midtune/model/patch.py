@@ -1,4 +1,4 @@
-"""Trained blocks on disk: saved, applied to a policy, merged into a checkpoint.
+"""Trained blocks on disk: saved, applied to a policy and removed again, merged into a checkpoint.
 
 A full patch holds whole blocks under the checkpoint's own tensor names and in the checkpoint's dtype, so
 what is graded is what is deployed: patch + base equals the merged checkpoint, tensor for tensor. A LoRA
@@ -173,6 +173,12 @@ def apply_patch(policy: Policy, folder: Path) -> Patch:
                         )
                     parameters[inner].copy_(tensors[name])
     return patch
+
+
+def remove_patch(policy: Policy) -> None:
+    """Put the base's own blocks back, bit for bit as they were before `apply_patch`."""
+    policy.remove_adapter()
+    policy.freeze_all()
 
 
 def merge_patch(source: Source, tensors: dict[str, torch.Tensor], out: Path) -> int:

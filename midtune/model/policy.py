@@ -59,6 +59,8 @@ class Policy:
         self.adapted: list[int] = []
         self._frozen: dict[int, nn.Module] = {}
         self._reference: dict[int, nn.Module] = {}
+        # What parameters outside the blocks held before `thaw_all`.
+        self._outside: dict[nn.Parameter, torch.Tensor] = {}
 
     @property
     def device(self) -> torch.device:
@@ -72,6 +74,11 @@ class Policy:
     def trained(self) -> list[int]:
         """The blocks that are trained now, in order."""
         return self.adapted or sorted(self._frozen)
+
+    @property
+    def whole(self) -> bool:
+        """Whether every parameter is trained, embeddings and head too."""
+        return bool(self._outside)
 
     @property
     def stop_token_ids(self) -> list[int]:
@@ -113,6 +120,36 @@ class Policy:
         self.blocks[block] = self._frozen.pop(block)
         self._reference.pop(block, None)
 
+    def thaw_all(self) -> None:
+        """Make every parameter trainable, embeddings, final norm and head too, as full training does.
+
+        Raises:
+            InputError: the model is in 4-bit, which full training is not.
+        """
+        if self.quantized:
+            raise InputError(
+                f"full training of {self.source.name} was asked for, but its frozen blocks are in 4-bit, from "
+                "which training would not start where it does otherwise; add --quantize none."
+            )
+        for block in range(self.num_blocks):
+            self.thaw(block)
+        inside = {id(p) for p in self.blocks.parameters()}
+        for parameter in self.model.parameters():
+            if id(parameter) not in inside:
+                self._outside[parameter] = parameter.data
+                parameter.data = parameter.data.float().clone()
+                parameter.requires_grad_(True)
+
+    def freeze_all(self) -> None:
+        """Put back everything that was thawed, bit for bit; what was trained is dropped."""
+        for block in list(self._frozen):
+            self.freeze(block)
+        for parameter, data in self._outside.items():
+            parameter.data = data
+            parameter.grad = None
+            parameter.requires_grad_(False)
+        self._outside.clear()
+
     def add_lora(self, blocks: list[int], rank: int) -> None:
         """Put LoRA matrices (PEFT's, fp32) on every linear layer of `blocks`, which stay frozen."""
         from peft import LoraConfig, get_peft_model
@@ -134,6 +171,12 @@ class Policy:
         for parameter in self.trained_parameters().values():
             parameter.data = parameter.data.float()
 
+    def remove_adapter(self) -> None:
+        """Put back the layers that LoRA wrapped, the same objects as before `use_adapter`; its matrices are dropped."""
+        if self.adapter is not None:
+            self.adapter.unload()
+            self.adapter, self.adapted = None, []
+
     def keep_reference(self) -> None:
         """Remember the trained blocks as they are now; `reference` computes with them."""
         if self.adapter is None:
@@ -147,13 +190,18 @@ class Policy:
                 yield
             return
         current = {k: self.blocks[k] for k in self._reference}
+        outside = {parameter: parameter.data for parameter in self._outside}
         try:
             for k, block in self._reference.items():
                 self.blocks[k] = block
+            for parameter, data in self._outside.items():
+                parameter.data = data
             yield
         finally:
             for k, block in current.items():
                 self.blocks[k] = block
+            for parameter, data in outside.items():
+                parameter.data = data
 
     def original_tensors(self, block: int) -> dict[str, torch.Tensor]:
         """The block's tensors as the checkpoint stores them, by name inside the block, on the CPU.

@@ -43,6 +43,7 @@ class StepRecorder(TrainerCallback):
         on_sample: receives some completions with their rewards.
         on_message: receives a sentence for the person who watches.
         stop_requested: asked after every step; True saves a checkpoint and ends training.
+        stop_after: a step after which training ends likewise.
         stop_after_equal_rewards: see `TrainingConfig`.
         rows_per_step: completions of a step.
     """
@@ -55,6 +56,7 @@ class StepRecorder(TrainerCallback):
         on_sample: Callable[[dict[str, Any]], None],
         on_message: Callable[[str], None],
         stop_requested: Callable[[], bool],
+        stop_after: int | None,
         stop_after_equal_rewards: int,
         rows_per_step: int,
         max_new_tokens: int,
@@ -65,6 +67,7 @@ class StepRecorder(TrainerCallback):
         self.on_sample = on_sample
         self.on_message = on_message
         self.stop_requested = stop_requested
+        self.stop_after = stop_after
         self.stop_after_equal_rewards = stop_after_equal_rewards
         self.rows_per_step = rows_per_step
         self.max_new_tokens = max_new_tokens
@@ -102,7 +105,7 @@ class StepRecorder(TrainerCallback):
             assert self.trainer is not None
             self.trainer.check_frozen()
             self._checked = True
-        if self.stop_requested():
+        if self.stop_requested() or state.global_step == self.stop_after:
             control.should_training_stop = True
         ended = control.should_training_stop or state.global_step >= state.max_steps
         if ended and args.save_strategy != "no":

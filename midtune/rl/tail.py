@@ -59,10 +59,14 @@ def completion_log_probs(
     prompt_mask = rollout.prompt_mask[:, start:]
     prompt_of_row = torch.arange(len(lengths), device=lengths.device) // rollout.group_size
 
+    def entering(ids: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
+        # Trained embeddings have to get their gradient.
+        return policy.model.get_input_embeddings()(ids) if policy.whole else held.to(policy.device)
+
     def prompts() -> tuple[torch.Tensor, ...]:
         cache = TailCache(states.block)
         hidden = tail(
-            inputs_embeds=states.prompt[:, start:].to(policy.device),
+            inputs_embeds=entering(rollout.prompt_ids[:, start:], states.prompt[:, start:]),
             attention_mask=prompt_mask,
             position_ids=positions(prompt_mask),
             past_key_values=cache,
@@ -74,8 +78,9 @@ def completion_log_probs(
         own = prompt_of_row[rows]
         cache = TailCache(states.block, [part[own] for part in shared])
         mask = torch.cat([prompt_mask[own], rollout.completion_mask[rows, :fed]], 1)
+        held = states.completion[rows.to(states.completion.device), :fed]
         hidden: torch.Tensor = tail(
-            inputs_embeds=states.completion[rows.to(states.completion.device), :fed].to(policy.device),
+            inputs_embeds=entering(rollout.completion_ids[rows, :fed], held),
             attention_mask=mask,
             position_ids=positions(mask)[:, -fed:],
             past_key_values=cache,
@@ -158,8 +163,9 @@ def token_log_probs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs and entropies, in chunks.
 
-    The head is frozen and a token's log-prob depends on its own hidden state alone, so its derivative is
-    taken at once, while the chunk's logits are there, and kept in their place.
+    A token's log-prob depends on its own hidden state alone, so with a frozen head its derivative is taken at
+    once, while the chunk's logits are there, and kept in their place. A head that is trained itself makes its
+    logits again for the gradient.
 
     Args:
         hidden: [T, H], what enters the head.
@@ -173,6 +179,7 @@ def token_log_probs(
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)  # type: ignore[union-attr,operator]
     size = max(1, CHUNK_VALUES // head.weight.size(0))
     wanted = torch.is_grad_enabled() and hidden.requires_grad
+    again = wanted and head.weight.requires_grad
 
     def score(part: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits = head(part).float()
@@ -187,11 +194,16 @@ def token_log_probs(
 
     log_probs, entropies = [], []
     for part, followed in zip(hidden.split(size), tokens.split(size), strict=True):
-        leaf = part.detach().requires_grad_(wanted)
-        found = score(leaf, followed)
-        with_slope = [_with_slope(value, leaf, part) if value.requires_grad else value for value in found]
-        log_probs.append(with_slope[0])
-        entropies.append(with_slope[1])
+        if again:
+            found = checkpoint(score, part, followed, use_reentrant=False)
+        else:
+            leaf = part.detach().requires_grad_(wanted)
+            found = tuple(
+                _with_slope(value, leaf, part) if value.requires_grad else value
+                for value in score(leaf, followed)
+            )
+        log_probs.append(found[0])
+        entropies.append(found[1])
     return torch.cat(log_probs), torch.cat(entropies)
 
 

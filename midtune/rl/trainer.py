@@ -10,8 +10,8 @@ tensors only). These are private methods of TRL 1.16; a parity test guards them.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from trl import GRPOConfig, GRPOTrainer
 from midtune.errors import MidtuneError
 from midtune.model.policy import Policy
 from midtune.rl.tail import completion_log_probs
+from midtune.rollout.boundary import recompute
 from midtune.rollout.sampler import Rollout, Sampling, sample, sampled_elsewhere
 from midtune.rollout.vllm import VLLMServer
 from midtune.savings.meter import Meter
@@ -31,6 +32,31 @@ from midtune.savings.meter import Meter
 TRAINED_TENSORS = "trained.safetensors"
 # Mean difference of two log-probs of a token that rounding explains, with room to spare.
 MOST_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+
+
+@dataclass
+class FirstRollout:
+    """The first rollout of runs that begin alike: same policy, prompts and random state.
+
+    Policies are alike as long as nothing is trained and what is thawed computes what was frozen, so not
+    where frozen blocks are in 4-bit.
+    """
+
+    rollout: Rollout | None = None
+    random_state: torch.Tensor | None = None
+
+    def resumed(self, policy: Policy) -> Rollout:
+        """The rollout for the blocks that `policy` trains; leaves the random state as sampling it did."""
+        assert self.rollout is not None and self.random_state is not None
+        _set_random_state(policy.device, self.random_state)
+        held = self.rollout
+        ids = held.prompt_ids, held.prompt_mask, held.completion_ids, held.completion_mask
+        return replace(held, boundary=recompute(policy, policy.trained[0], *ids))
+
+    def keep(self, policy: Policy, rollout: Rollout) -> None:
+        """Remember a rollout that has just been sampled."""
+        self.rollout = replace(rollout, boundary=None)
+        self.random_state = _random_state(policy.device)
 
 
 class LayerGRPOTrainer(GRPOTrainer):
@@ -44,6 +70,8 @@ class LayerGRPOTrainer(GRPOTrainer):
         rewards: TRL reward functions.
         rows: training rows in the order they are used, one per prompt, each once.
         meter: receives the phases `rollout` and `reward`.
+        faster: trained block → how many times the learning rate it gets.
+        first: see `FirstRollout`.
         recompute_tokens: see `completion_log_probs`.
         vllm: samples in place of the policy; TRL corrects for what its log-probs differ.
     """
@@ -59,10 +87,14 @@ class LayerGRPOTrainer(GRPOTrainer):
         *,
         meter: Meter,
         callbacks: list[TrainerCallback] | None = None,
+        faster: Mapping[int, float] | None = None,
+        first: FirstRollout | None = None,
         recompute_tokens: int = 0,
         vllm: VLLMServer | None = None,
     ) -> None:
         self.policy = policy
+        self.faster = faster or {}
+        self.first = first
         self.recompute_tokens = recompute_tokens
         self.meter = meter
         self._rollout: Rollout | None = None
@@ -101,6 +133,21 @@ class LayerGRPOTrainer(GRPOTrainer):
         if moved:
             raise MidtuneError(f"{moved[0]} is frozen, but training changed it.")
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        made = self.optimizer is not None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        if made:
+            return optimizer
+        times = {id(p): times for k, times in self.faster.items() for p in self.policy.blocks[k].parameters()}
+        groups = []
+        for group in optimizer.param_groups:
+            for factor in sorted({times.get(id(p), 1.0) for p in group["params"]}):
+                own = [p for p in group["params"] if times.get(id(p), 1.0) == factor]
+                # Schedules multiply what each group begins with.
+                groups.append({**group, "params": own, "lr": group["lr"] * factor})
+        optimizer.param_groups[:] = groups
+        return optimizer
+
     def _generate_single_turn(
         self,
         prompt_ids: list[list[int]],
@@ -120,6 +167,10 @@ class LayerGRPOTrainer(GRPOTrainer):
                 block = self.policy.trained[0]
                 self._rollout = sampled_elsewhere(self.policy, prompts, ids, log_probs, block)
                 return ids, log_probs
+            first = self.first if self.state.global_step == 0 else None
+            if first is not None and first.rollout is not None:
+                self._rollout = first.resumed(self.policy)
+                return self._rollout.completions(), None
             self._rollout = sample(
                 self.policy,
                 prompt_ids[::num_generations],
@@ -127,6 +178,8 @@ class LayerGRPOTrainer(GRPOTrainer):
                 group_size=num_generations,
                 boundary_block=self.policy.trained[0],
             )
+            if first is not None:
+                first.keep(self.policy, self._rollout)
         return self._rollout.completions(), None
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -244,6 +297,17 @@ class LayerGRPOTrainer(GRPOTrainer):
                 parameter.copy_(tensors[name])
 
 
+def _random_state(device: torch.device) -> torch.Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _set_random_state(device: torch.device, state: torch.Tensor) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
+
+
 def sampling_of(args: GRPOConfig) -> Sampling:
     """How TRL's settings ask for completions to be drawn."""
     return Sampling(
@@ -257,7 +321,7 @@ def sampling_of(args: GRPOConfig) -> Sampling:
 
 
 def check_trainable(policy: Policy) -> None:
-    """Check what midtune promises: trained parameters are fp32 and lie in the chosen blocks only.
+    """Check what midtune promises: trained parameters are fp32 and, but for full training, in the chosen blocks.
 
     Raises:
         MidtuneError: they are not; a library underneath has changed its ways.
@@ -266,7 +330,7 @@ def check_trainable(policy: Policy) -> None:
     for name, parameter in policy.trained_parameters().items():
         if parameter.dtype != torch.float32:
             raise MidtuneError(f"{name} is trained in {parameter.dtype}, not in fp32.")
-        if not name.startswith(prefixes):
+        if not (policy.whole or name.startswith(prefixes)):
             raise MidtuneError(f"{name} requires a gradient outside blocks {policy.trained}.")
 
 

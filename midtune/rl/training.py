@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from midtune.errors import InputError
 from midtune.model.policy import Policy
 from midtune.rl.algorithms import algorithm_arguments, groups_per_micro_batch
 from midtune.rl.recorder import StepRecorder
-from midtune.rl.trainer import LayerGRPOTrainer, check_trainable, sampling_of
+from midtune.rl.trainer import FirstRollout, LayerGRPOTrainer, check_trainable, sampling_of
 from midtune.rollout.evaluation import prompt_ids
 from midtune.rollout.vllm import VLLMServer
 from midtune.savings.meter import Meter
@@ -43,12 +43,15 @@ def train_blocks(
     folder: Path,
     seed: int,
     meter: Meter,
+    faster: Mapping[int, float] | None = None,
     on_step: Callable[[dict[str, Any]], None] = ignore,
     on_sample: Callable[[dict[str, Any]], None] = ignore,
     on_message: Callable[[str], None] = ignore,
     stop_requested: Callable[[], bool] = lambda: False,
+    stop_after: int | None = None,
     checkpoints: bool = True,
     resume_from: Path | None = None,
+    first: FirstRollout | None = None,
 ) -> int:
     """Train the policy's chosen blocks for `settings.steps` steps.
 
@@ -56,10 +59,13 @@ def train_blocks(
         policy: blocks already thawed, or LoRA added; changed in place.
         rows: training problems; used in an order fixed by `seed`, all of them before any comes again.
         folder: where TRL keeps its files and checkpoints go.
+        faster: trained block → how many times the learning rate it gets; others get it once.
+        stop_after: end after this step, with a checkpoint; schedules still run to `settings.steps`.
         resume_from: a checkpoint to go on from, exactly.
+        first: what the first step sampled in a run that began as this one does, or room for it.
 
     Returns:
-        The number of the last step; less than `settings.steps` if `stop_requested` said so.
+        The number of the last step; less than `settings.steps` if `stop_requested` or `stop_after` said so.
 
     Raises:
         RunStopped: no group had unequal rewards in the first steps.
@@ -82,6 +88,7 @@ def train_blocks(
         on_sample=on_sample,
         on_message=on_message,
         stop_requested=stop_requested,
+        stop_after=stop_after,
         stop_after_equal_rewards=settings.stop_after_equal_rewards,
         rows_per_step=settings.prompts_per_step * settings.group_size,
         max_new_tokens=settings.max_new_tokens,
@@ -93,6 +100,8 @@ def train_blocks(
         ordered,
         meter=meter,
         callbacks=[recorder],
+        faster=faster or {},
+        first=first,
         recompute_tokens=settings.micro_batch_tokens if settings.recompute else 0,
         vllm=(
             VLLMServer(settings.vllm, policy, sampling_of(args), folder / "vllm") if settings.vllm else None

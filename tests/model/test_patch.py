@@ -21,6 +21,7 @@ from midtune.model.patch import (
     deployed_tensors,
     merge_patch,
     read_patch,
+    remove_patch,
     save_patch,
 )
 from midtune.model.policy import Policy
@@ -151,6 +152,30 @@ def test_other_base_weights_are_refused(
     save_patch(train(load()), tmp_path / "patch")
     with pytest.raises(InputError, match="was trained on other weights .* use the base model and revision"):
         apply_patch(load(initializer_range=0.1), tmp_path / "patch")
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "none"])
+@pytest.mark.parametrize("train", [trained, trained_lora])
+def test_a_removed_patch_leaves_the_base_bit_for_bit(
+    load: Load, tmp_path: Path, train: Callable[[Policy], Policy], quantize: str
+) -> None:
+    save_patch(train(load(quantize=quantize)), tmp_path / "patch")
+    policy = load(quantize=quantize)
+    modules, logits = list(policy.model.modules()), logits_of(policy)
+    before = {name: tensor.clone() for name, tensor in policy.model.state_dict().items()}
+    for _ in range(2):
+        apply_patch(policy, tmp_path / "patch")
+        applied = logits_of(policy)
+        assert not torch.equal(applied, logits)
+        remove_patch(policy)
+        after = policy.model.state_dict()
+        assert before.keys() == after.keys()
+        assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+        assert all(new is old for new, old in zip(policy.model.modules(), modules, strict=True))
+        assert (policy.trained, policy.trained_parameters()) == ([], {})
+        assert torch.equal(logits_of(policy), logits)
+    apply_patch(policy, tmp_path / "patch")
+    assert torch.equal(logits_of(policy), applied)
 
 
 def test_no_patch_is_said(tmp_path: Path) -> None:

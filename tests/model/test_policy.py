@@ -244,3 +244,32 @@ def test_the_reference_is_not_trained(load: Load) -> None:
     policy.keep_reference()
     with policy.reference():
         assert policy.trained_parameters() == {}
+
+
+def test_everything_thawed_comes_back_bit_for_bit(load: Load) -> None:
+    policy = load("qwen3", "none", tie_word_embeddings=True)
+    before = {name: tensor.clone() for name, tensor in policy.model.state_dict().items()}
+    ids = torch.tensor([[5, 6, 7]])
+    logits = policy.model(ids).logits.detach()
+    policy.thaw_all()
+    assert policy.whole and policy.trained == [0, 1, 2, 3]
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in policy.model.parameters())
+    assert sum(p.numel() for p in policy.trained_parameters().values()) == policy.total_parameters
+    policy.keep_reference()
+    with torch.no_grad():
+        for parameter in policy.trained_parameters().values():
+            parameter += 0.1
+    with policy.reference():
+        assert torch.equal(policy.model(ids).logits, logits)
+    assert not torch.equal(policy.model(ids).logits, logits)
+    policy.freeze_all()
+    assert not policy.whole and not policy.trained and not policy.trained_parameters()
+    after = policy.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert policy.model.lm_head.weight is policy.model.model.embed_tokens.weight
+
+
+def test_a_model_in_4_bit_is_not_trained_whole(load: Load) -> None:
+    with pytest.raises(InputError, match="4-bit.*--quantize none"):
+        load("qwen3").thaw_all()

@@ -95,6 +95,19 @@ def test_several_blocks_apart(load: Load, architecture: str, blocks: tuple[int, 
     assert_same(policy, found, plain_log_probs(policy, rollout, 1.0))
 
 
+@pytest.mark.parametrize("recompute_tokens", [0, 30])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma3_text"])
+def test_every_parameter_is_trained(load: Load, architecture: str, tied: bool, recompute_tokens: int) -> None:
+    policy = load(architecture, "none", tie_word_embeddings=tied)
+    policy.thaw_all()
+    rollout = rollout_of(policy)
+    found = completion_log_probs(
+        policy, rollout, temperature=0.7, entropy_gradient=True, recompute_tokens=recompute_tokens
+    )
+    assert_same(policy, found, plain_log_probs(policy, rollout, 0.7))
+
+
 def test_lora(load: Load) -> None:
     policy = load("qwen3")
     policy.add_lora([2], rank=4)
