@@ -1,9 +1,65 @@
-"""Layer contribution C(k) of arXiv 2607.01232, and how far position alone explains a ranking."""
+"""Layer contribution C(k) of arXiv 2607.01232: how sure it is, which blocks are best, what position explains.
+
+Scores come as [S, N]: S runs that differ in their seed, N held-out problems, the same in every run. What a
+mean over both is worth depends on both, so its variance has a part from seeds and one from problems, as
+in the two-way analysis of variance with random effects. With one seed only the problems speak: the
+interval is then that of these trained weights, and says nothing about another run. A bootstrap over seeds
+would need more of them than anyone trains: of three it sees ten different samples.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from midtune.probe.agreement import Correlation, spearman
+
+CONFIDENCE = 0.95
+DRAWS = 4000
+Scores = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value and its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a block stands among others that were scored on the same problems.
+
+    Attributes:
+        best_probability: that it is the best of them.
+        among_best: it cannot be told apart from the one with the highest mean, all comparisons at once held
+            to 95%.
+    """
+
+    best_probability: float
+    among_best: bool
+
+
+@dataclass(frozen=True)
+class Plateau:
+    """The stretch of a curve by depth that stands above half its height.
+
+    Attributes:
+        first, last: the outermost blocks at or above the mean of the curve's least and greatest value.
+        inside, outside: mean value of the blocks from `first` to `last`, and of the others, if there are any.
+    """
+
+    first: int
+    last: int
+    inside: float
+    outside: float | None
 
 
 def contribution(score: float, base: float, full: float, *, noise: float = 0.0) -> float | None:
@@ -22,22 +78,171 @@ def contribution(score: float, base: float, full: float, *, noise: float = 0.0) 
     return (score - base) / gain if gain > max(noise, 0.0) else None
 
 
-def depth_correlation(values: Sequence[float]) -> float | None:
-    """Spearman correlation of `values`, one per block from 0 on, with minus depth: 1 if earlier is better."""
-    return rank_correlation(values, [-float(k) for k in range(len(values))])
+def gain_interval(scores: ArrayLike, base: ArrayLike) -> Estimate:
+    """The mean gain over the base, S_k − S_base, over problems and seeds.
+
+    Args:
+        scores: [S, N] after training.
+        base: [N], before training.
+    """
+    gains = np.atleast_2d(np.asarray(scores, dtype=float)) - np.asarray(base, dtype=float)
+    variance, freedom = mean_variance(gains)
+    margin = _quantile(freedom) * math.sqrt(variance)
+    value = float(gains.mean())
+    return Estimate(value, value - margin, value + margin)
 
 
-def middle_correlation(values: Sequence[float]) -> float | None:
-    """Spearman correlation of `values`, one per block from 0 on, with closeness to the middle."""
-    centre = (len(values) - 1) / 2
-    return rank_correlation(values, [-abs(k - centre) for k in range(len(values))])
+def contribution_interval(scores: ArrayLike, base: ArrayLike, full: ArrayLike) -> Estimate | None:
+    """C(k) with Fieller's interval: all ratios c for which S_k − S_base − c (S_full − S_base) may be zero.
 
+    Args:
+        scores, full: [S, N] after training block k alone and every block, with the same seeds.
+        base: [N], before training.
 
-def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Spearman correlation; None for fewer than three pairs or when one side is constant."""
-    if len(first) < 3 or min(first) == max(first) or min(second) == max(second):
+    Returns:
+        None where full training's gain is not clearly above zero: the ratio would mean nothing.
+    """
+    before = np.asarray(base, dtype=float)
+    gain = np.atleast_2d(np.asarray(scores, dtype=float)) - before
+    of_full = np.atleast_2d(np.asarray(full, dtype=float)) - before
+    top, bottom = float(gain.mean()), float(of_full.mean())
+    variance_of_full, freedom = mean_variance(of_full)
+    if bottom <= _quantile(freedom) * math.sqrt(variance_of_full):
         return None
-    from scipy.stats import spearmanr
+    value = top / bottom
 
-    value = float(spearmanr(first, second).statistic)
-    return value if math.isfinite(value) else None
+    def excess(c: float) -> float:
+        """Above zero where the ratio c is ruled out."""
+        rest = gain - c * of_full
+        variance, freedom = mean_variance(rest)
+        return abs(float(rest.mean())) - _quantile(freedom) * math.sqrt(variance)
+
+    return Estimate(value, _crossing(excess, value, -1), _crossing(excess, value, 1))
+
+
+def mean_variance(values: Scores) -> tuple[float, float]:
+    """Variance of the mean of [S, N] values over seeds and problems, and its degrees of freedom.
+
+    Both kinds of sampling are counted, and what belongs to single cells only once. Degrees of freedom are
+    Satterthwaite's.
+    """
+    seeds, problems = values.shape
+    mean = values.mean()
+    by_problem = values.mean(0) - mean
+    # Where nothing differs, one problem may still have come out half otherwise by luck.
+    from_problems = max(float(by_problem @ by_problem) / (problems - 1) / problems, (0.5 / problems) ** 2)
+    if seeds == 1:
+        return from_problems, problems - 1
+    by_seed = values.mean(1) - mean
+    from_seeds = float(by_seed @ by_seed) / (seeds - 1) / seeds
+    cells = values - mean - by_problem - by_seed[:, None]
+    twice = float((cells**2).sum()) / ((seeds - 1) * (problems - 1)) / (seeds * problems)
+    variance = max(from_seeds + from_problems - twice, from_problems, from_seeds)
+    freedom = variance**2 / (from_seeds**2 / (seeds - 1) + from_problems**2 / (problems - 1))
+    # Fewer than those of the seeds would be an effect of the floor above.
+    return variance, max(freedom, seeds - 1)
+
+
+def standings(scores: Mapping[int, ArrayLike], confidence: float = CONFIDENCE) -> dict[int, Standing]:
+    """Which blocks may be the best, from scores [S, N] of the same problems and seeds for each.
+
+    Only differences between blocks count, so what makes a problem hard or a seed lucky for all of them
+    cancels. Training noise is taken to be alike for all blocks, and estimated from all of them.
+
+    Args:
+        confidence: with which no block is told apart from a best one that is not worse.
+    """
+    from scipy.stats import multivariate_t
+
+    blocks = list(scores)
+    values = np.stack([np.atleast_2d(np.asarray(scores[block], dtype=float)) for block in blocks])
+    if len(blocks) == 1:
+        return {blocks[0]: Standing(1.0, True)}
+    means = values.mean((1, 2))
+    covariance, freedom = _difference_covariance(values)
+    drawn = multivariate_t(np.zeros(len(blocks)), covariance, df=freedom, allow_singular=True, seed=0)
+    noise = np.asarray(drawn.rvs(DRAWS)).reshape(DRAWS, -1)
+    best = np.bincount((means + noise).argmax(1), minlength=len(blocks)) / DRAWS
+    spread = np.sqrt(np.maximum(np.diag(covariance)[:, None] + np.diag(covariance) - 2 * covariance, 1e-18))
+    # The largest difference that noise alone makes anywhere, in standard errors: Tukey's range, correlated.
+    largest = np.zeros(DRAWS)
+    for first in range(len(blocks)):
+        differences = np.abs(noise - noise[:, [first]]) / spread[first]
+        differences[:, first] = 0
+        largest = np.maximum(largest, differences.max(1))
+    limit = float(np.quantile(largest, confidence))
+    leader = int(means.argmax())
+    behind = (means[leader] - means) / spread[leader]
+    return {
+        block: Standing(float(best[i]), i == leader or bool(behind[i] <= limit))
+        for i, block in enumerate(blocks)
+    }
+
+
+def plateau(values: Mapping[int, float]) -> Plateau:
+    """Where a curve by depth is high: its width at half height.
+
+    Args:
+        values: block → value, at least one.
+    """
+    half = (min(values.values()) + max(values.values())) / 2
+    high = [block for block, value in values.items() if value >= half]
+    first, last = min(high), max(high)
+    inside = [value for block, value in values.items() if first <= block <= last]
+    outside = [value for block, value in values.items() if not first <= block <= last]
+    return Plateau(first, last, statistics.fmean(inside), statistics.fmean(outside) if outside else None)
+
+
+def ranking(values: Mapping[int, float]) -> list[int]:
+    """Blocks by value, the highest first; equal ones by depth, the deeper first, whose updates are cheaper."""
+    return sorted(values, key=lambda block: (-values[block], -block))
+
+
+def depth_correlation(values: Mapping[int, float]) -> Correlation | None:
+    """Spearman correlation of values by block with minus depth: 1 if an earlier block is always better."""
+    return spearman(list(values.values()), [-float(block) for block in values])
+
+
+def middle_correlation(values: Mapping[int, float], num_blocks: int) -> Correlation | None:
+    """Spearman correlation of values by block with closeness to the middle of the model's blocks."""
+    return spearman(list(values.values()), [-abs(block - (num_blocks - 1) / 2) for block in values])
+
+
+def _difference_covariance(values: Scores) -> tuple[Scores, float]:
+    """Covariance of the means of [K, S, N] scores, [K, K], but for what all K share; degrees of freedom."""
+    blocks, seeds, problems = values.shape
+    by_problem = values.mean(1) - values.mean((1, 2))[:, None]
+    from_problems = by_problem @ by_problem.T / (problems - 1) / problems
+    from_problems += np.eye(blocks) * (0.5 / problems) ** 2
+    if seeds == 1:
+        return from_problems, problems - 1
+    # What is left of a run's mean after its block and its seed is training noise and the noise of its cells.
+    by_seed = values.mean(2)
+    rest = by_seed - by_seed.mean(1, keepdims=True) - by_seed.mean(0) + by_seed.mean()
+    freedom_of_runs = (blocks - 1) * (seeds - 1)
+    cells = values - by_problem[:, None] - by_seed[:, :, None]
+    cells -= cells.mean(0)
+    of_cells = float((cells**2).sum()) / freedom_of_runs / (problems - 1)
+    training = max(float((rest**2).sum()) / freedom_of_runs - of_cells / problems, 0.0) / seeds
+    others = from_problems.sum() - np.trace(from_problems)
+    of_difference = 2 * float(np.trace(from_problems) - others / (blocks - 1)) / blocks
+    freedom = (of_difference + 2 * training) ** 2 / (
+        of_difference**2 / (problems - 1) + (2 * training) ** 2 / freedom_of_runs
+    )
+    return from_problems + training * np.eye(blocks), freedom
+
+
+def _crossing(excess: Callable[[float], float], inside: float, direction: int) -> float:
+    """Where `excess` rises above zero, going from `inside` in a direction."""
+    from scipy.optimize import brentq
+
+    reach = 0.1
+    while excess(inside + direction * reach) <= 0:
+        reach *= 2
+    return float(brentq(excess, inside, inside + direction * reach, xtol=1e-6))
+
+
+def _quantile(freedom: float) -> float:
+    from scipy.stats import t
+
+    return float(t.ppf((1 + CONFIDENCE) / 2, freedom))

@@ -1,0 +1,121 @@
+"""How far two rankings agree: rank correlations with 95% intervals, and what their best blocks share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+# 97.5% quantile of the normal distribution.
+Z = 1.959964
+# Kendall's interval divides by n − 4.
+FEWEST_FOR_INTERVAL = 5
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """A rank correlation over `n` pairs and its 95% interval; no bounds: the pairs do not say."""
+
+    value: float
+    low: float | None
+    high: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What two rankings share of their best blocks.
+
+    Args:
+        shared: blocks among the best of both.
+        expected: how many chance gives.
+        p: the probability that chance gives at least `shared`.
+    """
+
+    shared: int
+    expected: float
+    p: float
+
+
+def spearman(first: Sequence[float], second: Sequence[float]) -> Correlation | None:
+    """Spearman's rho; on Fisher's scale its error is sqrt((1 + ρ²/2) / (n − 3)) (Bonett & Wright 2000).
+
+    Returns:
+        None for fewer than three pairs or when one side is constant; no bounds for fewer than five pairs or
+        where the order is the same or reversed, at which Fisher's scale ends.
+    """
+    if _says_nothing(first, second):
+        return None
+    from scipy.stats import spearmanr
+
+    rho, n = float(spearmanr(first, second).statistic), len(first)
+    return _with_interval(rho, n, (1 + rho**2 / 2) / max(n - 3, 1))
+
+
+def kendall(first: Sequence[float], second: Sequence[float]) -> Correlation | None:
+    """Kendall's tau-b; on Fisher's scale its error is sqrt(0.437 / (n − 4)) (Fieller, Hartley & Pearson 1957).
+
+    Returns:
+        None, or no bounds, where `spearman` does so.
+    """
+    if _says_nothing(first, second):
+        return None
+    from scipy.stats import kendalltau
+
+    tau, n = float(kendalltau(first, second).statistic), len(first)
+    return _with_interval(tau, n, 0.437 / max(n - 4, 1))
+
+
+def top_overlap(first: Sequence[float], second: Sequence[float], k: int) -> Overlap:
+    """How many blocks are among the best k of both rankings, beside what chance gives.
+
+    Args:
+        first, second: values of the same blocks in order of depth; of equal ones the deeper is the better.
+        k: 1 to the number of blocks.
+    """
+    from scipy.stats import hypergeom
+
+    n = len(first)
+    shared = len(_best(first, k) & _best(second, k))
+    return Overlap(shared, k * k / n, float(hypergeom.sf(shared - 1, n, k, k)))
+
+
+def at_relative_depths(values: Mapping[int, float], num_blocks: int, wanted: int) -> dict[int, float]:
+    """The values of one model's blocks at the relative depths k/(L−1) of a model with fewer blocks.
+
+    Between two blocks the value is interpolated linearly. Where either of them was not ranked there is none.
+
+    Args:
+        values: block → value.
+        num_blocks: blocks of the model that `values` is about.
+        wanted: blocks of the other model.
+
+    Returns:
+        Block of the other model → value.
+    """
+    found = {}
+    last = max(wanted - 1, 1)
+    for block in range(wanted):
+        below, rest = divmod(block * (num_blocks - 1), last)
+        above = below + (rest > 0)
+        if below in values and above in values:
+            found[block] = values[below] + (values[above] - values[below]) * rest / last
+    return found
+
+
+def _says_nothing(first: Sequence[float], second: Sequence[float]) -> bool:
+    return len(first) < 3 or min(first) == max(first) or min(second) == max(second)
+
+
+def _with_interval(value: float, n: int, variance: float) -> Correlation:
+    """`variance` is that of Fisher's z, the inverse hyperbolic tangent of `value`."""
+    if abs(value) > 1 - 1e-9:
+        return Correlation(math.copysign(1.0, value), None, None, n)
+    if n < FEWEST_FOR_INTERVAL:
+        return Correlation(value, None, None, n)
+    centre, margin = math.atanh(value), Z * math.sqrt(variance)
+    return Correlation(value, math.tanh(centre - margin), math.tanh(centre + margin), n)
+
+
+def _best(values: Sequence[float], k: int) -> set[int]:
+    return set(sorted(range(len(values)), key=lambda block: (-values[block], -block))[:k])
