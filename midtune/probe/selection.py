@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from midtune.errors import InputError
+from midtune.runs import RunFolder
 
 _RANGE = re.compile(r"(\d{1,9})(?:\s*-\s*(\d{1,9}))?")
 
@@ -84,6 +87,36 @@ def best(ranking: Sequence[int], num_blocks: int, top_k: int) -> list[int]:
             "ask for fewer with --top-k, or rank more."
         )
     return sorted(ranking[:top_k])
+
+
+def worst(ranking: Sequence[int], num_blocks: int, top_k: int) -> list[int]:
+    """The last `top_k` blocks of a ranking, in order of depth: a control, which good blocks have to beat.
+
+    Raises:
+        InputError: as for `best`.
+    """
+    return best(ranking[::-1], num_blocks, top_k)
+
+
+def read_probe(path: Path) -> dict[str, Any]:
+    """The content of a probe.json.
+
+    Args:
+        path: the file, or the run folder that holds it.
+
+    Raises:
+        InputError: there is no such file, or it holds something else.
+    """
+    file = RunFolder(path).probe if path.is_dir() else path
+    try:
+        probe: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        probe["method"], probe["blocks"][0]
+        [(row["block"], row["score"], row["rank"]) for row in probe["blocks"]]
+    except (OSError, ValueError, LookupError, TypeError):
+        raise InputError(
+            f"{file} is not a probe.json that can be read; make one with `midtune probe`."
+        ) from None
+    return probe
 
 
 def ranking_of(probe: Mapping[str, Any]) -> list[int]:

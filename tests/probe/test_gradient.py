@@ -16,7 +16,7 @@ from midtune.errors import RunStopped
 from midtune.model.loading import load_policy
 from midtune.model.policy import Policy
 from midtune.model.sources import resolve
-from midtune.probe.gradient import _watched, gradient_probe, group_advantages, pair_products
+from midtune.probe.gradient import _watched, gradient_probe, group_advantages, pair_products, state_signals
 from midtune.rollout.sampler import Rollout, Sampling, sample
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [20, 21], [30, 31, 32, 33], [40]]
@@ -107,10 +107,50 @@ def test_two_prompts_give_the_product_of_two_halves(random_checkpoint: Make) -> 
     policy = policy_of(random_checkpoint("qwen3"), "none")
     rollout, given = rollout_of(policy, 0), advantages()
 
-    product, _ = pair_products(policy, rollout.groups(0, 2), given[:2], [0], SAMPLING.temperature)[0]
+    found = pair_products(policy, rollout.groups(0, 2), given[:2], [0], SAMPLING.temperature)[0]
 
     half_a, half_b = by_autograd(policy, rollout, given, [0])[0][:2]
-    assert product == pytest.approx(float(half_a @ half_b), rel=1e-4)
+    assert found.product == pytest.approx(float(half_a @ half_b), rel=1e-4)
+    of_signs = (half_a.sign() @ half_b + half_b.sign() @ half_a) / 2
+    assert found.adam == pytest.approx(float(of_signs), rel=1e-3)
+
+
+def test_fisher_divides_each_weights_part_by_its_mean_square(random_checkpoint: Make) -> None:
+    policy = policy_of(random_checkpoint("qwen3"), "none")
+    rollout, given = rollout_of(policy, 1), advantages()
+
+    found = pair_products(policy, rollout, given, [1], SAMPLING.temperature)[1]
+
+    rows = by_autograd(policy, rollout, given, [1])[1]
+    sizes = [part.weight.numel() for part in policy.blocks[1].modules() if isinstance(part, nn.Linear)]
+    expected = 0.0
+    for layer in rows.split(sizes, 1):
+        products = (layer.sum(0).square() - layer.square().sum(0)) / 12
+        mean_square = layer.square().mean(0)
+        expected += float((products / (mean_square + 1e-3 * mean_square.mean())).sum())
+    assert found.fisher == pytest.approx(expected, rel=1e-3)
+
+
+def test_states_that_differ_with_the_advantage_are_separated(random_checkpoint: Make) -> None:
+    policy = policy_of(random_checkpoint("qwen3"), "none")
+    policy.model.generation_config.eos_token_id = list(range(100))
+    rollout, given = rollout_of(policy, 0), advantages()
+
+    found = state_signals(policy, rollout, given, [2])[2]
+
+    assert not any(module._forward_hooks for module in policy.blocks.modules())
+    entered, left = [], []
+    for row, completion in enumerate(rollout.completions()):
+        ids = torch.tensor([PROMPTS[row // GROUP_SIZE] + completion])
+        states = policy.model(input_ids=ids, output_hidden_states=True).hidden_states
+        entered.append(states[2][0, -len(completion) :])
+        left.append(states[3][0, -len(completion) :])
+    cosines = torch.cosine_similarity(torch.cat(entered), torch.cat(left), dim=-1)
+    assert found[0] == pytest.approx(1 - float(cosines.mean()), abs=1e-5)
+    means = torch.stack([part.mean(0) for part in left])
+    weighted = (means * torch.tensor(given.reshape(-1, 1), dtype=torch.float32)).view(4, 3, -1).mean(1)
+    products = [float(weighted[i] @ weighted[j]) for i, j in permutations(range(4), 2)]
+    assert found[1] == pytest.approx(np.mean(products) / float(means.square().sum(1).mean()), rel=1e-3)
 
 
 def test_nf4_gradients_equal_those_of_the_dequantized_weights(random_checkpoint: Make) -> None:
@@ -137,7 +177,7 @@ def test_padding_has_no_gradient(random_checkpoint: Make) -> None:
     rollout = rollout_of(policy, 0)
     assert int(rollout.prompt_mask.sum()) < rollout.prompt_mask.numel()
     calls = []
-    with _watched(policy, [0, 3], len(PROMPTS)) as gradients:
+    with _watched(policy, [0, 3], len(PROMPTS), len(PROMPTS)) as gradients:
         gradients.reduce = lambda block, found: calls.append(found)  # type: ignore[method-assign]
         from midtune.rl.tail import completion_log_probs
 
@@ -184,8 +224,10 @@ def test_every_requested_block_gets_a_signal_and_nothing_changes(random_checkpoi
     assert (starts, done) == ([0, 4, 8], [2] * 6)
     for signal in signals:
         assert signal.low < signal.score < signal.high
-        assert signal.norm > 0
-        assert signal.signal_share == pytest.approx(signal.score / signal.norm**2)
+        assert signal.signals["product"] == signal.score
+        assert signal.signals["norm"] > 0
+        assert signal.signals["share"] == pytest.approx(signal.score / signal.signals["norm"] ** 2)
+        assert 0 < signal.signals["change"] < 1
     after = policy.model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert not any(module._forward_hooks for module in policy.blocks.modules())
@@ -245,7 +287,7 @@ def test_one_token_completions(random_checkpoint: Make) -> None:
         sampling=Sampling(max_new_tokens=1),
         micro_prompts=2,
     )
-    assert all(signal.norm > 0 for signal in signals)
+    assert all(signal.signals["norm"] > 0 for signal in signals)
 
 
 def test_group_advantages() -> None:

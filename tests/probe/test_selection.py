@@ -1,3 +1,6 @@
+import json
+from pathlib import Path
+
 import pytest
 
 from midtune.errors import InputError
@@ -8,6 +11,7 @@ from midtune.probe.selection import (
     middle_band,
     parse_layers,
     ranking_of,
+    read_probe,
 )
 
 
@@ -93,6 +97,32 @@ def test_a_ranking_must_be_long_enough_and_of_this_model() -> None:
 
 def test_ranking_of_a_probe() -> None:
     assert ranking_of({"blocks": [{"block": 4, "rank": 2}, {"block": 5, "rank": 1}]}) == [5, 4]
+
+
+def test_a_probe_is_read_from_its_file_or_its_run_folder(tmp_path: Path) -> None:
+    probe = {"method": "gradient", "blocks": [{"block": 4, "score": 0.5, "rank": 1}]}
+    (tmp_path / "probe.json").write_text(json.dumps(probe))
+    assert read_probe(tmp_path / "probe.json") == read_probe(tmp_path) == probe
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no JSON",
+        "[1]",
+        '{"blocks": [1]}',
+        '{"method": "gradient", "blocks": []}',
+        '{"method": "gradient", "blocks": [15]}',
+        '{"method": "gradient", "blocks": [{"block": 4}]}',
+    ],
+)
+def test_anything_else_is_no_probe(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "other.json"
+    file.write_text(text)
+    with pytest.raises(InputError, match="other.json is not a probe.json that can be read; make one with"):
+        read_probe(file)
+    with pytest.raises(InputError, match="probe.json is not a probe.json that can be read"):
+        read_probe(tmp_path)
 
 
 def test_a_probe_matches_its_model_task_and_revision_only() -> None:
