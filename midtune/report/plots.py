@@ -1,14 +1,32 @@
-"""Pictures of a run, as SVG."""
+"""Pictures of a run and of rankings, as SVG."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from midtune.report.depth import (
+    depth_of,
+    finite,
+    frontier,
+    full_training,
+    middle_block,
+    points,
+    score_name,
+    value_name,
+)
+
 # The mean over this share of a run smooths the reward of single steps, which is mostly the luck of its prompts.
 SMOOTHED_SHARE = 0.1
 KINDS = {"quality": ("greedy", "o", "tab:blue"), "sampled": ("sampled", "s", "tab:orange")}
+# Marker and colour, the later on top.
+BLOCK_KINDS = {
+    "block": ("o", "0.65"),
+    "not told apart from the best": ("o", "tab:blue"),
+    "selected": ("D", "tab:orange"),
+}
 
 
 def learning_curve(metrics: Sequence[Mapping[str, Any]], report: Mapping[str, Any], file: Path) -> None:
@@ -55,4 +73,134 @@ def learning_curve(metrics: Sequence[Mapping[str, Any]], report: Mapping[str, An
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     axes.legend(frameon=False, fontsize=8, loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, metadata={"Date": None})
+    _save(figure, file)
+
+
+def contribution_curve(probe: Mapping[str, Any], file: Path) -> None:
+    """Draw the value of every block by depth and, where gains were measured, what each gain costs.
+
+    Args:
+        probe: what probe.json holds.
+        file: where the picture goes; its suffix says the format.
+    """
+    from matplotlib.figure import Figure
+
+    priced = [
+        row
+        for row in probe["blocks"]
+        if finite(row.get("score")) is not None and finite(row.get("step_cost")) is not None
+    ]
+    with_price = bool(priced) and score_name(probe) == "gain"
+    figure = Figure(figsize=(10 if with_price else 7, 4), layout="constrained")
+    by_depth = figure.add_subplot(1, 2 if with_price else 1, 1)
+    _draw_depth(by_depth, probe)
+    if with_price:
+        _draw_prices(figure.add_subplot(1, 2, 2), probe, priced)
+    figure.suptitle(f"{probe['model']} on {probe['task']}, {probe['method']}", fontsize=10)
+    _save(figure, file)
+
+
+def rankings_curve(rankings: Mapping[str, Mapping[str, Any]], file: Path) -> None:
+    """Draw rankings over relative depth k/(L−1), each with mean 0 and standard deviation 1.
+
+    Args:
+        rankings: name → what probe.json holds.
+        file: where the picture goes; its suffix says the format.
+    """
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.axhline(0, color="0.8", linewidth=0.8)
+    for name, probe in rankings.items():
+        known = points(probe)
+        values = np.array([point.value for point in known])
+        spread = values.std() if len(values) else 0.0
+        depths = [point.block / max(depth_of(probe) - 1, 1) for point in known]
+        heights = (values - values.mean()) / spread if spread > 0 else values * 0
+        axes.plot(
+            depths, heights, marker="o", markersize=3, linewidth=1, label=f"{name}: {value_name(probe)}"
+        )
+    axes.set_xlabel("relative depth")
+    axes.set_ylabel("standard deviations from the mean")
+    _finish(axes, columns=1)
+    _save(figure, file)
+
+
+def _draw_depth(axes: Any, probe: Mapping[str, Any]) -> None:
+    selected, among = set(probe.get("selected") or []), set(probe.get("among_best") or [])
+    axes.axhline(0, color="0.8", linewidth=0.8)
+    if (full := full_training(probe)) is not None:
+        value, low, high = full
+        axes.axhline(value, color="tab:green", linewidth=0.8, label="full training")
+        if low is not None and high is not None:
+            axes.axhspan(low, high, color="tab:green", alpha=0.1, linewidth=0)
+    if (middle := middle_block(probe)) is not None:
+        axes.axvline(middle, color="0.5", linewidth=0.8, linestyle=":", label="middle")
+    near = among - selected
+    known = points(probe)
+    groups = [[point for point in known if point.block not in selected | among]]
+    groups += [[point for point in known if point.block in blocks] for blocks in (near, selected)]
+    for (kind, (marker, color)), group in zip(BLOCK_KINDS.items(), groups, strict=True):
+        if group:
+            axes.errorbar(
+                [point.block for point in group],
+                [point.value for point in group],
+                # A bootstrap's interval need not hold the value itself.
+                yerr=[
+                    [_reach(point.low, point.value) for point in group],
+                    [_reach(point.value, point.high) for point in group],
+                ],
+                fmt=marker,
+                color=color,
+                markersize=5,
+                elinewidth=0.8,
+                label=kind,
+            )
+    axes.set_xlim(-0.5, depth_of(probe) - 0.5)
+    axes.set_xlabel("block")
+    measured = any(point.low is not None for point in known)
+    axes.set_ylabel(value_name(probe) + (" and 95% interval" if measured else ""))
+    _finish(axes)
+
+
+def _draw_prices(axes: Any, probe: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    selected, best = set(probe.get("selected") or []), frontier(rows)
+    for row in rows:
+        marker, color = BLOCK_KINDS["selected" if row["block"] in selected else "block"]
+        axes.plot(row["step_cost"], row["score"], marker, color=color, markersize=4, linestyle="")
+    edge = sorted((row["step_cost"], row["score"], row["block"]) for row in rows if row["block"] in best)
+    costs, gains = [cost for cost, _, _ in edge], [gain for _, gain, _ in edge]
+    axes.step(costs, gains, where="post", color="0.35", linewidth=0.8, label="most gain for the cost")
+    for cost, gain, block in edge:
+        axes.annotate(str(block), (cost, gain), (0, 5), textcoords="offset points", ha="center", fontsize=7)
+    full = probe.get("full") or {}
+    if finite(full.get("score")) is not None and finite(full.get("step_cost")) is not None:
+        axes.plot(
+            full["step_cost"], full["score"], "*", color="tab:green", linestyle="", label="full training"
+        )
+    axes.axhline(0, color="0.8", linewidth=0.8)
+    axes.set_xlabel("seconds per training step")
+    axes.set_ylabel("gain")
+    axes.margins(y=0.1)
+    _finish(axes)
+
+
+def _finish(axes: Any, columns: int = 3) -> None:
+    """Take away what says nothing, and put the legend below, where it hides no block."""
+    axes.legend(frameon=False, fontsize=7, ncols=columns, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _reach(low: float | None, high: float | None) -> float:
+    return math.nan if low is None or high is None else max(0.0, high - low)
+
+
+def _save(figure: Any, file: Path) -> None:
+    """Write a figure; the same figure is the same bytes."""
+    import matplotlib
+
+    date = "CreationDate" if file.suffix.lower() == ".pdf" else "Date"
+    with matplotlib.rc_context({"svg.hashsalt": "midtune"}):
+        figure.savefig(file, metadata={date: None})

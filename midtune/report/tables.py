@@ -1,20 +1,19 @@
-"""The report and the ranking as tables for a terminal of 80 columns, a pipe or a log."""
+"""The report as tables for a terminal of 80 columns, a pipe or a log."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from rich import box
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
-from rich.measure import Measurement
-from rich.segment import Segment
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from midtune.report.depth import finite
+
 MEMORY_SOURCES = {"cuda_allocated": "CUDA tensors", "resident": "process"}
-BAR_WIDTH = 22
 
 
 def bytes_text(count: float) -> str:
@@ -39,6 +38,11 @@ def whole_seconds_text(seconds: float) -> str:
     return f"{math.ceil(seconds)} s" if math.ceil(seconds) < 60 else _minutes_text(seconds)
 
 
+def plain_table() -> Table:
+    """An empty table without a frame."""
+    return Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+
+
 def report_table(report: Mapping[str, Any]) -> RenderableType:
     """What a run gained and saved.
 
@@ -50,7 +54,7 @@ def report_table(report: Mapping[str, Any]) -> RenderableType:
         f"{report['model']} on {report['task']}: block{'s' * (len(report['blocks']) > 1)} {blocks} trained"
     )
     parts: list[RenderableType] = [Text(heading, style="bold"), "", _quality(report), _savings(report)]
-    if _finite(report["time"].get("full_tokens")) and _finite(report["time"].get("compared_tokens")):
+    if finite(report["time"].get("full_tokens")) and finite(report["time"].get("compared_tokens")):
         here, there = (report["time"][key] for key in ("compared_tokens", "full_tokens"))
         parts.append(
             Text(f"First prompts: completions of {here:.1f} tokens here, of {there:.1f} in full training.")
@@ -66,91 +70,12 @@ def report_table(report: Mapping[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
-def probe_table(probe: Mapping[str, Any]) -> RenderableType:
-    """The ranking of the blocks with intervals on a common scale.
-
-    Args:
-        probe: a probe.json.
-    """
-    rows = sorted(probe["blocks"], key=lambda row: row["rank"])
-    selected = set(probe["selected"])
-    bounds = [
-        value for row in rows for key in ("low", "score", "high") if (value := _finite(row[key])) is not None
-    ]
-    dearest = max((row["step_cost"] for row in rows if _finite(row["step_cost"])), default=None)
-    contributions = any(row["contribution"] is not None for row in rows)
-
-    table = _table()
-    table.add_column("", no_wrap=True)
-    scale = _scale(max((abs(value) for value in bounds), default=1.0))
-    score = "score" if scale == 1 else f"score, {scale:.0e}"
-    for name in ("rank", "block", score, "95% interval"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    if contributions:
-        table.add_column("C(k)", justify="right", no_wrap=True)
-    table.add_column("cost", justify="right", no_wrap=True)
-    for row in rows:
-        cost = _finite(row["step_cost"])
-        cells: list[RenderableType] = [
-            "*" if row["block"] in selected else "",
-            str(row["rank"]),
-            str(row["block"]),
-            _number(row["score"], scale),
-            f"{_number(row['low'], scale)} to {_number(row['high'], scale)}",
-            IntervalBar(row["score"], row["low"], row["high"], min(bounds), max(bounds)) if bounds else "",
-        ]
-        if contributions:
-            cells.append(_number(row["contribution"]))
-        cells.append("-" if cost is None or not dearest else f"{cost / dearest:.0%}")
-        table.add_row(*cells, style="bold" if row["block"] in selected else None)
-
-    heading = Text(f"{probe['model']} on {probe['task']}", style="bold")
-    return Group(heading, "", table, "", *(Text(note) for note in _probe_notes(probe, rows)))
-
-
-class IntervalBar:
-    """An interval with its value on a common scale, `BAR_WIDTH` characters wide.
-
-    Args:
-        value, low, high: what to draw; without finite bounds only the value.
-        scale_low, scale_high: what the ends of the bar stand for.
-    """
-
-    def __init__(
-        self, value: float | None, low: float | None, high: float | None, scale_low: float, scale_high: float
-    ) -> None:
-        self._value, self._low, self._high = _finite(value), _finite(low), _finite(high)
-        self._scale_low, self._span = scale_low, scale_high - scale_low
-
-    def text(self, *, ascii_only: bool) -> str:
-        """The bar as characters."""
-        line, point = ("-", "o") if ascii_only else ("─", "●")
-        cells = [" "] * BAR_WIDTH
-        if self._low is not None and self._high is not None:
-            for place in range(self._place(self._low), self._place(self._high) + 1):
-                cells[place] = line
-        if self._value is not None:
-            cells[self._place(self._value)] = point
-        return "".join(cells)
-
-    def _place(self, value: float) -> int:
-        share = (value - self._scale_low) / self._span if self._span > 0 else 0.5
-        return min(BAR_WIDTH - 1, max(0, round(share * (BAR_WIDTH - 1))))
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield Segment(self.text(ascii_only=options.ascii_only))
-
-    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        return Measurement(BAR_WIDTH, BAR_WIDTH)
-
-
 def _quality(report: Mapping[str, Any]) -> Group:
     kinds = {"greedy": report["quality"], "sampled": report["sampled"], "unquantized": report.get("deployed")}
     shown = {name: quality for name, quality in kinds.items() if quality}
     scores = [quality[when]["score"] for quality in shown.values() for when in ("before", "after")]
     fractions = all(0 <= score <= 1 for score in scores)
-    table = _table()
+    table = plain_table()
     table.add_column("score", no_wrap=True)
     for name in ("before", "after", "gain, points" if fractions else "gain"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -168,7 +93,7 @@ def _quality(report: Mapping[str, Any]) -> Group:
 
 
 def _with_interval(figures: Mapping[str, Any], key: str, fractions: bool, *, signed: bool = False) -> str:
-    value, low, high = (_finite(figures[name]) for name in (key, "low", "high"))
+    value, low, high = (finite(figures[name]) for name in (key, "low", "high"))
     sign = "+" if signed else ""
     if value is None:
         return "-"
@@ -185,15 +110,15 @@ def _with_interval(figures: Mapping[str, Any], key: str, fractions: bool, *, sig
 
 def _savings(report: Mapping[str, Any]) -> Table:
     time, memory = report["time"], report["memory"]
-    table = _table()
+    table = plain_table()
     table.add_column("training", no_wrap=True)
     table.add_column("midtune, measured", justify="right", no_wrap=True)
     table.add_column("full training", justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
-    full_step = _finite(time["full_step"])
+    full_step = finite(time["full_step"])
     full = "-" if full_step is None else f"{seconds_text(full_step)}, {time['full_source']}"
     speed = "" if time["speedup"] is None else _speed(time["speedup"])
-    compared = _finite(time.get("compared_step"))
+    compared = finite(time.get("compared_step"))
     if compared is not None:
         # Completions grow or shrink as a model learns, so only the same prompts compare.
         table.add_row("time per step, first prompts", seconds_text(compared), full, speed)
@@ -220,25 +145,6 @@ def _saving(saving: float) -> str:
     return f"{_percent(abs(saving))} {'less' if saving >= 0 else 'more'}"
 
 
-def _probe_notes(probe: Mapping[str, Any], rows: list[Any]) -> Iterable[str]:
-    took = seconds_text(probe["cost_seconds"])
-    yield f"* selected. {len(rows)} blocks ranked by the {probe['method']} method in {took}."
-    best, *others = rows
-    low = _finite(best["low"])
-    if low is not None and others:
-        close = sum(1 for row in others if (high := _finite(row["high"])) is not None and high >= low)
-        reach = f"Blocks whose interval reaches that of block {best['block']}: {close} of {len(others)}."
-        yield f"{reach} The order among them is not settled." if close else reach
-    depth = probe.get("depth_baseline")
-    if depth:
-        yield f"Position alone would take block {depth['block']} (score {depth['score']:.3g})."
-    yield "Cost: time of a training step, relative to the dearest block here."
-
-
-def _table() -> Table:
-    return Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-
-
 def _minutes_text(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
@@ -248,17 +154,3 @@ def _minutes_text(seconds: float) -> str:
 
 def _percent(fraction: float) -> str:
     return f"{fraction:.{1 if abs(fraction) < 0.1 else 0}%}"
-
-
-def _finite(value: Any) -> float | None:
-    return None if value is None or not math.isfinite(value) else float(value)
-
-
-def _scale(largest: float) -> float:
-    """The power of ten to divide by so that three decimals say something about scores up to `largest`."""
-    return 1.0 if largest == 0 or 0.1 <= largest < 100 else 10.0 ** math.floor(math.log10(largest))
-
-
-def _number(value: Any, scale: float = 1.0) -> str:
-    figure = _finite(value)
-    return "-" if figure is None else f"{figure / scale:.3f}"

@@ -1,0 +1,242 @@
+"""A ranking by depth: its figures, which blocks pay best for their price, and a drawing in characters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.text import Text
+
+ROWS, COLUMNS = 12, 80
+# What a row may stand for, times a power of ten.
+STEPS = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.5, 10.0, 15.0, 20.0)
+# What `score` is, by the method of a probe.
+SCORES = {"gradient": "signal", "race": "gain", "sweep": "gain", "trial": "gain"}
+TITLES = {
+    "C(k)": "C(k), the share of full training's gain, by depth",
+    "gain": "gain over the untrained model, by depth",
+    "signal": "reward-gradient signal by depth",
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A block's value and its 95% interval; no bounds: nobody measured them."""
+
+    block: int
+    value: float
+    low: float | None
+    high: float | None
+
+
+def finite(value: Any) -> float | None:
+    """A number, or None for what is missing, infinite or NaN."""
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
+def unit_of(largest: float) -> float:
+    """The power of ten to divide by so that three decimals say something about values up to `largest`."""
+    return 1.0 if largest == 0 or 0.1 <= largest < 100 else 10.0 ** math.floor(math.log10(largest))
+
+
+def score_name(probe: Mapping[str, Any]) -> str:
+    """What the scores of a probe.json are: `gain` or `signal`."""
+    return SCORES.get(probe["method"], "score")
+
+
+def value_name(probe: Mapping[str, Any]) -> str:
+    """What `points` are: `C(k)` where full training was measured, else the name of the score."""
+    return "C(k)" if _has_contributions(probe) else score_name(probe)
+
+
+def points(probe: Mapping[str, Any]) -> list[Point]:
+    """The blocks of a probe.json by depth, with C(k) where it is known, else the score; others are left out."""
+    value, low, high = (
+        ("contribution", "contribution_low", "contribution_high")
+        if _has_contributions(probe)
+        else ("score", "low", "high")
+    )
+    rows = sorted(probe["blocks"], key=lambda row: row["block"])
+    return [
+        Point(row["block"], found, finite(row.get(low)), finite(row.get(high)))
+        for row in rows
+        if (found := finite(row.get(value))) is not None
+    ]
+
+
+def full_training(probe: Mapping[str, Any]) -> tuple[float, float | None, float | None] | None:
+    """What training every block reached, on the scale of `points`, and its 95% interval; None: not measured."""
+    if _has_contributions(probe):
+        return 1.0, None, None
+    full = probe.get("full") or {}
+    value = finite(full.get("score"))
+    return None if value is None else (value, finite(full.get("low")), finite(full.get("high")))
+
+
+def middle_block(probe: Mapping[str, Any]) -> int | None:
+    """The geometric middle: the block to take without any ranking."""
+    block: int | None = (probe.get("depth_baseline") or {}).get("block")
+    return block
+
+
+def depth_of(probe: Mapping[str, Any]) -> int:
+    """Blocks of the model; where the file does not say, as many as reach its deepest block."""
+    count: int | None = probe.get("num_blocks")
+    return count or 1 + max(row["block"] for row in probe["blocks"])
+
+
+def frontier(rows: Iterable[Mapping[str, Any]]) -> set[int]:
+    """Blocks whose gain no other block reaches for a lower price, nor exceeds for the same.
+
+    Args:
+        rows: `blocks` of a probe.json; those without a `score` or a `step_cost` are left out.
+    """
+    priced = [
+        (score, -cost, row["block"])
+        for row in rows
+        if (score := finite(row.get("score"))) is not None
+        and (cost := finite(row.get("step_cost"))) is not None
+    ]
+    return {
+        block
+        for score, cheapness, block in priced
+        if not any(
+            other >= score and cheaper >= cheapness and (other, cheaper) != (score, cheapness)
+            for other, cheaper, _ in priced
+        )
+    }
+
+
+class Marks(NamedTuple):
+    """The characters of a drawing."""
+
+    block: str
+    selected: str
+    interval: str
+    zero: str
+    full: str
+    axis: str
+    tick: str
+    corner: str
+    floor: str
+
+
+PLAIN = Marks("o", "*", "|", ".", "-", "|", "+", "+", "-")
+BOXES = Marks("●", "◆", "│", "·", "╌", "│", "┤", "└", "─")
+
+
+class DepthCurve:
+    """The value of every block by depth with its 95% interval, zero, full training and the middle block.
+
+    It takes 80 columns at most. Where the blocks do not fit in, a column stands for several and shows the
+    selected one or else the best of them.
+
+    Args:
+        probe: a probe.json with at least one finite value.
+    """
+
+    def __init__(self, probe: Mapping[str, Any]) -> None:
+        self._points = points(probe)
+        self._selected = set(probe.get("selected") or [])
+        self._full = full_training(probe)
+        self._middle = middle_block(probe)
+        self._num_blocks = depth_of(probe)
+        self._title = TITLES.get(value_name(probe), "score by depth")
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from self.lines(min(options.max_width, COLUMNS), ascii_only=options.ascii_only)
+
+    def lines(self, width: int, *, ascii_only: bool) -> list[Text]:
+        """The drawing, line by line; selected blocks are bold."""
+        marks = PLAIN if ascii_only else BOXES
+        known = [0.0, *([] if self._full is None else [self._full[0]])]
+        for point in self._points:
+            known += [value for value in (point.low, point.value, point.high) if value is not None]
+        step = _step(min(known), max(known))
+        bottom, top = round(min(known) / step), round(max(known) / step)
+        unit = unit_of(max(map(abs, known)))
+        labels = {level: f"{level * step / unit:.4g}" for level in range(bottom, top + 1) if level % 2 == 0}
+        margin = max(map(len, labels.values()))
+        # The number of the last block may reach beyond its column.
+        room = max(1, width - margin - 2 - len(str(self._num_blocks - 1)))
+        per_column = math.ceil(self._num_blocks / room)
+        spacing = 2 if 2 * self._num_blocks <= room else 1
+        columns = math.ceil(self._num_blocks / per_column) * spacing
+
+        def row_of(value: float) -> int:
+            return top - round(value / step)
+
+        cells = [[(" ", False)] * columns for _ in range(bottom, top + 1)]
+        cells[row_of(0)] = [(marks.zero, False)] * columns
+        if self._full is not None:
+            cells[row_of(self._full[0])] = [(marks.full, False)] * columns
+        shown = self._shown(per_column)
+        for place, point in shown.items():
+            bold = point.block in self._selected
+            if point.low is not None and point.high is not None:
+                for row in range(row_of(point.high), row_of(point.low) + 1):
+                    cells[row][place * spacing] = (marks.interval, bold)
+            cells[row_of(point.value)][place * spacing] = (marks.selected if bold else marks.block, bold)
+
+        title = self._title + ("" if unit == 1 else f", in units of {unit:.0e}")
+        drawn = [Text(title + (f"; the best of every {per_column} blocks" if per_column > 1 else ""))]
+        for row, line in enumerate(cells):
+            label = labels.get(top - row)
+            text = Text(f"{label or '':>{margin}} {marks.axis if label is None else marks.tick} ")
+            for character, bold in line:
+                text.append(character, "bold" if bold else None)
+            text.rstrip()
+            drawn.append(text)
+        floor = [marks.floor] * (columns + 1)
+        if self._middle is not None:
+            floor[1 + self._middle // per_column * spacing] = "m"
+        drawn.append(Text(" " * (margin + 1) + marks.corner + "".join(floor)))
+        drawn.append(Text(" " * (margin + 3) + _numbers(self._num_blocks, spacing, per_column)))
+        drawn.append(Text(self._legend(marks, shown.values())))
+        return drawn
+
+    def _shown(self, per_column: int) -> dict[int, Point]:
+        """What to draw in each column."""
+        found: dict[int, Point] = {}
+        # The later one wins.
+        for point in sorted(self._points, key=lambda point: (point.block in self._selected, point.value)):
+            found[point.block // per_column] = point
+        return found
+
+    def _legend(self, marks: Marks, shown: Iterable[Point]) -> str:
+        shown = list(shown)
+        chosen = [point.block in self._selected for point in shown]
+        names = {
+            f"{marks.block} block": not all(chosen),
+            f"{marks.selected} selected": any(chosen),
+            f"{marks.interval} 95% interval": any(point.low is not None for point in shown),
+            f"{marks.full} full training": self._full is not None,
+            "m geometric middle": self._middle is not None,
+        }
+        return "  ".join(name for name, there in names.items() if there)
+
+
+def _has_contributions(probe: Mapping[str, Any]) -> bool:
+    return any(finite(row.get("contribution")) is not None for row in probe["blocks"])
+
+
+def _step(least: float, greatest: float) -> float:
+    """The round number that a row stands for, so that the values fit into the rows."""
+    if least == greatest:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10((greatest - least) / ROWS))
+    steps = (factor * power for factor in STEPS)
+    return next(step for step in steps if round(greatest / step) - round(least / step) <= ROWS)
+
+
+def _numbers(num_blocks: int, spacing: int, per_column: int) -> str:
+    """Block numbers under their columns, as many as leave a space between them."""
+    room = (len(str(num_blocks - 1)) + 1) * per_column
+    every = next(step for step in (1, 5, 10, 20, 50, 100, 200, 500, num_blocks) if step * spacing >= room)
+    line = ""
+    for block in range(0, num_blocks, every):
+        line = line.ljust(block // per_column * spacing) + str(block)
+    return line

@@ -1,0 +1,182 @@
+"""The ranking of the blocks for a terminal of 80 columns, a pipe or a log."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
+from rich.segment import Segment
+from rich.text import Text
+
+from midtune.report.depth import DepthCurve, finite, frontier, points, score_name, unit_of
+from midtune.report.tables import plain_table, seconds_text
+
+BAR_WIDTH = 22
+# Of a longer ranking only the best are listed.
+MOST_ROWS, BEST_ROWS = 40, 15
+
+
+def probe_table(probe: Mapping[str, Any]) -> RenderableType:
+    """The ranking of the blocks: drawn by depth, then the best first with intervals on a common scale.
+
+    Args:
+        probe: a probe.json.
+    """
+    rows = sorted(probe["blocks"], key=lambda row: row["rank"])
+    selected = set(probe.get("selected") or [])
+    shown = rows
+    if len(rows) > MOST_ROWS:
+        shown = [row for row in rows if row["rank"] <= BEST_ROWS or row["block"] in selected]
+    bounds = _known(rows, "low") + _known(rows, "score") + _known(rows, "high")
+    costs = _known(rows, "step_cost")
+    gainful = frontier(rows) if score_name(probe) == "gain" else set()
+    unit = unit_of(max(map(abs, bounds), default=1.0))
+
+    columns: dict[str, Sequence[RenderableType]] = {
+        "mark": ["*" if row["block"] in selected else "" for row in shown],
+        "rank": [str(row["rank"]) for row in shown],
+        "block": [str(row["block"]) for row in shown],
+        score_name(probe) + ("" if unit == 1 else f", {unit:.0e}"): [
+            _number(row["score"], unit) for row in shown
+        ],
+        "95% interval": [_interval(row, unit) for row in shown],
+    }
+    if bounds:
+        ends = min(bounds), max(bounds)
+        columns["bar"] = [IntervalBar(row["score"], row.get("low"), row.get("high"), *ends) for row in shown]
+    if _known(rows, "contribution"):
+        columns["C(k)"] = [_number(row.get("contribution")) for row in shown]
+    if _known(rows, "best_probability"):
+        columns["best"] = [_share(row.get("best_probability"), 1.0) for row in shown]
+    if len({row.get("steps") for row in rows}) > 1:
+        # In a race, blocks that fall behind stop early.
+        columns["steps"] = [str(row.get("steps") or "-") for row in shown]
+    columns["cost"] = [_share(row.get("step_cost"), max(costs, default=1.0)) for row in shown]
+    if gainful:
+        columns["frontier"] = ["+" if row["block"] in gainful else "" for row in shown]
+
+    table = plain_table()
+    for name in columns:
+        heading = "" if name in ("mark", "bar", "frontier") else name
+        # The bar gives way where the others need the room.
+        table.add_column(heading, justify="right", no_wrap=name != "bar")
+    for row, *cells in zip(shown, *columns.values(), strict=True):
+        table.add_row(*cells, style="bold" if row["block"] in selected else None)
+
+    title = Text(f"{probe['model']} on {probe['task']}", style="bold")
+    curve: list[RenderableType] = [DepthCurve(probe), ""] if points(probe) else []
+    notes = [*_notes(probe, rows, left_out=len(rows) - len(shown))]
+    if gainful:
+        notes.append("+ no other block gains as much at a lower cost.")
+    return Group(title, "", *curve, table, "", *map(Text, notes))
+
+
+class IntervalBar:
+    """An interval with its value on a common scale, up to `BAR_WIDTH` characters wide.
+
+    Args:
+        value, low, high: what to draw; without finite bounds only the value.
+        scale_low, scale_high: what the ends of the bar stand for.
+    """
+
+    def __init__(
+        self, value: float | None, low: float | None, high: float | None, scale_low: float, scale_high: float
+    ) -> None:
+        self._value, self._low, self._high = finite(value), finite(low), finite(high)
+        self._scale_low, self._span = scale_low, scale_high - scale_low
+
+    def text(self, width: int = BAR_WIDTH, *, ascii_only: bool) -> str:
+        """The bar as `width` characters."""
+        line, point = ("-", "o") if ascii_only else ("─", "●")
+        cells = [" "] * width
+        if self._low is not None and self._high is not None:
+            for place in range(self._place(self._low, width), self._place(self._high, width) + 1):
+                cells[place] = line
+        if self._value is not None:
+            cells[self._place(self._value, width)] = point
+        return "".join(cells)
+
+    def _place(self, value: float, width: int) -> int:
+        share = (value - self._scale_low) / self._span if self._span > 0 else 0.5
+        return min(width - 1, max(0, round(share * (width - 1))))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = min(BAR_WIDTH, options.max_width)
+        yield Segment(self.text(width, ascii_only=options.ascii_only))
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(1, BAR_WIDTH)
+
+
+def _notes(probe: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], left_out: int) -> Iterable[str]:
+    name = score_name(probe)
+    took = seconds_text(probe["cost_seconds"])
+    yield f"* selected. {len(rows)} blocks ranked by the {probe['method']} method in {took}."
+    if probe.get("objective") == "gain-per-second":
+        yield "Ranked by gain per second of training, which favours the cheaper of two blocks."
+    if left_out:
+        yield f"{left_out} more blocks are in probe.json."
+    yield from _settled(probe, rows)
+    if probe.get("note"):
+        yield probe["note"]
+    full = probe.get("full") or {}
+    if finite(full.get("score")) is not None:
+        bounds = "" if finite(full.get("low")) is None else f" ({full['low']:.3f} to {full['high']:.3f})"
+        yield f"Full training: {name} {full['score']:.3f}{bounds}."
+    depth = probe.get("depth_baseline") or {}
+    if finite(depth.get("score")) is not None:
+        yield f"Position alone would take block {depth['block']} ({name} {depth['score']:.3g})."
+    position = probe.get("position") or {}
+    ways = {"minus depth": position.get("depth"), "closeness to the middle": position.get("middle")}
+    if known := [f"with {way} {rho:.2f}" for way, rho in ways.items() if finite(rho) is not None]:
+        yield f"Spearman correlation {', '.join(known)}."
+    yield "Cost: time of a training step, relative to the dearest block here."
+
+
+def _settled(probe: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    """How clear the order is."""
+    best, *others = rows
+    among = probe.get("among_best")
+    low = finite(best.get("low"))
+    if among is not None:
+        near = sorted(set(among) - {best["block"]})
+        what = "no other block" if not near else f"block{'s' * (len(near) > 1)} {_ranges(near)}"
+        yield f"Not told apart from block {best['block']}, the best: {what}."
+    elif low is not None and others:
+        close = sum(high >= low for high in _known(others, "high"))
+        reach = f"Blocks whose interval reaches that of block {best['block']}: {close} of {len(others)}."
+        yield f"{reach} The order among them is not settled." if close else reach
+    if _known(rows, "best_probability"):
+        yield "Best: the probability that no other block is better."
+
+
+def _known(rows: Iterable[Mapping[str, Any]], key: str) -> list[float]:
+    return [value for row in rows if (value := finite(row.get(key))) is not None]
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """Sorted block numbers as --layers takes them: `3, 7-9`."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][-1] + 1:
+            found[-1].append(number)
+        else:
+            found.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in found)
+
+
+def _interval(row: Mapping[str, Any], unit: float) -> str:
+    low, high = _number(row.get("low"), unit), _number(row.get("high"), unit)
+    return low if low == high == "-" else f"{low} to {high}"
+
+
+def _number(value: Any, unit: float = 1.0) -> str:
+    figure = finite(value)
+    return "-" if figure is None else f"{figure / unit:.3f}"
+
+
+def _share(value: Any, whole: float) -> str:
+    figure = finite(value)
+    return "-" if figure is None or not whole else f"{figure / whole:.0%}"
