@@ -45,6 +45,7 @@ SETTINGS = {
     "layers": "blocks.layers",
     "top_k": "blocks.top_k",
     "probe": "blocks.probe",
+    "select": "blocks.select",
     "algorithm": "training.algorithm",
     "steps": "training.steps",
     "lr": "training.lr",
@@ -59,7 +60,10 @@ SETTINGS = {
     "method": "probe.method",
     "probed": "probe.layers",
     "prompts": "probe.prompts",
-    "trial_steps": "probe.trial_steps",
+    "budget": "probe.budget",
+    "seeds": "probe.seeds",
+    "full_lr": "probe.full_lr",
+    "objective": "probe.objective",
     "seed": "seed",
 }
 ALLOWED_WITH_RESUME = {"model", "out", "resume", "as_json", "quiet", "debug"}
@@ -119,6 +123,7 @@ PromptFormat = Annotated[str | None, _option("prompt_format", "Task")]
 Layers = Annotated[str | None, _option("layers", "Blocks")]
 TopK = Annotated[int | None, _option("top_k", "Blocks")]
 ProbeFile = Annotated[Path | None, _option("probe", "Blocks")]
+Select = Annotated[str | None, _option("select", "Blocks")]
 
 Algorithm = Annotated[str | None, _option("algorithm", "Training")]
 Steps = Annotated[int | None, _option("steps", "Training")]
@@ -141,7 +146,10 @@ Baseline = Annotated[str | None, _option("baseline", "Evaluation")]
 Method = Annotated[str | None, _option("method", "Probe")]
 Probed = Annotated[str | None, _option("probed", "Probe", "--layers")]
 Prompts = Annotated[int | None, _option("prompts", "Probe")]
-TrialSteps = Annotated[int | None, _option("trial_steps", "Probe")]
+Budget = Annotated[str | None, _option("budget", "Probe")]
+Seeds = Annotated[int | None, _option("seeds", "Probe")]
+FullLearningRate = Annotated[float | None, _option("full_lr", "Probe")]
+Objective = Annotated[str | None, _option("objective", "Probe")]
 
 Recipe = Annotated[
     Path | None, _plain_option("--recipe", "a YAML file of settings; options override it", "Settings")
@@ -219,6 +227,7 @@ def train(
     layers: Layers = None,
     top_k: TopK = None,
     probe: ProbeFile = None,
+    select: Select = None,
     algorithm: Algorithm = None,
     steps: Steps = None,
     lr: LearningRate = None,
@@ -272,15 +281,21 @@ def probe(
     method: Method = None,
     probed: Probed = None,
     top_k: TopK = None,
+    budget: Budget = None,
+    objective: Objective = None,
+    seeds: Seeds = None,
+    full_lr: FullLearningRate = None,
     prompts: Prompts = None,
-    trial_steps: TrialSteps = None,
     algorithm: Algorithm = None,
+    steps: Steps = None,
     lr: LearningRate = None,
     prompts_per_step: PromptsPerStep = None,
     group_size: GroupSize = None,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
+    resume: Resume = False,
     eval_size: EvalSize = None,
+    samples: Samples = None,
     recipe: Recipe = None,
     set_: Set = None,
     seed: Seed = None,
@@ -293,14 +308,15 @@ def probe(
 
     \b
     Example:
-      midtune probe --method gradient --out runs/ranking
+      midtune probe --budget 5m --out runs/ranking
     """
-    config = _configure(ctx)
+    folder = _resumed(ctx) if resume else None
+    config = load_config(folder / "config.yaml", {}) if folder else _configure(ctx)
 
     def stage(terminal: Terminal) -> dict[str, Any]:
         from midtune.stages import probe as stage
 
-        return stage.run(config, out=out, terminal=terminal)
+        return stage.run(config, out=None if folder else out, resume=folder, terminal=terminal)
 
     _show("probe", _run(stage, quiet), as_json)
 
@@ -344,6 +360,56 @@ def evaluate(
         return stage.run(target, config, terminal=terminal)
 
     _show("score", _run(stage, quiet), as_json)
+
+
+@app.command(cls=Command, short_help="let several runs of one base model vote")
+def vote(
+    ctx: typer.Context,
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN",
+            help="two or more run folders or patch folders of one base model",
+            exists=True,
+            file_okay=False,
+        ),
+    ],
+    quantize: Quantize = None,
+    device: Device = None,
+    task: TaskName = None,
+    task_arg: TaskArgs = None,
+    reward: Reward = None,
+    prompt_column: PromptColumn = None,
+    answer_column: AnswerColumn = None,
+    prompt_format: PromptFormat = None,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    eval_size: EvalSize = None,
+    samples: Samples = None,
+    recipe: Recipe = None,
+    set_: Set = None,
+    seed: Seed = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Score several runs of one base model, each alone and by a majority vote on every problem.
+
+    They are scored on the first run's own task, unless another one is given.
+
+    \b
+    Example:
+      midtune vote runs/block-10 runs/block-12 runs/block-14
+    """
+    targets = [str(run) for run in runs]
+    config = _configure(ctx, target=targets[0])
+
+    def stage(terminal: Terminal) -> dict[str, Any]:
+        from midtune.stages import vote as stage
+
+        return stage.run(targets, config, terminal=terminal)
+
+    _show("vote", _run(stage, quiet), as_json)
 
 
 @app.command(cls=Command, short_help="write a checkpoint with the trained blocks in place")
@@ -440,6 +506,37 @@ def bench(
         )
 
     _show("bench", _run(stage, quiet), as_json)
+
+
+@app.command(cls=Command, short_help="say how far rankings of blocks agree")
+def compare(
+    files: Annotated[
+        list[Path], typer.Argument(metavar="PROBE", help="probe.json files, or run folders that hold one")
+    ],
+    top_k: Annotated[
+        int, _plain_option("--top-k", "best blocks whose overlap is counted (default: 5)", "Compare", "N")
+    ] = 5,
+    out: Annotated[
+        Path | None,
+        _plain_option("--out", "a picture of the rankings over depth: .svg, .png or .pdf", "Output", "FILE"),
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Say how far rankings agree: across tasks, algorithms, seeds or models.
+
+    \b
+    Example:
+      midtune compare runs/sums runs/products --out rankings.svg
+    """
+
+    def stage(terminal: Terminal) -> dict[str, Any]:
+        from midtune.stages import compare as stage
+
+        return stage.run(files, top_k=top_k, out=out, terminal=terminal)
+
+    _show("compare", _run(stage, quiet), as_json)
 
 
 @app.command(cls=Command, short_help="list the reasoning-gym datasets, or show one")
@@ -624,14 +721,16 @@ def _show(kind: str, result: dict[str, Any], as_json: bool) -> None:
 
 
 def _table(kind: str, result: dict[str, Any]) -> RenderableType:
-    from midtune.report import results, tables
+    from midtune.report import ranking, results, tables
 
     tables_of = {
         "report": tables.report_table,
-        "probe": tables.probe_table,
+        "probe": ranking.probe_table,
         "score": results.score_table,
+        "vote": results.vote_table,
         "merge": results.merge_text,
         "bench": results.bench_table,
+        "compare": results.compare_table,
         "tasks": results.tasks_text,
     }
     return tables_of[kind](result)

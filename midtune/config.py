@@ -12,12 +12,13 @@ comment says that one consumer card calls for something smaller.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 
 from midtune.errors import InputError
@@ -78,6 +79,15 @@ class BlocksConfig(Part):
 
     layers: str | None = Field(None, description="`14`, `10-12`, `3,7`, or `middle`")
     top_k: int = Field(1, ge=1, description="how many blocks to train")
+    select: Literal["best", "middle", "worst", "boost"] = Field(
+        "best",
+        description="of a ranking the best, or as a control the worst; the middle; or all blocks, the best faster",
+    )
+    boost: float = Field(
+        2.0,
+        gt=0,
+        description="by `boost`: how many times the learning rate of the others the best blocks get",
+    )
     probe: Path | None = Field(None, description="a probe.json whose ranking chooses the blocks")
 
 
@@ -139,12 +149,24 @@ class EvaluationConfig(Part):
 class ProbeConfig(Part):
     """Ranking blocks."""
 
-    method: Literal["gradient", "trial"] = Field(
-        "gradient", description="reward gradients in one pass, or short single-block runs"
+    method: Literal["race", "sweep", "gradient"] = Field(
+        "race",
+        description="short runs raced against each other, whole runs of every block and of all, or reward gradients",
     )
+    budget: str = Field("20m", description="what a race may take: `90s`, `20m`, `2h` or `400 steps`")
     layers: str | None = Field(None, description="blocks to rank; default: all of them")
+    seeds: int = Field(1, ge=1, description="runs of each block in a sweep")
+    full_lr: float | None = Field(
+        None, gt=0, description="learning rate of a sweep's full training; default: that of the blocks"
+    )
+    objective: Literal["gain", "gain-per-second"] = Field("gain", description="what ranks the blocks")
     prompts: int = Field(64, ge=4, description="prompts for the gradient method")
-    trial_steps: int = Field(20, ge=1, description="steps of each single-block trial")
+
+    @field_validator("budget")
+    @classmethod
+    def _readable(cls, text: str) -> str:
+        parse_budget(text)
+        return text
 
 
 class RunConfig(Part):
@@ -227,6 +249,22 @@ def load_config(recipe: Path | None, overrides: Mapping[str, Any]) -> RunConfig:
             "one prompt, so it must be at least 2; use --group-size 4 or more."
         )
     return config
+
+
+def parse_budget(text: str) -> tuple[float, Literal["seconds", "steps"]]:
+    """`90s`, `20m` and `2h` as seconds, `400 steps` as steps.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|m|h|steps?)\s*", text)
+    amount = float(match[1]) if match is not None else 0.0
+    if match is None or amount <= 0:
+        raise ValueError(
+            "must be a time such as `90s`, `20m` or `2h`, or a number of steps such as `400 steps`"
+        )
+    seconds = {"s": 1, "m": 60, "h": 3600}
+    return (amount * seconds[match[2]], "seconds") if match[2] in seconds else (amount, "steps")
 
 
 def require_task(config: RunConfig) -> str:
@@ -361,7 +399,7 @@ def _explain(error: ValidationError, recipe: Path | None, overrides: Mapping[str
             f"`{key}` {source} was given {value!r}, but it is a group of settings; "
             f"set one of {', '.join(f'`{name}`' for name in inside)}."
         )
-    message = first["msg"].removeprefix("Input ").replace("should", "must")
+    message = first["msg"].removeprefix("Input ").removeprefix("Value error, ").replace("should", "must")
     message = message.partition(", unable to parse")[0]
     return f"`{key}` {source} was {value!r}, but it {message}; change it."
 

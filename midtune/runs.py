@@ -98,6 +98,16 @@ class RunFolder:
         return self.path / "probe.json"
 
     @property
+    def trials(self) -> Path:
+        """One line for each short run of a probe, with its scores."""
+        return self.path / "trials.jsonl"
+
+    @property
+    def depth_curve(self) -> Path:
+        """A picture of the ranking by depth."""
+        return self.path / "probe.svg"
+
+    @property
     def start(self) -> Path:
         """Scores before training and how the blocks were chosen, for a run that is resumed."""
         return self.path / "start.json"

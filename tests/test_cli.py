@@ -128,7 +128,7 @@ def test_alone_it_shows_the_help(run: Run) -> None:
     assert "Usage: midtune" in result.out
 
 
-@pytest.mark.parametrize("command", ["train", "probe", "eval", "merge", "tasks"])
+@pytest.mark.parametrize("command", ["train", "probe", "eval", "vote", "merge", "compare", "tasks"])
 def test_every_command_has_help_with_an_example(run: Run, command: str) -> None:
     result = run(command, "--help")
     assert result.code == 0
@@ -199,18 +199,58 @@ def test_probe_and_merge_reach_their_stages(run: Run, stage: Stage) -> None:
     calls: list[Any] = []
     stage("probe", lambda config, **rest: calls.append((config, rest)) or {})  # type: ignore[func-returns-value]
     stage("merge", lambda folder, **rest: calls.append((folder, rest)) or {})  # type: ignore[func-returns-value]
-    assert (
-        run(
-            "probe", "--method", "trial", "--layers", "2-5", "--prompts", "8", "--trial-steps", "3", "--json"
-        ).code
-        == 0
-    )
+    asked = ["--method", "sweep", "--layers", "2-5", "--budget", "90 steps", "--seeds", "3", "--steps", "7"]
+    assert run("probe", *asked, "--objective", "gain-per-second", "--json").code == 0
     config, _ = calls[0]
-    assert (config.probe.method, config.probe.layers) == ("trial", "2-5")
-    assert (config.probe.prompts, config.probe.trial_steps) == (8, 3)
+    assert (config.probe.method, config.probe.layers) == ("sweep", "2-5")
+    assert (config.probe.budget, config.probe.seeds, config.training.steps) == ("90 steps", 3, 7)
+    assert config.probe.objective == "gain-per-second"
     assert config.blocks.layers is None
     assert run("merge", "runs/a", "--out", "b", "--json").code == 0
     assert (calls[1][0], calls[1][1]["out"]) == (Path("runs/a"), Path("b"))
+
+
+@pytest.mark.parametrize("budget", ["20", "m", "-3m", "0 steps", "5 minutes"])
+def test_a_budget_that_cannot_be_read_is_refused(run: Run, budget: str) -> None:
+    found = run("probe", f"--budget={budget}")
+    assert found.code == 2
+    assert f"`probe.budget` on the command line was '{budget}', but it must be a time such as" in found.err
+    assert found.err.count("\n") == 1
+
+
+def test_a_probe_is_resumed_from_its_folder(run: Run, stage: Stage, elsewhere: Path) -> None:
+    calls: list[Any] = []
+    stage("probe", lambda config, **rest: calls.append((config, rest)) or {})  # type: ignore[func-returns-value]
+    (elsewhere / "old").mkdir()
+    kept = RunConfig.model_validate({"task": {"name": "reasoning-gym:chain_sum"}, "seed": 5})
+    (elsewhere / "old/config.yaml").write_text(dump_config(kept))
+    assert run("probe", "--resume", "old", "--json").code == 0
+    assert calls[0][0].seed == 5
+    assert calls[0][1]["resume"] == elsewhere / "old"
+
+
+def test_compare_reaches_its_stage(run: Run, stage: Stage) -> None:
+    calls: list[Any] = []
+    stage("compare", lambda files, **rest: calls.append((files, rest)) or {})  # type: ignore[func-returns-value]
+    assert run("compare", "runs/a", "b.json", "--json").code == 0
+    assert run("compare", "a", "b", "c", "--top-k", "3", "--out", "d.svg", "--json").code == 0
+    assert [(len(files), rest["top_k"], rest["out"]) for files, rest in calls] == [
+        (2, 5, None),
+        (3, 3, Path("d.svg")),
+    ]
+    assert calls[0][0] == [Path("runs/a"), Path("b.json")]
+    assert "midtune compare --help" in one_error(run("compare"))
+
+
+def test_compare_of_files(run: Run) -> None:
+    rows = [{"block": block, "score": block * 0.1, "rank": 4 - block} for block in range(4)]
+    about = {"model": "m", "task": "t", "method": "gradient", "seed": 0, "num_blocks": 4}
+    Path("a.json").write_text(json.dumps({**about, "blocks": rows}))
+    found = run("compare", "a.json", "a.json", "--top-k", "1", "--json", "--quiet")
+    assert json.loads(found.out)["pairs"][0]["kendall"] == {"value": 1.0, "low": None, "high": None}
+    assert "m on t, gradient, seed 0, 4 of 4 blocks" in run("compare", "a.json", "a.json", "--top-k", "1").out
+    assert "ask for 1 to 4 with --top-k" in one_error(run("compare", "a.json", "a.json"))
+    assert "b.json is not a probe.json" in one_error(run("compare", "a.json", "b.json"))
 
 
 def test_eval_of_a_model_a_run_and_a_patch(run: Run, stage: Stage) -> None:
@@ -246,6 +286,57 @@ def test_eval_prints_a_table(run: Run, stage: Stage) -> None:
     assert "m with trained blocks 3 (nf4) on t" in out
     assert ["greedy", "0.500", "0.400", "to", "0.625", "300"] in [line.split() for line in out.splitlines()]
     assert "\x1b" not in out
+
+
+def test_a_vote_takes_the_settings_of_the_first_run(run: Run, stage: Stage) -> None:
+    calls: list[tuple[list[str], RunConfig]] = []
+    stage("vote", lambda targets, config, **_: calls.append((targets, config)) or {})  # type: ignore[func-returns-value]
+    for name, seed in (("x", 3), ("y", 4)):
+        make_run(Path("runs", name), model={"name": "base"}, task={"name": f"{name}.jsonl"}, seed=seed)
+    assert run("vote", "runs/x", "runs/y", "--samples", "2", "--json").code == 0
+    assert run("vote", "runs/y", "runs/x", "--task", "z.jsonl", "--quantize", "none", "--json").code == 0
+    assert [targets for targets, _ in calls] == [["runs/x", "runs/y"], ["runs/y", "runs/x"]]
+    first, second = (config for _, config in calls)
+    assert (first.task.name, first.seed, first.evaluation.samples) == ("x.jsonl", 3, 2)
+    assert (second.task.name, second.seed, second.model.quantize) == ("z.jsonl", 4, "none")
+    assert "'runs/gone' does not exist" in one_error(run("vote", "runs/x", "runs/gone"))
+    assert "midtune vote --help" in one_error(run("vote"))
+
+
+def test_vote_prints_a_table(run: Run, stage: Stage) -> None:
+    def score(value: float) -> dict[str, Any]:
+        return {"score": value, "low": value - 0.1, "high": value + 0.1, "n": 300}
+
+    found = {
+        "model": "m",
+        "task": "t",
+        "quantize": "none",
+        "base": score(0.2),
+        "runs": [
+            {"run": "runs/x", "blocks": [3], "score": score(0.4), "sampled": score(0.25)},
+            {"run": "runs/[y]", "blocks": [4, 5], "score": score(0.5), "sampled": score(0.35)},
+        ],
+        "vote": score(0.6),
+        "gain_over_best": {"value": 0.1, "low": -0.02, "high": 0.22},
+        "solved_by_any": 0.7,
+        "solved_by_all": 0.125,
+        "overlap": [[1.0, 0.375], [0.375, 1.0]],
+    }
+    stage("vote", lambda targets, config, **_: found)
+    for name in ("x", "[y]"):
+        make_run(Path("runs", name), task={"name": "t.jsonl"})
+    result = run("vote", "runs/x", "runs/[y]")
+    lines = result.out.splitlines()
+    words = [line.split() for line in lines]
+    assert "m (unquantized) on t, 300 problems" in lines
+    assert ["base", "model", "0.200", "0.100", "to", "0.300"] in words
+    assert ["1", "runs/x", "3", "0.400", "0.300", "to", "0.500", "0.250"] in words
+    assert ["2", "runs/[y]", "4,", "5", "0.500", "0.400", "to", "0.600", "0.350"] in words
+    assert ["vote", "0.600", "0.500", "to", "0.700"] in words
+    text = " ".join(result.out.split())
+    assert "gain over run 2, the best here, is +0.100 (95% interval -0.020 to +0.220)." in text
+    assert "At least one run solves 70.0% of the problems, all of them solve 12.5%." in text
+    assert [line for line in words if "38%" in line] == [["1", "38%"], ["2", "38%"]]
 
 
 @pytest.mark.parametrize("arguments", [["runs/x"], ["--out", "runs/x"]])

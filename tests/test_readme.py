@@ -34,6 +34,8 @@ def test_commands_reach_their_stage(command: str, tmp_path: Path, monkeypatch: p
     run = tmp_path / "runs/smollm2"
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(dump_config(load_config(ROOT / "recipes/smollm2-chain-sum.yaml", {})))
+    for name in ("ranking", "other"):
+        (tmp_path / "runs" / name).mkdir()
     monkeypatch.chdir(tmp_path)
     reached: list[Any] = []
 

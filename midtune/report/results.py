@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -10,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from midtune.report.tables import bytes_text, seconds_text
+from midtune.report.tables import bytes_text, plain_table, seconds_text
 
 
 def score_table(result: Mapping[str, Any]) -> RenderableType:
@@ -21,15 +22,70 @@ def score_table(result: Mapping[str, Any]) -> RenderableType:
     """
     blocks = result["patch"]
     patch = f" with trained blocks {', '.join(map(str, blocks))}" if blocks else ""
-    held = "unquantized" if result["quantize"] == "none" else result["quantize"]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("", "score", "95% interval", "problems"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for kind in ("greedy", "sampled"):
         if (found := result[kind]) is not None:
-            interval = f"{found['low']:.3f} to {found['high']:.3f}"
-            table.add_row(kind, f"{found['score']:.3f}", interval, str(found["n"]))
-    return Group(Text(f"{result['model']}{patch} ({held}) on {result['task']}", style="bold"), table)
+            table.add_row(kind, f"{found['score']:.3f}", _interval(found), str(found["n"]))
+    heading = f"{result['model']}{patch} ({_held(result)}) on {result['task']}"
+    return Group(Text(heading, style="bold"), table)
+
+
+def vote_table(result: Mapping[str, Any]) -> RenderableType:
+    """Each run alone, their vote, and how far they solve the same problems.
+
+    Args:
+        result: what `midtune vote` found.
+    """
+    runs, vote = result["runs"], result["vote"]
+    sampled = any(run["sampled"] for run in runs)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", justify="right", no_wrap=True)
+    table.add_column("run", overflow="fold")
+    for name in ("blocks", "score", "95% interval", *(["sampled"] if sampled else [])):
+        table.add_column(name, justify="right", no_wrap=True)
+
+    def add(number: str, name: str, blocks: str, score: Mapping[str, Any], own: str = "") -> None:
+        # As Text, so that brackets in a path are no markup.
+        table.add_row(number, Text(name), blocks, f"{score['score']:.3f}", _interval(score), *[own] * sampled)
+
+    add("", "base model", "", result["base"])
+    for number, run in enumerate(runs, start=1):
+        own = f"{run['sampled']['score']:.3f}" if run["sampled"] else ""
+        add(str(number), run["run"], ", ".join(map(str, run["blocks"])), run["score"], own)
+    table.add_section()
+    add("", "vote", "", vote)
+
+    best = max(range(len(runs)), key=lambda index: runs[index]["score"]["score"])
+    gain = result["gain_over_best"]
+    heading = f"{result['model']} ({_held(result)}) on {result['task']}, {vote['n']} problems"
+    return Group(
+        Text(heading, style="bold"),
+        table,
+        Text(
+            f"The vote's gain over run {best + 1}, the best here, is {gain['value']:+.3f} "
+            f"(95% interval {_interval(gain, '+')}). The best is chosen on these same problems, "
+            "so on others the gain tends to be larger."
+        ),
+        Text(
+            f"At least one run solves {result['solved_by_any']:.1%} of the problems, "
+            f"all of them solve {result['solved_by_all']:.1%}."
+        ),
+        Text("\nOf the problems that either of two runs solves, both solve:"),
+        _overlap_table(result["overlap"]),
+    )
+
+
+def _overlap_table(overlap: Sequence[Sequence[float | None]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("run", *map(str, range(1, len(overlap) + 1))):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row, shares in enumerate(overlap):
+        cells = ["-" if share is None else f"{share:.0%}" for share in shares]
+        cells[row] = ""
+        table.add_row(str(row + 1), *cells)
+    return table
 
 
 def merge_text(result: Mapping[str, Any]) -> RenderableType:
@@ -89,6 +145,74 @@ def _times(ratio: float | None, own: bool) -> str:
     return "" if ratio is None or own else f" ({ratio:.1f}x)"
 
 
+def compare_table(result: Mapping[str, Any]) -> RenderableType:
+    """What `midtune compare` found: how far rankings agree, and how far position explains each."""
+    names = [
+        f"{number}  {ranking['file']}: {ranking['model']} on {ranking['task']}, {ranking['method']}, "
+        f"seed {ranking['seed']}, {ranking['ranked']} of {ranking['num_blocks']} blocks"
+        for number, ranking in enumerate(result["rankings"], 1)
+    ]
+    pairs = result["pairs"]
+    agreement = plain_table()
+    agreement.add_column("pair", no_wrap=True)
+    for name in ("blocks", "Spearman", "Kendall", f"top {pairs[0]['top_k']}", "p"):
+        agreement.add_column(name, justify="right", no_wrap=True)
+    for pair in pairs:
+        agreement.add_row(
+            _pair(pair),
+            str(pair["blocks"]),
+            _correlation(pair["spearman"]),
+            _correlation(pair["kendall"]),
+            f"{pair['overlap']} ({pair['expected']:.1f})",
+            "<0.001" if pair["p"] < 0.001 else f"{pair['p']:.3f}",
+        )
+    position = plain_table()
+    for name in ("ranking", "Spearman with minus depth", "with closeness to the middle"):
+        position.add_column(name, justify="right", no_wrap=True)
+    for number, ranking in enumerate(result["rankings"], 1):
+        position.add_row(str(number), _correlation(ranking["depth"]), _correlation(ranking["middle"]))
+    notes = [
+        "In brackets: 95% intervals as if blocks were independent. Neighbours are alike, so the intervals "
+        "are too narrow and p is too small.",
+        f"Top {pairs[0]['top_k']}: blocks shared, and what chance gives; p: how often chance gives as many.",
+        _compared(pairs),
+    ]
+    if by_depth := [_pair(pair) for pair in pairs if pair["matched"] == "depth"]:
+        notes.append(
+            f"Matched by relative depth, the ranking with more blocks interpolated: {'; '.join(by_depth)}."
+        )
+    parts: list[RenderableType] = [agreement, "", position, ""]
+    for pair in pairs:
+        if pair.get("signals"):
+            signals = plain_table()
+            signals.add_column(f"signal, pair {_pair(pair)}", no_wrap=True)
+            signals.add_column("Spearman", justify="right", no_wrap=True)
+            for name, found in pair["signals"].items():
+                free = {"depth": "position: minus depth", "middle": "position: closeness to the middle"}
+                signals.add_row(free.get(name, name), _correlation(found))
+            parts += [signals, ""]
+    return Group(*map(Text, names), "", *parts, *map(Text, notes))
+
+
+def _pair(pair: Mapping[str, Any]) -> str:
+    return f"{pair['first'] + 1}, {pair['second'] + 1}"
+
+
+def _correlation(found: Mapping[str, float | None] | None) -> str:
+    if found is None:
+        return "-"
+    bounds = "" if found["low"] is None else f" ({found['low']:.2f} to {found['high']:.2f})"
+    return f"{found['value']:.2f}{bounds}"
+
+
+def _compared(pairs: Sequence[Mapping[str, Any]]) -> str:
+    """Which values the pairs were compared by."""
+    by_share = [_pair(pair) for pair in pairs if pair["compared"] == "contribution"]
+    if len(by_share) in (0, len(pairs)):
+        return f"Compared: {'C(k)' if by_share else 'scores'}."
+    return f"Compared: C(k) for {'; '.join(by_share)}, scores for the others."
+
+
 def tasks_text(result: Mapping[str, Any]) -> RenderableType:
     """What `midtune tasks` found: names, one a line, or a problem with the arguments it came from."""
     if "tasks" in result:
@@ -102,3 +226,14 @@ def tasks_text(result: Mapping[str, Any]) -> RenderableType:
         Text("\nanswer", style="bold"),
         Text(result["answer"]),
     )
+
+
+def _held(result: Mapping[str, Any]) -> str:
+    return "unquantized" if result["quantize"] == "none" else str(result["quantize"])
+
+
+def _interval(found: Mapping[str, Any], sign: str = "") -> str:
+    low, high = found["low"], found["high"]
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return "unknown"
+    return f"{low:{sign}.3f} to {high:{sign}.3f}"

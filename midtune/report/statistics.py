@@ -90,6 +90,17 @@ def compare(before: ArrayLike, after: ArrayLike) -> Comparison:
     return Comparison(score_interval(before), score_interval(after), paired_gain(before, after))
 
 
+def jaccard(first: ArrayLike, second: ArrayLike) -> float | None:
+    """Of the problems that either solves, the share that both solve; None if neither solves any.
+
+    Args:
+        first, second: [n] whether the same problems are solved.
+    """
+    one, other = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
+    either = int((one | other).sum())
+    return int((one & other).sum()) / either if either else None
+
+
 def _checked(values: ArrayLike) -> NDArray[np.float64]:
     scores = np.asarray(values, dtype=np.float64)
     if scores.ndim != 1 or scores.size == 0 or not np.isfinite(scores).all():

@@ -11,7 +11,7 @@ from midtune.errors import InputError
 from midtune.model.patch import DESCRIPTION, apply_patch, read_patch
 from midtune.report.statistics import score_interval
 from midtune.report.terminal import Terminal
-from midtune.stages.setup import open_policy, open_source, open_task, score_policy
+from midtune.stages.setup import open_policy, open_source, open_task, score_policy, with_model
 
 
 def run(target: str, config: RunConfig, *, terminal: Terminal) -> dict[str, Any]:
@@ -31,9 +31,7 @@ def run(target: str, config: RunConfig, *, terminal: Terminal) -> dict[str, Any]
         name, revision = patch.base_model, patch.revision
     else:
         name, revision = target, config.model.revision
-    config = config.model_copy(
-        update={"model": config.model.model_copy(update={"name": name, "revision": revision})}
-    )
+    config = with_model(config, name, revision)
     task = open_task(config, terminal)
     policy = open_policy(config, open_source(config, terminal), terminal)
     blocks = apply_patch(policy, patch_folder).blocks if patch_folder is not None else None

@@ -16,6 +16,12 @@ from midtune.rollout.sampler import Sampling
 from midtune.tasks import Row, Task, check_reward, load_task
 
 
+def with_model(config: RunConfig, name: str, revision: str | None) -> RunConfig:
+    """The configuration with another model in place of its own."""
+    model = config.model.model_copy(update={"name": name, "revision": revision})
+    return config.model_copy(update={"model": model})
+
+
 def open_source(config: RunConfig, terminal: Terminal) -> Source:
     """The model's files on this machine, fetched or converted if need be."""
     resolve_device(config.model.device)
@@ -48,8 +54,12 @@ def open_policy(
         )
 
 
-def open_task(config: RunConfig, terminal: Terminal) -> Task:
-    """The task, its rewards already tried on real rows."""
+def open_task(config: RunConfig, terminal: Terminal, *, more: int = 0) -> Task:
+    """The task, its rewards already tried on real rows.
+
+    Args:
+        more: training problems beyond those that a run uses.
+    """
     settings = config.task
     task = load_task(
         require_task(config),
@@ -61,7 +71,7 @@ def open_task(config: RunConfig, terminal: Terminal) -> Task:
         prompt_format=settings.prompt_format,
         # More than a run can use would only cost time: some generators take seconds a problem.
         train_size=min(
-            settings.train_size, max(config.training.steps * config.training.prompts_per_step, 64)
+            settings.train_size, max(config.training.steps * config.training.prompts_per_step, 64) + more
         ),
         eval_size=settings.eval_size,
         seed=config.seed,

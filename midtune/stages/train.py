@@ -65,6 +65,12 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
     else:
         folder, checkpoint = RunFolder.create(out, _stem(config)), None
 
+    if config.blocks.select == "boost":
+        if config.model.adapter == "lora":
+            raise InputError("--select boost trains all blocks whole; leave out --adapter lora.")
+        # Every block is trained, so none is left to keep in 4-bit.
+        unquantized = config.model.model_copy(update={"quantize": "none"})
+        config = config.model_copy(update={"model": unquantized})
     require_one_process()
     require_tracker(config.training.report_to)
     task = open_task(config, terminal)
@@ -85,7 +91,9 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
                 "training.vllm out, or use the unquantized checkpoint."
             )
     config, choice = choose_blocks(config, policy, task, folder, terminal)
-    blocks = parse_layers(config.blocks.layers or "", policy.num_blocks, config.blocks.top_k)
+    chosen = parse_layers(config.blocks.layers or "", policy.num_blocks, config.blocks.top_k)
+    boosted = config.blocks.select == "boost"
+    blocks = list(range(policy.num_blocks)) if boosted else chosen
 
     if checkpoint is None:
         trained = len(blocks) * sum(p.numel() for p in policy.blocks[blocks[0]].parameters())
@@ -114,7 +122,8 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
         for block in blocks:
             policy.thaw(block)
     trainable = sum(p.numel() for p in policy.trained_parameters().values())
-    peak_bytes = _train(config, policy, task, folder, checkpoint, meter, terminal)
+    faster = dict.fromkeys(chosen, config.blocks.boost) if boosted else {}
+    peak_bytes = _train(config, policy, task, folder, checkpoint, meter, faster, terminal)
 
     after = score_policy(
         policy, task, task.held_out, config, terminal, "scoring after training", config.evaluation.samples
@@ -185,6 +194,7 @@ def _train(
     folder: RunFolder,
     checkpoint: Path | None,
     meter: Meter,
+    faster: dict[int, float],
     terminal: Terminal,
 ) -> int:
     """The training itself; returns its peak bytes."""
@@ -209,6 +219,7 @@ def _train(
             folder=folder.checkpoints,
             seed=config.seed,
             meter=meter,
+            faster=faster,
             on_step=on_step,
             on_sample=lambda sample: folder.append_jsonl(folder.samples, sample),
             on_message=display.message,

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from midtune.report.statistics import Gain, Score, compare, paired_gain, score_interval
+from midtune.report.statistics import Gain, Score, compare, jaccard, paired_gain, score_interval
 
 
 def test_wilson_for_solved_or_not() -> None:
@@ -92,3 +92,11 @@ def test_intervals_cover_the_truth(samples: int) -> None:
         covered += [score.low <= 0.45 <= score.high, gain.low <= 0.1 <= gain.high]
     assert (covered >= 0.9 * repetitions).all()
     assert (covered <= 0.99 * repetitions).all()
+
+
+def test_jaccard_counts_what_both_solve_among_what_either_does() -> None:
+    # Both solve the first, one more is solved by each alone, nobody solves the last.
+    assert jaccard([1, 1, 0, 0], [1, 0, 1, 0]) == pytest.approx(1 / 3)
+    assert jaccard([True, False], [True, False]) == 1.0
+    assert jaccard([True, False], [False, True]) == 0.0
+    assert jaccard([False, False], [False, False]) is None

@@ -1,18 +1,11 @@
-import io
+import math
 from typing import Any
 
 import pytest
-from rich.console import Console, RenderableType
 
-from midtune.report.results import bench_table
-from midtune.report.tables import (
-    IntervalBar,
-    bytes_text,
-    probe_table,
-    report_table,
-    seconds_text,
-    whole_seconds_text,
-)
+from midtune.report.results import bench_table, vote_table
+from midtune.report.tables import bytes_text, report_table, seconds_text, whole_seconds_text
+from tests.report.printed import rendered
 
 THREE = {
     "before": {"score": 0.327, "low": 0.276, "high": 0.382, "n": 300},
@@ -49,55 +42,6 @@ REPORT: dict[str, Any] = {
     "probe": "the geometric middle",
     "seed": 0,
 }
-PROBE: dict[str, Any] = {
-    "schema": 1,
-    "model": "tiny",
-    "task": "reasoning-gym:chain_sum",
-    "method": "gradient",
-    "cost_seconds": 83.2,
-    "blocks": [
-        {
-            "block": 0,
-            "score": 0.1,
-            "low": 0.0,
-            "high": 0.2,
-            "contribution": None,
-            "step_cost": 2.0,
-            "rank": 3,
-        },
-        {
-            "block": 1,
-            "score": 0.5,
-            "low": 0.3,
-            "high": 1.0,
-            "contribution": None,
-            "step_cost": 1.5,
-            "rank": 1,
-        },
-        {
-            "block": 2,
-            "score": 0.2,
-            "low": 0.1,
-            "high": 0.4,
-            "contribution": None,
-            "step_cost": 1.0,
-            "rank": 2,
-        },
-    ],
-    "selected": [1],
-    "depth_baseline": {"block": 2, "score": 0.2},
-}
-
-
-def rendered(renderable: RenderableType, encoding: str = "utf-8") -> list[str]:
-    """What a pipe of 80 columns gets."""
-    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    Console(file=file, width=80).print(renderable)
-    file.seek(0)
-    lines = [line.rstrip() for line in file.read().splitlines()]
-    assert all(len(line) <= 80 for line in lines)
-    assert not any("…" in line or "\x1b" in line for line in lines)
-    return lines
 
 
 def test_report_on_80_columns() -> None:
@@ -168,51 +112,6 @@ def test_unknown_and_unbounded_figures() -> None:
     assert "blocks 3, 4\ntrained" in text
 
 
-def test_probe_on_80_columns() -> None:
-    assert rendered(probe_table(PROBE)) == [
-        "tiny on reasoning-gym:chain_sum",
-        "",
-        "   rank  block  score    95% interval                          cost",
-        "───────────────────────────────────────────────────────────────────",
-        "*     1      1  0.500  0.300 to 1.000        ────●───────────   75%",
-        "      2      2  0.200  0.100 to 0.400    ──●────                50%",
-        "      3      0  0.100  0.000 to 0.200  ──●──                   100%",
-        "",
-        "* selected. 3 blocks ranked by the gradient method in 83.2 s.",
-        "Blocks whose interval reaches that of block 1: 1 of 2. The order among them is",
-        "not settled.",
-        "Position alone would take block 2 (score 0.2).",
-        "Cost: time of a training step, relative to the dearest block here.",
-    ]
-
-
-def test_probe_with_contributions_and_negative_scores_fits() -> None:
-    rows = [{**row, "score": -row["score"], "low": -1.0, "contribution": -0.51} for row in PROBE["blocks"]]
-    lines = rendered(probe_table({**PROBE, "blocks": rows}), encoding="ascii")
-    assert any("C(k)" in line for line in lines)
-    assert sum("-0.510" in line for line in lines) == 3
-
-
-def test_tiny_scores_are_shown_in_a_power_of_ten() -> None:
-    rows = [{**row, **{key: row[key] * 1e-5 for key in ("score", "low", "high")}} for row in PROBE["blocks"]]
-    lines = rendered(probe_table({**PROBE, "blocks": rows}))
-    assert "score, 1e-05" in lines[2]
-    assert "0.500  0.300 to 1.000" in lines[4]
-
-
-def test_a_clear_winner_is_said_to_be_one() -> None:
-    rows = [{**row, "low": row["score"] - 0.05, "high": row["score"] + 0.05} for row in PROBE["blocks"]]
-    assert "Blocks whose interval reaches that of block 1: 0 of 2." in rendered(
-        probe_table({**PROBE, "blocks": rows})
-    )
-
-
-def test_interval_bar() -> None:
-    assert IntervalBar(0.5, 0.0, 1.0, 0.0, 1.0).text(ascii_only=True) == "----------o-----------"
-    assert IntervalBar(1.0, None, None, 0.0, 1.0).text(ascii_only=True) == " " * 21 + "o"
-    assert IntervalBar(1.0, 1.0, 1.0, 1.0, 1.0).text(ascii_only=False).strip() == "●"
-
-
 @pytest.mark.parametrize(
     ("count", "text"),
     [
@@ -262,9 +161,54 @@ def test_the_bench_table_shows_ratios_where_work_was_equal() -> None:
     fours = {**ones, "update": 4.0}
     arms = [arm("midtune", 1.5, ones), arm("trl-full", 6.0, fours), arm("trl-qlora", 7.0, None)]
     sizes = {"steps": 5, "prompts": 4, "group_size": 8, "new_tokens": 24}
-    lines = rendered(bench_table({"model": "m", "block": 3, "arms": arms, **sizes}))
+    lines = rendered(bench_table({"model": "m", "block": 3, "arms": arms, "failed": {}, **sizes}))
     by_arm = {line.split()[0]: line.split()[1:] for line in lines if line}
     assert by_arm["midtune"] == ["1.50", "s", "1.50", "s", "1.50", "s", "2.00", "GiB"]
     assert "(4.0x)" in by_arm["trl-full"]
     assert not any("x)" in word for word in by_arm["trl-qlora"])
     assert "An arm without a ratio did not do the same work." in lines
+
+
+def test_the_vote_on_80_columns() -> None:
+    def score(value: float, low: float, high: float) -> dict[str, Any]:
+        return {"score": value, "low": low, "high": high, "n": 300}
+
+    runs = [
+        {"run": f"runs/block-{block}", "blocks": [block], "score": score(0.4, 0.35, 0.45), "sampled": None}
+        for block in (3, 14)
+    ]
+    result = {
+        "model": "tiny",
+        "task": "reasoning-gym:chain_sum",
+        "quantize": "nf4",
+        "base": score(0.2, 0.15, 0.25),
+        "runs": runs,
+        "vote": score(0.45, 0.4, 0.5),
+        "gain_over_best": {"value": 0.05, "low": math.nan, "high": math.nan},
+        "solved_by_any": 0.0,
+        "solved_by_all": 0.0,
+        "overlap": [[None, None], [None, None]],
+    }
+    assert rendered(vote_table(result)) == [
+        "tiny (nf4) on reasoning-gym:chain_sum, 300 problems",
+        "",
+        "     run             blocks   score     95% interval",
+        " ───────────────────────────────────────────────────",
+        "     base model               0.200   0.150 to 0.250",
+        " 1   runs/block-3         3   0.400   0.350 to 0.450",
+        " 2   runs/block-14       14   0.400   0.350 to 0.450",
+        "",
+        "     vote                     0.450   0.400 to 0.500",
+        "",
+        "The vote's gain over run 1, the best here, is +0.050 (95% interval unknown). The",
+        "best is chosen on these same problems, so on others the gain tends to be larger.",
+        "At least one run solves 0.0% of the problems, all of them solve 0.0%.",
+        "",
+        "Of the problems that either of two runs solves, both solve:",
+        "",
+        " run   1   2",
+        " ───────────",
+        "   1       -",
+        "   2   -",
+        "",
+    ]

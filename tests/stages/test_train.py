@@ -13,8 +13,12 @@ import pytest
 
 from midtune.config import RunConfig, dump_config, load_config
 from midtune.errors import InputError, RunStopped
+from midtune.model.loading import load_policy
+from midtune.model.patch import apply_patch
+from midtune.model.sources import resolve
 from midtune.report.terminal import Terminal
 from midtune.stages import evaluate, merge, probe, train
+from midtune.stages.setup import open_task
 from tests.stages.conftest import Configured
 
 
@@ -118,8 +122,8 @@ def test_the_latest_fitting_ranking_under_runs_chooses(
     configured: Configured, tmp_path: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    config = configured(blocks__layers=None, probe__prompts=8, training__steps=1)
-    ranking = probe.run(config, out=None, terminal=terminal)
+    config = configured(blocks__layers=None, probe__prompts=8, training__steps=1, probe__method="gradient")
+    ranking = probe.run(config, out=None, resume=None, terminal=terminal)
     assert [row["block"] for row in ranking["blocks"]] == [0, 1, 2, 3]
     report = go(config, None, terminal)
     assert report["probe"].startswith("the ranking of runs/probe-")
@@ -128,6 +132,73 @@ def test_the_latest_fitting_ranking_under_runs_chooses(
     assert go(other, None, terminal)["blocks"] == ranking["selected"]
     exact = configured(blocks__layers="middle", task__reward="exact", training__steps=1)
     assert go(exact, None, terminal)["probe"] == "--layers middle"
+
+
+@pytest.fixture
+def ranked(tmp_path: Path) -> Path:
+    """A ranking of the four blocks, best first 3, 0, 2, 1, to be completed with what it is about."""
+    blocks = [{"block": block, "rank": rank, "score": -rank} for rank, block in enumerate((3, 0, 2, 1), 1)]
+    file = tmp_path / "probe.json"
+    file.write_text(json.dumps({"method": "sweep", "blocks": blocks}))
+    return file
+
+
+def about(ranking: Path, config: RunConfig, terminal: Terminal) -> RunConfig:
+    """The configuration with a ranking that is about its model and task."""
+    data = json.loads(ranking.read_text())
+    task = open_task(config, terminal)
+    data |= {"model": config.model.name, "revision": None, "task_fingerprint": task.fingerprint}
+    ranking.write_text(json.dumps(data))
+    return config
+
+
+@pytest.mark.parametrize(("select", "blocks"), [("best", [0, 3]), ("worst", [1, 2]), ("middle", [1, 2])])
+def test_strategies_take_the_best_the_worst_or_the_middle(
+    configured: Configured, tmp_path: Path, terminal: Terminal, ranked: Path, select: str, blocks: list[int]
+) -> None:
+    config = configured(
+        blocks__layers=None, blocks__probe=ranked, blocks__select=select, blocks__top_k=2, training__steps=1
+    )
+    report = go(about(ranked, config, terminal), tmp_path / "run", terminal)
+    assert report["blocks"] == blocks
+    assert ("the worst of" in report["probe"]) == (select == "worst")
+
+
+def test_boost_trains_all_blocks_and_the_best_faster(
+    configured: Configured, tmp_path: Path, terminal: Terminal, ranked: Path
+) -> None:
+    config = configured(
+        blocks__layers=None,
+        blocks__probe=ranked,
+        blocks__select="boost",
+        blocks__boost=3.0,
+        training__steps=1,
+        training__lr=1e-3,
+    )
+    report = go(about(ranked, config, terminal), tmp_path / "run", terminal)
+    assert report["blocks"] == [0, 1, 2, 3]
+    assert report["probe"].startswith("boost of block 3 by 3: the ranking of")
+    assert load_config(tmp_path / "run/config.yaml", {}).model.quantize == "none"
+    policy = load_policy(resolve(config.model.name), quantize="none", device="cpu")
+    apply_patch(policy, tmp_path / "run/patch")
+    for block in range(4):
+        original = policy.original_tensors(block)["mlp.up_proj.weight"].float()
+        moved = policy.blocks[block].mlp.up_proj.weight - original
+        assert float(moved.detach().abs().max()) == pytest.approx(3e-3 if block == 3 else 1e-3, rel=0.01)
+
+
+def test_the_worst_blocks_are_known_only_by_a_ranking(
+    configured: Configured, tmp_path: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for select in ("worst", "boost"):
+        config = configured(blocks__layers=None, blocks__select=select)
+        with pytest.raises(InputError, match=f"--select {select} needs a ranking .* `midtune probe`"):
+            go(config, tmp_path / "run", terminal)
+    lora = configured(blocks__select="boost", model__adapter="lora")
+    with pytest.raises(InputError, match="leave out --adapter lora"):
+        go(lora, tmp_path / "run", terminal)
+    assert not (tmp_path / "run").exists()
 
 
 def test_lora_trains_scores_and_merges(configured: Configured, tmp_path: Path, terminal: Terminal) -> None:

@@ -1,0 +1,179 @@
+"""`midtune compare`: whether a ranking of blocks carries over to another task, algorithm, seed or model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from midtune.errors import InputError
+from midtune.probe.agreement import Correlation, at_relative_depths, kendall, spearman, top_overlap
+from midtune.probe.contribution import depth_correlation, middle_correlation
+from midtune.probe.selection import read_probe
+from midtune.report.depth import depth_of, finite, points, value_name
+from midtune.report.plots import rankings_curve
+from midtune.report.terminal import Terminal
+
+FEWEST_BLOCKS = 3
+PICTURES = (".svg", ".png", ".pdf")
+
+
+def run(files: Sequence[Path], *, top_k: int, out: Path | None, terminal: Terminal) -> dict[str, Any]:
+    """Compare every two of some rankings, and each with what position alone would say.
+
+    Two rankings are compared over the blocks that both have: by contributions if all of these have one, else
+    by scores. If the models differ in their number of blocks, the ranking of the larger is interpolated at the
+    relative depths of the other's blocks.
+
+    Args:
+        files: each a probe.json or a run folder that holds one.
+        top_k: how many of the best blocks to look at.
+        out: where to draw the rankings over relative depth.
+
+    Returns:
+        `rankings`, each with its Spearman correlation with minus depth (`depth`) and with closeness to the
+        middle (`middle`), and `pairs`, whose `first` and `second` count the rankings from 0. Where one of a pair
+        has `signals`, the Spearman correlation of each with the other's values, beside those of position.
+
+    Raises:
+        InputError: a file is no probe.json, two rankings have too few blocks in common, or `out` cannot be
+            drawn.
+    """
+    if len(files) < 2:
+        raise InputError(
+            f"{len(files)} ranking was given, but a comparison takes two or more; "
+            "name the probe.json or the run folder of each."
+        )
+    _check_picture(out)
+    probes = [read_probe(file) for file in files]
+    for file, probe in zip(files, probes, strict=True):
+        if probe.get("num_blocks") is None:
+            terminal.message(
+                f"{file} does not say how many blocks the model has; {depth_of(probe)} are assumed, "
+                "up to the deepest one ranked"
+            )
+    pairs = []
+    for first, second in combinations(range(len(files)), 2):
+        names = f"{files[first]} and {files[second]}"
+        found = {"first": first, "second": second}
+        pairs.append({**found, **compare_pair(probes[first], probes[second], top_k, names)})
+    rankings = [describe(file, probe) for file, probe in zip(files, probes, strict=True)]
+    if out is not None:
+        labels = [
+            f"{number}: {ranking['model']} on {ranking['task']}, {ranking['method']}, seed {ranking['seed']}"
+            for number, ranking in enumerate(rankings, 1)
+        ]
+        rankings_curve(dict(zip(labels, probes, strict=True)), out)
+        terminal.message(f"the rankings are drawn in {out}")
+    return {"rankings": rankings, "pairs": pairs}
+
+
+def describe(file: Path, probe: Mapping[str, Any]) -> dict[str, Any]:
+    """One of `rankings`: what the ranking is about, and how far position alone explains it."""
+    values, num_blocks = {point.block: point.value for point in points(probe)}, depth_of(probe)
+    return {
+        "file": str(file),
+        **{key: probe.get(key) for key in ("model", "revision", "task", "method", "seed")},
+        "num_blocks": num_blocks,
+        "ranked": len(values),
+        "compared": "contribution" if value_name(probe) == "C(k)" else "score",
+        "depth": _figures(depth_correlation(values)),
+        "middle": _figures(middle_correlation(values, num_blocks)),
+    }
+
+
+def compare_pair(
+    first: Mapping[str, Any], second: Mapping[str, Any], top_k: int, names: str
+) -> dict[str, Any]:
+    """One of `pairs`, but for `first` and `second`.
+
+    Args:
+        first, second: what two probe.json hold.
+        top_k: how many of the best blocks to look at.
+        names: what to call both in an error.
+    """
+    compared = "contribution"
+    common = _in_common(first, second, compared)
+    if len(by_score := _in_common(first, second, "score")) > len(common):
+        compared, common = "score", by_score
+    if len(common) < FEWEST_BLOCKS:
+        raise InputError(
+            f"{names} have {len(common)} ranked blocks in common, but a comparison needs {FEWEST_BLOCKS}; "
+            "rank more blocks with `midtune probe`."
+        )
+    if not 1 <= top_k <= len(common):
+        raise InputError(
+            f"the best {top_k} blocks were to be compared, but {names} have {len(common)} ranked blocks in "
+            f"common; ask for 1 to {len(common)} with --top-k."
+        )
+    one, other = [value for value, _ in common], [value for _, value in common]
+    overlap = top_overlap(one, other, top_k)
+    return {
+        "matched": "block" if depth_of(first) == depth_of(second) else "depth",
+        "compared": compared,
+        "blocks": len(common),
+        "spearman": _figures(spearman(one, other)),
+        "kendall": _figures(kendall(one, other)),
+        "top_k": top_k,
+        "overlap": overlap.shared,
+        "expected": overlap.expected,
+        "p": overlap.p,
+        "signals": _signals(first, second) or _signals(second, first),
+    }
+
+
+def _signals(cheap: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How well each signal of one ranking, and position, predict the values of another one of as many blocks."""
+    known = {row["block"]: row["signals"] for row in cheap["blocks"] if row.get("signals")}
+    values = {point.block: point.value for point in points(other) if point.block in known}
+    if not values or depth_of(cheap) != depth_of(other):
+        return None
+    names = next(iter(known.values()))
+    found = {name: spearman([known[block][name] for block in values], [*values.values()]) for name in names}
+    found |= {"depth": depth_correlation(values), "middle": middle_correlation(values, depth_of(other))}
+    return {name: _figures(correlation) for name, correlation in found.items()}
+
+
+def _in_common(first: Mapping[str, Any], second: Mapping[str, Any], key: str) -> list[tuple[float, float]]:
+    """What both rankings say of the blocks that both have, in order of depth."""
+    fewer = min(depth_of(first), depth_of(second))
+    one, other = (
+        at_relative_depths(
+            {
+                row["block"]: value
+                for row in probe["blocks"]
+                if (value := _value(probe, row, key)) is not None
+            },
+            depth_of(probe),
+            fewer,
+        )
+        for probe in (first, second)
+    )
+    return [(one[block], other[block]) for block in sorted(one.keys() & other.keys())]
+
+
+def _value(probe: Mapping[str, Any], row: Mapping[str, Any], key: str) -> float | None:
+    # Scores of a race are those of runs of different length.
+    return -float(row["rank"]) if probe["method"] == "race" and key == "score" else finite(row.get(key))
+
+
+def _figures(correlation: Correlation | None) -> dict[str, float | None] | None:
+    if correlation is None:
+        return None
+    return {"value": correlation.value, "low": correlation.low, "high": correlation.high}
+
+
+def _check_picture(out: Path | None) -> None:
+    if out is None:
+        return
+    if out.suffix.lower() not in PICTURES:
+        raise InputError(
+            f"{out} was to be a picture, but its name ends in none of {', '.join(PICTURES)}; "
+            "choose such a name with --out."
+        )
+    if not out.absolute().parent.is_dir():
+        raise InputError(
+            f"{out} cannot be written because there is no folder {out.parent}; "
+            "make it, or choose another name with --out."
+        )

@@ -1,0 +1,249 @@
+"""Short runs for a probe: one block alone, or everything, from the same start; each is recorded when it ends."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from midtune.config import RunConfig
+from midtune.model.memory import give_back
+from midtune.model.policy import Policy
+from midtune.report.terminal import Terminal
+from midtune.rl.trainer import FirstRollout
+from midtune.rl.training import train_blocks
+from midtune.runs import RunFolder
+from midtune.savings.meter import Meter
+from midtune.stages.setup import score_policy
+from midtune.tasks import Row, Task
+
+# With fewer a score says nothing.
+FEWEST_PROBLEMS = 32
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A run of a few steps and how it scored; a line of trials.jsonl.
+
+    Attributes:
+        trained: a block's number, `full`, or `base` for the scores before training.
+        greedy, sampled: [N] scores of the problems; `sampled` is the mean over samples, None if none are drawn.
+        step_s: median seconds of a step.
+        train_s, score_s: seconds that this record cost.
+    """
+
+    trained: int | str
+    seed: int
+    steps: int
+    greedy: list[float]
+    sampled: list[float] | None
+    step_s: float = 0.0
+    train_s: float = 0.0
+    score_s: float = 0.0
+
+    @property
+    def scores(self) -> NDArray[np.float64]:
+        """What blocks are ranked by: samples, which show a gain first and are what training maximises."""
+        return np.array(self.greedy if self.sampled is None else self.sampled)
+
+
+@dataclass
+class Trials:
+    """Runs trials on one loaded policy and remembers them, in the folder and from it.
+
+    Args:
+        policy: with no trained blocks; so it is again after each trial.
+        rows: problems to train on.
+        problems: what trials are scored on, in the same order each time.
+        folder: keeps trials.jsonl; what it has already is not run again.
+        continued: keep checkpoints, so that a trial can go on from where it ended.
+        total: trials that are planned, for the person who watches; None: not known.
+
+    Attributes:
+        done: records in the order in which they were asked for. Those from an earlier session count when they
+            are asked for again, so that what is planned by their cost is planned as it was.
+    """
+
+    policy: Policy
+    task: Task
+    config: RunConfig
+    folder: RunFolder
+    terminal: Terminal
+    rows: Sequence[Row]
+    problems: Sequence[Row]
+    continued: bool = False
+    total: int | None = None
+    done: list[Trial] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.done = []
+        self._earlier = _recorded(self.folder.trials)
+        # Where frozen weights are what a thawed block computes with, all runs of a seed begin alike.
+        self._first: dict[int, FirstRollout] = {}
+        if self._earlier:
+            # Whole lines only, so that what comes next has a line of its own.
+            lines = [json.dumps(asdict(trial)) + "\n" for trial in self._earlier]
+            self.folder.write_text(self.folder.trials, "".join(lines))
+            self.terminal.message(f"{len(self._earlier)} records are known from an earlier session")
+
+    @property
+    def spent_s(self) -> float:
+        """Seconds that all trials took."""
+        return sum(trial.train_s + trial.score_s for trial in self.done)
+
+    @property
+    def spent_steps(self) -> int:
+        """Steps of all trials, each block's counted once."""
+        reached: dict[tuple[int | str, int], int] = {}
+        for trial in self.done:
+            reached[trial.trained, trial.seed] = max(trial.steps, reached.get((trial.trained, trial.seed), 0))
+        return sum(reached.values())
+
+    @property
+    def seconds_per_step(self) -> float:
+        """What a step cost in the mean, with what a trial costs besides."""
+        return sum(trial.train_s for trial in self.done) / max(self.spent_steps, 1)
+
+    @property
+    def seconds_per_score(self) -> float:
+        """What scoring on all problems costs."""
+        scored = sum(len(trial.greedy) for trial in self.done)
+        return sum(trial.score_s for trial in self.done) / scored * len(self.problems)
+
+    def base(self) -> Trial:
+        """The scores before training."""
+        seed = self.config.seed
+        return self._known("base", seed, 0) or self._keep(
+            self._scored("base", seed, 0, "scoring before training", self.problems)
+        )
+
+    def run(
+        self,
+        trained: int | str,
+        steps: int,
+        *,
+        seed: int | None = None,
+        lr: float | None = None,
+        share: float = 1.0,
+    ) -> Trial:
+        """Train a block, or `full`, for so many steps in all, and score it on the first `share` of the problems.
+
+        A trial of fewer steps is continued, exactly, if its checkpoint is there.
+        """
+        seed = self.config.seed if seed is None else seed
+        problems = self.problems[: max(FEWEST_PROBLEMS, round(share * len(self.problems)))]
+        known = self._known(trained, seed, steps)
+        if known is not None:
+            return known
+        try:
+            if trained == "full":
+                self.policy.thaw_all()
+            else:
+                self.policy.thaw(int(trained))
+            what = "all parameters" if trained == "full" else f"block {trained}"
+            step_s, train_s = self._train(trained, steps, seed, lr, what)
+            what = f"scoring {what}"
+            return self._keep(self._scored(trained, seed, steps, what, problems, step_s, train_s))
+        finally:
+            self.policy.freeze_all()
+            give_back()
+
+    def forget(self) -> None:
+        """Remove the checkpoints of trials, which are large."""
+        shutil.rmtree(self._checkpoints, ignore_errors=True)
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.folder.path / "trials"
+
+    def _train(
+        self, trained: int | str, steps: int, seed: int, lr: float | None, what: str
+    ) -> tuple[float, float]:
+        """Median seconds of a step, and seconds in all."""
+        settings = self.config.training.model_copy(
+            update={"report_to": "none", "lr": lr or self.config.training.lr}
+        )
+        own = RunFolder(self._checkpoints / f"{trained}-{seed}")
+        reached = own.latest_checkpoint()
+        before = int(reached.name.rpartition("-")[2]) if reached is not None else 0
+        if before >= steps:
+            # It was trained and not scored: there is no record of what its steps cost.
+            shutil.rmtree(own.path)
+            reached, before = None, 0
+        seconds: list[float] = []
+        number = f"trial {len(self.done)}{f' of {self.total}' if self.total else ''}"
+        first = None if self.policy.quantized else self._first.setdefault(seed, FirstRollout())
+        started = time.perf_counter()
+        with self.terminal.progress(f"{number}: {what}", steps - before) as advance:
+
+            def on_step(metrics: dict[str, Any]) -> None:
+                seconds.append(metrics["step_s"])
+                advance(1)
+
+            train_blocks(
+                self.policy,
+                self.rows,
+                self.task.reward,
+                settings,
+                folder=own.checkpoints,
+                seed=seed,
+                meter=Meter(self.policy.device),
+                on_step=on_step,
+                stop_after=steps,
+                checkpoints=self.continued,
+                resume_from=reached,
+                first=first,
+            )
+        return statistics.median(seconds), time.perf_counter() - started
+
+    def _scored(
+        self,
+        trained: int | str,
+        seed: int,
+        steps: int,
+        what: str,
+        problems: Sequence[Row],
+        step_s: float = 0.0,
+        train_s: float = 0.0,
+    ) -> Trial:
+        started = time.perf_counter()
+        samples = self.config.evaluation.samples
+        found = score_policy(self.policy, self.task, self.problems, self.config, self.terminal, what, samples)
+        sampled = None if found.sampled is None else found.sampled.tolist()
+        score_s = time.perf_counter() - started
+        return Trial(trained, seed, steps, found.greedy.tolist(), sampled, step_s, train_s, score_s)
+
+    def _keep(self, trial: Trial) -> Trial:
+        self.folder.append_jsonl(self.folder.trials, asdict(trial))
+        self.done.append(trial)
+        return trial
+
+    def _known(self, trained: int | str, seed: int, steps: int) -> Trial | None:
+        wanted = (trained, seed, steps)
+        for trial in self.done:
+            if (trial.trained, trial.seed, trial.steps) == wanted:
+                return trial
+        for trial in self._earlier:
+            if (trial.trained, trial.seed, trial.steps) == wanted:
+                self.done.append(trial)
+                return trial
+        return None
+
+
+def _recorded(file: Path) -> list[Trial]:
+    """The trials of a trials.jsonl; a last line that a crash cut short is left out."""
+    found = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        try:
+            found.append(Trial(**json.loads(line)))
+        except (ValueError, TypeError):
+            break
+    return found
