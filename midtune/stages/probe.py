@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +38,7 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
     Raises:
         InputError: something asked for does not exist; nothing has been written.
         RunStopped: the rewards do not tell completions apart.
-        Interrupted: Ctrl-C; the trials that had ended are kept.
+        Interrupted: Ctrl-C or SIGTERM; the trials that had ended are kept.
     """
     method = config.probe.method
     if method == "sweep" and config.model.quantize != "none":
@@ -60,7 +63,8 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
         # From here on there is something to resume.
         _describe(folder, config, policy)
     try:
-        probe = probe_blocks(policy, task, config, blocks, folder, terminal)
+        with _termination_interrupts():
+            probe = probe_blocks(policy, task, config, blocks, folder, terminal)
     except KeyboardInterrupt:
         if method == "gradient":
             raise
@@ -73,6 +77,19 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
     contribution_curve(probe, folder.depth_curve)
     terminal.message(f"run folder: {folder}")
     return probe
+
+
+@contextlib.contextmanager
+def _termination_interrupts() -> Iterator[None]:
+    """Lets SIGTERM do what Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _describe(folder: RunFolder, config: RunConfig, policy: Policy) -> None:

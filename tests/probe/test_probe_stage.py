@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -203,7 +205,7 @@ def test_a_sweep_that_was_stopped_goes_on_after_its_last_trial(
     def stopping(policy: Any, *args: Any, **kwargs: Any) -> int:
         started.append(policy.trained)
         if len(started) == 3:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGTERM)
         return train_blocks(policy, *args, **kwargs)
 
     monkeypatch.setattr(trials, "train_blocks", stopping)
