@@ -115,14 +115,16 @@ def by_race(
             lambda: trials.seconds_per_step,
             lambda: trials.seconds_per_score,
         )
+    last: dict[int, Trial] = {}
 
     def run(block: int, steps: int, share: float) -> Scores:
-        return trials.run(block, steps, share=share).scores
+        last[block] = trials.run(block, steps, share=share)
+        return last[block].scores
 
     entrants = race(order, run, budget, most_steps=most_steps)
     found = []
     for entrant in entrants:
-        trial = trials.run(entrant.block, entrant.steps)
+        trial = last[entrant.block]
         found.append(
             {
                 "block": entrant.block,
@@ -295,11 +297,11 @@ def _gains(trials: Sequence[Trial], base: Trial) -> dict[str, Any]:
     }
 
 
-def _scores(trials: Sequence[Trial]) -> np.ndarray[Any, Any]:
+def _scores(trials: Sequence[Trial]) -> Scores:
     return np.stack([trial.scores for trial in trials])
 
 
-def _greedy(trials: Sequence[Trial]) -> np.ndarray[Any, Any]:
+def _greedy(trials: Sequence[Trial]) -> Scores:
     return np.stack([np.array(trial.greedy) for trial in trials])
 
 

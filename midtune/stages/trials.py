@@ -121,7 +121,7 @@ class Trials:
     def base(self) -> Trial:
         """The scores before training."""
         seed = self.config.seed
-        return self._known("base", seed, 0) or self._keep(
+        return self._known("base", seed, 0, len(self.problems)) or self._keep(
             self._scored("base", seed, 0, "scoring before training", self.problems)
         )
 
@@ -140,7 +140,7 @@ class Trials:
         """
         seed = self.config.seed if seed is None else seed
         problems = self.problems[: max(FEWEST_PROBLEMS, round(share * len(self.problems)))]
-        known = self._known(trained, seed, steps)
+        known = self._known(trained, seed, steps, len(problems))
         if known is not None:
             return known
         try:
@@ -216,7 +216,7 @@ class Trials:
     ) -> Trial:
         started = time.perf_counter()
         samples = self.config.evaluation.samples
-        found = score_policy(self.policy, self.task, self.problems, self.config, self.terminal, what, samples)
+        found = score_policy(self.policy, self.task, problems, self.config, self.terminal, what, samples)
         sampled = None if found.sampled is None else found.sampled.tolist()
         score_s = time.perf_counter() - started
         return Trial(trained, seed, steps, found.greedy.tolist(), sampled, step_s, train_s, score_s)
@@ -226,15 +226,16 @@ class Trials:
         self.done.append(trial)
         return trial
 
-    def _known(self, trained: int | str, seed: int, steps: int) -> Trial | None:
-        wanted = (trained, seed, steps)
-        for trial in self.done:
-            if (trial.trained, trial.seed, trial.steps) == wanted:
-                return trial
-        for trial in self._earlier:
-            if (trial.trained, trial.seed, trial.steps) == wanted:
-                self.done.append(trial)
-                return trial
+    def _known(self, trained: int | str, seed: int, steps: int, problems: int) -> Trial | None:
+        def wanted(trial: Trial) -> bool:
+            found = (trial.trained, trial.seed, trial.steps, len(trial.greedy))
+            return found == (trained, seed, steps, problems)
+
+        for trial in filter(wanted, self.done):
+            return trial
+        for trial in filter(wanted, self._earlier):
+            self.done.append(trial)
+            return trial
         return None
 
 

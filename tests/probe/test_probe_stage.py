@@ -145,6 +145,19 @@ def test_a_race_of_seconds_ends(
     )
 
 
+def test_the_first_trial_is_scored_anew_where_the_others_have_more_problems(
+    configured: Callable[..., RunConfig],
+    tmp_path: Path,
+    terminal: Terminal,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(trials, "FEWEST_PROBLEMS", 2)
+    config = configured(probe__method="race", probe__budget="1h", training__steps=2)
+    found = run(config, out=tmp_path / "run", resume=None, terminal=terminal)
+    assert [(row["steps"], row["problems"]) for row in found["blocks"]] == [(2, 8)] * 4
+    assert len(records(tmp_path / "run")) == 1 + 1 + 4
+
+
 def test_what_a_trial_ends_with_does_not_depend_on_where_it_paused(
     configured: Callable[..., RunConfig], tmp_path: Path, terminal: Terminal
 ) -> None:
