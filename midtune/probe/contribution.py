@@ -107,9 +107,9 @@ def contribution_interval(scores: ArrayLike, base: ArrayLike, full: ArrayLike) -
     of_full = np.atleast_2d(np.asarray(full, dtype=float)) - before
     top, bottom = float(gain.mean()), float(of_full.mean())
     variance_of_full, freedom = mean_variance(of_full)
-    if bottom <= _quantile(freedom) * math.sqrt(variance_of_full):
+    value = contribution(top, 0.0, bottom, noise=_quantile(freedom) * math.sqrt(variance_of_full))
+    if value is None:
         return None
-    value = top / bottom
 
     def excess(c: float) -> float:
         """Above zero where the ratio c is ruled out."""

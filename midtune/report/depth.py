@@ -82,6 +82,12 @@ def middle_block(probe: Mapping[str, Any]) -> int | None:
     return block
 
 
+def plateau_of(probe: Mapping[str, Any]) -> range:
+    """The stretch of blocks at or above half of the curve's height; empty where no sweep measured it."""
+    found = probe.get("plateau")
+    return range(found["first"], found["last"] + 1) if found else range(0)
+
+
 def depth_of(probe: Mapping[str, Any]) -> int:
     """Blocks of the model; where the file does not say, as many as reach its deepest block."""
     count: int | None = probe.get("num_blocks")
@@ -122,14 +128,15 @@ class Marks(NamedTuple):
     tick: str
     corner: str
     floor: str
+    plateau: str
 
 
-PLAIN = Marks("o", "*", "|", ".", "-", "|", "+", "+", "-")
-BOXES = Marks("●", "◆", "│", "·", "╌", "│", "┤", "└", "─")
+PLAIN = Marks("o", "*", "|", ".", "-", "|", "+", "+", "-", "=")
+BOXES = Marks("●", "◆", "│", "·", "╌", "│", "┤", "└", "─", "━")
 
 
 class DepthCurve:
-    """The value of every block by depth with its 95% interval, zero, full training and the middle block.
+    """The value of every block by depth with its 95% interval, zero, full training, the middle and the plateau.
 
     It takes 80 columns at most. Where the blocks do not fit in, a column stands for several and shows the
     selected one or else the best of them.
@@ -143,6 +150,7 @@ class DepthCurve:
         self._selected = set(probe.get("selected") or [])
         self._full = full_training(probe)
         self._middle = middle_block(probe)
+        self._plateau = plateau_of(probe)
         self._num_blocks = depth_of(probe)
         self._title = TITLES.get(value_name(probe), "score by depth")
 
@@ -191,6 +199,9 @@ class DepthCurve:
             text.rstrip()
             drawn.append(text)
         floor = [marks.floor] * (columns + 1)
+        if self._plateau:
+            first, last = (1 + end // per_column * spacing for end in (self._plateau[0], self._plateau[-1]))
+            floor[first : last + 1] = [marks.plateau] * (last + 1 - first)
         if self._middle is not None:
             floor[1 + self._middle // per_column * spacing] = "m"
         drawn.append(Text(" " * (margin + 1) + marks.corner + "".join(floor)))
@@ -214,7 +225,8 @@ class DepthCurve:
             f"{marks.selected} selected": any(chosen),
             f"{marks.interval} 95% interval": any(point.low is not None for point in shown),
             f"{marks.full} full training": self._full is not None,
-            "m geometric middle": self._middle is not None,
+            "m middle": self._middle is not None,
+            f"{marks.plateau} above half": bool(self._plateau),
         }
         return "  ".join(name for name, there in names.items() if there)
 

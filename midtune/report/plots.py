@@ -13,6 +13,7 @@ from midtune.report.depth import (
     frontier,
     full_training,
     middle_block,
+    plateau_of,
     points,
     score_name,
     value_name,
@@ -138,6 +139,8 @@ def _draw_depth(axes: Any, probe: Mapping[str, Any]) -> None:
             axes.axhspan(low, high, color="tab:green", alpha=0.1, linewidth=0)
     if (middle := middle_block(probe)) is not None:
         axes.axvline(middle, color="0.5", linewidth=0.8, linestyle=":", label="middle")
+    if stretch := plateau_of(probe):
+        axes.axvspan(stretch[0] - 0.5, stretch[-1] + 0.5, color="0.96", zorder=0, label="above half height")
     near = among - selected
     known = points(probe)
     groups = [[point for point in known if point.block not in selected | among]]

@@ -10,7 +10,16 @@ from rich.measure import Measurement
 from rich.segment import Segment
 from rich.text import Text
 
-from midtune.report.depth import DepthCurve, finite, frontier, points, score_name, unit_of
+from midtune.report.depth import (
+    DepthCurve,
+    finite,
+    frontier,
+    plateau_of,
+    points,
+    score_name,
+    unit_of,
+    value_name,
+)
 from midtune.report.tables import plain_table, seconds_text
 
 BAR_WIDTH = 22
@@ -128,11 +137,20 @@ def _notes(probe: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], left_out
     depth = probe.get("depth_baseline") or {}
     if finite(depth.get("score")) is not None:
         yield f"Position alone would take block {depth['block']} ({name} {depth['score']:.3g})."
+    yield from _plateau(probe)
     position = probe.get("position") or {}
     ways = {"minus depth": position.get("depth"), "closeness to the middle": position.get("middle")}
     if known := [f"with {way} {rho:.2f}" for way, rho in ways.items() if finite(rho) is not None]:
         yield f"Spearman correlation {', '.join(known)}."
     yield "Cost: time of a training step, relative to the dearest block here."
+
+
+def _plateau(probe: Mapping[str, Any]) -> Iterable[str]:
+    """Where the good blocks are."""
+    if stretch := plateau_of(probe):
+        found, name = probe["plateau"], value_name(probe)
+        rest = "" if found["outside"] is None else f", the others {found['outside']:.2f}"
+        yield f"Above half of the curve's height: blocks {_ranges(stretch)}, mean {name} {found['inside']:.2f}{rest}."
 
 
 def _settled(probe: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Iterable[str]:

@@ -20,6 +20,7 @@ from midtune.probe.contribution import (
     depth_correlation,
     gain_interval,
     middle_correlation,
+    plateau,
     ranking,
     standings,
 )
@@ -180,7 +181,9 @@ def by_sweep(
             "middle": _value(middle_correlation(scores, policy.num_blocks)),
         },
     }
-    if any(row["contribution"] is None for row in found.values()):
+    shares = {block: row["contribution"] for block, row in found.items()}
+    extra["plateau"] = asdict(plateau(scores if None in shares.values() else shares))
+    if None in shares.values():
         gain = extra["full"]
         extra["note"] = (
             f"Full training gained {gain['score']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f}), which is not "

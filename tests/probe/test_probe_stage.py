@@ -201,6 +201,7 @@ def test_a_sweep_measures_contributions_beside_full_training(
             assert row["contribution"] == pytest.approx(row["score"] / full["score"])
         assert row["greedy"].keys() >= {"score", "low", "high", "contribution"}
     assert ("note" in found) == (full["low"] <= 0)
+    assert {found["plateau"]["first"], found["plateau"]["last"]} <= {1, 2}
     assert found["settings"]["full_lr"] == 0.001
     assert found["base"]["sampled"]["n"] == 8
 

@@ -26,7 +26,7 @@ def test_contributions_with_intervals() -> None:
         "-0.4 ┤           │",
         "     └─────m───────",
         "       0 1 2 3 4 5",
-        "● block  ◆ selected  │ 95% interval  ╌ full training  m geometric middle",
+        "● block  ◆ selected  │ 95% interval  ╌ full training  m middle",
     ]
 
 
@@ -48,8 +48,16 @@ def test_scores_in_ascii() -> None:
         "      |           |",
         "      +-----m-------",
         "        0 1 2 3 4 5",
-        "o block  * selected  | 95% interval  m geometric middle",
+        "o block  * selected  | 95% interval  m middle",
     ]
+
+
+def test_the_plateau_is_marked_on_the_axis() -> None:
+    probe = toy_probe(SIX, half_width=0.1, full=0.4, plateau={"first": 2, "last": 4})
+    lines = rendered(DepthCurve(probe))
+    assert lines[-3] == "     └─────m━━━━───"
+    assert lines[-1].endswith("m middle  ━ above half")
+    assert max(map(len, lines)) <= 80
 
 
 def test_selected_blocks_are_bold() -> None:
@@ -67,7 +75,7 @@ def test_equal_values_without_intervals() -> None:
     lines = rendered(DepthCurve(toy_probe([0.6] * 4, selected=[])))
     assert lines[1] == "0.6 ┤ ● ● ● ●"
     assert lines[-4] == "  0 ┤ ········"
-    assert lines[-1] == "● block  m geometric middle"
+    assert lines[-1] == "● block  m middle"
     assert rendered(DepthCurve(toy_probe([0.0] * 4, selected=[])))[1:3] == [
         "0 ┤ ●·●·●·●·",
         "  └───m─────",

@@ -64,7 +64,7 @@ def test_probe_on_80_columns() -> None:
         "  0 ┤ │·····",
         "    └─────m─",
         "      0 1 2",
-        "● block  ◆ selected  │ 95% interval  m geometric middle",
+        "● block  ◆ selected  │ 95% interval  m middle",
         "",
         "   rank  block  signal    95% interval                          cost",
         "────────────────────────────────────────────────────────────────────",
@@ -114,6 +114,7 @@ def test_a_sweep_with_all_that_can_be_known_fits() -> None:
     for row, chance in zip(probe["blocks"], (0.1, 0.62, 0.0, 0.28), strict=True):
         row.update(best_probability=chance, steps=60 - row["block"])
     probe |= {"among_best": [0, 1, 3], "position": {"depth": 0.2, "middle": -0.4}, "note": "A note."}
+    probe["plateau"] = {"first": 0, "last": 1, "inside": 0.75, "outside": -0.375}
     lines = rendered(probe_table(probe))
     table = lines.index("") + 1
     table += lines[table:].index("") + 1
@@ -129,6 +130,7 @@ def test_a_sweep_with_all_that_can_be_known_fits() -> None:
         "A note.",
         "Full training: gain 0.020 (0.020 to 0.020).",
         "Position alone would take block 1 (gain 0.02).",
+        "Above half of the curve's height: blocks 0-1, mean C(k) 0.75, the others -0.38.",
         "Spearman correlation with minus depth 0.20, with closeness to the middle -0.40.",
         "Cost: time of a training step, relative to the dearest block here.",
         "+ no other block gains as much at a lower cost.",
