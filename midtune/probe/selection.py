@@ -57,17 +57,6 @@ def middle(num_blocks: int, k: int) -> list[int]:
     return list(range((num_blocks - k) // 2, (num_blocks + k) // 2))
 
 
-def middle_band(num_blocks: int, at_least: int = 1) -> list[int]:
-    """Blocks at a relative depth k/(L−1) of 0.25 to 0.75, where every best block of arXiv 2607.01232 lies.
-
-    Args:
-        at_least: where the band is narrower than this, the middle blocks of this number instead.
-    """
-    last = num_blocks - 1
-    band = [k for k in range(num_blocks) if last <= 4 * k <= 3 * last]
-    return band if len(band) >= at_least else middle(num_blocks, at_least)
-
-
 def best(ranking: Sequence[int], num_blocks: int, top_k: int) -> list[int]:
     """The first `top_k` blocks of a ranking, in order of depth.
 

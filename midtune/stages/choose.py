@@ -1,4 +1,4 @@
-"""Which blocks `midtune train` trains: named, from a ranking, or probed first."""
+"""Which blocks `midtune train` trains: named, from a ranking, or the geometric middle."""
 
 from __future__ import annotations
 
@@ -6,28 +6,24 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from midtune.config import RunConfig
+from midtune.config import BlocksConfig, RunConfig
 from midtune.errors import InputError
 from midtune.model.policy import Policy
 from midtune.probe.selection import (
     best,
     matching_probe,
     middle,
-    middle_band,
     parse_layers,
     ranking_of,
     read_probe,
     worst,
 )
 from midtune.report.terminal import Terminal
-from midtune.runs import RUNS, RunFolder
-from midtune.stages.probe import probe_blocks
+from midtune.runs import RUNS
 from midtune.tasks import Task
 
 
-def choose_blocks(
-    config: RunConfig, policy: Policy, task: Task, folder: RunFolder, terminal: Terminal
-) -> tuple[RunConfig, str]:
+def choose_blocks(config: RunConfig, policy: Policy, task: Task, terminal: Terminal) -> tuple[RunConfig, str]:
     """The configuration with its blocks written out, and how they were chosen."""
     wanted = config.blocks
     if wanted.layers is not None:
@@ -35,11 +31,20 @@ def choose_blocks(
         how = f"--layers {wanted.layers}"
     elif wanted.select == "middle":
         blocks = middle(policy.num_blocks, wanted.top_k)
-        how = "the geometric middle, without a probe"
-    else:
-        probe, how = _ranking(config, policy, task, folder, terminal)
+        how = "the geometric middle, as asked"
+    elif (found := _ranking(wanted, policy, task)) is not None:
+        file, probe = found
         choose = worst if wanted.select == "worst" else best
         blocks = choose(ranking_of(probe), policy.num_blocks, wanted.top_k)
+        how = f"the ranking of {file} ({probe['method']})"
+    elif wanted.select == "best":
+        blocks = middle(policy.num_blocks, wanted.top_k)
+        how = "the geometric middle: `midtune probe` has not ranked the blocks for this model and task"
+    else:
+        raise InputError(
+            f"--select {wanted.select} needs a ranking of all blocks, and none under {RUNS} is about this model and "
+            "task; make one with `midtune probe`, or name the blocks with --layers."
+        )
     names = f"{'block' if len(blocks) == 1 else 'blocks'} {', '.join(map(str, blocks))}"
     if wanted.select == "boost":
         terminal.message(
@@ -55,33 +60,11 @@ def choose_blocks(
     return config.model_copy(update={"blocks": chosen}), how
 
 
-def _ranking(
-    config: RunConfig, policy: Policy, task: Task, folder: RunFolder, terminal: Terminal
-) -> tuple[dict[str, Any], str]:
-    """A probe.json and where it is from: the one named, the newest that fits, or one made now."""
-    wanted = config.blocks
-    found = (
-        _latest_ranking(policy, task, wanted.top_k)
-        if wanted.probe is None
-        else _given_ranking(wanted.probe, policy, task)
-    )
-    if found is not None:
-        probe = found[1]
-        return probe, f"the ranking of {found[0]} ({probe['method']})"
-    if wanted.select != "best":
-        raise InputError(
-            f"--select {wanted.select} needs a ranking of all blocks, and none under {RUNS} is about this model and "
-            "task; make one with `midtune probe`, or name the blocks with --layers."
-        )
-    band = middle_band(policy.num_blocks, at_least=wanted.top_k)
-    terminal.message(
-        f"no probe for this model and task: ranking blocks {band[0]} to {band[-1]} by reward gradient"
-    )
-    # Trials would cost as much as the training itself; they are asked for with `midtune probe`.
-    gradient = config.probe.model_copy(update={"method": "gradient"})
-    probe = probe_blocks(policy, task, config.model_copy(update={"probe": gradient}), band, folder, terminal)
-    folder.write_json(folder.probe, probe)
-    return probe, f"gradient probe of blocks {band[0]}-{band[-1]}"
+def _ranking(wanted: BlocksConfig, policy: Policy, task: Task) -> tuple[Path, dict[str, Any]] | None:
+    """A probe.json, the one named or else the newest that fits, and its file."""
+    if wanted.probe is not None:
+        return _given_ranking(wanted.probe, policy, task)
+    return _latest_ranking(policy, task, wanted.top_k)
 
 
 def _given_ranking(file: Path, policy: Policy, task: Task) -> tuple[Path, dict[str, Any]]:
@@ -100,8 +83,7 @@ def _matches(probe: dict[str, Any], policy: Policy, task: Task) -> bool:
 
 def _latest_ranking(policy: Policy, task: Task, top_k: int) -> tuple[Path, dict[str, Any]] | None:
     """The newest fitting ranking that `midtune probe` left under `runs`, and its file."""
-    # A training run's own ranking covers the middle only, and was meant for that run.
-    files = [file for file in RUNS.glob("*/probe.json") if not RunFolder(file.parent).start.exists()]
+    files = RUNS.glob("*/probe.json")
     for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
         with contextlib.suppress(InputError):
             probe = read_probe(file)

@@ -90,7 +90,7 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
                 f"{source.name} is stored in 4-bit, so a vLLM server cannot be sent its trained block; leave "
                 "training.vllm out, or use the unquantized checkpoint."
             )
-    config, choice = choose_blocks(config, policy, task, folder, terminal)
+    config, choice = choose_blocks(config, policy, task, terminal)
     chosen = parse_layers(config.blocks.layers or "", policy.num_blocks, config.blocks.top_k)
     boosted = config.blocks.select == "boost"
     blocks = list(range(policy.num_blocks)) if boosted else chosen

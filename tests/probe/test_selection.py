@@ -8,7 +8,6 @@ from midtune.probe.selection import (
     best,
     matching_probe,
     middle,
-    middle_band,
     parse_layers,
     ranking_of,
     read_probe,
@@ -79,13 +78,6 @@ def test_more_blocks_than_there_are(top_k: int) -> None:
         InputError, match=f"{top_k} blocks were asked for, but the model has 30; ask for 1 to 30"
     ):
         middle(30, top_k)
-
-
-def test_middle_band() -> None:
-    assert middle_band(28) == list(range(7, 21))
-    assert middle_band(5) == [1, 2, 3]
-    assert [middle_band(n) for n in (1, 2, 3)] == [[0], [0], [1]]
-    assert middle_band(5, at_least=4) == [0, 1, 2, 3]
 
 
 def test_a_ranking_must_be_long_enough_and_of_this_model() -> None:

@@ -93,42 +93,27 @@ def test_a_merged_run_scores_as_the_patch_on_the_unquantized_base(
     assert found["patch"] is None
 
 
-def test_without_layers_the_middle_band_is_probed(
-    configured: Configured, tmp_path: Path, terminal: Terminal
+def test_without_a_ranking_the_middle_is_trained(
+    configured: Configured, tmp_path: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    report = go(configured(blocks__layers=None, probe__prompts=8), tmp_path / "run", terminal)
-    ranking = json.loads((tmp_path / "run/probe.json").read_text())
-    assert [row["block"] for row in ranking["blocks"]] == [1, 2]
-    assert report["blocks"] == ranking["selected"]
-    assert "gradient probe of blocks 1-2" in report["probe"]
-
-
-def test_a_probe_of_the_same_model_and_task_chooses(
-    configured: Configured, tmp_path: Path, terminal: Terminal
-) -> None:
-    first = configured(blocks__layers=None, probe__prompts=8, training__steps=1)
-    go(first, tmp_path / "run", terminal)
-    ranking = tmp_path / "run/probe.json"
-    report = go(configured(blocks__layers=None, blocks__probe=ranking), tmp_path / "b", terminal)
-    assert report["probe"].startswith(f"the ranking of {ranking}")
-    assert not (tmp_path / "b/probe.json").exists()
-    other = configured(blocks__layers=None, blocks__probe=ranking, task__reward="exact")
-    with pytest.raises(InputError, match="probe again, or choose with --layers"):
-        go(other, tmp_path / "c", terminal)
-    assert not (tmp_path / "c").exists()
+    monkeypatch.chdir(tmp_path)
+    report = go(configured(blocks__layers=None, training__steps=1), tmp_path / "run", terminal)
+    assert report["blocks"] == [1]
+    assert report["probe"].startswith("the geometric middle: `midtune probe` has not ranked")
+    assert not (tmp_path / "run/probe.json").exists()
 
 
 def test_the_latest_fitting_ranking_under_runs_chooses(
     configured: Configured, tmp_path: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    config = configured(blocks__layers=None, probe__prompts=8, training__steps=1, probe__method="gradient")
+    config = configured(blocks__layers=None, training__steps=1, probe__budget="4 steps")
     ranking = probe.run(config, out=None, resume=None, terminal=terminal)
     assert [row["block"] for row in ranking["blocks"]] == [0, 1, 2, 3]
     report = go(config, None, terminal)
     assert report["probe"].startswith("the ranking of runs/probe-")
     assert report["blocks"] == ranking["selected"]
-    other = configured(blocks__layers=None, probe__prompts=8, training__steps=1, task__eval_size=9)
+    other = configured(blocks__layers=None, training__steps=1, task__eval_size=9)
     assert go(other, None, terminal)["blocks"] == ranking["selected"]
     exact = configured(blocks__layers="middle", task__reward="exact", training__steps=1)
     assert go(exact, None, terminal)["probe"] == "--layers middle"
@@ -150,6 +135,18 @@ def about(ranking: Path, config: RunConfig, terminal: Terminal) -> RunConfig:
     data |= {"model": config.model.name, "revision": None, "task_fingerprint": task.fingerprint}
     ranking.write_text(json.dumps(data))
     return config
+
+
+def test_a_given_ranking_chooses_if_it_is_about_this_model_and_task(
+    configured: Configured, tmp_path: Path, terminal: Terminal, ranked: Path
+) -> None:
+    config = configured(blocks__layers=None, blocks__probe=ranked, training__steps=1)
+    report = go(about(ranked, config, terminal), tmp_path / "b", terminal)
+    assert (report["blocks"], report["probe"]) == ([3], f"the ranking of {ranked} (sweep)")
+    other = configured(blocks__layers=None, blocks__probe=ranked, task__reward="exact")
+    with pytest.raises(InputError, match="probe again, or choose with --layers"):
+        go(other, tmp_path / "c", terminal)
+    assert not (tmp_path / "c").exists()
 
 
 @pytest.mark.parametrize(("select", "blocks"), [("best", [0, 3]), ("worst", [1, 2]), ("middle", [1, 2])])
