@@ -8,9 +8,11 @@ import yaml
 
 from midtune.cli import app
 from midtune.config import BUNDLED_RECIPE, RunConfig, dump_config, load_config, require_task
+from midtune.probe.selection import parse_layers, ranking_of, read_probe
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(ROOT.glob("recipes/*.yaml"))
+RESULTS = sorted(ROOT.glob("recipes/results/*.json"))
 COMMANDS = {info.name or info.callback.__name__ for info in app.registered_commands if info.callback}
 
 
@@ -64,3 +66,22 @@ def test_gsm8k_answers_are_read_after_their_mark() -> None:
         question=["How many?"] * 3,
     )
     assert scores == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("result", RESULTS, ids=lambda path: path.stem)
+def test_a_result_is_that_of_its_recipe(result: Path) -> None:
+    probe = read_probe(result)
+    config = load_config(ROOT / f"recipes/{result.stem}.yaml", {})
+    assert (probe["model"], probe["task"], probe["method"]) == (
+        config.model.name,
+        config.task.name,
+        config.probe.method,
+    )
+    assert (probe["seed"], probe["seeds"]) == (config.seed, config.probe.seeds)
+    training = config.training.model_dump()
+    settings = {"full_lr": config.probe.full_lr, "samples": config.evaluation.samples, **training}
+    assert {key: probe["settings"][key] for key in probe["settings"].keys() & settings.keys()} == {
+        key: settings[key] for key in probe["settings"].keys() & settings.keys()
+    }
+    layers = config.probe.layers or f"0-{probe['num_blocks'] - 1}"
+    assert sorted(ranking_of(probe)) == parse_layers(layers, probe["num_blocks"])
