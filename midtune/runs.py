@@ -211,6 +211,12 @@ class RunFolder:
             )
         return data
 
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, one a step; none where no step has been done."""
+        if not self.metrics.is_file():
+            return []
+        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+
     def latest_checkpoint(self) -> Path | None:
         """The complete checkpoint of the highest step, or None."""
         found = {

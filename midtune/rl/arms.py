@@ -197,6 +197,8 @@ class _Midtune(_Forced, LayerGRPOTrainer):
         super().__init__(*args, **kwargs)
         # A decided token has the probability 1 while it is sampled, and another one in the update.
         self._compared = True
+        # An arm does all of the work together, or fails.
+        self.policy.sampling_rows.halves = self.update_rows.halves = False
 
 
 class _Stock(_Forced, GRPOTrainer):

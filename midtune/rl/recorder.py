@@ -39,7 +39,8 @@ class StepRecorder(TrainerCallback):
         on_step: receives a metrics line: step, reward, equal_groups (share of groups whose rewards are all
             equal), completion_length (tokens), clipped (share cut at the limit), vllm_difference (mean
             difference of a token's log-prob between vLLM and the policy), loss, grad_norm, lr,
-            rollout_s, reward_s, update_s, step_s, tokens_per_s, memory_bytes, elapsed_s.
+            rollout_s, reward_s, update_s, step_s, tokens_per_s, memory_bytes, elapsed_s; and once memory has
+            run out, sampling_rows or update_rows (most completions that go together since).
         on_sample: receives some completions with their rewards.
         on_message: receives a sentence for the person who watches.
         stop_requested: asked after every step; True saves a checkpoint and ends training.
@@ -128,6 +129,7 @@ class StepRecorder(TrainerCallback):
         metrics["tokens_per_s"] = tokens / max(self._phases["rollout_s"], 1e-9)
         metrics["memory_bytes"] = self.meter.current_bytes()
         metrics["elapsed_s"] = time.perf_counter() - self._started
+        metrics |= self._limits()
         self.on_step(metrics)
         for sample in self._last_samples()[:SAMPLES_PER_STEP]:
             self.on_sample({"step": state.global_step, **sample})
@@ -167,6 +169,14 @@ class StepRecorder(TrainerCallback):
             "then try easier problems, a larger --group-size, more --max-new-tokens or another --reward "
             f"(--set training.stop_after_equal_rewards=0 goes on regardless):\n{shown}"
         )
+
+    def _limits(self) -> dict[str, int]:
+        assert self.trainer is not None
+        known = {
+            "sampling_rows": self.trainer.policy.sampling_rows.rows,
+            "update_rows": self.trainer.update_rows.rows,
+        }
+        return {name: rows for name, rows in known.items() if rows is not None}
 
     def _say(self, key: str, text: str) -> None:
         if key not in self._said:

@@ -2,14 +2,16 @@
 
 Losses, advantages, logging, schedules, trackers and the loop stay TRL's and Transformers'. Replaced are:
 `_generate_single_turn` (midtune's sampler), `_prepare_inputs` (micro-batches of whole groups, so that a
-prompt is computed once), `_get_per_token_logps_and_entropies` (the tail from boundary states), the
-reference model (the original blocks in place of a second model) and what a checkpoint holds (trained
-tensors only). These are private methods of TRL 1.16; a parity test guards them.
+prompt is computed once), `_compute_loss` (a micro-batch in slices where memory ran out),
+`_get_per_token_logps_and_entropies` (the tail from boundary states), the reference model (the original blocks
+in place of a second model) and what a checkpoint holds (trained tensors only). These are private methods of
+TRL 1.16; a parity test guards them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +24,7 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from midtune.errors import MidtuneError
+from midtune.model.memory import RowLimit, slices
 from midtune.model.policy import Policy
 from midtune.rl.tail import completion_log_probs
 from midtune.rollout.boundary import recompute
@@ -74,6 +77,8 @@ class LayerGRPOTrainer(GRPOTrainer):
         first: see `FirstRollout`.
         recompute_tokens: see `completion_log_probs`.
         vllm: samples in place of the policy; TRL corrects for what its log-probs differ.
+        update_rows: most completions that go through an update together; None: as many as a micro-batch has.
+        on_message: receives a sentence for the person who watches.
     """
 
     _name = "LayerGRPO"
@@ -91,6 +96,8 @@ class LayerGRPOTrainer(GRPOTrainer):
         first: FirstRollout | None = None,
         recompute_tokens: int = 0,
         vllm: VLLMServer | None = None,
+        update_rows: int | None = None,
+        on_message: Callable[[str], None] | None = None,
     ) -> None:
         self.policy = policy
         self.faster = faster or {}
@@ -118,6 +125,14 @@ class LayerGRPOTrainer(GRPOTrainer):
             # TRL's vLLM mode, with a server that needs neither vLLM nor CUDA here.
             self.use_vllm, self.vllm_mode, self.vllm_generation = True, "server", vllm
             self._last_loaded_step = -1
+        self.update_rows = RowLimit(
+            "the update",
+            "lower --max-new-tokens or --group-size, or add --set training.recompute=true",
+            update_rows,
+            on_message,
+            # Processes that work together take means together, so they have to do the same passes.
+            halves=self.accelerator.num_processes == 1,
+        )
         check_trainable(policy)
         self._frozen = frozen_checksums(policy)
 
@@ -198,29 +213,52 @@ class LayerGRPOTrainer(GRPOTrainer):
         parts = self.args.steps_per_generation
         if self._buffered_inputs is None or self._step % (parts * self.num_iterations) == 0:
             batch = self._generate_and_score_completions(generation_batch)
-            self._buffered_inputs = self._split_by_groups(batch, parts)
+            groups = len(batch["completion_ids"]) // self.num_generations
+            batch["rollout"] = self._rollout
+            self._buffered_inputs = [
+                groups_of(batch, slice(part * groups // parts, (part + 1) * groups // parts))
+                for part in range(parts)
+            ]
         return self._buffered_inputs[self._step % parts]
 
-    def _split_by_groups(self, batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
-        assert self._rollout is not None
-        rows = batch["completion_ids"].size(0)
-        groups = rows // self.num_generations
-        split = []
-        for part in range(parts):
-            start, stop = part * groups // parts, (part + 1) * groups // parts
-            piece = slice(start * self.num_generations, stop * self.num_generations)
-            inputs = {
-                key: value[piece] if torch.is_tensor(value) and value.dim() > 0 else value
-                for key, value in batch.items()
-            }
-            inputs["rollout"] = self._rollout.groups(start, stop)
-            split.append(inputs)
-        return split
-
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        self._rollout = inputs["rollout"]
-        self._advantages = inputs["advantages"]
-        return super()._compute_loss(model, inputs)
+        """The loss of a micro-batch, whose gradient is taken here, so that what is returned has none left."""
+        assert self._buffered_inputs is not None
+        earlier = self._buffered_inputs[: self._step % self.args.steps_per_generation]
+        logged = copy.deepcopy(self._metrics["train"])
+        begun = False
+
+        def run(groups: int) -> torch.Tensor:
+            nonlocal begun
+            if begun:
+                # A pass that broke off may have left some of its gradient, so the step's is taken anew.
+                model.zero_grad()
+                for part in earlier:
+                    self._take_gradient(model, part, groups)
+                self._metrics["train"] = copy.deepcopy(logged)
+            begun = True
+            return self._take_gradient(model, inputs, groups)
+
+        count = len(inputs["rollout"].prompt_ids)
+        return self.update_rows.fitting(count, self.num_generations, run)
+
+    def _take_gradient(self, model: Any, inputs: dict[str, Any], groups: int) -> torch.Tensor:
+        """Add the gradient of a micro-batch, so many groups at a time, to what there is; returns its loss."""
+        total = torch.zeros((), device=self.accelerator.device)
+        for part in slices(len(inputs["rollout"].prompt_ids), groups):
+            piece = groups_of(inputs, part)
+            self._rollout, self._advantages = piece["rollout"], piece["advantages"]
+            loss = super()._compute_loss(model, piece) * self._share(piece, inputs)
+            self.accelerator.backward(loss)
+            total += loss.detach()
+        return total.requires_grad_()
+
+    def _share(self, piece: dict[str, Any], inputs: dict[str, Any]) -> float:
+        """What a piece's loss counts in its micro-batch's: TRL makes that a mean over tokens or over rows, or a sum."""
+        if self.loss_type == "bnpo":
+            return float(piece["completion_mask"].sum() / inputs["completion_mask"].sum())
+        summed = self.loss_type in ("cispo", "dapo")
+        return 1.0 if summed else len(piece["advantages"]) / len(inputs["advantages"])
 
     def _scored_for_update(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs and entropies with gradient; groups without advantages keep those of sampling.
@@ -259,6 +297,22 @@ class LayerGRPOTrainer(GRPOTrainer):
             self._compared = True
         return scored
 
+    def _scored_in_slices(self, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs and entropies without gradient, a micro-batch at a time."""
+
+        def run(groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+            found = [
+                completion_log_probs(
+                    self.policy, rollout.groups(part.start, part.stop), temperature=self.temperature
+                )
+                for part in slices(len(rollout.prompt_ids), groups)
+            ]
+            log_probs, entropies = (torch.cat(values) for values in zip(*found, strict=True))
+            return log_probs, entropies
+
+        groups = self.args.per_device_train_batch_size // self.num_generations
+        return self.update_rows.fitting(groups, self.num_generations, run)
+
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor, None]:
@@ -267,15 +321,7 @@ class LayerGRPOTrainer(GRPOTrainer):
         with self.policy.reference() if reference else contextlib.nullcontext():
             if torch.is_grad_enabled():
                 return *self._scored_for_update(), None
-            groups = self._rollout.prompt_ids.size(0)
-            size = self.args.per_device_train_batch_size // self.num_generations
-            scored = [
-                completion_log_probs(
-                    self.policy, self._rollout.groups(i, i + size), temperature=self.temperature
-                )
-                for i in range(0, groups, size)
-            ]
-        log_probs, entropies = (torch.cat(part) for part in zip(*scored, strict=True))
+            log_probs, entropies = self._scored_in_slices(self._rollout)
         if self.use_vllm and not reference:
             # What is known of the rollout so far is vLLM's.
             self._rollout = replace(self._rollout, log_probs=log_probs, entropies=entropies)
@@ -306,6 +352,22 @@ def _set_random_state(device: torch.device, state: torch.Tensor) -> None:
         torch.cuda.set_rng_state(state, device)
     else:
         torch.set_rng_state(state)
+
+
+def groups_of(batch: dict[str, Any], groups: slice) -> dict[str, Any]:
+    """The part of a batch that belongs to some of its groups, sharing memory with it.
+
+    Args:
+        batch: TRL's inputs of whole groups, and as `rollout` where they came from.
+    """
+    rollout: Rollout = batch["rollout"]
+    rows = slice(groups.start * rollout.group_size, groups.stop * rollout.group_size)
+    part = {
+        key: value[rows] if torch.is_tensor(value) and value.dim() > 0 else value
+        for key, value in batch.items()
+    }
+    part["rollout"] = rollout.groups(groups.start, groups.stop)
+    return part
 
 
 def sampling_of(args: GRPOConfig) -> Sampling:

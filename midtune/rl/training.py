@@ -52,6 +52,7 @@ def train_blocks(
     checkpoints: bool = True,
     resume_from: Path | None = None,
     first: FirstRollout | None = None,
+    update_rows: int | None = None,
 ) -> int:
     """Train the policy's chosen blocks for `settings.steps` steps.
 
@@ -63,12 +64,13 @@ def train_blocks(
         stop_after: end after this step, with a checkpoint; schedules still run to `settings.steps`.
         resume_from: a checkpoint to go on from, exactly.
         first: what the first step sampled in a run that began as this one does, or room for it.
+        update_rows: most completions that go through an update together, where memory has run out before.
 
     Returns:
         The number of the last step; less than `settings.steps` if `stop_requested` or `stop_after` said so.
 
     Raises:
-        RunStopped: no group had unequal rewards in the first steps.
+        RunStopped: no group had unequal rewards in the first steps, or a single group does not fit into memory.
     """
     ordered = in_order(rows, settings.steps * settings.prompts_per_step, seed)
     different = {row["question"]: row["prompt"] for row in ordered}.values()
@@ -106,6 +108,8 @@ def train_blocks(
         vllm=(
             VLLMServer(settings.vllm, policy, sampling_of(args), folder / "vllm") if settings.vllm else None
         ),
+        update_rows=update_rows,
+        on_message=on_message,
     )
     trainer.remove_callback(PrinterCallback)
     recorder.trainer = trainer

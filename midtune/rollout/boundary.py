@@ -7,12 +7,13 @@ they are captured while sampling and the blocks below k are not run again.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import DynamicCache
 
+from midtune.model.memory import slices
 from midtune.model.policy import Policy
 from midtune.savings.meter import free_bytes
 
@@ -40,6 +41,12 @@ class BoundaryStates:
             return states[which if isinstance(which, slice) else which.to(states.device)]
 
         return BoundaryStates(self.block, chosen(self.prompt, prompts), chosen(self.completion, rows))
+
+    @staticmethod
+    def joined(parts: Sequence[BoundaryStates]) -> BoundaryStates:
+        """The states of `parts` one after the other; prompts are padded alike in all of them."""
+        prompt, completion = [part.prompt for part in parts], [part.completion for part in parts]
+        return BoundaryStates(parts[0].block, stacked(prompt), stacked(completion))
 
 
 class _Reached(Exception):
@@ -96,12 +103,43 @@ def recompute(
 ) -> BoundaryStates:
     """The boundary states of sequences that were sampled elsewhere, by one pass through the blocks below.
 
-    Each prompt passes once; its keys and values are shared by its group.
+    Each prompt passes once; its keys and values are shared by its group. All pass together, or as many groups
+    as memory holds.
 
     Args:
         prompt_ids, prompt_mask: [N, P], left-padded.
         completion_ids, completion_mask: [N·G, C], right-padded, the G completions of a prompt adjacent.
     """
+    group_size = completion_ids.size(0) // prompt_ids.size(0)
+    home = home_of(policy, completion_ids.numel())
+
+    def run(groups: int) -> BoundaryStates:
+        found = []
+        for prompts in slices(len(prompt_ids), groups):
+            rows = slice(prompts.start * group_size, prompts.stop * group_size)
+            states = _below(
+                policy,
+                block,
+                prompt_ids[prompts],
+                prompt_mask[prompts],
+                completion_ids[rows],
+                completion_mask[rows],
+            )
+            found.append(BoundaryStates(block, *(state.to(home) for state in states)))
+        return BoundaryStates.joined(found)
+
+    return policy.sampling_rows.fitting(len(prompt_ids), group_size, run)
+
+
+def _below(
+    policy: Policy,
+    block: int,
+    prompt_ids: torch.Tensor,
+    prompt_mask: torch.Tensor,
+    completion_ids: torch.Tensor,
+    completion_mask: torch.Tensor,
+) -> list[torch.Tensor]:
+    """The states of prompts and those of their completions, which pass through the blocks below `block`."""
     group_size = completion_ids.size(0) // prompt_ids.size(0)
     cache = DynamicCache()
 
@@ -121,8 +159,21 @@ def recompute(
         below(prompt_ids, prompt_mask)
         cache.batch_repeat_interleave(group_size)
         below(completion_ids, torch.cat([prompt_mask.repeat_interleave(group_size, 0), completion_mask], 1))
-    home = home_of(policy, completion_ids.numel())
-    return BoundaryStates(block, *(state.to(home) for state in states))
+    return states
+
+
+def stacked(parts: Sequence[torch.Tensor], padding: float = 0) -> torch.Tensor:
+    """Tensors [N, T, …] under each other, padded on the right to the widest; a single one as it is."""
+    if len(parts) == 1:
+        return parts[0]
+    width = max(part.size(1) for part in parts)
+    shape = (sum(map(len, parts)), width, *parts[0].shape[2:])
+    whole = parts[0].new_full(shape, padding, pin_memory=parts[0].is_pinned())
+    start = 0
+    for part in parts:
+        whole[start : start + len(part), : part.size(1)] = part
+        start += len(part)
+    return whole
 
 
 def positions(mask: torch.Tensor) -> torch.Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -14,9 +16,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from midtune.model.memory import slices
 from midtune.model.policy import Policy
 from midtune.model.quantize import unpacked
-from midtune.rollout.boundary import BoundaryStates, captured, home_of, positions, recompute
+from midtune.rollout.boundary import BoundaryStates, captured, home_of, positions, recompute, stacked
 from midtune.rollout.keys_values import closed_up, shared_prompts
 from midtune.savings.meter import free_bytes
 
@@ -99,6 +102,20 @@ class Rollout:
         within = torch.arange(self.group_size, device=prompts.device)
         return (prompts[:, None] * self.group_size + within).flatten()
 
+    @staticmethod
+    def joined(parts: Sequence[Rollout], pad_token_id: int) -> Rollout:
+        """The groups of `parts` one after the other; prompts are padded alike in all of them."""
+        boundaries = [part.boundary for part in parts if part.boundary is not None]
+        return Rollout(
+            stacked([part.prompt_ids for part in parts]),
+            stacked([part.prompt_mask for part in parts]),
+            stacked([part.completion_ids for part in parts], pad_token_id),
+            stacked([part.completion_mask for part in parts]),
+            stacked([part.log_probs for part in parts]),
+            stacked([part.entropies for part in parts]),
+            BoundaryStates.joined(boundaries) if boundaries else None,
+        )
+
     def _part(self, prompts: slice | torch.Tensor, rows: slice | torch.Tensor) -> Rollout:
         boundary = self.boundary and self.boundary.part(prompts, rows)
         return Rollout(
@@ -122,37 +139,81 @@ def sample(
     boundary_block: int | None = None,
     on_tokens: Callable[[int], None] | None = None,
 ) -> Rollout:
-    """Sample `group_size` completions for every prompt, all rows in flight together.
+    """Sample `group_size` completions for every prompt, all rows in flight together, or what memory holds.
 
     Every token has a random number of its own, drawn beforehand from torch's global random state. So two
-    policies that start from one state meet the same luck, whatever they answer, and differ the less.
+    policies that start from one state meet the same luck, whatever they answer, and differ the less; and
+    tokens are the same, however many rows go together.
 
     Args:
         policy: the model to sample from.
         prompts: token ids of each prompt.
         boundary_block: capture the states that enter this block.
         on_tokens: called with the number of new tokens after every step.
+
+    Raises:
+        RunStopped: a single group does not fit into memory.
     """
-    device, pad = policy.device, policy.tokenizer.pad_token_id
     prompt_ids, prompt_mask = padded(policy, prompts, "left")
     rows = len(prompts) * group_size
+    drawn = sampling.temperature > 0
+    luck = torch.rand(sampling.max_new_tokens, rows, device=policy.device) if drawn else None
+    home = home_of(policy, rows * sampling.max_new_tokens)
+
+    def run(groups: int) -> Rollout:
+        with (
+            _evaluating(policy.model),
+            unpacked(policy.model, policy.compute_dtype, rows=groups * group_size, most_bytes=_room(policy)),
+            policy.autocast(),
+        ):
+            parts = [
+                _sample_together(
+                    policy,
+                    prompt_ids[part],
+                    prompt_mask[part],
+                    sampling,
+                    None if luck is None else luck[:, part.start * group_size : part.stop * group_size],
+                    group_size,
+                    boundary_block,
+                    home,
+                    on_tokens,
+                )
+                for part in slices(len(prompts), groups)
+            ]
+        return Rollout.joined(parts, policy.tokenizer.pad_token_id)
+
+    return policy.sampling_rows.fitting(len(prompts), group_size, run)
+
+
+def _sample_together(
+    policy: Policy,
+    prompt_ids: torch.Tensor,
+    prompt_mask: torch.Tensor,
+    sampling: Sampling,
+    luck: torch.Tensor | None,
+    group_size: int,
+    boundary_block: int | None,
+    home: torch.device,
+    on_tokens: Callable[[int], None] | None,
+) -> Rollout:
+    """Sample whole groups, all rows in flight together.
+
+    Args:
+        prompt_ids, prompt_mask: [N, P], left-padded.
+        luck: [T, N·G], the random number of each token; greedily there is none.
+        home: where boundary states are kept.
+    """
+    device, pad = policy.device, policy.tokenizer.pad_token_id
+    rows = len(prompt_ids) * group_size
     completion_ids = torch.full((rows, sampling.max_new_tokens), pad, device=device)
     log_probs = torch.zeros(rows, sampling.max_new_tokens, device=device)
     entropies = torch.zeros_like(log_probs)
     lengths = torch.zeros(rows, dtype=torch.long, device=device)
     ends = _ends(policy, sampling)
     warpers = sampling.warpers()
-    luck = torch.rand(sampling.max_new_tokens, rows, device=device) if sampling.temperature > 0 else None
     cache = shared_prompts(room=min(sampling.max_new_tokens, ROOM))
-    home = home_of(policy, rows * sampling.max_new_tokens)
     fed: list[torch.Tensor] = []
-    training = policy.model.training
-    policy.model.eval()
-    with (
-        unpacked(policy.model, policy.compute_dtype, rows=rows, most_bytes=_room(policy)),
-        captured(policy, boundary_block, home=home) as states,
-        policy.autocast(),
-    ):
+    with captured(policy, boundary_block, home=home) as states:
         output = policy.model(
             input_ids=prompt_ids,
             attention_mask=prompt_mask,
@@ -195,7 +256,6 @@ def sample(
             logits = output.logits[:, -1]
             position = position + 1
             fed.append(live)
-    policy.model.train(training)
 
     longest = int(lengths.max())
     completion_mask = (torch.arange(longest, device=device) < lengths[:, None]).long()
@@ -300,6 +360,17 @@ def _ends(policy: Policy, sampling: Sampling) -> Callable[[torch.Tensor], torch.
         return lambda completions: torch.isin(completions[:, -1], stop_ids)
     texts = StopStringCriteria(policy.tokenizer, list(sampling.stop_strings))
     return lambda completions: torch.isin(completions[:, -1], stop_ids) | texts(completions, None)
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout inside, and as it was afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def _room(policy: Policy) -> int:

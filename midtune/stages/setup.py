@@ -45,13 +45,15 @@ def open_policy(
 ) -> Policy:
     """The model in memory, frozen."""
     with terminal.progress(f"loading {source.name}", None):
-        return load_policy(
+        policy = load_policy(
             source,
             quantize=quantize or config.model.quantize,
             device=config.model.device,
             trust_remote_code=config.model.trust_remote_code,
             unpack=config.model.unpack == "auto",
         )
+    policy.sampling_rows.on_message = terminal.message
+    return policy
 
 
 def open_task(config: RunConfig, terminal: Terminal, *, more: int = 0) -> Task:

@@ -7,7 +7,6 @@ consumer card needs. The learning rate of a single block is the study's, unless 
 
 from __future__ import annotations
 
-import json
 import signal
 import statistics
 import threading
@@ -129,7 +128,7 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
         policy, task, task.held_out, config, terminal, "scoring after training", config.evaluation.samples
     )
     patch_bytes = save_patch(policy, folder.patch)
-    steps = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
+    steps = folder.read_metrics()
     shape = _shape(config, policy, task, steps)
     numbers = ModelNumbers.from_config(policy.model.config.to_dict(), policy.total_parameters)
     total_parameters, stored_quantized = policy.total_parameters, policy.stored_quantized
@@ -202,6 +201,9 @@ def _train(
     give_back()
     meter.reset_peak()
     title = f"{policy.source.name}, {task.name}, blocks {', '.join(map(str, policy.trained))}"
+    # Where memory ran out before, what fitted then is where a resumed run starts.
+    last_step = (folder.read_metrics() or [{}])[-1]
+    policy.sampling_rows.rows = last_step.get("sampling_rows", policy.sampling_rows.rows)
     with _signals() as stop, terminal.training(config.training.steps, title) as display:
 
         def on_step(metrics: dict[str, Any]) -> None:
@@ -225,6 +227,7 @@ def _train(
             on_message=display.message,
             stop_requested=lambda: stop.asked,
             resume_from=checkpoint,
+            update_rows=last_step.get("update_rows"),
         )
     if last < config.training.steps:
         raise Interrupted(

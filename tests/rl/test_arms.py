@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from midtune.model.sources import resolve
+from midtune.rl import trainer
 from midtune.rl.arms import ARMS, Workload, run_arm
 
 WORK = Workload(
@@ -48,3 +49,14 @@ def test_each_arm_trains_what_it_says(found: dict[str, dict[str, Any]]) -> None:
     assert trained["midtune"] == trained["trl-block"] < trained["trl-full"] / 4
     linears = 4 * 7
     assert trained["trl-qlora"] == trained["trl-qlora-fp32"] > linears * 16 * 64
+
+
+def test_an_arm_that_runs_out_of_memory_fails(
+    random_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(trainer, "completion_log_probs", short)
+    with pytest.raises(torch.OutOfMemoryError):
+        run_arm("midtune", resolve(str(random_checkpoint("qwen3"))), WORK, torch.device("cpu"))

@@ -247,7 +247,8 @@ def trainer_of(
         compute_dtype=policy.compute_dtype,
         checkpoints=False,
     )
-    own = {name: arguments.pop(name) for name in ("vllm", "recompute_tokens") if name in arguments}
+    names = ("vllm", "recompute_tokens", "update_rows", "on_message")
+    own = {name: arguments.pop(name) for name in names if name in arguments}
     for name, value in arguments.items():
         setattr(args, name, value)
     if issubclass(kind, LayerGRPOTrainer):

@@ -14,6 +14,7 @@ from midtune.rollout.evaluation import Evaluation, evaluate, prompt_ids, rows_th
 from midtune.rollout.sampler import Sampling, sample
 from midtune.tasks import Row
 from tests.plain import stop_early
+from tests.tight import memory_for
 
 # Neither rising nor falling in length.
 QUESTIONS = ["two words", "a", "a question of many words", "some words", "b"]
@@ -157,3 +158,21 @@ def test_rows_on_a_gpu_are_as_many_as_a_third_of_its_free_memory_holds(
     assert fitting(3 * 5 * row_bytes - 3) == 4
     assert fitting(100) == 1
     assert fitting(3 * 100 * row_bytes) == 8
+
+
+def test_memory_that_runs_out_changes_no_score(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "MOST_ROWS", 256)
+
+    def score(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [float(sum(ids)) for ids in completion_ids]
+
+    expected = run(policy, score, samples=4)
+    counts: list[tuple[int, int]] = []
+    with memory_for(policy, 4) as refused:
+        found = run(policy, score, samples=4, on_problems=lambda *done: counts.append(done))
+    assert refused == [5]
+    assert policy.sampling_rows.rows == 2
+    assert np.array_equal(found.greedy, expected.greedy)
+    assert np.array_equal(found.sampled, expected.sampled)  # type: ignore[arg-type]
+    assert found.completions == expected.completions
+    assert sum(problems for problems, _ in counts) == 5 + 5 * 4

@@ -9,11 +9,13 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
+from midtune.errors import RunStopped
 from midtune.model.policy import Policy
 from midtune.rollout.boundary import home_of, recompute
 from midtune.rollout.sampler import Rollout, Sampling, choose, sample
 from tests.conftest import ARCHITECTURES
 from tests.plain import PROMPTS, plain_log_probs, stop_early
+from tests.tight import anything, memory_for, prefill
 
 Load = Callable[..., Policy]
 LOGITS = torch.tensor([[0.25, 0.5, 0.1, 0.15]]).log()
@@ -275,3 +277,77 @@ def test_states_that_would_crowd_a_card_are_kept_on_the_host(
 def test_sampling_leaves_no_hook_behind(policy: Policy) -> None:
     sampled(policy, boundary_block=1)
     assert not policy.blocks[1]._forward_pre_hooks
+
+
+# When memory runs out.
+
+
+def assert_equal_rollouts(found: Rollout, expected: Rollout) -> None:
+    for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    assert found.boundary is not None and expected.boundary is not None
+    assert found.boundary.block == expected.boundary.block
+    prompt_tokens = expected.prompt_mask.bool()
+    for part, whole in (
+        (found.log_probs, expected.log_probs),
+        (found.entropies, expected.entropies),
+        (found.boundary.prompt[prompt_tokens], expected.boundary.prompt[prompt_tokens]),
+        (found.boundary.completion, expected.boundary.completion),
+    ):
+        torch.testing.assert_close(part, whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+@pytest.mark.parametrize(
+    ("rows", "during", "refused", "fitting"),
+    [(5, anything, 1, 6), (3, anything, 2, 3), (2, prefill, 1, 6), (1, prefill, 2, 3)],
+)
+def test_memory_that_runs_out_changes_no_token(
+    load: Load, quantize: str, rows: int, during: Any, refused: int, fitting: int
+) -> None:
+    policy = load("qwen3", quantize)
+    stop_early(policy)
+    expected = sampled(policy, boundary_block=2)
+    after = torch.rand(1)
+    said: list[str] = []
+    policy.sampling_rows.on_message = said.append
+    policy.model.train()
+    with memory_for(policy, rows, during) as found:
+        rollout = sampled(policy, boundary_block=2)
+        assert len(found) == refused
+        assert_equal_rollouts(rollout, expected)
+        assert torch.equal(torch.rand(1), after)
+        # What fitted is where the next rollout begins.
+        assert_equal_rollouts(sampled(policy, boundary_block=2), expected)
+        assert len(found) == refused
+    assert policy.sampling_rows.rows == fitting
+    assert said[-1].endswith(f"from now on at most {fitting} go together.")
+    assert policy.model.training
+    assert not policy.blocks[2]._forward_pre_hooks
+    assert not any("forward" in vars(part) for part in policy.model.modules())
+
+
+def test_slices_of_unequal_length_are_padded_alike(policy: Policy) -> None:
+    stop_early(policy)
+    expected = sampled(policy, boundary_block=1, seed=3)
+    longest = expected.completion_mask.sum(1).view(-1, 3).amax(1)
+    assert len(set(longest.tolist())) > 1
+    policy.sampling_rows.rows = 3
+    assert_equal_rollouts(sampled(policy, boundary_block=1, seed=3), expected)
+
+
+def test_a_group_that_does_not_fit_ends_the_run(policy: Policy) -> None:
+    with memory_for(policy, 2), pytest.raises(RunStopped, match="a single group of 3 completions; lower"):
+        sampled(policy)
+
+
+def test_states_of_completions_sampled_elsewhere_need_not_fit_together(policy: Policy) -> None:
+    stop_early(policy)
+    rollout = sampled(policy)
+    given = rollout.prompt_ids, rollout.prompt_mask, rollout.completion_ids, rollout.completion_mask
+    expected = recompute(policy, 3, *given)
+    with memory_for(policy, 6) as refused:
+        found = recompute(policy, 3, *given)
+    assert refused == [12]
+    torch.testing.assert_close(found.prompt, expected.prompt, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.completion, expected.completion, atol=1e-5, rtol=1e-5)

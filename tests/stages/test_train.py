@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from midtune.config import RunConfig, dump_config, load_config
 from midtune.errors import InputError, RunStopped
 from midtune.model.loading import load_policy
 from midtune.model.patch import apply_patch
+from midtune.model.policy import Policy
 from midtune.model.sources import resolve
 from midtune.report.terminal import Terminal
 from midtune.stages import evaluate, merge, probe, train
@@ -374,3 +376,33 @@ def test_a_failure_keeps_the_folder_resumable(
     assert trajectory(tmp_path / "run") == trajectory(tmp_path / "whole")
     patches = [(tmp_path / name / "patch/patch.safetensors").read_bytes() for name in ("run", "whole")]
     assert patches[0] == patches[1]
+
+
+def test_a_run_that_ends_for_want_of_memory_goes_on_from_what_fitted(
+    configured: Configured, tmp_path: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(training__steps=4, training__prompts_per_step=4, training__checkpoint_every=1)
+    go(config, tmp_path / "whole", terminal)
+    run = tmp_path / "run"
+    open_policy = train.open_policy
+
+    def open_on_a_small_card(*arguments: Any, **settings: Any) -> Policy:
+        policy = open_policy(*arguments, **settings)
+
+        def check(module: Any, args: tuple[torch.Tensor, ...], kwargs: Any) -> None:
+            ended = (run / "metrics.jsonl").is_file() and len(metrics(run)) == 2
+            if args[0].size(1) == 1 and len(args[0]) > (0 if ended else 8):
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        policy.blocks[0].register_forward_pre_hook(check, with_kwargs=True)
+        return policy
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "open_policy", open_on_a_small_card)
+        with pytest.raises(RunStopped, match="memory ran out in sampling with a single group of 4"):
+            go(config, run, terminal)
+    assert "16 completions together; from now on at most 8 go together" in terminal.console.file.getvalue()  # type: ignore[attr-defined]
+    go(load_config(run / "config.yaml", {}), None, terminal, resume=run)
+    assert [line["sampling_rows"] for line in metrics(run)] == [8] * 4
+    for found, expected in zip(trajectory(run), trajectory(tmp_path / "whole"), strict=True):
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
