@@ -566,8 +566,35 @@ def tasks(
     _show("tasks", _run(stage, quiet), as_json)
 
 
+@app.command(cls=Command, short_help="say whether this machine is ready")
+def doctor(
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Say whether this machine is ready: versions, device, memory, disk, 4-bit, network.
+
+    Ends with exit code 1 if something has to be mended first. Asks the hub and the package index whether they
+    answer, and sends nothing else.
+
+    \b
+    Example:
+      midtune doctor
+    """
+
+    def stage(terminal: Terminal) -> dict[str, Any]:
+        from midtune.stages import doctor as stage
+
+        return stage.run(terminal)
+
+    result = _run(stage, quiet)
+    _show("doctor", result, as_json)
+    if result.get("problems"):
+        raise typer.Exit(1)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run midtune and exit: 0, 2 for bad input, 130 when interrupted, 1 for an error of midtune's own.
+    """Run midtune and exit: 0, 2 for bad input, 130 when interrupted, 1 for an error of its own or a problem found.
 
     Args:
         arguments: the command line without the program's name; default: that of the process.
@@ -732,5 +759,6 @@ def _table(kind: str, result: dict[str, Any]) -> RenderableType:
         "bench": results.bench_table,
         "compare": results.compare_table,
         "tasks": results.tasks_text,
+        "doctor": results.doctor_table,
     }
     return tables_of[kind](result)

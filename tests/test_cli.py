@@ -128,7 +128,7 @@ def test_alone_it_shows_the_help(run: Run) -> None:
     assert "Usage: midtune" in result.out
 
 
-@pytest.mark.parametrize("command", ["train", "probe", "eval", "vote", "merge", "compare", "tasks"])
+@pytest.mark.parametrize("command", ["train", "probe", "eval", "vote", "merge", "compare", "tasks", "doctor"])
 def test_every_command_has_help_with_an_example(run: Run, command: str) -> None:
     result = run(command, "--help")
     assert result.code == 0
@@ -456,3 +456,18 @@ def test_a_task_is_shown_with_its_arguments(run: Run) -> None:
     text = run("tasks", "reasoning-gym:chain_sum", "--task-arg", "max_terms=2").out
     assert found["question"] in text and "max_terms=2" in text
     assert "chain_sum" in one_error(run("tasks", "chain_summ"))
+
+
+@pytest.mark.parametrize(("problems", "code"), [(0, 0), (2, 1)])
+def test_a_doctor_that_finds_problems_ends_with_exit_code_1(
+    run: Run, stage: Stage, problems: int, code: int
+) -> None:
+    checks = [{"name": "trl", "status": "problem", "found": "not installed", "fix": "pip install trl"}]
+    result = {"checks": checks * problems, "problems": problems, "warnings": 1}
+    stage("doctor", lambda terminal: result)
+    shown = run("doctor")
+    assert (shown.code, shown.err) == (code, "")
+    assert shown.out.count("not installed") == problems
+    shown = run("doctor", "--json")
+    assert shown.code == code
+    assert json.loads(shown.out) == result

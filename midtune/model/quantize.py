@@ -6,15 +6,18 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig
 
 from midtune.model.memory import freed_at_once
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def nf4_config(compute_dtype: torch.dtype, keep: list[str]) -> BitsAndBytesConfig:
@@ -101,6 +104,29 @@ def _as_linear(part: bnb.nn.Linear4bit, original: torch.Tensor | None) -> nn.Lin
 def dequantized(weight: Any) -> torch.Tensor:
     """The full-precision values that a 4-bit parameter stands for, [out, in]."""
     return bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+
+
+def nf4_error(device: torch.device, compute_dtype: torch.dtype) -> float:
+    """How far 4-bit kernels are from dequantized weights, as a share of the largest value.
+
+    The greatest of three: a product, its gradient, and the product of a single row, which has a kernel of its own.
+    """
+    source = torch.Generator().manual_seed(0)
+    layer = bnb.nn.Linear4bit(
+        128, 128, bias=False, compute_dtype=compute_dtype, quant_type="nf4", compress_statistics=True
+    )
+    layer.load_state_dict({"weight": torch.randn(128, 128, generator=source)})
+    layer = layer.to(device).requires_grad_(False)
+    forbid_cpu_packing(layer)
+    plain = partial(F.linear, weight=dequantized(layer.weight).to(compute_dtype))
+    rows = torch.randn(16, 128, generator=source).to(device, compute_dtype).requires_grad_()
+    found = []
+    for product in (layer, plain):
+        whole = product(rows)
+        (slope,) = torch.autograd.grad(whole.sum(), rows)
+        found.append((whole.detach(), slope, product(rows[:1].detach())))
+    errors = [(ours - right).abs().max() / right.abs().max() for ours, right in zip(*found, strict=True)]
+    return float(torch.stack(errors).max())
 
 
 @contextlib.contextmanager

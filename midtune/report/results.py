@@ -228,6 +228,31 @@ def tasks_text(result: Mapping[str, Any]) -> RenderableType:
     )
 
 
+def doctor_table(result: Mapping[str, Any]) -> RenderableType:
+    """What `midtune doctor` found: a line for each check, and below it what to do where there is something."""
+    styles = {"ok": "green", "warning": "yellow", "problem": "bold red"}
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for check in result["checks"]:
+        text = Text(check["found"])
+        if check["fix"]:
+            text.append(f"\n-> {check['fix']}")
+        table.add_row(Text(check["status"], style=styles[check["status"]]), check["name"], text)
+    return Group(table, "", Text(_verdict(result["problems"], result["warnings"])))
+
+
+def _verdict(problems: int, warnings: int) -> str:
+    found = [
+        f"{count} {what}{'s' * (count > 1)}"
+        for count, what in ((problems, "problem"), (warnings, "warning"))
+        if count
+    ]
+    ready = "Not ready" if problems else "Ready"
+    return f"{ready}: {' and '.join(found)}." if found else f"{ready}."
+
+
 def _held(result: Mapping[str, Any]) -> str:
     return "unquantized" if result["quantize"] == "none" else str(result["quantize"])
 

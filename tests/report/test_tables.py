@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from midtune.report.results import bench_table, vote_table
+from midtune.report.results import bench_table, doctor_table, vote_table
 from midtune.report.tables import bytes_text, report_table, seconds_text, whole_seconds_text
 from tests.report.printed import rendered
 
@@ -212,3 +212,37 @@ def test_the_vote_on_80_columns() -> None:
         "   2   -",
         "",
     ]
+
+
+def test_the_doctor_on_80_columns() -> None:
+    def check(name: str, status: str, found: str, fix: str = "") -> dict[str, str]:
+        return {"name": name, "status": status, "found": found, "fix": fix}
+
+    checks = [
+        check("trl", "problem", "1.17.0; midtune is tested with >=1.16,<1.17", 'pip install "trl"'),
+        check("device", "ok", "CPU, 2 cores"),
+        check(
+            "hub",
+            "warning",
+            "https://huggingface.co does not answer",
+            "folders work [and] `tiny` " + "does " * 9,
+        ),
+    ]
+    assert rendered(doctor_table({"checks": checks, "problems": 1, "warnings": 2})) == [
+        "problem  trl     1.17.0; midtune is tested with >=1.16,<1.17",
+        '                 -> pip install "trl"',
+        "ok       device  CPU, 2 cores",
+        "warning  hub     https://huggingface.co does not answer",
+        "                 -> folders work [and] `tiny` does does does does does does does",
+        "                 does does",
+        "",
+        "Not ready: 1 problem and 2 warnings.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("warnings", "verdict"), [(0, "Ready."), (1, "Ready: 1 warning."), (2, "Ready: 2 warnings.")]
+)
+def test_the_doctor_ends_with_a_verdict(warnings: int, verdict: str) -> None:
+    lines = rendered(doctor_table({"checks": [], "problems": 0, "warnings": warnings}), encoding="ascii")
+    assert lines[-1] == verdict

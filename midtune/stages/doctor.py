@@ -1,0 +1,257 @@
+"""`midtune doctor`: whether this machine is ready, a line for each thing that a run rests on.
+
+Two requests are sent, which ask whether the hub and the package index answer, and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import requests
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from midtune.model.cache import cache_folder
+from midtune.model.hub import PACKAGE, within
+from midtune.report.tables import bytes_text
+from midtune.report.terminal import Terminal
+from midtune.runs import RUNS
+from midtune.savings.cards import card_names, other_processes
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
+REQUEST_TIMEOUT_S = 3.0
+# pip takes about a second to start.
+PIP_TIMEOUT_S = 8.0
+# What scoring the bundled model takes, and the recipe of SmolLM2-135M.
+LEAST_MEMORY_BYTES = round(0.6 * 2**30)
+SOME_MEMORY_BYTES = 3 * 2**30
+# Checkpoints of a small block, and SmolLM2-135M while it is converted.
+LEAST_DISK_BYTES = 50 * 2**20
+SOME_DISK_BYTES = 2**30
+# What rounding explains in a product of 128 terms.
+MOST_ERROR = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was found, and where it is not as it should be, what to do or what works all the same.
+
+    Attributes:
+        status: `problem` where no run can be made before it is mended, `warning` where something else is limited.
+    """
+
+    name: str
+    status: Literal["ok", "warning", "problem"]
+    found: str
+    fix: str = ""
+
+
+def run(terminal: Terminal) -> dict[str, Any]:
+    """Look at everything; nothing is changed.
+
+    Returns:
+        `checks`, each with `name`, `status`, `found` and `fix`, and the number of `problems` and `warnings`.
+    """
+    terminal.message("asking the hub and the package index whether they answer; nothing else is sent")
+    with ThreadPoolExecutor() as pool:
+        asked = [pool.submit(_tried, name, ask) for name, ask in (("hub", _hub), ("package index", _index))]
+        checks = [
+            *_tried("packages", _versions),
+            *_tried("device", _devices),
+            *_tried("memory", _memory),
+            *_tried("disk", _disks),
+            *_tried("4-bit", _four_bit),
+            *(check for answer in asked for check in answer.result()),
+            *_tried("telemetry", _telemetry),
+        ]
+    count = {status: sum(check.status == status for check in checks) for status in ("problem", "warning")}
+    return {
+        "checks": [asdict(check) for check in checks],
+        "problems": count["problem"],
+        "warnings": count["warning"],
+    }
+
+
+def _tried(name: str, look: Callable[[], Iterator[Check]]) -> list[Check]:
+    """What `look` finds; where it cannot look, that is the finding."""
+    try:
+        return list(look())
+    except Exception as error:  # noqa: BLE001 (whatever is broken is what this is about)
+        why = (str(error).strip().splitlines() or ["no message"])[0]
+        return [Check(name, "problem", f"{type(error).__name__}: {why}", "mend it, or install midtune again")]
+
+
+def _versions() -> Iterator[Check]:
+    """Python and the libraries underneath, against the ranges that midtune itself asks for."""
+    tested = {asked.name: asked.specifier for asked in map(Requirement, metadata.requires("midtune") or [])}
+    python = SpecifierSet(metadata.metadata("midtune")["Requires-Python"])
+    yield _version("python", platform.python_version(), python, f"use Python {_text(python)}")
+    for package in PACKAGES:
+        try:
+            version = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            version = None
+        wanted = f"{package}{_text(tested[package])}"
+        yield _version(package, version, tested[package], f'pip install "{wanted}"')
+
+
+def _version(name: str, version: str | None, tested: SpecifierSet, fix: str) -> Check:
+    if version is None:
+        return Check(name, "problem", "not installed", fix)
+    if not tested.contains(version, prereleases=True):
+        return Check(name, "problem", f"{version}; midtune is tested with {_text(tested)}", fix)
+    return Check(name, "ok", f"{version}, tested with {_text(tested)}")
+
+
+def _text(versions: SpecifierSet) -> str:
+    return ",".join(sorted(map(str, versions), reverse=True))
+
+
+def _devices() -> Iterator[Check]:
+    """The CUDA cards, or the CPU where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        found = f"CPU, {cores} cores"
+        if cards := card_names():
+            unused = f"{found}; torch {torch.__version__} cannot use {', '.join(cards)}"
+            yield Check("device", "warning", unused, "install a CUDA build of torch, or a newer driver")
+        else:
+            yield Check("device", "ok", found)
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        card = torch.cuda.get_device_properties(index)
+        others = other_processes(str(card.uuid))
+        free, total = torch.cuda.mem_get_info(index)
+        found = f"{card.name}, {bytes_text(free)} of {bytes_text(total)} free"
+        shown = [
+            f"{process.name} ({process.pid})"
+            + ("" if process.held_bytes is None else f" {bytes_text(process.held_bytes)}")
+            for process in others
+        ]
+        found += f"; also in use by {', '.join(shown)}" if shown else ""
+        tight = free < total / 2
+        fix = "end what else uses the card, or choose another with --device cuda:N" if tight else ""
+        yield Check(f"cuda:{index}", "warning" if tight else "ok", found, fix)
+
+
+def _memory() -> Iterator[Check]:
+    memory = psutil.virtual_memory()
+    found = f"{bytes_text(memory.available)} of {bytes_text(memory.total)} free"
+    needs = "the bundled model takes 0.6 GiB, and the recipe of SmolLM2-135M 3 GiB on a CPU"
+    yield _enough("memory", memory.available, found, LEAST_MEMORY_BYTES, SOME_MEMORY_BYTES, needs)
+
+
+def _disks() -> Iterator[Check]:
+    """Where runs go, midtune's cache of converted models, and the hub's own cache."""
+    from huggingface_hub import constants
+
+    places = (
+        ("runs", RUNS.absolute(), "choose another disk with --out"),
+        ("cache", cache_folder(), "set MIDTUNE_CACHE to another disk"),
+        ("hub cache", Path(constants.HF_HUB_CACHE), "set HF_HOME to another disk"),
+    )
+    for name, folder, fix in places:
+        existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        if not os.access(existing, os.W_OK):
+            yield Check(name, "warning", f"{existing} may not be written to", fix)
+            continue
+        free = shutil.disk_usage(existing).free
+        found = f"{bytes_text(free)} free for {_short(folder)}"
+        yield _enough(name, free, found, LEAST_DISK_BYTES, SOME_DISK_BYTES, f"free some, or {fix}")
+
+
+def _enough(name: str, free: float, found: str, least: int, some: int, fix: str) -> Check:
+    if free >= some:
+        return Check(name, "ok", found)
+    return Check(name, "warning" if free >= least else "problem", found, fix)
+
+
+def _short(folder: Path) -> str:
+    """A folder as a person would write it."""
+    for start, sign in ((Path.cwd(), "."), (Path.home(), "~")):
+        if folder.is_relative_to(start):
+            return str(Path(sign) / folder.relative_to(start))
+    return str(folder)
+
+
+def _four_bit() -> Iterator[Check]:
+    """Whether a product with 4-bit weights, and its gradient, are right on the device of a run."""
+    import torch
+
+    from midtune.model.loading import compute_dtype_of, resolve_device
+    from midtune.model.quantize import nf4_error
+
+    device = resolve_device("auto")
+    dtype = compute_dtype_of(device)
+    error = nf4_error(device, dtype)
+    name = str(dtype).removeprefix("torch.")
+    found = f"NF4 on {device} in {name}: largest error {error:.1g}"
+    if error < MOST_ERROR[name]:
+        yield Check("4-bit", "ok", found)
+    else:
+        fix = f"install another bitsandbytes for torch {torch.__version__}, or use --quantize none"
+        yield Check("4-bit", "problem", found, fix)
+
+
+def _hub() -> Iterator[Check]:
+    from huggingface_hub import constants
+
+    url = constants.ENDPOINT
+    if constants.HF_HUB_OFFLINE:
+        found = "not asked, since HF_HUB_OFFLINE is set"
+        yield Check(
+            "hub", "warning", found, "folders, `tiny` and models in the hub's cache work; or unset it"
+        )
+        return
+    fix = "folders, `tiny` and models in the hub's cache work"
+    try:
+        # The request's own timeout does not cover name resolution.
+        answer = within(
+            2 * REQUEST_TIMEOUT_S, lambda: requests.head(url, timeout=REQUEST_TIMEOUT_S).status_code
+        )
+    except (requests.RequestException, TimeoutError):
+        yield Check("hub", "warning", f"{url} does not answer", fix)
+        return
+    if answer < 400:
+        yield Check("hub", "ok", f"{url} answers")
+    else:
+        yield Check("hub", "warning", f"{url} answers with error {answer}", fix)
+
+
+def _index() -> Iterator[Check]:
+    """Whether pip gets to the package that SmolLM2 comes from where there is no hub."""
+    name = PACKAGE.partition("==")[0]
+    command = [sys.executable, "-m", "pip", "index", "versions", name, "--disable-pip-version-check"]
+    command += ["--no-input", "--retries=0", f"--timeout={REQUEST_TIMEOUT_S:.0f}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_TIMEOUT_S)
+        reached = done.returncode == 0
+    except subprocess.TimeoutExpired:
+        reached = False
+    if reached:
+        yield Check("package index", "ok", f"pip finds {name}, a source of smollm2-135m")
+    else:
+        fix = "`smollm2-135m` comes from the hub then; everything that is installed works"
+        yield Check("package index", "warning", f"pip does not find {name}", fix)
+
+
+def _telemetry() -> Iterator[Check]:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_DISABLE_TELEMETRY:
+        yield Check("telemetry", "ok", "off in the libraries underneath, and midtune has none")
+    else:
+        found = "the libraries underneath report usage, since HF_HUB_DISABLE_TELEMETRY=0"
+        yield Check("telemetry", "warning", found, "unset it, and nothing is sent")
