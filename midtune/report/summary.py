@@ -22,6 +22,8 @@ class TimeReport:
             or shrink while a model learns, so the mean over the run would compare unequal work.
         compared_tokens, full_tokens: mean tokens of a completion in the steps compared, here and in full
             training; the prompts are the same and the completions are sampled anew.
+        compared_phases, full_phases: seconds of `rollout`, `reward` and `update` in `compared_step` and
+            `full_step`.
     """
 
     step: float
@@ -33,6 +35,8 @@ class TimeReport:
     compared_step: float | None = None
     compared_tokens: float | None = None
     full_tokens: float | None = None
+    compared_phases: dict[str, float] | None = None
+    full_phases: dict[str, float] | None = None
 
     @property
     def speedup(self) -> float | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,10 @@ from midtune.tasks import Reward, Row
 
 
 class StepClock(TrainerCallback):
-    """Seconds of each step, `step`, and of its phases: `rollout` as charged to the meter, `update` the rest."""
+    """Seconds of each step, `step`, and of its phases: `rollout` as charged to the meter, `update` the rest.
+
+    `reward`, which is a part of `update`, is as charged too.
+    """
 
     def __init__(self, meter: Meter) -> None:
         self.steps: list[dict[str, float]] = []
@@ -35,9 +38,10 @@ class StepClock(TrainerCallback):
         self._began = time.perf_counter()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        rollout = self._meter.step().get("rollout", 0.0)
+        charged = self._meter.step()
         step = time.perf_counter() - self._began
-        self.steps.append({"step": step, "rollout": rollout, "update": step - rollout})
+        rollout, reward = charged.get("rollout", 0.0), charged.get("reward", 0.0)
+        self.steps.append({"step": step, "rollout": rollout, "reward": reward, "update": step - rollout})
 
 
 def full_training(
@@ -56,8 +60,9 @@ def full_training(
     them. Micro-batches are those of midtune.
 
     Returns:
-        `step`: seconds of the fastest step (the first one also warms up); `peak`: peak bytes while
-        training; `completion_length`: mean tokens of a completion.
+        `step`: seconds of the fastest step (the first one also warms up); `phases`: those of its `rollout`,
+        `reward` and `update`; `peak`: peak bytes while training; `completion_length`: mean tokens of a
+        completion.
     """
     meter = Meter(device)
     model = AutoModelForCausalLM.from_pretrained(
@@ -85,17 +90,35 @@ def full_training(
         trainer = GRPOTrainer(
             model=model,
             args=args,
-            reward_funcs=[reward],
+            reward_funcs=[_timed(reward, meter, "reward")],
             train_dataset=Dataset.from_list(ordered),
             processing_class=tokenizer,
             callbacks=[clock],
         )
+        trainer._generate_single_turn = _timed(trainer._generate_single_turn, meter, "rollout")
         trainer.remove_callback(PrinterCallback)
         meter.reset_peak()
         trainer.train()
     lengths = [log["completions/mean_length"] for log in trainer.state.log_history if "reward" in log]
+    fastest = min(clock.steps, key=lambda step: step["step"])
     return {
-        "step": min(step["step"] for step in clock.steps),
+        "step": fastest["step"],
+        "phases": {
+            "rollout": fastest["rollout"],
+            "reward": fastest["reward"],
+            "update": fastest["update"] - fastest["reward"],
+        },
         "peak": meter.peak_bytes(),
         "completion_length": sum(lengths) / len(lengths),
     }
+
+
+def _timed(function: Callable[..., Any], meter: Meter, phase: str) -> Callable[..., Any]:
+    """The same function, its time charged to a phase."""
+
+    @wraps(function)
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        with meter.phase(phase):
+            return function(*args, **kwargs)
+
+    return timed

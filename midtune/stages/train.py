@@ -39,6 +39,7 @@ from midtune.stages.choose import choose_blocks
 from midtune.stages.setup import open_policy, open_source, open_task, score_policy
 from midtune.tasks import Task
 
+PHASES = ("rollout", "reward", "update")
 # Trained tensors in fp32 and two Adam moments, in the two checkpoints that are kept.
 CHECKPOINT_BYTES_PER_PARAMETER = 2 * 3 * 4
 
@@ -162,6 +163,7 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
             full_step=full["step"],
             full_source=config.evaluation.baseline,
             full_tokens=full.get("completion_length"),
+            full_phases=full["phases"],
         ),
         memory=MemoryReport(
             peak=peak_bytes,
@@ -286,7 +288,7 @@ def _estimate(
     compute_bytes: int,
     process_bytes: int,
 ) -> dict[str, Any]:
-    """Full training's `step` seconds and `peak` bytes, estimated from this run's own phases."""
+    """Full training's `step` seconds, those of its `phases`, and `peak` bytes, estimated from this run's phases."""
     width = shape.prompt_tokens + shape.completion_tokens
     estimate = estimate_full_training(
         numbers,
@@ -307,7 +309,8 @@ def _estimate(
         compute_bytes=compute_bytes,
         process_bytes=process_bytes,
     )
-    return {"step": estimate.step_s, "peak": estimate.peak_bytes}
+    phases = {"rollout": estimate.rollout_s, "reward": estimate.reward_s, "update": estimate.update_s}
+    return {"step": estimate.step_s, "phases": phases, "peak": estimate.peak_bytes}
 
 
 def _shape(config: RunConfig, policy: Policy, task: Task, steps: list[dict[str, Any]]) -> StepShape:
@@ -320,14 +323,17 @@ def _shape(config: RunConfig, policy: Policy, task: Task, steps: list[dict[str, 
     )
 
 
-def _time(config: RunConfig, steps: list[dict[str, Any]]) -> dict[str, float]:
-    """Mean seconds of a step and its phases, and of the steps that the baseline repeats."""
-    names = {"step": "step_s", "rollout": "rollout_s", "reward": "reward_s", "update": "update_s"}
-    means = {ours: statistics.fmean(step[theirs] for step in steps) for ours, theirs in names.items()}
+def _time(config: RunConfig, steps: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean seconds of a step and its phases, and those of the steps that the baseline repeats."""
+    means: dict[str, Any] = {
+        name: statistics.fmean(step[f"{name}_s"] for step in steps) for name in ("step", *PHASES)
+    }
     if config.evaluation.baseline == "measured":
         # The fastest, as for full training: the first step also warms up.
         first = steps[: baseline.STEPS]
-        means["compared_step"] = min(step["step_s"] for step in first)
+        fastest = min(first, key=lambda step: step["step_s"])
+        means["compared_step"] = fastest["step_s"]
+        means["compared_phases"] = {name: fastest[f"{name}_s"] for name in PHASES}
         means["compared_tokens"] = statistics.fmean(step["completion_length"] for step in first)
     return means
 

@@ -56,6 +56,8 @@ def test_schema_1() -> None:
             "compared_step": None,
             "compared_tokens": None,
             "full_tokens": None,
+            "compared_phases": None,
+            "full_phases": None,
             "speedup": 2.5,
         },
         "memory": {

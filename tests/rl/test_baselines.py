@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from midtune.config import TrainingConfig
@@ -36,8 +37,10 @@ def test_full_training_is_measured_on_the_first_prompts_of_a_run(
         steps=2,
     )
 
-    assert found.keys() == {"step", "peak", "completion_length"}
+    assert found.keys() == {"step", "phases", "peak", "completion_length"}
     assert 0 < found["step"] < 60
+    assert min(found["phases"].values()) > 0
+    assert sum(found["phases"].values()) == pytest.approx(found["step"])
     assert found["peak"] > 2**20
     assert 1 <= found["completion_length"] <= 4
     assert asked[::2] == [row["question"] for row in in_order(rows, 6, seed=3)[:4]]
