@@ -109,7 +109,7 @@ class RunFolder:
 
     @property
     def start(self) -> Path:
-        """Scores before training and how the blocks were chosen, for a run that is resumed."""
+        """Scores and some completions before training, and how the blocks were chosen."""
         return self.path / "start.json"
 
     @property
@@ -121,6 +121,11 @@ class RunFolder:
     def samples(self) -> Path:
         """Some completions with their rewards."""
         return self.path / "samples.jsonl"
+
+    @property
+    def before_after(self) -> Path:
+        """Completions of a few held-out problems before and after training, with their scores."""
+        return self.path / "before_after.json"
 
     @property
     def checkpoints(self) -> Path:

@@ -23,9 +23,12 @@ from midtune.runs import RUNS
 from midtune.tasks import Task
 
 
-def choose_blocks(config: RunConfig, policy: Policy, task: Task, terminal: Terminal) -> tuple[RunConfig, str]:
-    """The configuration with its blocks written out, and how they were chosen."""
+def choose_blocks(
+    config: RunConfig, policy: Policy, task: Task, terminal: Terminal
+) -> tuple[RunConfig, str, Path | None]:
+    """The configuration with its blocks written out, how they were chosen, and the probe.json that did."""
     wanted = config.blocks
+    ranking = None
     if wanted.layers is not None:
         blocks = parse_layers(wanted.layers, policy.num_blocks, wanted.top_k)
         how = f"--layers {wanted.layers}"
@@ -34,6 +37,7 @@ def choose_blocks(config: RunConfig, policy: Policy, task: Task, terminal: Termi
         how = "the geometric middle, as asked"
     elif (found := _ranking(wanted, policy, task)) is not None:
         file, probe = found
+        ranking = file.absolute()
         choose = worst if wanted.select == "worst" else best
         blocks = choose(ranking_of(probe), policy.num_blocks, wanted.top_k)
         how = f"the ranking of {file} ({probe['method']})"
@@ -57,7 +61,7 @@ def choose_blocks(config: RunConfig, policy: Policy, task: Task, terminal: Termi
         terminal.message(f"training {names} ({how})")
     layers = ",".join(map(str, blocks))
     chosen = wanted.model_copy(update={"layers": layers, "top_k": len(blocks), "probe": None})
-    return config.model_copy(update={"blocks": chosen}), how
+    return config.model_copy(update={"blocks": chosen}), how, ranking
 
 
 def _ranking(wanted: BlocksConfig, policy: Policy, task: Task) -> tuple[Path, dict[str, Any]] | None:

@@ -38,7 +38,10 @@ from midtune.stages import baseline
 from midtune.stages.choose import choose_blocks
 from midtune.stages.setup import open_policy, open_source, open_task, score_policy
 from midtune.tasks import Task
+from midtune.tasks.rewards import completion_text
 
+# Held-out problems whose completions are kept.
+SHOWN_PROBLEMS = 4
 PHASES = ("rollout", "reward", "update")
 # Trained tensors in fp32 and two Adam moments, in the two checkpoints that are kept.
 CHECKPOINT_BYTES_PER_PARAMETER = 2 * 3 * 4
@@ -90,7 +93,7 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
                 f"{source.name} is stored in 4-bit, so a vLLM server cannot be sent its trained block; leave "
                 "training.vllm out, or use the unquantized checkpoint."
             )
-    config, choice = choose_blocks(config, policy, task, terminal)
+    config, choice, ranking = choose_blocks(config, policy, task, terminal)
     chosen = parse_layers(config.blocks.layers or "", policy.num_blocks, config.blocks.top_k)
     boosted = config.blocks.select == "boost"
     blocks = list(range(policy.num_blocks)) if boosted else chosen
@@ -109,7 +112,7 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
             "scoring before training",
             config.evaluation.samples,
         )
-        _write_start(folder, before, choice)
+        _write_start(folder, before, choice, ranking)
     else:
         step = int(checkpoint.name.rpartition("-")[2])
         folder.truncate_metrics(step)
@@ -129,6 +132,7 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
         policy, task, task.held_out, config, terminal, "scoring after training", config.evaluation.samples
     )
     patch_bytes = save_patch(policy, folder.patch)
+    _write_before_after(folder, task, before, after)
     steps = folder.read_metrics()
     shape = _shape(config, policy, task, steps)
     numbers = ModelNumbers.from_config(policy.model.config.to_dict(), policy.total_parameters)
@@ -338,11 +342,13 @@ def _time(config: RunConfig, steps: list[dict[str, Any]]) -> dict[str, Any]:
     return means
 
 
-def _write_start(folder: RunFolder, before: Evaluation, choice: str) -> None:
+def _write_start(folder: RunFolder, before: Evaluation, choice: str, ranking: Path | None) -> None:
     folder.write_json(
         folder.start,
         {
             "choice": choice,
+            "ranking": ranking,
+            "completions": before.completions[:SHOWN_PROBLEMS],
             "greedy": before.greedy.tolist(),
             "sampled": None if before.sampled is None else before.sampled.tolist(),
         },
@@ -354,4 +360,20 @@ def _read_start(folder: RunFolder) -> tuple[Evaluation, str]:
 
     data = folder.read_json(folder.start)
     sampled = None if data["sampled"] is None else np.array(data["sampled"])
-    return Evaluation(np.array(data["greedy"]), sampled, []), data["choice"]
+    return Evaluation(np.array(data["greedy"]), sampled, data.get("completions", [])), data["choice"]
+
+
+def _write_before_after(folder: RunFolder, task: Task, before: Evaluation, after: Evaluation) -> None:
+    """Keep the greedy completions of the first held-out problems, whatever became of them."""
+    problems = [
+        {
+            "prompt": completion_text(row["prompt"]),
+            "answer": row.get("answer"),
+            "before": {"completion": was, "score": before.greedy[place]},
+            "after": {"completion": after.completions[place], "score": after.greedy[place]},
+        }
+        for place, (row, was) in enumerate(
+            zip(task.held_out, before.completions[:SHOWN_PROBLEMS], strict=False)
+        )
+    ]
+    folder.write_json(folder.before_after, {"problems": problems})

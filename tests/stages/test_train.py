@@ -43,7 +43,7 @@ def test_a_run_leaves_what_the_house_says(finished: tuple[Path, dict[str, Any]])
     run, _ = finished
     assert {path.name for path in run.iterdir()} == {
         *("config.yaml", "environment.json", "start.json", "metrics.jsonl", "samples.jsonl"),
-        *("checkpoints", "patch", "report.json", "curve.svg"),
+        *("checkpoints", "patch", "before_after.json", "report.json", "curve.svg"),
     }
     assert {path.name for path in (run / "patch").iterdir()} == {"patch.safetensors", "patch.json"}
     assert [line["step"] for line in metrics(run)] == [1, 2, 3]
@@ -374,8 +374,9 @@ def test_a_failure_keeps_the_folder_resumable(
             go(config, tmp_path / "run", terminal)
     go(load_config(tmp_path / "run/config.yaml", {}), None, terminal, resume=tmp_path / "run")
     assert trajectory(tmp_path / "run") == trajectory(tmp_path / "whole")
-    patches = [(tmp_path / name / "patch/patch.safetensors").read_bytes() for name in ("run", "whole")]
-    assert patches[0] == patches[1]
+    for file in ("patch/patch.safetensors", "before_after.json"):
+        resumed, whole = ((tmp_path / name / file).read_bytes() for name in ("run", "whole"))
+        assert resumed == whole
 
 
 def test_a_run_that_ends_for_want_of_memory_goes_on_from_what_fitted(
