@@ -437,6 +437,37 @@ def merge(
     _show("merge", _run(stage, quiet), as_json)
 
 
+@app.command(cls=Command, short_help="write the HTML page of a run, or of several compared")
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="the folders of one or more runs")],
+    out: Annotated[
+        Path | None,
+        _plain_option(
+            "--out",
+            "the page (default: report.html in the folder of a single run, comparison.html here for several)",
+            "Output",
+            "FILE",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write one HTML page about a run, or one that compares several; it needs no network.
+
+    \b
+    Example:
+      midtune report runs/tiny
+    """
+
+    def stage(terminal: Terminal) -> dict[str, Any]:
+        from midtune.stages import report as stage
+
+        return stage.run(runs, out=out)
+
+    _show("page", _run(stage, quiet), as_json)
+
+
 @app.command(cls=Command, short_help="compare with TRL on the same prompts and completions")
 def bench(
     ctx: typer.Context,
@@ -756,6 +787,7 @@ def _table(kind: str, result: dict[str, Any]) -> RenderableType:
         "score": results.score_table,
         "vote": results.vote_table,
         "merge": results.merge_text,
+        "page": results.page_text,
         "bench": results.bench_table,
         "compare": results.compare_table,
         "tasks": results.tasks_text,

@@ -147,6 +147,11 @@ class RunFolder:
         """A picture of the reward over the steps, with the scores before and after."""
         return self.path / "curve.svg"
 
+    @property
+    def page(self) -> Path:
+        """The report for a browser."""
+        return self.path / "report.html"
+
     def require_free(self, need_bytes: int) -> None:
         """Check that the disk has room for `need_bytes` more.
 

@@ -30,6 +30,7 @@ HEAVY = {
     "scipy",
     "numpy",
     "pyarrow",
+    "jinja2",
 }
 Run = Callable[..., SimpleNamespace]
 Stage = Callable[[str, Callable[..., dict[str, Any]]], None]
@@ -128,7 +129,9 @@ def test_alone_it_shows_the_help(run: Run) -> None:
     assert "Usage: midtune" in result.out
 
 
-@pytest.mark.parametrize("command", ["train", "probe", "eval", "vote", "merge", "compare", "tasks", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["train", "probe", "eval", "vote", "merge", "report", "compare", "tasks", "doctor"]
+)
 def test_every_command_has_help_with_an_example(run: Run, command: str) -> None:
     result = run(command, "--help")
     assert result.code == 0
@@ -208,6 +211,15 @@ def test_probe_and_merge_reach_their_stages(run: Run, stage: Stage) -> None:
     assert config.blocks.layers is None
     assert run("merge", "runs/a", "--out", "b", "--json").code == 0
     assert (calls[1][0], calls[1][1]["out"]) == (Path("runs/a"), Path("b"))
+
+
+def test_report_reaches_its_stage_and_prints_the_page(run: Run, stage: Stage) -> None:
+    calls: list[Any] = []
+    stage("report", lambda runs, out: calls.append((runs, out)) or {"page": "a b.html", "runs": []})  # type: ignore[func-returns-value]
+    assert run("report", "runs/x").out == "a b.html\n"
+    assert json.loads(run("report", "x", "y", "--out", "a b.html", "--json").out)["page"] == "a b.html"
+    assert calls == [([Path("runs/x")], None), ([Path("x"), Path("y")], Path("a b.html"))]
+    assert "midtune report --help" in one_error(run("report"))
 
 
 @pytest.mark.parametrize("budget", ["20", "m", "-3m", "0 steps", "5 minutes"])

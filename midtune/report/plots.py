@@ -69,6 +69,7 @@ def learning_curve(metrics: Sequence[Mapping[str, Any]], report: Mapping[str, An
     axes.set_title(
         f"{report['model']} on {report['task']}, block{'s' * (len(report['blocks']) > 1)} {blocks}",
         fontsize=10,
+        parse_math=False,
     )
     axes.set_xlabel("step")
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
@@ -86,18 +87,14 @@ def contribution_curve(probe: Mapping[str, Any], file: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    priced = [
-        row
-        for row in probe["blocks"]
-        if finite(row.get("score")) is not None and finite(row.get("step_cost")) is not None
-    ]
+    priced = priced_rows(probe)
     with_price = bool(priced) and score_name(probe) == "gain"
     figure = Figure(figsize=(10 if with_price else 7, 4), layout="constrained")
     by_depth = figure.add_subplot(1, 2 if with_price else 1, 1)
-    _draw_depth(by_depth, probe)
+    draw_depth(by_depth, probe)
     if with_price:
-        _draw_prices(figure.add_subplot(1, 2, 2), probe, priced)
-    figure.suptitle(f"{probe['model']} on {probe['task']}, {probe['method']}", fontsize=10)
+        draw_prices(figure.add_subplot(1, 2, 2), probe, priced)
+    figure.suptitle(f"{probe['model']} on {probe['task']}, {probe['method']}", fontsize=10, parse_math=False)
     _save(figure, file)
 
 
@@ -129,7 +126,19 @@ def rankings_curve(rankings: Mapping[str, Mapping[str, Any]], file: Path) -> Non
     _save(figure, file)
 
 
-def _draw_depth(axes: Any, probe: Mapping[str, Any]) -> None:
+def priced_rows(probe: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The blocks of a probe.json whose score and price are known."""
+    return [
+        row
+        for row in probe["blocks"]
+        if finite(row.get("score")) is not None and finite(row.get("step_cost")) is not None
+    ]
+
+
+def draw_depth(axes: Any, probe: Mapping[str, Any]) -> None:
+    """Draw the value of every block by depth, with full training, the middle and the plateau."""
+    from matplotlib.ticker import MaxNLocator
+
     selected, among = set(probe.get("selected") or []), set(probe.get("among_best") or [])
     axes.axhline(0, color="0.8", linewidth=0.8)
     if (full := full_training(probe)) is not None:
@@ -162,13 +171,15 @@ def _draw_depth(axes: Any, probe: Mapping[str, Any]) -> None:
                 label=kind,
             )
     axes.set_xlim(-0.5, depth_of(probe) - 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("block")
     measured = any(point.low is not None for point in known)
     axes.set_ylabel(value_name(probe) + (" and 95% interval" if measured else ""))
     _finish(axes)
 
 
-def _draw_prices(axes: Any, probe: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+def draw_prices(axes: Any, probe: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Draw the gain of every one of `rows` against its price, and the frontier."""
     selected, best = set(probe.get("selected") or []), frontier(rows)
     for row in rows:
         marker, color = BLOCK_KINDS["selected" if row["block"] in selected else "block"]
@@ -192,7 +203,7 @@ def _draw_prices(axes: Any, probe: Mapping[str, Any], rows: Sequence[Mapping[str
 
 def _finish(axes: Any, columns: int = 3) -> None:
     """Take away what says nothing, and put the legend below, where it hides no block."""
-    axes.legend(frameon=False, fontsize=7, ncols=columns, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    axes.legend(frameon=False, fontsize=8, ncols=columns, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     axes.spines[["top", "right"]].set_visible(False)
 
 

@@ -93,6 +93,11 @@ def merge_text(result: Mapping[str, Any]) -> RenderableType:
     return Text(f"{result['folder']}: {result['tensors']} tensors replaced, {bytes_text(result['bytes'])}.")
 
 
+def page_text(result: Mapping[str, Any]) -> RenderableType:
+    """The file that `midtune report` wrote: `page`."""
+    return Text(result["page"], overflow="fold")
+
+
 def bench_table(result: Mapping[str, Any]) -> RenderableType:
     """What `midtune bench` measured: seconds and bytes of each arm, and how many times the first arm's."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)

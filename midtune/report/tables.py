@@ -61,7 +61,7 @@ def report_table(report: Mapping[str, Any]) -> RenderableType:
         )
     parts.append("")
     trained, total = report["trainable_parameters"], report["total_parameters"]
-    share = f"{trained:,} of {total:,} parameters trained ({_percent(trained / total)})"
+    share = f"{trained:,} of {total:,} parameters trained ({percent_text(trained / total)})"
     parts.append(Text(f"{share}, a patch of {bytes_text(report['patch_bytes'])}."))
     if report.get("probe"):
         parts.append(Text(f"Choice of blocks: {report['probe']}."))
@@ -70,11 +70,42 @@ def report_table(report: Mapping[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
-def _quality(report: Mapping[str, Any]) -> Group:
+def score_kinds(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """What was scored before and after, by name: `greedy` and, where they were taken, `sampled`, `unquantized`."""
     kinds = {"greedy": report["quality"], "sampled": report["sampled"], "unquantized": report.get("deployed")}
-    shown = {name: quality for name, quality in kinds.items() if quality}
-    scores = [quality[when]["score"] for quality in shown.values() for when in ("before", "after")]
-    fractions = all(0 <= score <= 1 for score in scores)
+    return {name: quality for name, quality in kinds.items() if quality}
+
+
+def are_fractions(kinds: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether all scores lie between 0 and 1, so that they can be given in percent."""
+    scores = [quality[when]["score"] for quality in kinds.values() for when in ("before", "after")]
+    return all(0 <= score <= 1 for score in scores)
+
+
+def interval_texts(
+    figures: Mapping[str, Any], key: str, fractions: bool, *, signed: bool = False
+) -> tuple[str, str]:
+    """A score or gain and its 95% interval as a person reads them, such as `45.0%` and `39 to 51`.
+
+    Args:
+        figures: `key`, `low` and `high`.
+        fractions: give percents, of a gain points.
+    """
+    value, low, high = (finite(figures[name]) for name in (key, "low", "high"))
+    sign = "+" if signed else ""
+    if value is None:
+        return "-", ""
+    text = f"{100 * value:{sign}.1f}{'' if signed else '%'}" if fractions else f"{value:{sign}.3g}"
+    if low is None or high is None:
+        return text, ""
+    if fractions:
+        return text, f"{100 * low:{sign}.0f} to {100 * high:{sign}.0f}"
+    return text, f"{low:{sign}.2g} to {high:{sign}.2g}"
+
+
+def _quality(report: Mapping[str, Any]) -> Group:
+    shown = score_kinds(report)
+    fractions = are_fractions(shown)
     table = plain_table()
     table.add_column("score", no_wrap=True)
     for name in ("before", "after", "gain, points" if fractions else "gain"):
@@ -93,19 +124,8 @@ def _quality(report: Mapping[str, Any]) -> Group:
 
 
 def _with_interval(figures: Mapping[str, Any], key: str, fractions: bool, *, signed: bool = False) -> str:
-    value, low, high = (finite(figures[name]) for name in (key, "low", "high"))
-    sign = "+" if signed else ""
-    if value is None:
-        return "-"
-    if fractions:
-        text = f"{100 * value:{sign}.1f}{'' if signed else '%'}"
-        return (
-            text
-            if low is None or high is None
-            else f"{text} ({100 * low:{sign}.0f} to {100 * high:{sign}.0f})"
-        )
-    text = f"{value:{sign}.3g}"
-    return text if low is None or high is None else f"{text} ({low:{sign}.2g} to {high:{sign}.2g})"
+    value, interval = interval_texts(figures, key, fractions, signed=signed)
+    return f"{value} ({interval})" if interval else value
 
 
 def _savings(report: Mapping[str, Any]) -> Table:
@@ -117,7 +137,7 @@ def _savings(report: Mapping[str, Any]) -> Table:
     table.add_column("", no_wrap=True)
     full_step = finite(time["full_step"])
     full = "-" if full_step is None else f"{seconds_text(full_step)}, {time['full_source']}"
-    speed = "" if time["speedup"] is None else _speed(time["speedup"])
+    speed = "" if time["speedup"] is None else speed_text(time["speedup"])
     compared = finite(time.get("compared_step"))
     if compared is not None:
         # Completions grow or shrink as a model learns, so only the same prompts compare.
@@ -132,17 +152,19 @@ def _savings(report: Mapping[str, Any]) -> Table:
         f"peak memory ({MEMORY_SOURCES[memory['source']]})",
         bytes_text(memory["peak"]),
         "-" if full_peak is None else f"{bytes_text(full_peak)}, {memory['full_source']}",
-        "" if memory["saving"] is None else _saving(memory["saving"]),
+        "" if memory["saving"] is None else saving_text(memory["saving"]),
     )
     return table
 
 
-def _speed(speedup: float) -> str:
+def speed_text(speedup: float) -> str:
+    """How many times faster, or slower where `speedup` is below 1."""
     return f"{speedup:.1f}x faster" if speedup >= 1 else f"{1 / speedup:.1f}x slower"
 
 
-def _saving(saving: float) -> str:
-    return f"{_percent(abs(saving))} {'less' if saving >= 0 else 'more'}"
+def saving_text(saving: float) -> str:
+    """How much less, or more where the fraction `saving` is negative."""
+    return f"{percent_text(abs(saving))} {'less' if saving >= 0 else 'more'}"
 
 
 def _minutes_text(seconds: float) -> str:
@@ -152,5 +174,6 @@ def _minutes_text(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def _percent(fraction: float) -> str:
+def percent_text(fraction: float) -> str:
+    """A fraction in percent, with a decimal where it is small."""
     return f"{fraction:.{1 if abs(fraction) < 0.1 else 0}%}"

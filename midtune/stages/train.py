@@ -36,6 +36,7 @@ from midtune.savings.estimate import ModelNumbers, StepShape, estimate_full_trai
 from midtune.savings.meter import Meter
 from midtune.stages import baseline
 from midtune.stages.choose import choose_blocks
+from midtune.stages.report import write_page
 from midtune.stages.setup import open_policy, open_source, open_task, score_policy
 from midtune.tasks import Task
 from midtune.tasks.rewards import completion_text
@@ -182,7 +183,7 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
         seed=config.seed,
     ).to_dict()
     folder.write_json(folder.report, report)
-    learning_curve(steps, report, folder.curve)
+    _draw(folder, steps, report, terminal)
     terminal.message(f"run folder: {folder}")
     return {**report, "run": str(folder)}
 
@@ -377,3 +378,15 @@ def _write_before_after(folder: RunFolder, task: Task, before: Evaluation, after
         )
     ]
     folder.write_json(folder.before_after, {"problems": problems})
+
+
+def _draw(folder: RunFolder, steps: list[dict[str, Any]], report: dict[str, Any], terminal: Terminal) -> None:
+    try:
+        learning_curve(steps, report, folder.curve)
+        write_page(folder)
+        terminal.message(f"report page: {folder}/{folder.page.name}")
+    except Exception as error:  # noqa: BLE001 (the run is complete without its pictures)
+        terminal.message(
+            f"the run is complete, but its pictures failed ({type(error).__name__}: {error}); "
+            f"try again with `midtune report {folder}`"
+        )

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
-from midtune.report.plots import contribution_curve, rankings_curve
+from midtune.report.plots import contribution_curve, learning_curve, rankings_curve
 from tests.report.toy_probe import toy_probe
+from tests.report.toy_run import toy_report
 
 
 def drawn(probe: dict[str, Any], folder: Path) -> str:
@@ -42,6 +44,17 @@ def test_missing_figures_are_left_out(tmp_path: Path, missing: float | None) -> 
     text = drawn(probe, tmp_path)
     assert "<!-- middle -->" not in text and "<!-- full training -->" not in text
     assert "nan" not in text.lower()
+
+
+def test_names_are_drawn_as_they_are(tmp_path: Path) -> None:
+    name = "<script>alert(1)</script>-->$x^$"
+    report = toy_report(model=name, task=name)
+    learning_curve([{"step": 1, "reward": 0.1}, {"step": 2, "reward": 0.2}], report, tmp_path / "curve.svg")
+    contribution_curve(toy_probe([0.1, 0.2], model=name, task=name), tmp_path / "probe.svg")
+    for file in tmp_path.iterdir():
+        text = file.read_text(encoding="utf-8")
+        assert "<script" not in text and "$x^$" in text
+        ElementTree.fromstring(text)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".pdf"])

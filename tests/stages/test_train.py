@@ -43,7 +43,7 @@ def test_a_run_leaves_what_the_house_says(finished: tuple[Path, dict[str, Any]])
     run, _ = finished
     assert {path.name for path in run.iterdir()} == {
         *("config.yaml", "environment.json", "start.json", "metrics.jsonl", "samples.jsonl"),
-        *("checkpoints", "patch", "before_after.json", "report.json", "curve.svg"),
+        *("checkpoints", "patch", "before_after.json", "report.json", "curve.svg", "report.html"),
     }
     assert {path.name for path in (run / "patch").iterdir()} == {"patch.safetensors", "patch.json"}
     assert [line["step"] for line in metrics(run)] == [1, 2, 3]

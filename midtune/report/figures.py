@@ -1,0 +1,138 @@
+"""The figures of the report page: SVG that takes its colours and its font from the page around it."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from midtune.report.depth import finite, points, score_name
+from midtune.report.plots import SMOOTHED_SHARE, draw_depth, draw_prices, priced_rows
+
+# What matplotlib writes, and the variable of the page's style sheet that takes its place.
+COLOURS = {
+    "#000000": "ink",
+    "#595959": "ink",
+    "#808080": "muted",
+    "#a6a6a6": "muted",
+    "#cccccc": "faint",
+    "#f5f5f5": "shade",
+    "#1f77b4": "blue",
+    "#ff7f0e": "orange",
+    "#2ca02c": "green",
+    "#9467bd": "purple",
+    "#e377c2": "pink",
+    "#17becf": "cyan",
+}
+LINE_COLOURS = ("blue", "orange", "green", "purple", "pink", "cyan")
+# Dashes tell lines of one colour apart; the pattern is in units of the line's width.
+DASHES = ("", "4 2", "1 2")
+# Inches; a figure is about as wide as a phone, so that its text is as large as the page's.
+SIZE = (4.6, 2.7)
+
+
+def metric_curve(metrics: Sequence[Mapping[str, Any]], key: str) -> str:
+    """A figure of one metric over the steps, each step's own value and the mean of the last few.
+
+    Args:
+        metrics: lines of metrics.jsonl, at least one of them with a value.
+        key: which metric.
+    """
+
+    def draw(axes: Any) -> None:
+        steps, values, means = smoothed(metrics, key)
+        axes.plot(steps, values, color="0.8", linewidth=0.8, marker="." if len(steps) == 1 else None)
+        axes.plot(steps, means, color="tab:blue", linewidth=1.5)
+        _over_steps(axes)
+
+    return _embedded(key, draw)
+
+
+def reward_curves(runs: Sequence[Sequence[Mapping[str, Any]]]) -> str:
+    """A figure of the smoothed rewards of several runs over their steps; see `line_style`."""
+
+    def draw(axes: Any) -> None:
+        hex_of = {name: colour for colour, name in COLOURS.items()}
+        for number, metrics in enumerate(runs):
+            name, dashes = line_style(number)
+            steps, _, means = smoothed(metrics, "reward")
+            pattern = (0, [float(part) for part in dashes.split()]) if dashes else "-"
+            axes.plot(steps, means, color=hex_of[name], linewidth=1.5, linestyle=pattern)
+        _over_steps(axes)
+
+    return _embedded("rewards", draw)
+
+
+def ranking_curves(probe: Mapping[str, Any]) -> list[str]:
+    """Figures of a ranking: values by depth and, where gains were measured, what each gain costs.
+
+    Args:
+        probe: a probe.json; without finite values there is nothing to draw.
+    """
+    if not points(probe):
+        return []
+    found = [_embedded("depth", lambda axes: draw_depth(axes, probe), taller=0.7)]
+    if score_name(probe) == "gain" and (rows := priced_rows(probe)):
+        found.append(_embedded("prices", lambda axes: draw_prices(axes, probe, rows), taller=0.7))
+    return found
+
+
+def line_style(number: int) -> tuple[str, str]:
+    """Colour and dash pattern of the line with this number, from 0."""
+    return LINE_COLOURS[number % len(LINE_COLOURS)], DASHES[number // len(LINE_COLOURS) % len(DASHES)]
+
+
+def smoothed(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float], list[float]]:
+    """Steps, their values, and at each step the mean of the last few values; steps without one are left out."""
+    known = [(line["step"], value) for line in metrics if (value := finite(line.get(key))) is not None]
+    values = [value for _, value in known]
+    width = smoothing_width(len(known))
+    windows = [values[max(0, end - width) : end] for end in range(1, len(values) + 1)]
+    return [step for step, _ in known], values, [sum(window) / len(window) for window in windows]
+
+
+def smoothing_width(steps: int) -> int:
+    """Over how many steps the mean is taken."""
+    return max(1, round(steps * SMOOTHED_SHARE))
+
+
+def _over_steps(axes: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _embedded(name: str, draw: Callable[[Any], None], *, taller: float = 0.0) -> str:
+    """What `draw` draws, as an SVG element to put into a page.
+
+    Args:
+        name: distinguishes the figure's ids from those of others in the page.
+        taller: inches.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    settings = {"svg.hashsalt": name, "svg.fonttype": "none", "text.parse_math": False, "font.size": 9}
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(SIZE[0], SIZE[1] + taller), layout="constrained")
+        draw(figure.add_subplot())
+        file = io.StringIO()
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+    drawn = file.getvalue()
+    box = re.search(r'viewBox="[^"]*"', drawn)
+    assert box is not None
+    # In a page the namespaces are known, and a style for all elements would be one for the page's too.
+    inner = drawn[drawn.index("<g ") : drawn.rindex("</svg>")]
+    inner = re.sub(r'\bid="|url\(#|href="#', lambda match: f"{match[0]}{name}-", inner)
+    inner = re.sub(r" font-family: [^;\"]*;", "", inner)
+    inner = re.sub('#[0-9a-f]{6}(?=[;"])', _variable, inner)
+    return f'<svg {box[0]} aria-hidden="true">{inner}</svg>'
+
+
+def _variable(match: re.Match[str]) -> str:
+    return f"var(--{COLOURS[match[0]]})" if match[0] in COLOURS else match[0]

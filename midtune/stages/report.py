@@ -1,0 +1,124 @@
+"""`midtune report`: the page of a run again, or one page that compares several."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from midtune.errors import InputError
+from midtune.probe.selection import read_probe
+from midtune.report.page import GENERATOR, Run, comparison_page, run_page
+from midtune.report.summary import SCHEMA
+from midtune.runs import RunFolder
+
+COMPARISON = Path("comparison.html")
+
+
+def run(folders: Sequence[Path], *, out: Path | None) -> dict[str, Any]:
+    """Write the page of one run, or one page about several.
+
+    Args:
+        folders: run folders.
+        out: the page; None: `report.html` in the folder of a single run, `comparison.html` here for several.
+
+    Returns:
+        `page`, the file written, and `runs`, the folders it is about.
+
+    Raises:
+        InputError: a folder is no finished training run, or `out` cannot be written or is something else.
+    """
+    opened = [RunFolder.open(folder) for folder in folders]
+    runs = [read_run(folder) for folder in opened]
+    alone = len(runs) == 1
+    file = out or (folders[0] / opened[0].page.name if alone else COMPARISON)
+    _check_page(file)
+    opened[0].write_text(file.absolute(), run_page(runs[0]) if alone else comparison_page(runs))
+    return {"page": str(file), "runs": [str(folder) for folder in opened]}
+
+
+def write_page(folder: RunFolder) -> None:
+    """Write the page of a finished run into its folder."""
+    folder.write_text(folder.page, run_page(read_run(folder)))
+
+
+def read_run(folder: RunFolder) -> Run:
+    """What the folder of a finished run holds for its page.
+
+    Raises:
+        InputError: the run has not finished, is no training run, or a file is damaged.
+    """
+    if not folder.report.is_file():
+        if folder.probe.is_file() and not folder.start.is_file():
+            raise InputError(f"{folder} holds a ranking of blocks; give the folder of a training run.")
+        raise InputError(
+            f"{folder} has no report.json, so its training has not finished; "
+            f"go on with `midtune train --resume {folder}`."
+        )
+    report = folder.read_json(folder.report)
+    if report.get("schema") != SCHEMA:
+        raise InputError(
+            f"report.json in {folder} has schema {report.get('schema')}, but this midtune reads schema {SCHEMA}; "
+            "use the version that made it."
+        )
+    kept = _optional(folder, folder.before_after)
+    return Run(
+        path=str(folder),
+        config=_settings(folder),
+        report=report,
+        metrics=_metrics(folder),
+        environment=_optional(folder, folder.environment),
+        problems=kept.get("problems", []),
+        probe=_ranking(folder, report),
+    )
+
+
+def _ranking(folder: RunFolder, report: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The ranking that chose the blocks, if it can still be read, else one in the folder."""
+    chosen_by = _optional(folder, folder.start).get("ranking")
+    for file in (Path(chosen_by) if chosen_by else folder.probe, folder.probe):
+        with contextlib.suppress(InputError):
+            probe = read_probe(file)
+            # Another ranking may have been written there since.
+            if all(probe.get(key) == report[key] for key in ("model", "task")):
+                return probe
+    return None
+
+
+def _settings(folder: RunFolder) -> dict[str, Any]:
+    """The run's settings as they were written; a page only shows them."""
+    import yaml
+
+    try:
+        settings = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise InputError(f"config.yaml in {folder} is damaged; put the settings of the run back.")
+    return settings
+
+
+def _optional(folder: RunFolder, file: Path) -> dict[str, Any]:
+    return folder.read_json(file) if file.is_file() else {}
+
+
+def _metrics(folder: RunFolder) -> list[dict[str, Any]]:
+    try:
+        return folder.read_metrics()
+    except ValueError:
+        raise InputError(
+            f"metrics.jsonl in {folder} is damaged; remove it, and the page has no curves."
+        ) from None
+
+
+def _check_page(file: Path) -> None:
+    parent = file.absolute().parent
+    if file.is_dir():
+        raise InputError(f"{file} is a folder, but a page is a file; choose another name with --out.")
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        why = "may not be written to" if parent.is_dir() else "is no folder"
+        raise InputError(f"{file} cannot be written because {parent} {why}; choose another name with --out.")
+    if file.is_file() and GENERATOR not in file.read_text(encoding="utf-8", errors="replace")[:1000]:
+        raise InputError(f"{file} exists and is no page that midtune wrote; choose another name with --out.")
