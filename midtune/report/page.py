@@ -17,6 +17,7 @@ from midtune.report.figures import (
     smoothed,
     smoothing_width,
 )
+from midtune.report.summary import PHASES
 from midtune.report.tables import (
     MEMORY_SOURCES,
     are_fractions,
@@ -30,7 +31,6 @@ from midtune.report.tables import (
 )
 
 GENERATOR = '<meta name="generator" content="midtune">'
-PHASES = ("rollout", "reward", "update")
 # What report.json may compare midtune with, by the prefix of its keys.
 OTHERS = {"full": "full training", "qlora": "QLoRA"}
 RATES = {

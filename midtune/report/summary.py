@@ -8,6 +8,7 @@ from typing import Any, Literal
 from midtune.report.statistics import Comparison
 
 SCHEMA = 1
+PHASES = ("rollout", "reward", "update")
 Source = Literal["measured", "estimated"]
 
 
@@ -22,8 +23,7 @@ class TimeReport:
             or shrink while a model learns, so the mean over the run would compare unequal work.
         compared_tokens, full_tokens: mean tokens of a completion in the steps compared, here and in full
             training; the prompts are the same and the completions are sampled anew.
-        compared_phases, full_phases: seconds of `rollout`, `reward` and `update` in `compared_step` and
-            `full_step`.
+        compared_phases, full_phases: seconds of each of `PHASES` in `compared_step` and `full_step`.
     """
 
     step: float

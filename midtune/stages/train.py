@@ -26,7 +26,7 @@ from midtune.model.sources import Source
 from midtune.probe.selection import parse_layers
 from midtune.report.plots import learning_curve
 from midtune.report.statistics import compare
-from midtune.report.summary import MemoryReport, Report, TimeReport
+from midtune.report.summary import PHASES, MemoryReport, Report, TimeReport
 from midtune.report.terminal import Terminal
 from midtune.rl.training import require_one_process, require_tracker, train_blocks
 from midtune.rollout.evaluation import Evaluation, prompt_ids
@@ -43,7 +43,6 @@ from midtune.tasks.rewards import completion_text
 
 # Held-out problems whose completions are kept.
 SHOWN_PROBLEMS = 4
-PHASES = ("rollout", "reward", "update")
 # Trained tensors in fp32 and two Adam moments, in the two checkpoints that are kept.
 CHECKPOINT_BYTES_PER_PARAMETER = 2 * 3 * 4
 
