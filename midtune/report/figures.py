@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from midtune.report.depth import finite, points, score_name
-from midtune.report.plots import SMOOTHED_SHARE, draw_depth, draw_prices, priced_rows
+from midtune.report.plots import draw_depth, draw_prices, priced_rows, smoothing_width
 
 # What matplotlib writes, and the variable of the page's style sheet that takes its place.
 COLOURS = {
@@ -90,11 +90,6 @@ def smoothed(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float
     width = smoothing_width(len(known))
     windows = [values[max(0, end - width) : end] for end in range(1, len(values) + 1)]
     return [step for step, _ in known], values, [sum(window) / len(window) for window in windows]
-
-
-def smoothing_width(steps: int) -> int:
-    """Over how many steps the mean is taken."""
-    return max(1, round(steps * SMOOTHED_SHARE))
 
 
 def _over_steps(axes: Any) -> None:

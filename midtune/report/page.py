@@ -15,8 +15,8 @@ from midtune.report.figures import (
     ranking_curves,
     reward_curves,
     smoothed,
-    smoothing_width,
 )
+from midtune.report.plots import smoothing_width
 from midtune.report.summary import PHASES
 from midtune.report.tables import (
     MEMORY_SOURCES,

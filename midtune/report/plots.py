@@ -43,7 +43,7 @@ def learning_curve(metrics: Sequence[Mapping[str, Any]], report: Mapping[str, An
 
     steps = np.array([line["step"] for line in metrics])
     rewards = np.array([line["reward"] for line in metrics], dtype=float)
-    width = max(1, round(len(steps) * SMOOTHED_SHARE))
+    width = smoothing_width(len(steps))
     smooth = np.convolve(rewards, np.ones(width) / width, mode="valid")
 
     figure = Figure(figsize=(7, 3.2), layout="constrained")
@@ -76,6 +76,11 @@ def learning_curve(metrics: Sequence[Mapping[str, Any]], report: Mapping[str, An
     axes.legend(frameon=False, fontsize=8, loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)
     _save(figure, file)
+
+
+def smoothing_width(steps: int) -> int:
+    """Over how many steps of so many the mean is taken."""
+    return max(1, round(steps * SMOOTHED_SHARE))
 
 
 def contribution_curve(probe: Mapping[str, Any], file: Path) -> None:
