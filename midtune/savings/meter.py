@@ -1,4 +1,4 @@
-"""Measured time of each phase of a step, and measured peak memory."""
+"""Measured time and peak memory of each phase of a step."""
 
 from __future__ import annotations
 
@@ -11,14 +11,25 @@ from typing import Any, Literal
 
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
+# What is in no phase.
+OUTSIDE = "outside"
 
 
 class Meter:
-    """Wall-clock seconds by phase, and the most memory held.
+    """Wall-clock seconds by phase, and the most memory held, as a whole and by phase.
+
+    Every moment belongs to one phase, the innermost that is open: an outer phase gets neither the time nor
+    the peak of an inner one. The counter that peaks are read from is the process's only one, and is reset at
+    every boundary, so a meter leaves it alone until `reset_peak`; of two that do that, neither is right.
 
     Args:
         device: a torch device or its name; on CUDA the clock is read only after the device has finished.
         clock: seconds from any origin.
+
+    Attributes:
+        peaks: phase → most bytes held in the step that `step` ended last, as `peak_bytes` and, on CUDA, as
+            `reserved_bytes` what the allocator had taken from the card; `OUTSIDE` is what was in no phase.
+            Empty before `reset_peak`, and where the system does not reset a peak.
     """
 
     def __init__(self, device: Any = "cpu", *, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -28,6 +39,10 @@ class Meter:
         self._open: list[str] = []
         self._seconds: dict[str, float] = {}
         self._mark = 0.0
+        self.peaks: dict[str, dict[str, int]] = {}
+        self._step_peaks: dict[str, dict[str, int]] = {}
+        self._by_phase = False
+        self._peak_bytes = 0
 
     @property
     def source(self) -> Literal["cuda_allocated", "resident"]:
@@ -36,7 +51,7 @@ class Meter:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the time inside as `name`; an inner phase's time is not counted for the outer one."""
+        """Count what is inside as `name`, but for inner phases."""
         self._charge()
         self._open.append(name)
         try:
@@ -49,6 +64,7 @@ class Meter:
         """Seconds of each phase since the last call; a phase still open is split here."""
         self._charge()
         seconds, self._seconds = self._seconds, {}
+        self.peaks, self._step_peaks = self._step_peaks, {}
         return seconds
 
     def reset_peak(self) -> bool:
@@ -57,26 +73,14 @@ class Meter:
         Returns:
             False where the system cannot do that, so that `peak_bytes` counts from the process's start.
         """
-        if self._cuda:
-            import torch
-
-            torch.cuda.reset_peak_memory_stats(self._device)
-            return True
-        try:
-            # 5 sets VmHWM, the peak, back to what is resident now (Linux; man 5 proc).
-            CLEAR_REFS.write_text("5")
-        except OSError:
-            return False
-        return True
+        self._peak_bytes, self._step_peaks = 0, {}
+        self._by_phase = self._reset_counter() and bool(self._counted())
+        return self._by_phase
 
     def peak_bytes(self) -> int:
-        """The most bytes held since `reset_peak`."""
-        if self._cuda:
-            import torch
-
-            return int(torch.cuda.max_memory_allocated(self._device))
-        peak = _status_bytes("VmHWM")
-        return peak if peak is not None else _process_peak_bytes()
+        """The most bytes held since `reset_peak`, in any phase or outside."""
+        counted = self._counted()
+        return max(self._peak_bytes, counted["peak_bytes"] if counted else _process_peak_bytes())
 
     def current_bytes(self) -> int:
         """Bytes held now; where the system does not say, the peak."""
@@ -88,7 +92,7 @@ class Meter:
         return now if now is not None else _process_peak_bytes()
 
     def _charge(self) -> None:
-        """Give the time since the last mark to the innermost open phase."""
+        """Give time and peak since the last call to the innermost open phase."""
         if self._cuda:
             import torch
 
@@ -98,6 +102,42 @@ class Meter:
             name = self._open[-1]
             self._seconds[name] = self._seconds.get(name, 0.0) + now - self._mark
         self._mark = now
+        if self._by_phase:
+            self._charge_peak(self._open[-1] if self._open else OUTSIDE)
+
+    def _charge_peak(self, name: str) -> None:
+        counted = self._counted()
+        self._peak_bytes = max(self._peak_bytes, counted.get("peak_bytes", 0))
+        peaks = self._step_peaks.setdefault(name, {})
+        peaks |= {kind: max(count, peaks.get(kind, 0)) for kind, count in counted.items()}
+        if not self._reset_counter():
+            self._by_phase, self._step_peaks = False, {}
+
+    def _counted(self) -> dict[str, int]:
+        """Peaks since the counter was reset; nothing where there is no such counter."""
+        if self._cuda:
+            import torch
+
+            return {
+                "peak_bytes": int(torch.cuda.max_memory_allocated(self._device)),
+                "reserved_bytes": int(torch.cuda.max_memory_reserved(self._device)),
+            }
+        peak = _status_bytes("VmHWM")
+        return {} if peak is None else {"peak_bytes": peak}
+
+    def _reset_counter(self) -> bool:
+        """Set the peak back to what is held now; False where the system cannot do that."""
+        if self._cuda:
+            import torch
+
+            torch.cuda.reset_peak_memory_stats(self._device)
+            return True
+        try:
+            # 5 sets VmHWM, the peak, back to what is resident now (Linux; man 5 proc).
+            CLEAR_REFS.write_text("5")
+        except OSError:
+            return False
+        return True
 
 
 def free_bytes(device: Any) -> int:

@@ -1,13 +1,15 @@
 import mmap
 import sys
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from midtune.savings import meter as meter_room
-from midtune.savings.meter import Meter
+from midtune.savings.meter import OUTSIDE, Meter
 
 
 class Clock:
@@ -85,26 +87,210 @@ def test_without_proc_the_peak_counts_from_the_start(tmp_path: Path, monkeypatch
     assert meter.current_bytes() == meter.peak_bytes()
 
 
-def test_cuda_figures_come_from_torch(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+class Kernel:
+    """A process's memory as Linux counts it; `reads` and `writes` count how often it was asked and reset."""
+
+    def __init__(self) -> None:
+        self.held = self.peak = 100 * 1024
+        self.reads = self.writes = 0
+        self.locked = False
+
+    def hold(self, kib: int) -> None:
+        self.held = kib * 1024
+        self.peak = max(self.peak, self.held)
+
+    def read_text(self) -> str:
+        self.reads += 1
+        return f"VmHWM:\t{self.peak // 1024} kB\nVmRSS:\t{self.held // 1024} kB\n"
+
+    def write_text(self, text: str) -> None:
+        assert text == "5"
+        if self.locked:
+            raise PermissionError
+        self.writes += 1
+        self.peak = self.held
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    fake = Kernel()
+    monkeypatch.setattr(meter_room, "STATUS", fake)
+    monkeypatch.setattr(meter_room, "CLEAR_REFS", fake)
+    return fake
+
+
+def peaks_in_kib(meter: Meter) -> dict[str, float]:
+    return {name: peaks["peak_bytes"] / 1024 for name, peaks in meter.peaks.items()}
+
+
+def test_each_phase_has_the_peak_of_its_own_moments(kernel: Kernel) -> None:
+    meter = Meter()
+    assert meter.reset_peak()
+    kernel.hold(900)
+    kernel.hold(200)
+    meter.step()
+    with meter.phase("rollout"):
+        kernel.hold(500)
+        with meter.phase("reward"):
+            kernel.hold(700)
+            kernel.hold(300)
+        kernel.hold(400)
+    kernel.hold(600)
+    kernel.hold(250)
+    with meter.phase("rollout"):
+        pass
+    meter.step()
+    # The reward begins with the 500 KiB of the rollout, which has 400 in its second part.
+    assert peaks_in_kib(meter) == {OUTSIDE: 600, "rollout": 500, "reward": 700}
+    assert meter.peak_bytes() == 900 * 1024
+    meter.step()
+    assert peaks_in_kib(meter) == {OUTSIDE: 250}
+    assert meter.reset_peak()
+    assert meter.peak_bytes() == 250 * 1024
+
+
+def test_what_is_held_since_the_last_boundary_counts_for_the_peak(kernel: Kernel) -> None:
+    meter = Meter()
+    meter.reset_peak()
+    with meter.phase("rollout"):
+        kernel.hold(800)
+        assert meter.peak_bytes() == 800 * 1024
+
+
+def test_a_boundary_reads_and_resets_the_counter_once(kernel: Kernel) -> None:
+    meter = Meter()
+    with meter.phase("rollout"):
+        pass
+    assert meter.step() and meter.peaks == {}
+    assert (kernel.reads, kernel.writes) == (0, 0)
+    meter.reset_peak()
+    kernel.reads = kernel.writes = 0
+    with meter.phase("rollout"), meter.phase("reward"):
+        pass
+    meter.step()
+    assert (kernel.reads, kernel.writes) == (5, 5)
+
+
+def test_where_the_counter_cannot_be_reset_no_phase_has_a_peak(kernel: Kernel) -> None:
+    meter = Meter()
+    kernel.locked = True
+    assert meter.reset_peak() is False
+    with meter.phase("rollout"):
+        kernel.hold(500)
+    meter.step()
+    assert meter.peaks == {}
+    assert meter.peak_bytes() == 500 * 1024
+
+
+def test_when_the_counter_can_be_reset_no_more_the_peak_stays_right(kernel: Kernel) -> None:
+    meter = Meter()
+    meter.reset_peak()
+    with meter.phase("rollout"):
+        kernel.hold(500)
+        kernel.locked = True
+    kernel.hold(400)
+    meter.step()
+    assert meter.peaks == {}
+    assert meter.peak_bytes() == 500 * 1024
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_peaks_of_phases_on_linux() -> None:
+    meter = Meter()
+    if not meter.reset_peak():
+        pytest.skip("this kernel does not reset the peak")
+    base = meter.current_bytes()
+    for name, mib in (("rollout", 64), ("update", 16)):
+        with meter.phase(name), mmap.mmap(-1, mib * 2**20) as pages:
+            pages[:: mmap.PAGESIZE] = bytes(mib * 2**20 // mmap.PAGESIZE)
+    meter.step()
+    above = {name: (peaks["peak_bytes"] - base) / 2**20 for name, peaks in meter.peaks.items()}
+    assert 56 < above["rollout"] < 80
+    assert 8 < above["update"] < 32
+    assert 56 < (meter.peak_bytes() - base) / 2**20 < 80
+
+
+class Card:
+    """What torch counts on a card; `calls` are the names of the functions that were called."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.held = self.peak = self.reserved = self.reserved_peak = 0
+
+    def hold(self, held: int, reserved: int) -> None:
+        self.held, self.reserved = held, reserved
+        self.peak, self.reserved_peak = max(self.peak, held), max(self.reserved_peak, reserved)
+
+    def reset(self) -> None:
+        self.peak, self.reserved_peak = self.held, self.reserved
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Card:
     torch = pytest.importorskip("torch")
-    calls: list[tuple[str, str]] = []
-    for name, result in {
-        "synchronize": None,
-        "reset_peak_memory_stats": None,
-        "max_memory_allocated": 7,
-        "memory_allocated": 5,
+    fake = Card()
+    for name, function in {
+        "synchronize": lambda: None,
+        "reset_peak_memory_stats": fake.reset,
+        "max_memory_allocated": lambda: fake.peak,
+        "max_memory_reserved": lambda: fake.reserved_peak,
+        "memory_allocated": lambda: fake.held,
     }.items():
-        monkeypatch.setattr(
-            torch.cuda,
-            name,
-            lambda device, name=name, result=result: (calls.append((name, device)), result)[1],
-        )
+
+        def call(device: str, name: str = name, function: Callable[[], Any] = function) -> Any:
+            assert device == "cuda:1"
+            fake.calls.append(name)
+            return function()
+
+        monkeypatch.setattr(torch.cuda, name, call)
+    return fake
+
+
+def test_cuda_figures_come_from_torch(card: Card, clock: Clock) -> None:
+    torch = pytest.importorskip("torch")
     meter = Meter(torch.device("cuda:1"), clock=clock)
+    assert meter.source == "cuda_allocated"
+    assert meter.peak_bytes() == 0
+    card.calls.clear()
     with meter.phase("rollout"):
         clock.now += 1
-    assert calls == [("synchronize", "cuda:1")] * 2
+    assert card.calls == ["synchronize"] * 2
+
+    card.hold(99, 200)
+    card.hold(5, 50)
     assert meter.reset_peak() is True
-    assert (meter.peak_bytes(), meter.current_bytes(), meter.source) == (7, 5, "cuda_allocated")
+    meter.step()
+    card.calls.clear()
+    with meter.phase("rollout"):
+        card.hold(7, 60)
+        card.hold(6, 60)
+    boundary = ["synchronize", "max_memory_allocated", "max_memory_reserved", "reset_peak_memory_stats"]
+    assert card.calls == boundary * 2
+    card.hold(8, 40)
+    meter.step()
+    assert meter.peaks == {
+        "rollout": {"peak_bytes": 7, "reserved_bytes": 60},
+        OUTSIDE: {"peak_bytes": 8, "reserved_bytes": 60},
+    }
+    assert (meter.peak_bytes(), meter.current_bytes()) == (8, 8)
+
+
+@pytest.mark.gpu
+def test_peaks_of_phases_on_a_card() -> None:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
+    meter = Meter("cuda:0")
+    assert meter.reset_peak()
+    base = meter.current_bytes()
+    for name, mib in (("rollout", 64), ("update", 16)):
+        with meter.phase(name):
+            torch.empty(mib * 2**20, dtype=torch.uint8, device="cuda:0")
+    meter.step()
+    found = {name: meter.peaks[name]["peak_bytes"] - base for name in ("rollout", "update")}
+    assert found == {"rollout": 64 * 2**20, "update": 16 * 2**20}
+    assert meter.peaks["update"]["reserved_bytes"] >= meter.peaks["update"]["peak_bytes"]
+    assert meter.peak_bytes() - base == 64 * 2**20
 
 
 def test_metering_holds_no_memory_over_steps(clock: Clock) -> None:
