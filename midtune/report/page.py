@@ -86,6 +86,8 @@ def run_page(run: Run) -> str:
         total=_total_text(run.metrics),
         memories=_memories(report),
         saving=report["memory"]["saving"] and saving_text(report["memory"]["saving"]),
+        phase_memories=_phase_memories(report),
+        reserved=(reserved := finite(report["memory"].get("reserved"))) and bytes_text(reserved),
         phases=PHASES,
         commands=_commands(run.path),
         versions={name: version for name, version in run.environment.get("versions", {}).items() if version},
@@ -245,7 +247,11 @@ def _times(report: Mapping[str, Any]) -> list[dict[str, Any]]:
             "source": source,
             "total": seconds_text(step),
             "parts": [
-                {"phase": phase, "text": seconds_text(seconds), "width": 100 * seconds / longest}
+                {
+                    "phase": phase,
+                    "text": f"{seconds_text(seconds)} ({seconds / step:.0%})",
+                    "width": 100 * seconds / longest,
+                }
                 for phase, seconds in (phases or {"step": step}).items()
             ],
         }
@@ -261,15 +267,18 @@ def _memories(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         if (peak := finite(memory.get(f"{key}_peak"))) is not None:
             rows.append((name, memory[f"{key}_source"], peak))
     largest = max(peak for _, _, peak in rows)
-    return [
-        {
-            "name": name,
-            "source": source,
-            "total": bytes_text(peak),
-            "parts": [{"phase": "memory", "text": bytes_text(peak), "width": 100 * peak / largest}],
-        }
-        for name, source, peak in rows
-    ]
+    return [_memory_bar(name, source, peak, largest) for name, source, peak in rows]
+
+
+def _phase_memories(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Bars of the peak bytes of each phase; none where they were not measured."""
+    phases = report["memory"].get("phases") or {}
+    return [_memory_bar(name, "measured", peak, max(phases.values()), name) for name, peak in phases.items()]
+
+
+def _memory_bar(name: str, source: str, peak: float, largest: float, phase: str = "memory") -> dict[str, Any]:
+    part = {"phase": phase, "text": bytes_text(peak), "width": 100 * peak / largest}
+    return {"name": name, "source": source, "total": bytes_text(peak), "parts": [part]}
 
 
 def _total_text(metrics: Sequence[Mapping[str, Any]]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -52,17 +53,32 @@ class MemoryReport:
     Args:
         source: what `peak` counts, tensors on the CUDA device or the process's physical memory.
         full_peak: None when it is neither measured nor estimated.
+        phases: the peak of each of `PHASES`, with all that is held meanwhile; None where it cannot be measured.
+        reserved: what CUDA's allocator had taken from the card at most while in a phase; None on a CPU.
     """
 
     peak: int
     source: Literal["cuda_allocated", "resident"]
     full_peak: int | None
     full_source: Source | None
+    phases: dict[str, int] | None = None
+    reserved: int | None = None
 
     @property
     def saving(self) -> float | None:
         """The fraction of full training's peak that is not needed."""
         return None if not self.full_peak else 1 - self.peak / self.full_peak
+
+
+def phase_peaks(steps: Sequence[Mapping[str, Any]], kind: str = "peak_bytes") -> dict[str, int]:
+    """The most bytes of each of `PHASES` in any step; a phase that no step has them of is left out.
+
+    Args:
+        steps: lines of metrics.jsonl.
+        kind: `peak_bytes` or `reserved_bytes`.
+    """
+    known = {name: [step[key] for step in steps if (key := f"{name}_{kind}") in step] for name in PHASES}
+    return {name: max(counts) for name, counts in known.items() if counts}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from midtune.errors import RunStopped
-from midtune.savings.meter import Meter
+from midtune.savings.meter import OUTSIDE, Meter
 from midtune.tasks.rewards import completion_text
 
 if TYPE_CHECKING:
@@ -39,8 +39,10 @@ class StepRecorder(TrainerCallback):
         on_step: receives a metrics line: step, reward, equal_groups (share of groups whose rewards are all
             equal), completion_length (tokens), clipped (share cut at the limit), vllm_difference (mean
             difference of a token's log-prob between vLLM and the policy), loss, grad_norm, lr,
-            rollout_s, reward_s, update_s, step_s, tokens_per_s, memory_bytes, elapsed_s; and once memory has
-            run out, sampling_rows or update_rows (most completions that go together since).
+            rollout_s, reward_s, update_s, step_s, tokens_per_s (of the rollout), memory_bytes, elapsed_s;
+            where the meter has them, rollout_peak_bytes, reward_peak_bytes, update_peak_bytes and, on CUDA,
+            rollout_reserved_bytes and so on; and once memory has run out, sampling_rows or update_rows (most
+            completions that go together since).
         on_sample: receives some completions with their rewards.
         on_message: receives a sentence for the person who watches.
         stop_requested: asked after every step; True saves a checkpoint and ends training.
@@ -74,6 +76,7 @@ class StepRecorder(TrainerCallback):
         self.max_new_tokens = max_new_tokens
         self._started = time.perf_counter()
         self._phases: dict[str, float] = {}
+        self._peaks: dict[str, int] = {}
         self._only_equal = True
         self._checked = False
         self._said: set[str] = set()
@@ -102,6 +105,11 @@ class StepRecorder(TrainerCallback):
             "update_s": step_s - rollout_s - reward_s,
             "step_s": step_s,
         }
+        self._peaks = {
+            f"{'update' if phase == OUTSIDE else phase}_{kind}": count
+            for phase, peaks in self.meter.peaks.items()
+            for kind, count in peaks.items()
+        }
         if not self._checked:
             assert self.trainer is not None
             self.trainer.check_frozen()
@@ -128,6 +136,7 @@ class StepRecorder(TrainerCallback):
         tokens = metrics["completion_length"] * self.rows_per_step
         metrics["tokens_per_s"] = tokens / max(self._phases["rollout_s"], 1e-9)
         metrics["memory_bytes"] = self.meter.current_bytes()
+        metrics |= self._peaks
         metrics["elapsed_s"] = time.perf_counter() - self._started
         metrics |= self._limits()
         self.on_step(metrics)

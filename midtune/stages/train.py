@@ -26,7 +26,7 @@ from midtune.model.sources import Source
 from midtune.probe.selection import parse_layers
 from midtune.report.plots import learning_curve
 from midtune.report.statistics import compare
-from midtune.report.summary import PHASES, MemoryReport, Report, TimeReport
+from midtune.report.summary import PHASES, MemoryReport, Report, TimeReport, phase_peaks
 from midtune.report.terminal import Terminal
 from midtune.rl.training import require_one_process, require_tracker, train_blocks
 from midtune.rollout.evaluation import Evaluation, prompt_ids
@@ -151,6 +151,7 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
     else:
         full = _estimate(config, numbers, shape, blocks, time, steps, compute_bytes, process_bytes)
 
+    phases = phase_peaks(steps)
     report = Report(
         model=source.name,
         task=task.name,
@@ -170,10 +171,13 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
             full_phases=full["phases"],
         ),
         memory=MemoryReport(
-            peak=peak_bytes,
+            # The steps of a resumed run know of the processes before.
+            peak=max([peak_bytes, *phases.values()]),
             source=meter.source,
             full_peak=full["peak"],
             full_source=config.evaluation.baseline,
+            phases=phases or None,
+            reserved=max(phase_peaks(steps, "reserved_bytes").values(), default=None),
         ),
         trainable_parameters=trainable,
         total_parameters=total_parameters,

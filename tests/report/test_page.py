@@ -74,11 +74,12 @@ def test_a_page_says_what_was_asked_gained_and_spent() -> None:
         "unquantized 25.0%",
         "300 held-out problems",
         "Seconds per step, 2.0x faster than full training",
-        "midtune, first prompts measured 5.00 s rollout 2.50 s, reward 0.50 s, update 2.00 s",
-        "full training, first prompts measured 10.0 s rollout 3.00 s, reward 0.50 s, update 6.50 s",
+        "midtune, first prompts measured 5.00 s rollout 2.50 s (50%), reward 0.50 s (10%), update 2.00 s (40%)",
+        "full training, first prompts measured 10.0 s rollout 3.00 s (30%), reward 0.50 s (5%), update 6.50 s (65%)",
         "midtune, mean of the run measured 4.00 s",
         "All training steps together took 80.0 s.",
         "Peak memory, 75% less than full training",
+        "rollout measured 1.00 GiB reward measured 256.0 MiB update measured 512.0 MiB",
         "What is 2 + 3? Answer: 5 Before score 0 It is 6. After score 1 It is 5.",
         "Measured by the sweep method",
         "midtune train --recipe 'runs/my toy/config.yaml'",
@@ -110,7 +111,7 @@ def widths(page: str) -> list[float]:
 
 
 def test_bars_are_on_one_scale() -> None:
-    memory = [25, 100]
+    memory = [25, 100, 100, 25, 50]
     assert widths(run_page(toy_run())) == [25, 5, 20, 30, 5, 65, 25, 5, 10, *memory]
     report = toy_report()
     report["time"] |= {"compared_step": None, "full_source": "estimated"}
@@ -128,6 +129,19 @@ def test_qlora_stands_beside_full_training_where_it_was_measured() -> None:
     text = Read(run_page(toy_run(report=report))).text
     assert "QLoRA, first prompts measured 20.0 s" in text
     assert "QLoRA estimated 2.00 GiB" in text
+
+
+def test_peaks_of_phases_are_shown_where_they_were_measured() -> None:
+    report = toy_report()
+    assert "allocator" not in Read(run_page(toy_run())).text
+    report["memory"] |= {"source": "cuda_allocated", "reserved": 3 * 2**29}
+    assert (
+        "CUDA's allocator had taken 1.50 GiB from the card at most."
+        in Read(run_page(toy_run(report=report))).text
+    )
+    for none in ({**report["memory"], "phases": None}, {"peak": 2**30, "source": "resident", "saving": None}):
+        page = Read(run_page(toy_run(report={**report, "memory": none})))
+        assert "Peak memory of each phase" not in page.text
 
 
 def test_what_a_run_has_not_left_has_no_section() -> None:

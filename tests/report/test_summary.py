@@ -5,7 +5,7 @@ from typing import Any, Literal
 import pytest
 
 from midtune.report.statistics import Comparison, Gain, Score
-from midtune.report.summary import MemoryReport, Report, TimeReport
+from midtune.report.summary import MemoryReport, Report, TimeReport, phase_peaks
 
 QUALITY = Comparison(Score(0.25, 0.2, 0.3, 300), Score(0.5, 0.45, 0.55, 300), Gain(0.25, 0.2, 0.3))
 
@@ -23,7 +23,13 @@ def report(
         sampled=QUALITY,
         deployed=None,
         time=TimeReport(4.0, 2.5, 0.5, 1.0, full_step=full_step, full_source=source),
-        memory=MemoryReport(1000, "resident", full_peak=full_peak, full_source=source),
+        memory=MemoryReport(
+            1000,
+            "resident",
+            full_peak=full_peak,
+            full_source=source,
+            phases={"rollout": 1000, "update": 900},
+        ),
         trainable_parameters=20,
         total_parameters=100,
         patch_bytes=80,
@@ -65,6 +71,8 @@ def test_schema_1() -> None:
             "source": "resident",
             "full_peak": 4000,
             "full_source": "measured",
+            "phases": {"rollout": 1000, "update": 900},
+            "reserved": None,
             "saving": 0.75,
         },
         "trainable_parameters": 20,
@@ -87,6 +95,17 @@ def test_speed_is_compared_on_the_same_prompts() -> None:
 
 def test_a_saving_may_be_negative() -> None:
     assert report(full_peak=800)["memory"]["saving"] == pytest.approx(-0.25)
+
+
+def test_the_peak_of_a_phase_is_the_most_of_any_step() -> None:
+    steps: list[dict[str, int]] = [
+        {"step": 1},
+        {"step": 2, "rollout_peak_bytes": 7, "update_peak_bytes": 5, "update_reserved_bytes": 9},
+        {"step": 3, "update_peak_bytes": 6, "update_reserved_bytes": 8},
+    ]
+    assert phase_peaks(steps) == {"rollout": 7, "update": 6}
+    assert phase_peaks(steps, "reserved_bytes") == {"update": 9}
+    assert phase_peaks(steps[:1]) == {}
 
 
 def test_the_report_does_not_import_torch() -> None:

@@ -92,9 +92,8 @@ def train(
         settings,
         folder=folder,
         seed=0,
-        meter=Meter(policy.device),
         on_step=metrics.append,
-        **others,
+        **{"meter": Meter(policy.device), **others},
     )
     return step, metrics
 
@@ -511,6 +510,25 @@ def test_a_metrics_line_a_step(load: Load, tmp_path: Path) -> None:
         parts = line["rollout_s"] + line["reward_s"] + line["update_s"]
         assert parts == pytest.approx(line["step_s"])
         assert min(line["rollout_s"], line["reward_s"], line["update_s"]) > 0
+
+
+def test_a_metrics_line_has_the_peak_of_each_phase_once_the_meter_measures_it(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = iter(range(1000, 2000))
+    monkeypatch.setattr(
+        Meter, "_counted", lambda meter: {"peak_bytes": next(counted), "reserved_bytes": 5000}
+    )
+    monkeypatch.setattr(Meter, "_reset_counter", lambda meter: True)
+    policy = thawed(load, 2)
+    meter = Meter(policy.device)
+    meter.reset_peak()
+    _, metrics = train(policy, tmp_path, meter=meter)
+    # Read once by the reset, then six times a step: where it begins and ends, and both phases in it.
+    for line, first in zip(metrics, (1001, 1007), strict=True):
+        assert [line[f"{phase}_peak_bytes"] - first for phase in ("rollout", "reward", "update")] == [2, 4, 5]
+        assert {line[f"{phase}_reserved_bytes"] for phase in ("rollout", "reward", "update")} == {5000}
+    assert meter.peak_bytes() == 1013
 
 
 def test_two_completions_a_step_are_shown_with_their_rewards(load: Load, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from midtune.model.patch import apply_patch
 from midtune.model.policy import Policy
 from midtune.model.sources import resolve
 from midtune.report.terminal import Terminal
+from midtune.savings.meter import Meter
 from midtune.stages import evaluate, merge, probe, train
 from midtune.stages.setup import open_task
 from tests.stages.conftest import Configured
@@ -62,6 +63,22 @@ def test_the_report_is_what_was_returned(finished: tuple[Path, dict[str, Any]]) 
     assert written["quality"]["after"]["n"] == 8
     gain = written["sampled"]["after"]["score"] - written["sampled"]["before"]["score"]
     assert written["sampled"]["gain"]["value"] == pytest.approx(gain)
+
+
+def test_the_report_has_the_peak_of_each_phase_where_the_system_tells(
+    finished: tuple[Path, dict[str, Any]],
+) -> None:
+    run, report = finished
+    phases = report["memory"]["phases"]
+    if not Meter("cpu").reset_peak():
+        assert phases is None
+        return
+    assert phases == {
+        phase: max(line[f"{phase}_peak_bytes"] for line in metrics(run))
+        for phase in ("rollout", "reward", "update")
+    }
+    assert 50 * 2**20 < max(phases.values()) <= report["memory"]["peak"]
+    assert report["memory"]["reserved"] is None
 
 
 def test_its_config_gives_the_same_run(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
