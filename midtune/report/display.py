@@ -139,7 +139,7 @@ class TrainingDisplay:
             body.add_row("text", ", ".join(text))
         if phases := self._phases():
             body.add_row("time", phases)
-        if memory := self._memory():
+        if memory := "; ".join(filter(None, (self._memory(), self._peaks()))):
             body.add_row("memory", memory)
         yield Group(*([Text(self._title, style="bold")] if self._title else []), head, body)
 
@@ -169,15 +169,24 @@ class TrainingDisplay:
 
     def _phases(self) -> str | None:
         whole = _figure(self._metrics, "step_s")
-        phases = {name: _figure(self._metrics, f"{name}_s") for name in ("rollout", "reward", "update")}
-        parts = ", ".join(f"{name} {seconds_text(took)}" for name, took in phases.items() if took is not None)
-        if whole is None:
-            return parts or None
+        phases = self._by_phase("s")
+        if not whole:
+            return ", ".join(f"{name} {seconds_text(took)}" for name, took in phases.items()) or None
+        parts = "; ".join(f"{name} {seconds_text(took)}, {took / whole:.0%}" for name, took in phases.items())
         return f"{seconds_text(whole)} a step" + (f" ({parts})" if parts else "")
 
     def _memory(self) -> str | None:
         memory = _figure(self._metrics, "memory_bytes")
         return None if memory is None else bytes_text(memory)
+
+    def _peaks(self) -> str | None:
+        peaks = self._by_phase("peak_bytes")
+        parts = ", ".join(f"{name} {bytes_text(peak)}" for name, peak in peaks.items())
+        return f"peaks: {parts}" if parts else None
+
+    def _by_phase(self, kind: str) -> dict[str, float]:
+        found = {name: _figure(self._metrics, f"{name}_{kind}") for name in ("rollout", "reward", "update")}
+        return {name: figure for name, figure in found.items() if figure is not None}
 
     def _line(self, text: str) -> None:
         self._console.print(Text(text), soft_wrap=not self._console.is_terminal)

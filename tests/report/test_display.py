@@ -51,7 +51,7 @@ def test_a_pipe_gets_a_line_a_step() -> None:
         display.update(metrics(4))
     rest = (
         "equal groups 25% | 34 tokens a completion (3% cut at the limit) | 1,234 tokens/s | "
-        "8.31 s a step (rollout 5.21 s, reward 2 ms, update 3.06 s) | 1.12 GiB"
+        "8.31 s a step (rollout 5.21 s, 63%; reward 2 ms, 0%; update 3.06 s, 37%) | 1.12 GiB"
     )
     assert file.getvalue().splitlines() == [
         "block 2 of tiny",
@@ -65,8 +65,9 @@ def test_a_pipe_gets_a_line_a_step() -> None:
 
 def test_a_terminal_of_80_columns() -> None:
     display = TrainingDisplay(100, title="block 2 of tiny", quiet=True)
+    peaks = {"rollout_peak_bytes": 2**31, "reward_peak_bytes": 2**30, "update_peak_bytes": 3 * 2**30}
     for step in range(1, 41):
-        display.update(metrics(step))
+        display.update(metrics(step, **peaks))
     console = Console(record=True, width=80, file=io.StringIO(), force_terminal=True)
     console.print(display)
     assert [line.rstrip() for line in console.export_text().splitlines()] == [
@@ -75,8 +76,8 @@ def test_a_terminal_of_80_columns() -> None:
         "reward  10.000  ▁▁▁▂▂▂▂▃▃▃▃▃▄▄▄▄▅▅▅▅▆▆▆▆▆▇▇▇▇███",
         "groups  25% with equal rewards, so no advantage",
         "text    34 tokens a completion (3% cut at the limit), 1,234 tokens/s",
-        "time    8.31 s a step (rollout 5.21 s, reward 2 ms, update 3.06 s)",
-        "memory  1.12 GiB",
+        "time    8.31 s a step (rollout 5.21 s, 63%; reward 2 ms, 0%; update 3.06 s, 37%)",
+        "memory  1.12 GiB; peaks: rollout 2.00 GiB, reward 1.00 GiB, update 3.00 GiB",
     ]
 
 
