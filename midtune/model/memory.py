@@ -35,6 +35,7 @@ class RowLimit:
         rows: the most that may go together; None: no limit has been met.
         on_message: receives a sentence for the person who watches.
         halves: False: memory that runs out is an error like others.
+        others: asked when memory runs out for a sentence on what else takes it; it may be empty.
     """
 
     work: str
@@ -42,6 +43,7 @@ class RowLimit:
     rows: int | None = None
     on_message: Callable[[str], None] | None = None
     halves: bool = True
+    others: Callable[[], str] = str
 
     def fitting(self, groups: int, group_size: int, run: Callable[[int], T]) -> T:
         """The result of `run`, which is called again with half the groups each time memory runs out.
@@ -65,12 +67,13 @@ class RowLimit:
             give_back()
             if together == 1:
                 alone = "completion" if group_size == 1 else f"group of {group_size} completions"
-                raise RunStopped(f"memory ran out in {self.work} with a single {alone}; {self.instead}.")
+                why = f"memory ran out in {self.work} with a single {alone}; {self.instead}."
+                raise RunStopped(f"{why} {self.others()}".rstrip())
             self.rows = together // 2 * group_size
             if self.on_message is not None:
                 self.on_message(
                     f"memory ran out in {self.work} with {together * group_size} completions together; "
-                    f"from now on at most {self.rows} go together."
+                    f"from now on at most {self.rows} go together. {self.others()}".rstrip()
                 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from midtune.report.depth import finite
+from midtune.savings.cards import Card, CardProcess
 
 MEMORY_SOURCES = {"cuda_allocated": "CUDA tensors", "resident": "process"}
 
@@ -36,6 +37,21 @@ def seconds_text(seconds: float) -> str:
 def whole_seconds_text(seconds: float) -> str:
     """A duration that is still running or guessed, without false precision: `8 s`, `1 min 20 s`."""
     return f"{math.ceil(seconds)} s" if math.ceil(seconds) < 60 else _minutes_text(seconds)
+
+
+def card_text(card: Card) -> str:
+    """How much of a card is free, and what else uses it."""
+    free = f"{card.name}, {bytes_text(card.free_bytes)} of {bytes_text(card.total_bytes)} free"
+    return free + (f"; also in use by {processes_text(card.others)}" if card.others else "")
+
+
+def processes_text(processes: Sequence[CardProcess]) -> str:
+    """Processes and what they hold of a card: `ollama (7) 18.00 GiB, process (9)`."""
+    return ", ".join(
+        f"{process.name} ({process.pid})"
+        + ("" if process.held_bytes is None else f" {bytes_text(process.held_bytes)}")
+        for process in processes
+    )
 
 
 def plain_table() -> Table:

@@ -132,6 +132,7 @@ class LayerGRPOTrainer(GRPOTrainer):
             on_message,
             # Processes that work together take means together, so they have to do the same passes.
             halves=self.accelerator.num_processes == 1,
+            others=policy.sampling_rows.others,
         )
         check_trainable(policy)
         self._frozen = frozen_checksums(policy)

@@ -17,6 +17,21 @@ class CardProcess(NamedTuple):
     held_bytes: int | None
 
 
+class Card(NamedTuple):
+    """A card that torch can use; `others` is what else computes on it, the largest first."""
+
+    name: str
+    uuid: str
+    free_bytes: int
+    total_bytes: int
+    others: list[CardProcess]
+
+    @property
+    def tight(self) -> bool:
+        """Whether less than half of the memory is free, which is much before anything is loaded."""
+        return self.free_bytes < self.total_bytes / 2
+
+
 def card_names() -> list[str]:
     """The machine's NVIDIA cards, whether or not torch can use them."""
     return _answer(

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from midtune.savings.cards import Card, other_processes
+
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 # What is in no phase.
@@ -149,6 +151,15 @@ def free_bytes(device: Any) -> int:
     import psutil
 
     return int(psutil.virtual_memory().available)
+
+
+def card_of(device: Any) -> Card:
+    """The card behind a torch device, or behind its number."""
+    import torch
+
+    card = torch.cuda.get_device_properties(device)
+    uuid = str(card.uuid)
+    return Card(card.name, uuid, *torch.cuda.mem_get_info(device), other_processes(uuid))
 
 
 def _status_bytes(key: str) -> int | None:

@@ -24,10 +24,11 @@ from packaging.specifiers import SpecifierSet
 
 from midtune.model.cache import cache_folder
 from midtune.model.hub import PACKAGE, within
-from midtune.report.tables import bytes_text
+from midtune.report.tables import bytes_text, card_text
 from midtune.report.terminal import Terminal
 from midtune.runs import RUNS
-from midtune.savings.cards import card_names, other_processes
+from midtune.savings.cards import card_names
+from midtune.savings.meter import card_of
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
 REQUEST_TIMEOUT_S = 3.0
@@ -131,19 +132,9 @@ def _devices() -> Iterator[Check]:
         else:
             yield Check("device", "ok", found)
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        card = torch.cuda.get_device_properties(index)
-        others = other_processes(str(card.uuid))
-        free, total = torch.cuda.mem_get_info(index)
-        found = f"{card.name}, {bytes_text(free)} of {bytes_text(total)} free"
-        shown = [
-            f"{process.name} ({process.pid})"
-            + ("" if process.held_bytes is None else f" {bytes_text(process.held_bytes)}")
-            for process in others
-        ]
-        found += f"; also in use by {', '.join(shown)}" if shown else ""
-        tight = free < total / 2
-        fix = "end what else uses the card, or choose another with --device cuda:N" if tight else ""
-        yield Check(f"cuda:{index}", "warning" if tight else "ok", found, fix)
+        card = card_of(index)
+        fix = "end what else uses the card, or choose another with --device cuda:N" if card.tight else ""
+        yield Check(f"cuda:{index}", "warning" if card.tight else "ok", card_text(card), fix)
 
 
 def _memory() -> Iterator[Check]:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from functools import partial
 
 from midtune.config import RunConfig, TrainingConfig, require_task
 from midtune.model.loading import load_policy, resolve_device
 from midtune.model.policy import Policy
 from midtune.model.sources import Source, resolve
 from midtune.report.display import Advance
+from midtune.report.tables import card_text, processes_text
 from midtune.report.terminal import Terminal
 from midtune.rollout.evaluation import Evaluation, evaluate
 from midtune.rollout.sampler import Sampling
+from midtune.savings.cards import other_processes
+from midtune.savings.meter import card_of
 from midtune.tasks import Row, Task, check_reward, load_task
 
 
@@ -43,7 +47,11 @@ def open_source(config: RunConfig, terminal: Terminal) -> Source:
 def open_policy(
     config: RunConfig, source: Source, terminal: Terminal, *, quantize: str | None = None
 ) -> Policy:
-    """The model in memory, frozen."""
+    """The model in memory, frozen; says what else uses its card where memory is tight, and when it runs out."""
+    device = resolve_device(config.model.device)
+    card = card_of(device) if device.type == "cuda" else None
+    if card is not None and card.tight:
+        terminal.message(f"memory is tight: {card_text(card)}.")
     with terminal.progress(f"loading {source.name}", None):
         policy = load_policy(
             source,
@@ -53,7 +61,14 @@ def open_policy(
             unpack=config.model.unpack == "auto",
         )
     policy.sampling_rows.on_message = terminal.message
+    if card is not None:
+        policy.sampling_rows.others = partial(_others_text, card.uuid)
     return policy
+
+
+def _others_text(uuid: str) -> str:
+    others = other_processes(uuid)
+    return f"The card is also in use by {processes_text(others)}." if others else ""
 
 
 def open_task(config: RunConfig, terminal: Terminal, *, more: int = 0) -> Task:

@@ -62,6 +62,24 @@ def test_a_group_that_is_too_much_alone_ends_the_run_in_one_sentence(group_size:
     assert stopped.value.__context__ is None
 
 
+def test_what_else_takes_memory_is_said_when_it_runs_out() -> None:
+    said: list[str] = []
+    crowded = limit()
+    crowded.on_message = said.append
+    users = iter(["The card is also in use by ollama (7).", "", "The card is also in use by python (8)."])
+    crowded.others = lambda: next(users)
+
+    def run(groups: int) -> None:
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(RunStopped, match=r"lower --group-size\. The card is also in use by python \(8\)\.$"):
+        crowded.fitting(4, 1, run)
+    assert [text.partition("go together.")[2] for text in said] == [
+        " The card is also in use by ollama (7).",
+        "",
+    ]
+
+
 def test_what_the_failed_work_held_is_gone_before_it_is_tried_again() -> None:
     held: list[weakref.ref[torch.Tensor]] = []
 

@@ -1,4 +1,5 @@
 import mmap
+import os
 import sys
 import tracemalloc
 from collections.abc import Callable
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 
 from midtune.savings import meter as meter_room
-from midtune.savings.meter import OUTSIDE, Meter
+from midtune.savings.cards import card_names
+from midtune.savings.meter import OUTSIDE, Meter, card_of
 
 
 class Clock:
@@ -291,6 +293,18 @@ def test_peaks_of_phases_on_a_card() -> None:
     assert found == {"rollout": 64 * 2**20, "update": 16 * 2**20}
     assert meter.peaks["update"]["reserved_bytes"] >= meter.peaks["update"]["peak_bytes"]
     assert meter.peak_bytes() - base == 64 * 2**20
+
+
+@pytest.mark.gpu
+def test_a_card_of_this_machine() -> None:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
+    held = torch.empty(2**20, device="cuda:0")
+    card = card_of(held.device)
+    assert card.name in card_names()
+    assert 0 < card.free_bytes < card.total_bytes
+    assert os.getpid() not in [process.pid for process in card.others]
 
 
 def test_metering_holds_no_memory_over_steps(clock: Clock) -> None:

@@ -20,6 +20,7 @@ from rich.console import Console
 
 from midtune.model import hub, quantize
 from midtune.report.terminal import Terminal
+from midtune.savings import meter
 from midtune.savings.cards import CardProcess
 from midtune.stages import doctor
 from midtune.stages.doctor import Check
@@ -132,7 +133,7 @@ def test_cards_are_listed_with_what_is_free_and_who_else_uses_them(monkeypatch: 
         torch.cuda, "get_device_properties", lambda index: SimpleNamespace(name="NVIDIA L4", uuid=index)
     )
     users = {"0": [], "1": [CardProcess(7, "ollama", 18 * GIB), CardProcess(9, "process", None)]}
-    monkeypatch.setattr(doctor, "other_processes", users.__getitem__)
+    monkeypatch.setattr(meter, "other_processes", users.__getitem__)
     first, second = doctor._devices()
     assert first == Check("cuda:0", "ok", "NVIDIA L4, 20.00 GiB of 24.00 GiB free")
     assert (second.name, second.status) == ("cuda:1", "warning")
