@@ -1,7 +1,8 @@
 """The arms of `midtune bench`: the same prompts and the same completions through midtune and through TRL.
 
 Every arm samples with its own code, but each token is decided beforehand, so that all arms do equal work
-token for token. TRL's arms keep TRL's defaults, gradient checkpointing among them.
+token for token. TRL's arms keep TRL's defaults, activation checkpointing among them, but for the one that trains
+a single block: with checkpointing, transformers takes the gradient down to the embeddings.
 """
 
 from __future__ import annotations
@@ -97,6 +98,7 @@ def run_arm(arm: str, source: Source, work: Workload, device: torch.device) -> d
             device=device,
             compute_dtype=compute_dtype_of(device),
             checkpoints=False,
+            activation_checkpointing=arm not in ("midtune", "trl-block"),
         )
         rows = [{"prompt": prompt} for prompt in work.prompts] * settings.steps
         trainer = _trainer(arm, source, work, device, args, rows, lambda **_: rewards, meter)
@@ -237,7 +239,6 @@ def _trainer(
             ),
         )
         forbid_cpu_packing(model)
-    args.gradient_checkpointing = True
     trainer = _Stock(
         model=model,
         args=args,

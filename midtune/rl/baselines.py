@@ -85,8 +85,8 @@ def full_training(
             device=device,
             compute_dtype=compute_dtype_of(device),
             checkpoints=False,
+            activation_checkpointing=True,
         )
-        args.gradient_checkpointing = True
         trainer = GRPOTrainer(
             model=model,
             args=args,

@@ -414,10 +414,19 @@ def compare_log_probs(policy: Policy, rollout: Rollout, log_probs: torch.Tensor)
 
 
 def frozen_checksums(policy: Policy) -> dict[str, int]:
-    """Name → sum of the bytes of every tensor that is not trained, as integers."""
+    """Name → checksum of the bytes of every tensor that is not trained."""
     tensors = [*policy.model.named_parameters(), *policy.model.named_buffers()]
     return {
-        name: int(tensor.detach().contiguous().view(torch.uint8).sum(dtype=torch.int64))
+        name: _checksum(tensor.detach().contiguous().flatten().view(torch.uint8))
         for name, tensor in tensors
         if not tensor.requires_grad and tensor.numel() > 0 and tensor.dim() > 0
     }
+
+
+def _checksum(octets: torch.Tensor) -> int:
+    """The sum of bytes [N] taken eight at a time as integers, modulo 2⁶⁴.
+
+    Adding them up one by one would first make an integer of eight bytes of each.
+    """
+    whole = len(octets) // 8 * 8
+    return int(octets[:whole].view(torch.int64).sum()) + int(octets[whole:].sum())

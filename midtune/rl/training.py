@@ -167,11 +167,13 @@ def trl_arguments(
     device: torch.device,
     compute_dtype: torch.dtype,
     checkpoints: bool,
+    activation_checkpointing: bool = False,
 ) -> GRPOConfig:
     """TRL's configuration of a run; micro-batches are whole groups that divide a step evenly.
 
     Args:
         group_tokens: most tokens a group can have.
+        activation_checkpointing: blocks keep their inputs only and run again for the gradient, TRL's default.
     """
     groups = groups_per_micro_batch(settings.prompts_per_step, group_tokens, settings.micro_batch_tokens)
     parts = settings.prompts_per_step // groups
@@ -208,7 +210,8 @@ def trl_arguments(
         use_cpu=device.type == "cpu",
         bf16=compute_dtype == torch.bfloat16,
         fp16=compute_dtype == torch.float16,
-        gradient_checkpointing=False,
+        # Only the constructor turns it on: what sets it later is not heard.
+        gradient_checkpointing=activation_checkpointing,
         disable_dropout=True,
         disable_tqdm=True,
         remove_unused_columns=False,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,29 @@ def test_each_arm_trains_what_it_says(found: dict[str, dict[str, Any]]) -> None:
     assert trained["midtune"] == trained["trl-block"] < trained["trl-full"] / 4
     linears = 4 * 7
     assert trained["trl-qlora"] == trained["trl-qlora-fp32"] > linears * 16 * 64
+
+
+# Of four blocks, midtune runs the upper two, for prompts and for completions. TRL runs each block once, and with
+# checkpointing once more for the gradient.
+@pytest.mark.parametrize(
+    ("arm", "expected"), [("midtune", 4), ("trl-full", 8), ("trl-block", 4), ("trl-qlora", 8)]
+)
+def test_arms_of_trl_checkpoint_activations(
+    random_checkpoint: Callable[..., Path], arm: str, expected: int
+) -> None:
+    passes = 0
+
+    def count(module: torch.nn.Module, *_: Any) -> None:
+        nonlocal passes
+        passes += type(module).__name__ == "Qwen3MLP" and torch.is_grad_enabled()
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(count)
+    work = replace(WORK, warmup=0, steps=1)
+    try:
+        run_arm(arm, resolve(str(random_checkpoint("qwen3"))), work, torch.device("cpu"))
+    finally:
+        hook.remove()
+    assert passes == expected
 
 
 def test_an_arm_that_runs_out_of_memory_fails(
