@@ -151,7 +151,8 @@ class ProbeConfig(Part):
 
     method: Literal["race", "sweep", "gradient"] = Field(
         "race",
-        description="short runs raced against each other, whole runs of every block and of all, or reward gradients",
+        description="short runs raced against each other, whole runs of every block and of all, or reward gradients, "
+        "which are measured but do not rank",
     )
     budget: str = Field("20m", description="what a race may take: `90s`, `20m`, `2h` or `400 steps`")
     layers: str | None = Field(None, description="blocks to rank; default: all of them")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,11 @@ def middle(num_blocks: int, k: int) -> list[int]:
     """
     _check_top_k(num_blocks, k)
     return list(range((num_blocks - k) // 2, (num_blocks + k) // 2))
+
+
+def from_the_middle(blocks: Iterable[int], num_blocks: int) -> list[int]:
+    """Blocks by closeness to the middle of the model, of two equally close ones the lower first, as in `middle`."""
+    return sorted(blocks, key=lambda block: (abs(block - (num_blocks - 1) / 2), block))
 
 
 def best(ranking: Sequence[int], num_blocks: int, top_k: int) -> list[int]:

@@ -122,7 +122,10 @@ class IntervalBar:
 def _notes(probe: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], left_out: int) -> Iterable[str]:
     name = score_name(probe)
     took = seconds_text(probe["cost_seconds"])
-    yield f"* selected. {len(rows)} blocks ranked by the {probe['method']} method in {took}."
+    if probe["method"] == "gradient":
+        yield f"* selected. The reward gradients of {len(rows)} blocks took {took}."
+    else:
+        yield f"* selected. {len(rows)} blocks ranked by the {probe['method']} method in {took}."
     if probe.get("objective") == "gain-per-second":
         yield "Ranked by gain per second of training, which favours the cheaper of two blocks."
     if left_out:
@@ -155,17 +158,12 @@ def _plateau(probe: Mapping[str, Any]) -> Iterable[str]:
 
 def _settled(probe: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     """How clear the order is."""
-    best, *others = rows
     among = probe.get("among_best")
-    low = finite(best.get("low"))
     if among is not None:
-        near = sorted(set(among) - {best["block"]})
+        best = rows[0]["block"]
+        near = sorted(set(among) - {best})
         what = "no other block" if not near else f"block{'s' * (len(near) > 1)} {_ranges(near)}"
-        yield f"Not told apart from block {best['block']}, the best: {what}."
-    elif low is not None and others:
-        close = sum(high >= low for high in _known(others, "high"))
-        reach = f"Blocks whose interval reaches that of block {best['block']}: {close} of {len(others)}."
-        yield f"{reach} The order among them is not settled." if close else reach
+        yield f"Not told apart from block {best}, the best: {what}."
     if _known(rows, "best_probability"):
         yield "Best: the probability that no other block is better."
 

@@ -108,11 +108,11 @@ def probe_blocks(
     """Rank `blocks` as `config.probe` says; the policy and torch's random state are as they were afterwards.
 
     `score`, `low` and `high` are, by the methods `race` and `sweep`, what a run of the block gained; by the
-    method `gradient`, the unbiased squared norm of its reward gradient (see `midtune.probe.gradient` for what
-    that is worth). Gains are those of samples at the training temperature, which is what training maximises
-    and shows a gain sooner than greedy completions do; the greedy ones stand beside them. `step_cost` is
-    seconds of a training step: measured by `race` and `sweep`; by `gradient` the measured time of sampling and
-    rewards, plus an update that is measured at the lowest, middle and highest block and interpolated between.
+    method `gradient`, the unbiased squared norm of its reward gradient, while ranks are by position. Gains are
+    those of samples at the training temperature, which is what training maximises and shows a gain sooner than
+    greedy completions do; the greedy ones stand beside them. `step_cost` is seconds of a training step: measured
+    by `race` and `sweep`; by `gradient` the measured time of sampling and rewards, plus an update that is measured
+    at the lowest, middle and highest block and interpolated between.
 
     Args:
         policy: with no trained blocks.
