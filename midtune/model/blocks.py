@@ -71,7 +71,7 @@ def tail_of(model: PreTrainedModel, stack_name: str, first: int) -> nn.Module:
     # copy.copy shares the dict of submodules, and replacing an entry there would change the model itself.
     tail._modules = dict(inner._modules)
     setattr(tail, attribute, nn.ModuleList(blocks[first:]))
-    tail.config = _config_from(inner.config, first, len(blocks))
+    tail.config = config_from(inner.config, first, len(blocks))
     return tail
 
 
@@ -114,7 +114,7 @@ def check_tail(model: PreTrainedModel, stack_name: str) -> None:
         )
 
 
-def _config_from(config: Any, first: int, depth: int) -> Any:
+def config_from(config: Any, first: int, depth: int) -> Any:
     """A copy of `config` for the blocks from `first` on, its per-block lists cut to match."""
     cut = copy.copy(config)
     cut.__dict__ = dict(config.__dict__)

@@ -105,8 +105,8 @@ def completion_log_probs(
             pack = torch.tensor(rows, device=lengths.device)
             fed = int(lengths[pack].max()) - 1
             kept = rollout.completion_mask[pack, 1 : fed + 1].bool()
-            hidden.append(run(completions, pack, fed, *shared)[kept])
             row, place = kept.nonzero().unbind(1)
+            hidden.append(run(completions, pack, fed, *shared)[row, place])
             places.append(pack[row] * rollout.completion_ids.size(1) + place + 1)
         place = torch.cat(places)
         found = token_log_probs(
