@@ -7,51 +7,80 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from midtune.model.blocks import config_from, find_blocks
 from midtune.model.policy import Policy
+from midtune.savings.budget import Sizes, packed_bytes
 
-# What bitsandbytes keeps beside packed NF4 weights with double quantization.
-GROUP, NESTED_GROUP = 64, 256
+
+def skeleton(
+    config: PretrainedConfig,
+    *,
+    depth: int,
+    dtype: torch.dtype,
+    quantized: bool = False,
+    vocabulary: int | None = None,
+) -> tuple[PreTrainedModel, FakeTensorMode]:
+    """A model without data, and the mode that makes further tensors of its kind.
+
+    Args:
+        config: of the whole model.
+        depth: how many of its last blocks to build.
+        dtype: of its parameters; linear layers of blocks are packed in 4-bit and compute in it if `quantized`.
+        vocabulary: tokens of the embeddings and of the head; None: the model's own.
+    """
+    cut = config_from(config, blocks_of(config) - depth, blocks_of(config))
+    if vocabulary is not None:
+        cut = config_from(cut, 0, depth)
+        cut.vocab_size, cut.pad_token_id = vocabulary, None
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(cut, dtype=dtype)
+        if quantized:
+            for block in find_blocks(model)[1]:
+                for name, part in list(block.named_modules()):
+                    if isinstance(part, nn.Linear):
+                        block.set_submodule(name, PackedLinear(part, dtype))
+    return model, mode
 
 
 class SkeletonPolicy(Policy):
     """A policy without data: what it computes has the shapes, dtypes and lifetimes of the real one.
 
     Args:
-        config: of the model.
-        depth: blocks to build; the first ones of the model.
-        quantized: linear layers of frozen blocks are packed in 4-bit.
-        compute_dtype: of activations and of unquantized frozen weights.
-
-    Attributes:
-        mode: makes tensors without data.
+        trained: how many of the first of its blocks are trained.
     """
 
     def __init__(
-        self, config: PretrainedConfig, *, depth: int, quantized: bool, compute_dtype: torch.dtype
+        self,
+        config: PretrainedConfig,
+        *,
+        depth: int,
+        trained: int,
+        compute_dtype: torch.dtype,
+        quantized: bool,
+        vocabulary: int | None = None,
     ) -> None:
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        cut = config_from(config, len_of(config) - depth, len_of(config))
-        with self.mode:
-            model = AutoModelForCausalLM.from_config(cut, dtype=compute_dtype)
-            super().__init__(model, cast(Any, None), cast(Any, None), compute_dtype=compute_dtype)
-            self._whole = [dict(block.named_modules()) for block in self.blocks]
-            if quantized:
-                for block in self.blocks:
-                    _pack(block, compute_dtype)
+        model, self.mode = skeleton(
+            config, depth=depth, dtype=compute_dtype, quantized=quantized, vocabulary=vocabulary
+        )
+        super().__init__(model, cast(Any, None), cast(Any, None), compute_dtype=compute_dtype)
+        for block in range(trained):
+            self.thaw(block)
 
     def thaw(self, block: int) -> None:
         """Make `block` trainable: fp32 masters in place of its frozen layers."""
-        for name, part in self._whole[block].items():
-            if isinstance(part, nn.Linear):
-                self.blocks[block].set_submodule(name, part)
-        for part in self.blocks[block].modules():
-            for name, parameter in part.named_parameters(recurse=False):
-                # Module.float() cannot replace parameters without data.
-                setattr(part, name, nn.Parameter(parameter.detach().float()))
-        self._frozen[block] = self.blocks[block]
+        frozen = self.blocks[block]
+        with self.mode:
+            for name, part in list(frozen.named_modules()):
+                if isinstance(part, PackedLinear):
+                    frozen.set_submodule(name, part.unpacked())
+            for part in frozen.modules():
+                for name, parameter in part.named_parameters(recurse=False):
+                    # Module.float() cannot replace parameters without data.
+                    setattr(part, name, nn.Parameter(parameter.detach().float()))
+        self._frozen[block] = frozen
 
     def empty(self, *shape: int) -> torch.Tensor:
         """Activations without data."""
@@ -78,6 +107,12 @@ class PackedLinear(nn.Linear):
         found: torch.Tensor = _Product.apply(inputs.to(self.compute_dtype), self.weight, shape)  # type: ignore[no-untyped-call]
         return found if self.bias is None else found + self.bias
 
+    def unpacked(self) -> nn.Linear:
+        """The layer that it was made from."""
+        return nn.Linear(
+            self.in_features, self.out_features, bias=self.bias is not None, dtype=self.compute_dtype
+        )
+
 
 class _Product(torch.autograd.Function):
     @staticmethod
@@ -90,17 +125,29 @@ class _Product(torch.autograd.Function):
         return gradient @ gradient.new_empty(ctx.shape), None, None
 
 
-def packed_bytes(weights: int) -> int:
-    """Bytes of so many weights in NF4 with double quantization: 4 bits each, 8 a group, 32 a group of groups."""
-    return weights // 2 + weights // GROUP + 4 * (weights // GROUP // NESTED_GROUP)
-
-
-def len_of(config: PretrainedConfig) -> int:
-    """Blocks of a model."""
+def blocks_of(config: PretrainedConfig) -> int:
+    """How many decoder blocks a model has."""
     return int(config.get_text_config().num_hidden_layers)
 
 
-def _pack(block: nn.Module, compute_dtype: torch.dtype) -> None:
-    for name, part in list(block.named_modules()):
-        if isinstance(part, nn.Linear):
-            block.set_submodule(name, PackedLinear(part, compute_dtype))
+def sizes_of(config: PretrainedConfig) -> Sizes:
+    """How many parameters a model has, and where."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config_from(config, 0, 1))
+    block = find_blocks(model)[1][0]
+    linear = [part for part in block.modules() if isinstance(part, nn.Linear)]
+    weights = sum(part.weight.numel() for part in linear)
+    own = sum(p.numel() for p in block.parameters())
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    head_size = 0 if head is embedding else head.numel()
+    whole = sum(p.numel() for p in model.parameters())
+    return Sizes(
+        blocks=blocks_of(config),
+        linear=weights,
+        rest=own - weights,
+        widths=sum(part.in_features + part.out_features for part in linear),
+        embedding=embedding.numel(),
+        head=head_size,
+        outside=whole - own - embedding.numel() - head_size,
+        hidden=int(config.get_text_config().hidden_size),
+    )

@@ -245,7 +245,7 @@ def _trainer(
         reward_funcs=[reward],
         train_dataset=Dataset.from_list(rows),
         processing_class=load_tokenizer(source),
-        peft_config=_lora() if "qlora" in arm else None,
+        peft_config=qlora() if "qlora" in arm else None,
         meter=meter,
     )
     if arm == "trl-qlora-fp32":
@@ -255,7 +255,7 @@ def _trainer(
     return trainer
 
 
-def _lora() -> Any:
+def qlora() -> Any:
     from peft import LoraConfig
 
     return LoraConfig(

@@ -45,4 +45,5 @@ class Tracker(TorchDispatchMode):
 
 
 def _is_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor)
+    # What oneDNN has laid out for itself does not tell its size.
+    return isinstance(value, torch.Tensor) and not value.is_mkldnn

@@ -1,0 +1,304 @@
+"""Memory of sampling and of the update, by running their code on a model without data.
+
+What a phase holds grows by the same amount with each block, so two shallow models say what a deep one takes.
+midtune's phases run midtune's own code; those of TRL run the model and the chunked head that TRL runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import DynamicCache, LogitsProcessorList, PretrainedConfig
+from trl.kernels import chunked_logprob
+from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+from midtune.model.blocks import find_blocks
+from midtune.model.skeleton import SkeletonPolicy, blocks_of, skeleton
+from midtune.rl import tail
+from midtune.rollout.boundary import BoundaryStates, positions
+from midtune.rollout.keys_values import shared_prompts
+from midtune.rollout.sampler import ROOM, Rollout, choose
+from midtune.savings.budget import Held
+from midtune.savings.tracker import Tracker
+
+# Chunks of the head that a trace runs: they are all alike.
+FEW_CHUNKS = 4
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What passes through a model together.
+
+    Attributes:
+        prompts: different ones.
+        group_size: completions of each.
+        prompt_tokens, new_tokens: of every prompt and every completion.
+    """
+
+    prompts: int
+    group_size: int
+    prompt_tokens: int
+    new_tokens: int
+
+    @property
+    def rows(self) -> int:
+        return self.prompts * self.group_size
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model as a trainer loads it.
+
+    Attributes:
+        dtype: of unquantized frozen weights and of activations.
+        quantized: linear layers of frozen blocks are in 4-bit.
+        on_card: it works on a GPU, where TRL's head has kernels of its own.
+    """
+
+    config: PretrainedConfig
+    dtype: torch.dtype
+    quantized: bool
+    on_card: bool
+
+
+def block_update(
+    model: Loaded, batch: Batch, *, tail_blocks: int, trained: int, recompute_tokens: int = 0, first: bool = False
+) -> Held:
+    """midtune's update of a micro-batch, from boundary states to gradients.
+
+    Args:
+        tail_blocks: from the first trained block to the last one of the model.
+        trained: how many blocks are trained; which ones makes no difference but for the first.
+        recompute_tokens: as for `completion_log_probs`.
+        first: no gradients are there yet to be added to, so they come on top.
+    """
+    # A chunk holds so many logits, whatever the vocabulary: a smaller one makes for larger chunks.
+    vocabulary = max(1, FEW_CHUNKS * tail.CHUNK_VALUES // (batch.rows * batch.new_tokens))
+    vocabulary = min(vocabulary, model.config.get_text_config().vocab_size)
+
+    def measure(blocks: int) -> Held:
+        policy = SkeletonPolicy(
+            model.config,
+            depth=blocks,
+            trained=trained,
+            compute_dtype=model.dtype,
+            quantized=model.quantized,
+            vocabulary=vocabulary,
+        )
+        hidden = policy.model.config.get_text_config().hidden_size
+        prompt_mask = torch.ones(batch.prompts, batch.prompt_tokens, dtype=torch.long)
+        completion_mask = torch.ones(batch.rows, batch.new_tokens, dtype=torch.long)
+        rollout = Rollout(
+            torch.zeros_like(prompt_mask),
+            prompt_mask,
+            torch.zeros_like(completion_mask),
+            completion_mask,
+            torch.zeros(completion_mask.shape),
+            torch.zeros(completion_mask.shape),
+            BoundaryStates(
+                0, policy.empty(*prompt_mask.shape, hidden), policy.empty(*completion_mask.shape, hidden)
+            ),
+        )
+        if not first:
+            _give_gradients(policy.model)
+
+        with Tracker() as tracker:
+            log_probs, _ = tail.completion_log_probs(
+                policy, rollout, temperature=1.0, recompute_tokens=recompute_tokens
+            )
+            kept = tracker.live
+            log_probs.mean().backward()  # type: ignore[no-untyped-call]
+        return Held(kept, tracker.peak)
+
+    return _by_depth(measure, trained + 1, tail_blocks)
+
+
+def whole_update(
+    model: Loaded, batch: Batch, *, arm: str, block: int = 0, checkpointing: bool = True, first: bool = False
+) -> Held:
+    """TRL's update of a micro-batch, every prompt repeated for each of its completions.
+
+    Args:
+        arm: `trl-full`, `trl-block` (only `block` is trained) or `trl-qlora` (LoRA on every linear layer).
+        checkpointing: blocks keep their inputs only, and run again for the gradient.
+        first: as for `block_update`.
+    """
+
+    def measure(below: int, rest: int) -> Held:
+        held, mode = _held_by(model, below + rest, arm, below)
+        if checkpointing:
+            held.activation_checkpointing_enable()
+            if arm == "trl-qlora":
+                held.enable_input_require_grads()
+        held.train()
+        if not first:
+            with mode:
+                _give_gradients(held)
+        ones = torch.ones(batch.rows, batch.prompt_tokens + batch.new_tokens, dtype=torch.long)
+        # Kernels of the card score completions only; elsewhere every position is scored.
+        scored = slice(batch.prompt_tokens - 1 if model.on_card else 0, -1)
+
+        with Tracker() as tracker:
+            with _mixed(model.dtype):
+                states = held.base_model(
+                    input_ids=torch.zeros_like(ones), attention_mask=ones, use_cache=False
+                ).last_hidden_state[:, scored]
+                states = states.reshape(-1, states.size(-1))
+            entering = states.detach().requires_grad_()
+            # What the head makes has no data either; masks of the blocks have.
+            with mode, _card_kernels() if model.on_card else contextlib.nullcontext():
+                with _mixed(model.dtype):
+                    log_probs = _chunked_log_probs(held.get_output_embeddings(), entering)
+                kept = tracker.live
+                log_probs.mean().backward()  # type: ignore[no-untyped-call]
+            states.backward(entering.grad)  # type: ignore[no-untyped-call]
+        return Held(kept, tracker.peak)
+
+    depth = blocks_of(model.config)
+    if arm != "trl-block":
+        return _by_depth(lambda blocks: measure(0, blocks), 1, depth)
+    corner = measure(1, 2)
+    return (
+        corner + (measure(2, 2) - corner) * (block - 1) + (measure(1, 3) - corner) * (depth - block - 2)
+    )
+
+
+def sampling(model: Loaded, batch: Batch, *, shared: bool, mixed: bool = False) -> Held:
+    """Sampling of all rows together: what keys and values take, and the most at once.
+
+    The first pass over the prompts and the last step of all completions are run.
+
+    Args:
+        shared: each prompt passes once, and writing a token copies nothing, as in midtune.
+        mixed: weights are in fp32 whatever activations are.
+    """
+
+    @torch.no_grad()
+    def measure(blocks: int) -> Held:
+        held, mode = skeleton(
+            model.config,
+            depth=blocks,
+            dtype=torch.float32 if mixed else model.dtype,
+            quantized=model.quantized,
+        )
+        held.eval()
+        prompts = batch.prompts if shared else batch.rows
+        ones = torch.ones(prompts, batch.prompt_tokens, dtype=torch.long)
+        with Tracker() as tracker:
+            cache: Any = shared_prompts(room=min(batch.new_tokens, ROOM)) if shared else DynamicCache()
+            with _mixed(model.dtype):
+                held(
+                    input_ids=torch.zeros_like(ones),
+                    attention_mask=ones,
+                    position_ids=positions(ones),
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+            if shared:
+                cache.batch_repeat_interleave(batch.group_size)
+            for layer in cache.layers:
+                rows, heads, _, width = layer.keys.shape
+                with mode:
+                    shape = (rows, heads, max(batch.new_tokens - 2, 0), width)
+                    drawn = [torch.empty(shape, dtype=layer.keys.dtype) for _ in range(2)]
+                layer.update(*drawn)
+                del drawn
+            kept = tracker.live
+            ones = torch.ones(batch.rows, batch.prompt_tokens + batch.new_tokens - 1, dtype=torch.long)
+            with _mixed(model.dtype):
+                logits = held(
+                    input_ids=torch.zeros(batch.rows, 1, dtype=torch.long),
+                    attention_mask=ones,
+                    position_ids=positions(ones)[:, -1:],
+                    past_key_values=cache,
+                    use_cache=True,
+                ).logits[:, -1]
+            choose(logits.float(), 1.0, LogitsProcessorList(), torch.zeros(batch.rows))
+        return Held(kept, tracker.peak)
+
+    return _by_depth(measure, 1, blocks_of(model.config))
+
+
+def _chunked_log_probs(head: Any, states: torch.Tensor) -> torch.Tensor:
+    """TRL's log-probs of as many tokens as there are states [T, H]."""
+    followed = torch.zeros(len(states), dtype=torch.long)
+    found: tuple[torch.Tensor, ...] = chunked_logprob.ChunkedLogProbFunction.apply(
+        states, head.weight, head.bias, followed, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("entropy",)
+    )
+    return found[0]
+
+
+def _held_by(model: Loaded, depth: int, arm: str, block: int) -> tuple[Any, FakeTensorMode]:
+    """The model as TRL trains it in an arm, and the mode of its tensors."""
+    if arm == "trl-block":
+        policy = SkeletonPolicy(
+            model.config, depth=depth, trained=0, compute_dtype=model.dtype, quantized=model.quantized
+        )
+        policy.thaw(block)
+        return policy.model, policy.mode
+    dtype = torch.float32 if arm == "trl-full" else model.dtype
+    held, mode = skeleton(model.config, depth=depth, dtype=dtype, quantized=model.quantized)
+    if arm == "trl-qlora":
+        with mode:
+            _add_lora(held, model.dtype)
+    return held, mode
+
+
+def _add_lora(model: Any, dtype: torch.dtype) -> None:
+    """Put PEFT's LoRA on every linear layer of the blocks, in place, in the dtype that TRL casts it to."""
+    from peft import inject_adapter_in_model
+
+    from midtune.rl.arms import qlora
+
+    model.requires_grad_(False)
+    # It cannot move what has no data, and there is nowhere to move it to.
+    with mock.patch.object(nn.Module, "to", lambda part, *args, **kwargs: part):
+        inject_adapter_in_model(replace(qlora(), target_modules=lora_targets(model)), model)
+    for part in model.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            if parameter.requires_grad and parameter.dtype != dtype:
+                setattr(part, name, nn.Parameter(parameter.detach().to(dtype)))
+
+
+def lora_targets(model: Any) -> list[str]:
+    """Names inside a block of the linear layers that LoRA adapts."""
+    block = find_blocks(model)[1][0]
+    return sorted({name.rpartition(".")[2] for name, part in block.named_modules() if isinstance(part, nn.Linear)})
+
+
+def _give_gradients(model: Any) -> None:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.empty_like(parameter)
+
+
+def _mixed(dtype: torch.dtype) -> Any:
+    return (
+        contextlib.nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype=dtype)
+    )
+
+
+@contextlib.contextmanager
+def _card_kernels() -> Iterator[None]:
+    """TRL's kernels for cards work inside a tile; what stands in for them elsewhere copies it several times."""
+    with (
+        mock.patch.object(chunked_logprob, "_forward_tile", lambda *args, **kwargs: None),
+        mock.patch.object(chunked_logprob, "_backward_tile", lambda *args, **kwargs: None),
+    ):
+        yield
+
+
+def _by_depth(measure: Callable[[int], Held], shallow: int, depth: int) -> Held:
+    """`measure` of a model of `depth` blocks, from two shallow ones."""
+    if depth <= shallow + 1:
+        return measure(depth)
+    first = measure(shallow)
+    return first + (measure(shallow + 1) - first) * (depth - shallow)
