@@ -54,6 +54,7 @@ SETTINGS = {
     "group_size": "training.group_size",
     "max_new_tokens": "training.max_new_tokens",
     "temperature": "training.temperature",
+    "fit": "training.fit",
     "report_to": "training.report_to",
     "samples": "evaluation.samples",
     "baseline": "evaluation.baseline",
@@ -133,6 +134,7 @@ PromptsPerStep = Annotated[int | None, _option("prompts_per_step", "Training")]
 GroupSize = Annotated[int | None, _option("group_size", "Training")]
 MaxNewTokens = Annotated[int | None, _option("max_new_tokens", "Training")]
 Temperature = Annotated[float | None, _option("temperature", "Training")]
+Fit = Annotated[str | None, _option("fit", "Training")]
 ReportTo = Annotated[str | None, _option("report_to", "Training")]
 Resume = Annotated[
     bool,
@@ -236,6 +238,7 @@ def train(
     group_size: GroupSize = None,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
+    fit: Fit = None,
     report_to: ReportTo = None,
     resume: Resume = False,
     eval_size: EvalSize = None,
@@ -410,6 +413,55 @@ def vote(
         return stage.run(targets, config, terminal=terminal)
 
     _show("vote", _run(stage, quiet), as_json)
+
+
+@app.command(cls=Command, short_help="say what fits on a card, before anything is loaded")
+def plan(
+    ctx: typer.Context,
+    model: Model = None,
+    gpu: Annotated[
+        str,
+        _plain_option("--gpu", "the card: memory or name; or cpu (default: 24GB)", "Plan", "24GB|NAME|cpu"),
+    ] = "24GB",
+    prompt_tokens: Annotated[
+        int,
+        typer.Option(
+            help="tokens of the longest prompt (default: 512)",
+            metavar="N",
+            min=1,
+            show_default=False,
+            rich_help_panel="Plan",
+        ),
+    ] = 512,
+    max_new_tokens: Annotated[int | None, _option("max_new_tokens", "Plan", "--new-tokens")] = None,
+    group_size: Annotated[int | None, _option("group_size", "Plan")] = None,
+    prompts_per_step: Annotated[int | None, _option("prompts_per_step", "Plan")] = None,
+    layers: Layers = None,
+    top_k: TopK = None,
+    quantize: Quantize = None,
+    recipe: Recipe = None,
+    set_: Set = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Say how much memory training would take and how long a step at least, for midtune and for TRL.
+
+    Nothing is loaded or downloaded: the model's configuration is enough, and those of common models are shipped.
+
+    \b
+    Example:
+      midtune plan Qwen/Qwen3-8B --gpu 24GB
+    """
+    config = _configure(ctx, task_needed=False)
+
+    def stage(terminal: Terminal) -> dict[str, Any]:
+        from midtune.stages import plan as stage
+
+        with terminal.progress(f"planning {config.model.name}", None):
+            return stage.run(config, gpu=gpu, prompt_tokens=prompt_tokens)
+
+    _show("plan", _run(stage, quiet), as_json)
 
 
 @app.command(cls=Command, short_help="write a checkpoint with the trained blocks in place")
@@ -695,7 +747,7 @@ def _latest_run(arguments: Sequence[str], started: float) -> Path | None:
     return max(written, key=lambda path: (path / "config.yaml").stat().st_mtime, default=None)
 
 
-def _configure(ctx: typer.Context, target: str | None = None) -> RunConfig:
+def _configure(ctx: typer.Context, target: str | None = None, task_needed: bool = True) -> RunConfig:
     """The configuration that the options of a command describe."""
     given = {name: value for name, value in ctx.params.items() if value is not None}
     overrides = {SETTINGS[name]: value for name, value in given.items() if name in SETTINGS}
@@ -710,7 +762,8 @@ def _configure(ctx: typer.Context, target: str | None = None) -> RunConfig:
         if own is None:
             overrides["model.name"] = _base_of(target)
     config = load_config(recipe, overrides)
-    require_task(config)
+    if task_needed:
+        require_task(config)
     return config
 
 
@@ -779,7 +832,7 @@ def _show(kind: str, result: dict[str, Any], as_json: bool) -> None:
 
 
 def _table(kind: str, result: dict[str, Any]) -> RenderableType:
-    from midtune.report import ranking, results, tables
+    from midtune.report import plans, ranking, results, tables
 
     tables_of = {
         "report": tables.report_table,
@@ -792,5 +845,6 @@ def _table(kind: str, result: dict[str, Any]) -> RenderableType:
         "compare": results.compare_table,
         "tasks": results.tasks_text,
         "doctor": results.doctor_table,
+        "plan": plans.plan_table,
     }
     return tables_of[kind](result)

@@ -125,7 +125,15 @@ class TrainingConfig(Part):
     recompute: bool = Field(
         False, description="hold no activations in the update but compute them again: less memory, slower"
     )
+    sampled_prompts: int = Field(
+        0,
+        ge=0,
+        description="most prompts whose completions are sampled together: less memory, slower; 0: all",
+    )
     vllm: str | None = Field(None, description="address of a vLLM server that samples in training")
+    fit: str | None = Field(
+        None, description="memory to stay within, such as 24GB: the fastest settings that fit are chosen"
+    )
     micro_batch_tokens: int = Field(16384, ge=1, description="most tokens in one backward pass")
     checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints")
     stop_after_equal_rewards: int = Field(
@@ -250,6 +258,14 @@ def load_config(recipe: Path | None, overrides: Mapping[str, Any]) -> RunConfig:
             "one prompt, so it must be at least 2; use --group-size 4 or more."
         )
     return config
+
+
+def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
+    """The configuration with some keys (`training.lr`) changed."""
+    data = config.model_dump()
+    for key, value in settings.items():
+        _put(data, key, value)
+    return RunConfig.model_validate(data)
 
 
 def parse_budget(text: str) -> tuple[float, Literal["seconds", "steps"]]:

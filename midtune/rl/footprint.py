@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 
-from midtune.model.skeleton import sizes_of
+from midtune.rl.algorithms import groups_per_micro_batch
 from midtune.rl.trace import Batch, Loaded, block_update, sampling, whole_update
-from midtune.savings.budget import Phases, block_phases, standing, unpacked_bytes, whole_phases
+from midtune.savings.budget import Phases, Sizes, block_phases, standing, unpacked_bytes, whole_phases
 
 
 @dataclass(frozen=True)
@@ -16,33 +17,47 @@ class Work:
     Attributes:
         prompts: different ones in a step.
         prompt_tokens, new_tokens: of the longest.
-        micro_prompts: prompts, with their groups, that go through an update together.
-        sampled_prompts: those that are sampled together; None: all.
+        micro_batch_tokens: most tokens in one backward pass; a single group may have more.
+        recompute: blocks hold no activations in the update but run again, so many tokens at a time.
+        sampled_prompts: prompts, with their groups, that are sampled together; None: all.
         optimizer: as in the configuration.
         reference: there is a KL term.
-        recompute_tokens: as for `completion_log_probs`.
         unpack: sampling may unpack weights, into up to half of what is free.
-        host_embedding: the input embedding lies on the host.
     """
 
     prompts: int
     group_size: int
     prompt_tokens: int
     new_tokens: int
-    micro_prompts: int
+    micro_batch_tokens: int
+    recompute: bool = False
     sampled_prompts: int | None = None
     optimizer: str = "adamw"
     reference: bool = False
-    recompute_tokens: int = 0
     unpack: bool = True
-    host_embedding: bool = False
+
+    @property
+    def group_tokens(self) -> int:
+        return self.group_size * (self.prompt_tokens + self.new_tokens)
+
+    @property
+    def micro_prompts(self) -> int:
+        """Prompts, with their groups, that go through an update together."""
+        return groups_per_micro_batch(self.prompts, self.group_tokens, self.micro_batch_tokens)
 
     def batch(self, prompts: int) -> Batch:
         return Batch(prompts, self.group_size, self.prompt_tokens, self.new_tokens)
 
 
 def midtune_phases(
-    model: Loaded, work: Work, *, block: int, trained: int = 1, process: int, capacity: int, loading: int = 0
+    model: Loaded,
+    sizes: Sizes,
+    work: Work,
+    *,
+    block: int,
+    trained: int = 1,
+    process: int,
+    capacity: int,
 ) -> Phases:
     """Bytes of each part in each phase of a midtune step.
 
@@ -51,9 +66,7 @@ def midtune_phases(
         trained: how many blocks are trained.
         process: bytes that the process holds besides tensors.
         capacity: bytes of the card, or of the host.
-        loading: bytes of the checkpoint that are mapped while it is loaded.
     """
-    sizes = sizes_of(model.config)
     held = standing(
         sizes,
         "midtune",
@@ -63,7 +76,6 @@ def midtune_phases(
         optimizer=work.optimizer,
         reference=work.reference,
         on_card=model.on_card,
-        host_embedding=work.host_embedding,
     )
     free = capacity - process - sum(held.parts.values())
     wanted = unpacked_bytes(
@@ -79,24 +91,31 @@ def midtune_phases(
             work.batch(work.micro_prompts),
             tail_blocks=sizes.blocks - block,
             trained=trained,
-            recompute_tokens=work.recompute_tokens,
+            recompute_tokens=work.micro_batch_tokens if work.recompute else 0,
         ),
         states=(work.prompts * work.prompt_tokens + rows * work.new_tokens)
         * sizes.hidden
         * model.dtype.itemsize,
         unpacked=max(0, min(wanted, free // 2)) if work.unpack else 0,
-        loading=loading,
+        on_card=model.on_card,
     )
 
 
 def trl_phases(
-    model: Loaded, work: Work, arm: str, *, block: int = 0, process: int, checkpointing: bool = True
+    model: Loaded,
+    sizes: Sizes,
+    work: Work,
+    arm: str,
+    *,
+    block: int = 0,
+    process: int,
+    checkpointing: bool = True,
 ) -> Phases:
     """Bytes of each part in each phase of a step of one of TRL's arms; see `midtune_phases`."""
     full = arm == "trl-full"
-    own = Loaded(model.config, model.dtype, model.quantized and not full, model.on_card)
+    own = _unquantized(model) if full else model
     held = standing(
-        sizes_of(model.config),
+        sizes,
         arm,
         trained=1,
         quantized=own.quantized,
@@ -110,6 +129,17 @@ def trl_phases(
         process,
         sampling=sampling(own, work.batch(work.prompts), shared=False, mixed=full),
         update=whole_update(
-            own, work.batch(work.micro_prompts), arm=arm, block=block, checkpointing=checkpointing
+            own,
+            work.batch(work.micro_prompts),
+            arm=arm,
+            block=block,
+            # With it, transformers takes the gradient of a single block down to the embeddings.
+            checkpointing=checkpointing and arm != "trl-block",
         ),
+        on_card=model.on_card,
     )
+
+
+@functools.cache
+def _unquantized(model: Loaded) -> Loaded:
+    return replace(model, quantized=False)

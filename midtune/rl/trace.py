@@ -7,6 +7,7 @@ midtune's phases run midtune's own code; those of TRL run the model and the chun
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,8 +21,8 @@ from trl.kernels import chunked_logprob
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
 from midtune.model.blocks import find_blocks
-from midtune.model.skeleton import SkeletonPolicy, blocks_of, skeleton
 from midtune.rl import tail
+from midtune.rl.skeleton import SkeletonPolicy, blocks_of, skeleton
 from midtune.rollout.boundary import BoundaryStates, positions
 from midtune.rollout.keys_values import shared_prompts
 from midtune.rollout.sampler import ROOM, Rollout, choose
@@ -52,7 +53,7 @@ class Batch:
         return self.prompts * self.group_size
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Loaded:
     """A model as a trainer loads it.
 
@@ -69,83 +70,79 @@ class Loaded:
 
 
 def block_update(
-    model: Loaded, batch: Batch, *, tail_blocks: int, trained: int, recompute_tokens: int = 0, first: bool = False
+    model: Loaded, batch: Batch, *, tail_blocks: int, trained: int, recompute_tokens: int = 0
 ) -> Held:
-    """midtune's update of a micro-batch, from boundary states to gradients.
+    """midtune's update of a micro-batch, from boundary states to gradients that are there already.
 
     Args:
         tail_blocks: from the first trained block to the last one of the model.
         trained: how many blocks are trained; which ones makes no difference but for the first.
         recompute_tokens: as for `completion_log_probs`.
-        first: no gradients are there yet to be added to, so they come on top.
     """
+    return _by_depth(
+        lambda blocks: _block_update(model, batch, blocks, trained, recompute_tokens),
+        trained + 1,
+        tail_blocks,
+    )
+
+
+@functools.cache
+def _block_update(model: Loaded, batch: Batch, blocks: int, trained: int, recompute_tokens: int) -> Held:
     # A chunk holds so many logits, whatever the vocabulary: a smaller one makes for larger chunks.
     vocabulary = max(1, FEW_CHUNKS * tail.CHUNK_VALUES // (batch.rows * batch.new_tokens))
-    vocabulary = min(vocabulary, model.config.get_text_config().vocab_size)
-
-    def measure(blocks: int) -> Held:
-        policy = SkeletonPolicy(
-            model.config,
-            depth=blocks,
-            trained=trained,
-            compute_dtype=model.dtype,
-            quantized=model.quantized,
-            vocabulary=vocabulary,
+    policy = SkeletonPolicy(
+        model.config,
+        depth=blocks,
+        trained=trained,
+        compute_dtype=model.dtype,
+        quantized=model.quantized,
+        vocabulary=min(vocabulary, model.config.get_text_config().vocab_size),
+    )
+    hidden = policy.model.config.get_text_config().hidden_size
+    prompt_mask = torch.ones(batch.prompts, batch.prompt_tokens, dtype=torch.long)
+    completion_mask = torch.ones(batch.rows, batch.new_tokens, dtype=torch.long)
+    states = [policy.empty(*mask.shape, hidden) for mask in (prompt_mask, completion_mask)]
+    rollout = Rollout(
+        torch.zeros_like(prompt_mask),
+        prompt_mask,
+        torch.zeros_like(completion_mask),
+        completion_mask,
+        torch.zeros(completion_mask.shape),
+        torch.zeros(completion_mask.shape),
+        BoundaryStates(0, *states),
+    )
+    _give_gradients(policy.model)
+    with Tracker([*_there(policy.model), *states, rollout.prompt_mask, rollout.completion_mask]) as tracker:
+        log_probs, _ = tail.completion_log_probs(
+            policy, rollout, temperature=1.0, recompute_tokens=recompute_tokens
         )
-        hidden = policy.model.config.get_text_config().hidden_size
-        prompt_mask = torch.ones(batch.prompts, batch.prompt_tokens, dtype=torch.long)
-        completion_mask = torch.ones(batch.rows, batch.new_tokens, dtype=torch.long)
-        rollout = Rollout(
-            torch.zeros_like(prompt_mask),
-            prompt_mask,
-            torch.zeros_like(completion_mask),
-            completion_mask,
-            torch.zeros(completion_mask.shape),
-            torch.zeros(completion_mask.shape),
-            BoundaryStates(
-                0, policy.empty(*prompt_mask.shape, hidden), policy.empty(*completion_mask.shape, hidden)
-            ),
-        )
-        if not first:
-            _give_gradients(policy.model)
-
-        with Tracker() as tracker:
-            log_probs, _ = tail.completion_log_probs(
-                policy, rollout, temperature=1.0, recompute_tokens=recompute_tokens
-            )
-            kept = tracker.live
-            log_probs.mean().backward()  # type: ignore[no-untyped-call]
-        return Held(kept, tracker.peak)
-
-    return _by_depth(measure, trained + 1, tail_blocks)
+        kept = tracker.live
+        log_probs.mean().backward()
+    return Held(kept, tracker.peak, tracker.small_peak)
 
 
 def whole_update(
-    model: Loaded, batch: Batch, *, arm: str, block: int = 0, checkpointing: bool = True, first: bool = False
+    model: Loaded, batch: Batch, *, arm: str, block: int = 0, checkpointing: bool = True
 ) -> Held:
     """TRL's update of a micro-batch, every prompt repeated for each of its completions.
 
     Args:
         arm: `trl-full`, `trl-block` (only `block` is trained) or `trl-qlora` (LoRA on every linear layer).
         checkpointing: blocks keep their inputs only, and run again for the gradient.
-        first: as for `block_update`.
     """
 
     def measure(below: int, rest: int) -> Held:
         held, mode = _held_by(model, below + rest, arm, below)
         if checkpointing:
             held.activation_checkpointing_enable()
-            if arm == "trl-qlora":
-                held.enable_input_require_grads()
         held.train()
-        if not first:
-            with mode:
-                _give_gradients(held)
+        with mode:
+            _give_gradients(held)
         ones = torch.ones(batch.rows, batch.prompt_tokens + batch.new_tokens, dtype=torch.long)
         # Kernels of the card score completions only; elsewhere every position is scored.
         scored = slice(batch.prompt_tokens - 1 if model.on_card else 0, -1)
 
-        with Tracker() as tracker:
+        with Tracker([*_there(held), ones]) as tracker:
             with _mixed(model.dtype):
                 states = held.base_model(
                     input_ids=torch.zeros_like(ones), attention_mask=ones, use_cache=False
@@ -157,17 +154,15 @@ def whole_update(
                 with _mixed(model.dtype):
                     log_probs = _chunked_log_probs(held.get_output_embeddings(), entering)
                 kept = tracker.live
-                log_probs.mean().backward()  # type: ignore[no-untyped-call]
-            states.backward(entering.grad)  # type: ignore[no-untyped-call]
-        return Held(kept, tracker.peak)
+                log_probs.mean().backward()
+            states.backward(entering.grad)
+        return Held(kept, tracker.peak, tracker.small_peak)
 
     depth = blocks_of(model.config)
     if arm != "trl-block":
         return _by_depth(lambda blocks: measure(0, blocks), 1, depth)
     corner = measure(1, 2)
-    return (
-        corner + (measure(2, 2) - corner) * (block - 1) + (measure(1, 3) - corner) * (depth - block - 2)
-    )
+    return corner + (measure(2, 2) - corner) * (block - 1) + (measure(1, 3) - corner) * (depth - block - 2)
 
 
 def sampling(model: Loaded, batch: Batch, *, shared: bool, mixed: bool = False) -> Held:
@@ -179,52 +174,55 @@ def sampling(model: Loaded, batch: Batch, *, shared: bool, mixed: bool = False) 
         shared: each prompt passes once, and writing a token copies nothing, as in midtune.
         mixed: weights are in fp32 whatever activations are.
     """
+    return _by_depth(
+        lambda blocks: _sampling(model, batch, blocks, shared, mixed), 1, blocks_of(model.config)
+    )
 
-    @torch.no_grad()
-    def measure(blocks: int) -> Held:
-        held, mode = skeleton(
-            model.config,
-            depth=blocks,
-            dtype=torch.float32 if mixed else model.dtype,
-            quantized=model.quantized,
-        )
-        held.eval()
-        prompts = batch.prompts if shared else batch.rows
-        ones = torch.ones(prompts, batch.prompt_tokens, dtype=torch.long)
-        with Tracker() as tracker:
-            cache: Any = shared_prompts(room=min(batch.new_tokens, ROOM)) if shared else DynamicCache()
-            with _mixed(model.dtype):
-                held(
-                    input_ids=torch.zeros_like(ones),
-                    attention_mask=ones,
-                    position_ids=positions(ones),
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                )
-            if shared:
-                cache.batch_repeat_interleave(batch.group_size)
-            for layer in cache.layers:
-                rows, heads, _, width = layer.keys.shape
-                with mode:
-                    shape = (rows, heads, max(batch.new_tokens - 2, 0), width)
-                    drawn = [torch.empty(shape, dtype=layer.keys.dtype) for _ in range(2)]
-                layer.update(*drawn)
-                del drawn
-            kept = tracker.live
-            ones = torch.ones(batch.rows, batch.prompt_tokens + batch.new_tokens - 1, dtype=torch.long)
-            with _mixed(model.dtype):
-                logits = held(
-                    input_ids=torch.zeros(batch.rows, 1, dtype=torch.long),
-                    attention_mask=ones,
-                    position_ids=positions(ones)[:, -1:],
-                    past_key_values=cache,
-                    use_cache=True,
-                ).logits[:, -1]
-            choose(logits.float(), 1.0, LogitsProcessorList(), torch.zeros(batch.rows))
-        return Held(kept, tracker.peak)
 
-    return _by_depth(measure, 1, blocks_of(model.config))
+@functools.cache
+@torch.no_grad()
+def _sampling(model: Loaded, batch: Batch, blocks: int, shared: bool, mixed: bool) -> Held:
+    held, mode = skeleton(
+        model.config,
+        depth=blocks,
+        dtype=torch.float32 if mixed else model.dtype,
+        quantized=model.quantized,
+    )
+    held.eval()
+    prompts = batch.prompts if shared else batch.rows
+    ones = torch.ones(prompts, batch.prompt_tokens, dtype=torch.long)
+    with Tracker([*_there(held), ones]) as tracker:
+        cache: Any = shared_prompts(room=min(batch.new_tokens, ROOM)) if shared else DynamicCache()
+        with _mixed(model.dtype):
+            held(
+                input_ids=torch.zeros_like(ones),
+                attention_mask=ones,
+                position_ids=positions(ones),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        if shared:
+            cache.batch_repeat_interleave(batch.group_size)
+        for layer in cache.layers:
+            rows, heads, _, width = layer.keys.shape
+            with mode:
+                shape = (rows, heads, max(batch.new_tokens - 2, 0), width)
+                drawn = [torch.empty(shape, dtype=layer.keys.dtype) for _ in range(2)]
+            layer.update(*drawn)
+            del drawn
+        kept = tracker.live
+        ones = torch.ones(batch.rows, batch.prompt_tokens + batch.new_tokens - 1, dtype=torch.long)
+        with _mixed(model.dtype):
+            logits = held(
+                input_ids=torch.zeros(batch.rows, 1, dtype=torch.long),
+                attention_mask=ones,
+                position_ids=positions(ones)[:, -1:],
+                past_key_values=cache,
+                use_cache=True,
+            ).logits[:, -1]
+        choose(logits.float(), 1.0, LogitsProcessorList(), torch.zeros(batch.rows))
+    return Held(kept, tracker.peak, tracker.small_peak)
 
 
 def _chunked_log_probs(head: Any, states: torch.Tensor) -> torch.Tensor:
@@ -248,12 +246,12 @@ def _held_by(model: Loaded, depth: int, arm: str, block: int) -> tuple[Any, Fake
     held, mode = skeleton(model.config, depth=depth, dtype=dtype, quantized=model.quantized)
     if arm == "trl-qlora":
         with mode:
-            _add_lora(held, model.dtype)
+            _add_lora(held)
     return held, mode
 
 
-def _add_lora(model: Any, dtype: torch.dtype) -> None:
-    """Put PEFT's LoRA on every linear layer of the blocks, in place, in the dtype that TRL casts it to."""
+def _add_lora(model: Any) -> None:
+    """Put PEFT's LoRA on every linear layer of the blocks, in place, in bf16, which TRL casts it to."""
     from peft import inject_adapter_in_model
 
     from midtune.rl.arms import qlora
@@ -264,14 +262,25 @@ def _add_lora(model: Any, dtype: torch.dtype) -> None:
         inject_adapter_in_model(replace(qlora(), target_modules=lora_targets(model)), model)
     for part in model.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
-            if parameter.requires_grad and parameter.dtype != dtype:
-                setattr(part, name, nn.Parameter(parameter.detach().to(dtype)))
+            if parameter.requires_grad:
+                setattr(part, name, nn.Parameter(parameter.detach().to(torch.bfloat16)))
 
 
 def lora_targets(model: Any) -> list[str]:
     """Names inside a block of the linear layers that LoRA adapts."""
     block = find_blocks(model)[1][0]
-    return sorted({name.rpartition(".")[2] for name, part in block.named_modules() if isinstance(part, nn.Linear)})
+    return sorted(
+        {name.rpartition(".")[2] for name, part in block.named_modules() if isinstance(part, nn.Linear)}
+    )
+
+
+def _there(model: Any) -> Iterator[torch.Tensor]:
+    """What a model holds."""
+    for parameter in model.parameters():
+        yield parameter
+        if parameter.grad is not None:
+            yield parameter.grad
+    yield from model.buffers()
 
 
 def _give_gradients(model: Any) -> None:
@@ -281,9 +290,7 @@ def _give_gradients(model: Any) -> None:
 
 
 def _mixed(dtype: torch.dtype) -> Any:
-    return (
-        contextlib.nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype=dtype)
-    )
+    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype=dtype)
 
 
 @contextlib.contextmanager

@@ -142,6 +142,17 @@ class Meter:
         return True
 
 
+def total_bytes(device: Any) -> int:
+    """Bytes of memory that a torch device has, or the one of this name."""
+    if str(device).startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.mem_get_info(device)[1])
+    import psutil
+
+    return int(psutil.virtual_memory().total)
+
+
 def free_bytes(device: Any) -> int:
     """Bytes that can still be allocated on a torch device, or on the one of this name."""
     if str(device).startswith("cuda"):

@@ -3,47 +3,64 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+# On a CPU, what is as large as this is mapped on its own and goes back when it is freed (glibc's own limit).
+MAPPED = 2**25
 
 
 class Tracker(TorchDispatchMode):
     """Counts the storages that operators return while it is active, until they are freed.
 
+    Args:
+        known: tensors that are there already; views of them are no new memory.
+
     Attributes:
         live: bytes held now.
         peak: the most bytes held at once.
+        small_peak: the most of them that storages of less than `MAPPED` bytes held at once.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._held: set[int] = set()
+    def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = self.peak = self.small_peak = self._small = 0
+        # Storages by address: those that were there already, and those that are counted until they go.
+        self._held: dict[int, Any] = {part.untyped_storage()._cdata: part for part in known}
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         found = func(*args, **(kwargs or {}))
-        given = {part.untyped_storage()._cdata for part in tree_leaves((args, kwargs)) if _is_tensor(part)}
-        for part in filter(_is_tensor, tree_leaves(found)):
+        for part in _tensors(found):
             storage = part.untyped_storage()
-            # A view, or what was written in place, is no new memory.
-            if storage._cdata not in given | self._held:
-                self._held.add(storage._cdata)
-                self.live += storage.nbytes()
-                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+            key = storage._cdata
+            if key not in self._held:
+                size = storage.nbytes()
+                self._held[key] = weakref.ref(storage, partial(self._free, key, size))
+                self._count(size)
         self.peak = max(self.peak, self.live)
+        self.small_peak = max(self.small_peak, self._small)
         return found
 
-    def _free(self, key: int, size: int) -> None:
-        self._held.discard(key)
-        self.live -= size
+    def _free(self, key: int, size: int, _: Any) -> None:
+        del self._held[key]
+        self._count(-size)
+
+    def _count(self, size: int) -> None:
+        self.live += size
+        self._small += size if abs(size) < MAPPED else 0
 
 
-def _is_tensor(value: Any) -> bool:
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
     # What oneDNN has laid out for itself does not tell its size.
-    return isinstance(value, torch.Tensor) and not value.is_mkldnn
+    if isinstance(value, torch.Tensor):
+        if not value.is_mkldnn:
+            yield value
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _tensors(part)

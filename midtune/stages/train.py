@@ -36,6 +36,7 @@ from midtune.savings.estimate import ModelNumbers, StepShape, estimate_full_trai
 from midtune.savings.meter import Meter
 from midtune.stages import baseline
 from midtune.stages.choose import choose_blocks
+from midtune.stages.plan import fitted
 from midtune.stages.report import write_page
 from midtune.stages.setup import open_policy, open_source, open_task, score_policy
 from midtune.tasks import Task
@@ -95,6 +96,9 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
             )
     config, choice, ranking = choose_blocks(config, policy, task, terminal)
     chosen = parse_layers(config.blocks.layers or "", policy.num_blocks, config.blocks.top_k)
+    config = fitted(config, policy, task, process_bytes, terminal)
+    policy.unpack = config.model.unpack == "auto"
+    policy.sampling_rows.rows = config.training.sampled_prompts * config.training.group_size or None
     boosted = config.blocks.select == "boost"
     blocks = list(range(policy.num_blocks)) if boosted else chosen
 

@@ -121,7 +121,7 @@ class _Product(torch.autograd.Function):
         return inputs @ inputs.new_empty(shape).T
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return gradient @ gradient.new_empty(ctx.shape), None, None
 
 

@@ -1,0 +1,61 @@
+"""The configuration of a model, without its weights: what a plan is made from."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from midtune.errors import InputError
+from midtune.model.sources import NAMES, SMOLLM2_HUB_ID, TINY
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+SHIPPED = Path(__file__).parent.parent / "assets" / "models.json"
+
+
+def config_of(name: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """A model's configuration: from a folder, from what midtune ships, or from the hub.
+
+    Args:
+        name: a folder, `tiny`, a hub id, or the last part of the id of a model that midtune ships the sizes of
+            (`qwen3-8b`).
+
+    Raises:
+        InputError: it is none of these, or the hub cannot be reached.
+    """
+    from transformers import AutoConfig
+
+    folder = TINY if name == "tiny" else Path(name).expanduser()
+    if (folder / "config.json").is_file():
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return config
+    shipped: dict[str, dict[str, Any]] = json.loads(SHIPPED.read_text(encoding="utf-8"))
+    wanted = SMOLLM2_HUB_ID if name == "smollm2-135m" else name
+    for known, sizes in shipped.items():
+        if _plain(wanted) in (_plain(known), _plain(known.partition("/")[2])):
+            config = AutoConfig.for_model(**sizes)
+            return config
+    if name.count("/") == 1 and not folder.exists():
+        try:
+            config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+            return config
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0][:120]
+            raise InputError(
+                f"the configuration of {name} is not shipped with midtune and could not be fetched ({reason}); "
+                f"give a folder that holds its config.json, or one of {', '.join(shipped)}."
+            ) from None
+    near = difflib.get_close_matches(name, [*NAMES, *(k.partition("/")[2] for k in shipped)], n=1, cutoff=0)[
+        0
+    ]
+    raise InputError(
+        f"`{name}` is no folder with a config.json and no model that midtune ships the sizes of; "
+        f"did you mean `{near}`?"
+    )
+
+
+def _plain(name: str) -> str:
+    return name.lower().removesuffix("-instruct").removesuffix("-it")

@@ -1,0 +1,314 @@
+"""`midtune plan`: what training would hold in memory and take at least, before anything is loaded.
+
+Weights, gradients and optimizer states follow from the configuration alone. Activations, keys and values come from
+running the code that trains on tensors without data (see `midtune.rl.trace`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from midtune.config import RunConfig, with_settings
+from midtune.errors import InputError
+from midtune.model.configs import config_of
+from midtune.model.policy import Policy
+from midtune.probe.selection import middle, parse_layers
+from midtune.report.tables import bytes_text
+from midtune.report.terminal import Terminal
+from midtune.rl.footprint import Work, midtune_phases, trl_phases
+from midtune.rl.skeleton import sizes_of
+from midtune.rl.trace import Loaded
+from midtune.rollout.evaluation import prompt_ids
+from midtune.savings.bounds import Card, card_of, step_seconds
+from midtune.savings.budget import CONTEXT_BYTES, Phases, Sizes, peak
+from midtune.savings.meter import Meter, total_bytes
+from midtune.tasks import Task
+
+ARMS = {
+    "midtune": "midtune",
+    "trl-block": "TRL, the same block over NF4",
+    "trl-qlora": "TRL, QLoRA on all linear layers",
+    "trl-full": "TRL, all parameters",
+    "trl-full-kept": "TRL, the same without checkpointing",
+}
+# Tokens that are computed again together at the least.
+LEAST_PACK = 512
+# How far the search for the largest size goes.
+MOST = {"prompts": 64, "group_size": 256, "new_tokens": 131072}
+
+
+def run(config: RunConfig, *, gpu: str, prompt_tokens: int) -> dict[str, Any]:
+    """Work out the memory of each phase, for midtune and for TRL, and what fits.
+
+    Args:
+        config: names the model and says how it is to be trained.
+        gpu: the card, by name or memory, see `card_of`; or `cpu`, this machine.
+        prompt_tokens: of the longest prompt.
+
+    Returns:
+        `model`, `parameters`, `num_blocks`, `blocks`, `card` and `work`: what was planned for. `arms`: of each its
+        name, `phases` (bytes of each part), the `peak` and its `phase`, whether it `fits`, and `seconds`, the least
+        that each phase can take. `by_block`: midtune's peak for each first trained block. `fit`: settings with which
+        midtune fits, None if none do; `fitted`: the arm with them. `largest`: with these, how many prompts could go
+        through an update together, how large a group and how long a completion could be, the rest as asked.
+
+    Raises:
+        InputError: the model, the card or a block is not known.
+    """
+    card = card_of(gpu) if gpu != "cpu" else _host()
+    model_config = config_of(config.model.name, trust_remote_code=config.model.trust_remote_code)
+    sizes = sizes_of(model_config)
+    wanted = config.blocks
+    blocks = (
+        parse_layers(wanted.layers, sizes.blocks, wanted.top_k)
+        if wanted.layers is not None
+        else middle(sizes.blocks, wanted.top_k)
+    )
+    quantized, on_card = config.model.quantize == "nf4", gpu != "cpu"
+    model = Loaded(model_config, torch.bfloat16 if on_card else torch.float32, quantized, on_card)
+    process = CONTEXT_BYTES if on_card else _libraries_bytes()
+    planner = Planner(model, sizes, card, blocks[0], len(blocks), process, card.memory)
+    work = work_of(config, prompt_tokens)
+    fit = planner.fitting(work)
+    return {
+        "schema": 1,
+        "model": config.model.name,
+        "parameters": sizes.total,
+        "num_blocks": sizes.blocks,
+        "blocks": blocks,
+        "card": asdict(card),
+        "work": asdict(work),
+        "arms": [planner.arm(name, work) for name in ARMS],
+        "by_block": [
+            {"block": k, "peak": peak(replace(planner, block=k).phases("midtune", work))[1]}
+            for k in range(sizes.blocks - len(blocks) + 1)
+        ],
+        "fit": None if fit is None else settings_of(fit, work),
+        "fitted": None if fit is None else planner.arm("midtune", fit),
+        "largest": None if fit is None else {what: planner.largest(fit, what) for what in MOST},
+    }
+
+
+@dataclass(frozen=True)
+class Planner:
+    """What one model can do on one card.
+
+    Attributes:
+        block: the first trained block.
+        trained: how many blocks are trained.
+        process: bytes that a process holds besides tensors.
+        device_bytes: of the device's memory; sampling may unpack weights into half of what is free of it.
+    """
+
+    model: Loaded
+    sizes: Sizes
+    card: Card
+    block: int
+    trained: int
+    process: int
+    device_bytes: int
+
+    def phases(self, arm: str, work: Work) -> Phases:
+        """Bytes of each part in each phase of a step."""
+        if arm == "midtune":
+            return midtune_phases(
+                self.model,
+                self.sizes,
+                work,
+                block=self.block,
+                trained=self.trained,
+                process=self.process,
+                capacity=self.device_bytes,
+            )
+        return trl_phases(
+            self.model,
+            self.sizes,
+            work,
+            arm.removesuffix("-kept"),
+            block=self.block,
+            process=self.process,
+            checkpointing=not arm.endswith("-kept"),
+        )
+
+    def arm(self, name: str, work: Work) -> dict[str, Any]:
+        """What a plan says of an arm."""
+        phases = self.phases(name, work)
+        phase, most = peak(phases)
+        return {
+            "arm": name,
+            "label": ARMS[name],
+            "phases": phases,
+            "peak": most,
+            "phase": phase,
+            "fits": most <= self.card.memory,
+            "seconds": step_seconds(
+                self.card,
+                self.sizes,
+                name,
+                prompts=work.prompts,
+                group_size=work.group_size,
+                prompt_tokens=work.prompt_tokens,
+                new_tokens=work.new_tokens,
+                tail=self.sizes.blocks - self.block,
+                trained=self.trained,
+                quantized=self.model.quantized,
+                unpacked=bool(phases["sampling"].get("unpacked weights")),
+                sampling_passes=-(-work.prompts // (work.sampled_prompts or work.prompts)),
+                update_passes=work.prompts // work.micro_prompts,
+                again=work.recompute,
+                cache=phases["sampling"]["keys and values"],
+            ),
+        }
+
+    def fitting(self, work: Work) -> Work | None:
+        """The work with the cheapest changes that make it fit; None if none do.
+
+        Where memory peaks decides what is changed. In sampling, weights are no longer unpacked, then fewer
+        completions are sampled together. In the update, fewer groups go together, optimizer states are kept in 8
+        bits, then activations are computed again, fewer and fewer at a time.
+        """
+        changed: Work | None = work
+        while changed is not None:
+            phases = self.phases("midtune", changed)
+            phase, most = peak(phases)
+            if most <= self.card.memory:
+                return changed
+            changed = _leaner(changed, phase, bool(phases["sampling"]["unpacked weights"]))
+        return None
+
+    def largest(self, work: Work, what: str) -> int:
+        """How many prompts, completions of a group or new tokens fit, the rest as in `work`.
+
+        Memory grows by about the same with each of them, so it is worked out for what `work` has and for twice as many.
+        """
+        now = getattr(work, what) if what != "prompts" else work.micro_prompts
+        totals = [
+            {name: sum(parts.values()) for name, parts in phases.items()}
+            for phases in (self._sized(work, what, now), self._sized(work, what, 2 * now))
+        ]
+        most = [
+            now + now * (self.card.memory - once) / (twice - once)
+            for once, twice in zip(totals[0].values(), totals[1].values(), strict=True)
+            if twice > once
+        ]
+        return max(now, min([MOST[what], *map(int, most)]))
+
+    def _sized(self, work: Work, what: str, size: int) -> Phases:
+        if what == "group_size":
+            return self.phases("midtune", replace(work, group_size=size))
+        if what == "new_tokens":
+            return self.phases("midtune", replace(work, new_tokens=size))
+        # Each prompt of an update adds what its group takes there, and nothing to sampling.
+        wider = replace(work, prompts=size, micro_batch_tokens=size * work.group_tokens, sampled_prompts=1)
+        return {"update": self.phases("midtune", wider)["update"]}
+
+
+def fitted(
+    config: RunConfig, policy: Policy, task: Task, process_bytes: int, terminal: Terminal
+) -> RunConfig:
+    """The configuration of a run with the cheapest changes that keep it within `training.fit`.
+
+    Args:
+        policy: what it changes of sampling is set there.
+        process_bytes: resident memory of this process before the model was loaded.
+
+    Raises:
+        InputError: it does not fit, whatever is changed, or what it should fit is not known.
+    """
+    fit = config.training.fit
+    if fit is None:
+        return config
+    card = card_of(fit)
+    on_card = policy.device.type == "cuda"
+    blocks = parse_layers(config.blocks.layers or "", policy.num_blocks, config.blocks.top_k)
+    planner = Planner(
+        Loaded(policy.model.config, policy.compute_dtype, policy.quantized, on_card),
+        sizes_of(policy.model.config),
+        card,
+        blocks[0],
+        len(blocks),
+        CONTEXT_BYTES if on_card else process_bytes,
+        total_bytes(policy.device),
+    )
+    longest = max(len(prompt_ids(policy.tokenizer, row["prompt"])) for row in [*task.train, *task.held_out])
+    work = work_of(config, longest)
+    found = planner.fitting(work)
+    if found is None:
+        raise InputError(
+            f"{policy.source.name} was to be trained within {fit}, but it does not fit, whatever is made leaner; "
+            "lower --max-new-tokens or --group-size, choose a higher block with --layers, or a smaller model."
+        )
+    phase, most = peak(planner.phases("midtune", found))
+    changes = settings_of(found, work)
+    said = ", ".join(f"{key}={value}" for key, value in changes.items()) or "nothing has to change"
+    terminal.message(f"to stay within {fit}: {said}; planned peak {bytes_text(most)}, in {phase}")
+    # Scoring samples as many together as training does.
+    together = {"training.sampled_prompts": found.sampled_prompts or found.prompts}
+    return with_settings(config, {**changes, **together, "training.fit": None})
+
+
+def _libraries_bytes() -> int:
+    """What a process that trains on a CPU has resident before a model is loaded: it counts there."""
+    import midtune.rl.training  # noqa: F401
+
+    return Meter("cpu").current_bytes()
+
+
+def _host() -> Card:
+    """The memory of this machine; how fast its CPU is stands nowhere."""
+    return Card("this machine's CPU", total_bytes("cpu"), math.nan, math.nan)
+
+
+def _leaner(work: Work, phase: str, unpacked: bool) -> Work | None:
+    """The work with one thing changed that makes a phase smaller; None if nothing is left to change."""
+    if phase == "sampling":
+        together = work.sampled_prompts or work.prompts
+        if unpacked:
+            return replace(work, unpack=False)
+        return replace(work, sampled_prompts=together // 2) if together > 1 else None
+    if phase == "update" and work.micro_prompts > 1:
+        # The next number of groups that divides a step.
+        fewer = max(n for n in range(1, work.micro_prompts) if work.prompts % n == 0)
+        return replace(work, micro_batch_tokens=fewer * work.group_tokens)
+    if phase in ("update", "optimizer") and work.optimizer == "adamw":
+        return replace(work, optimizer="adamw_8bit")
+    if phase == "update" and not work.recompute:
+        return replace(work, recompute=True)
+    if phase == "update" and work.micro_batch_tokens > LEAST_PACK:
+        return replace(work, micro_batch_tokens=min(work.micro_batch_tokens, work.group_tokens) // 2)
+    return None
+
+
+def work_of(config: RunConfig, prompt_tokens: int) -> Work:
+    """A configuration's step."""
+    training = config.training
+    return Work(
+        prompts=training.prompts_per_step,
+        group_size=training.group_size,
+        prompt_tokens=prompt_tokens,
+        new_tokens=training.max_new_tokens,
+        micro_batch_tokens=training.micro_batch_tokens,
+        recompute=training.recompute,
+        sampled_prompts=training.sampled_prompts or None,
+        optimizer=training.optimizer,
+        reference=training.beta > 0,
+        unpack=config.model.unpack == "auto",
+    )
+
+
+def settings_of(work: Work, asked: Work) -> dict[str, Any]:
+    """What `work` changes of what was asked, as keys of a configuration."""
+    keys = {
+        "training.micro_batch_tokens": "micro_batch_tokens",
+        "training.recompute": "recompute",
+        "training.sampled_prompts": "sampled_prompts",
+        "training.optimizer": "optimizer",
+    }
+    changed = {
+        key: getattr(work, name) for key, name in keys.items() if getattr(work, name) != getattr(asked, name)
+    }
+    return changed if work.unpack == asked.unpack else {**changed, "model.unpack": "never"}

@@ -1,0 +1,45 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from midtune.errors import InputError
+from midtune.model import configs
+from midtune.model.configs import config_of
+
+
+def test_models_are_known_by_id_and_by_their_own_name() -> None:
+    assert config_of("Qwen/Qwen3-8B").num_hidden_layers == 36
+    assert config_of("qwen3-8b").to_dict() == config_of("Qwen/Qwen3-8B").to_dict()
+    assert config_of("llama-3.1-8b").vocab_size == 128256
+    assert config_of("smollm2-135m").num_hidden_layers == 30
+    assert config_of("tiny").num_hidden_layers == 12
+
+
+def test_a_folder_goes_before_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "qwen3-8b").mkdir()
+    sizes = {**config_of("qwen3-4b").to_dict(), "num_hidden_layers": 3, "layer_types": None}
+    (tmp_path / "qwen3-8b" / "config.json").write_text(json.dumps(sizes))
+    assert config_of("qwen3-8b").num_hidden_layers == 3
+
+
+def test_a_name_nobody_knows() -> None:
+    with pytest.raises(InputError, match="did you mean `Qwen3-8B`"):
+        config_of("Qwen3-8Bn")
+
+
+def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoConfig
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise OSError("We couldn't connect to the hub.\nMore.")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", unreachable)
+    with pytest.raises(InputError, match=r"could not be fetched \(We couldn't connect to the hub\.\)"):
+        config_of("org/other")
+
+
+def test_every_shipped_model_is_listed_once() -> None:
+    names = [configs._plain(name.partition("/")[2]) for name in json.loads(configs.SHIPPED.read_text())]
+    assert len(set(names)) == len(names) == 24
