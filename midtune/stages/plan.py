@@ -59,19 +59,8 @@ def run(config: RunConfig, *, gpu: str, prompt_tokens: int) -> dict[str, Any]:
     Raises:
         InputError: the model, the card or a block is not known.
     """
-    card = card_of(gpu) if gpu != "cpu" else _host()
-    model_config = config_of(config.model.name, trust_remote_code=config.model.trust_remote_code)
-    sizes = sizes_of(model_config)
-    wanted = config.blocks
-    blocks = (
-        parse_layers(wanted.layers, sizes.blocks, wanted.top_k)
-        if wanted.layers is not None
-        else middle(sizes.blocks, wanted.top_k)
-    )
-    quantized, on_card = config.model.quantize == "nf4", gpu != "cpu"
-    model = Loaded(model_config, torch.bfloat16 if on_card else torch.float32, quantized, on_card)
-    process = CONTEXT_BYTES if on_card else _libraries_bytes()
-    planner = Planner(model, sizes, card, blocks[0], len(blocks), process, card.memory)
+    planner, blocks = planner_of(config, gpu)
+    card, sizes = planner.card, planner.sizes
     work = work_of(config, prompt_tokens)
     fit = planner.fitting(work)
     return {
@@ -91,6 +80,24 @@ def run(config: RunConfig, *, gpu: str, prompt_tokens: int) -> dict[str, Any]:
         "fitted": None if fit is None else planner.arm("midtune", fit),
         "largest": None if fit is None else {what: planner.largest(fit, what) for what in MOST},
     }
+
+
+def planner_of(config: RunConfig, gpu: str) -> tuple[Planner, list[int]]:
+    """What plans for the configuration's model on a card, and the blocks that would be trained."""
+    card = card_of(gpu) if gpu != "cpu" else _host()
+    model_config = config_of(config.model.name, trust_remote_code=config.model.trust_remote_code)
+    sizes = sizes_of(model_config)
+    wanted = config.blocks
+    blocks = (
+        parse_layers(wanted.layers, sizes.blocks, wanted.top_k)
+        if wanted.layers is not None
+        else middle(sizes.blocks, wanted.top_k)
+    )
+    quantized, on_card = config.model.quantize == "nf4", gpu != "cpu"
+    model = Loaded(model_config, torch.bfloat16 if on_card else torch.float32, quantized, on_card)
+    process = CONTEXT_BYTES if on_card else _libraries_bytes()
+    planner = Planner(model, sizes, card, blocks[0], len(blocks), process, card.memory)
+    return planner, blocks
 
 
 @dataclass(frozen=True)

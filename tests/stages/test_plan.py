@@ -14,7 +14,7 @@ from midtune.report.plans import plan_table
 from midtune.rl.footprint import Work
 from midtune.savings.budget import peak
 from midtune.stages import plan
-from midtune.stages.plan import Planner, settings_of, work_of
+from midtune.stages.plan import planner_of, settings_of, work_of
 from tests.report.printed import rendered
 
 CONFIG = load_config(None, {"model.name": "tiny"})
@@ -48,32 +48,18 @@ def test_what_is_the_largest_fits_and_more_does_not(roomy: dict[str, Any]) -> No
     assert roomy["largest"]["new_tokens"] > work.new_tokens
 
 
-def planner(gigabytes: float) -> Planner:
-    found: list[Planner] = []
-
-    class Kept(Planner):
-        def __post_init__(self) -> None:
-            found.append(self)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "Planner", Kept)
-        patch.setattr(plan, "ARMS", {"midtune": "midtune"})
-        plan.run(CONFIG, gpu=f"{gigabytes}GB", prompt_tokens=40)
-    return found[0]
-
-
 def test_three_cards_are_met_in_three_ways() -> None:
     work = work_of(CONFIG, 40)
     chosen = {}
     for gigabytes in (1.0, 0.72, 0.68):
-        own = planner(gigabytes)
+        own, _ = planner_of(CONFIG, f"{gigabytes}GB")
         fit = own.fitting(work)
         assert fit is not None
         assert peak(own.phases("midtune", fit))[1] <= gigabytes * 2**30
         chosen[gigabytes] = settings_of(fit, work)
     assert chosen[1.0] == {}
     assert chosen[0.72].keys() < chosen[0.68].keys() or chosen[0.72] != chosen[0.68]
-    assert planner(0.6).fitting(work) is None
+    assert planner_of(CONFIG, "0.58GB")[0].fitting(work) is None
 
 
 def test_a_plan_on_80_columns(roomy: dict[str, Any]) -> None:
