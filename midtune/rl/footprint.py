@@ -6,6 +6,7 @@ import functools
 from dataclasses import dataclass, replace
 
 from midtune.rl.algorithms import groups_per_micro_batch
+from midtune.rl.arms import LORA_RANK
 from midtune.rl.trace import Batch, Loaded, block_update, sampling, whole_update
 from midtune.savings.budget import Phases, Sizes, block_phases, standing, unpacked_bytes, whole_phases
 
@@ -123,6 +124,7 @@ def trl_phases(
         optimizer="adamw",
         reference=work.reference,
         on_card=model.on_card,
+        lora_rank=LORA_RANK,
     )
     return whole_phases(
         held,

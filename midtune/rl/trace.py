@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -20,14 +20,14 @@ from transformers import DynamicCache, LogitsProcessorList, PretrainedConfig
 from trl.kernels import chunked_logprob
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
-from midtune.model.blocks import find_blocks
 from midtune.rl import tail
+from midtune.rl.arms import qlora
 from midtune.rl.skeleton import SkeletonPolicy, blocks_of, skeleton
+from midtune.rl.tracker import Tracker
 from midtune.rollout.boundary import BoundaryStates, positions
 from midtune.rollout.keys_values import shared_prompts
 from midtune.rollout.sampler import ROOM, Rollout, choose
 from midtune.savings.budget import Held
-from midtune.savings.tracker import Tracker
 
 # Chunks of the head that a trace runs: they are all alike.
 FEW_CHUNKS = 4
@@ -254,24 +254,14 @@ def _add_lora(model: Any) -> None:
     """Put PEFT's LoRA on every linear layer of the blocks, in place, in bf16, which TRL casts it to."""
     from peft import inject_adapter_in_model
 
-    from midtune.rl.arms import qlora
-
     model.requires_grad_(False)
     # It cannot move what has no data, and there is nowhere to move it to.
     with mock.patch.object(nn.Module, "to", lambda part, *args, **kwargs: part):
-        inject_adapter_in_model(replace(qlora(), target_modules=lora_targets(model)), model)
+        inject_adapter_in_model(qlora(), model)
     for part in model.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
             if parameter.requires_grad:
                 setattr(part, name, nn.Parameter(parameter.detach().to(torch.bfloat16)))
-
-
-def lora_targets(model: Any) -> list[str]:
-    """Names inside a block of the linear layers that LoRA adapts."""
-    block = find_blocks(model)[1][0]
-    return sorted(
-        {name.rpartition(".")[2] for name, part in block.named_modules() if isinstance(part, nn.Linear)}
-    )
 
 
 def _there(model: Any) -> Iterator[torch.Tensor]:

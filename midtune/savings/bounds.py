@@ -10,7 +10,7 @@ from midtune.savings.budget import Sizes, packed_bytes
 
 
 @dataclass(frozen=True)
-class Card:
+class PublishedCard:
     """A GPU as its maker describes it.
 
     Attributes:
@@ -28,7 +28,7 @@ class Card:
 # NVIDIA's own figures (white papers of each generation, data sheets of the data-centre cards). Of several cards with
 # as much memory, the first stands for them where memory alone is asked for.
 CARDS = [
-    Card(name, gigabytes * 2**30, tera * 1e12, giga * 1e9)
+    PublishedCard(name, gigabytes * 2**30, tera * 1e12, giga * 1e9)
     for name, gigabytes, tera, giga in (
         ("RTX 4060", 8, 30.2, 272),
         ("RTX 3080", 10, 59.5, 760),
@@ -49,7 +49,7 @@ CARDS = [
 ]
 
 
-def card_of(text: str) -> Card:
+def card_named(text: str) -> PublishedCard:
     """`24GB`, or the name of a card (`RTX 4090`, `4090`).
 
     An amount is one of a card, as its box says it: 24 GB are 24 x 2^30 bytes. Times are those of a card with at
@@ -62,7 +62,7 @@ def card_of(text: str) -> Card:
     if size and float(size[1]) > 0:
         memory = round(float(size[1]) * 2**30)
         like = next((card for card in CARDS if card.memory >= memory), CARDS[-1])
-        return Card(f"{text.strip()} ({like.name})", memory, like.flops, like.bandwidth)
+        return PublishedCard(f"{text.strip()} ({like.name})", memory, like.flops, like.bandwidth)
     plain = _plain(text)
     for card in CARDS:
         # `RTX 4090`, `4090`; `A100 40GB`, `A100`.
@@ -77,7 +77,7 @@ def _plain(text: str) -> str:
 
 
 def step_seconds(
-    card: Card,
+    card: PublishedCard,
     sizes: Sizes,
     arm: str,
     *,

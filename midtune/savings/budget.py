@@ -13,8 +13,8 @@ GROUP, NESTED_GROUP = 64, 256
 CONTEXT_BYTES = 600 * 2**20
 ADAM_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 2 * 4 / 256}
 
-# What glibc's heap holds beyond the tensors in it, as a share of them: between 0.49 and 0.54 in eight settings
-# of a step of SmolLM2-135M, midtune's and TRL's.
+# What glibc's heap holds beyond the tensors in it, as a share of them: between 0.49 and 0.54 in the six
+# settings of SmolLM2-135M, five of midtune's and one of TRL's, that it was read from; recipes/results/memory.md.
 HEAP_SHARE = 0.5
 
 Phases = dict[str, dict[str, int]]
@@ -106,7 +106,7 @@ def standing(
     optimizer: str,
     reference: bool,
     on_card: bool,
-    lora_rank: int = 16,
+    lora_rank: int = 0,
 ) -> Standing:
     """What an arm holds throughout.
 
@@ -116,6 +116,7 @@ def standing(
         dtype_bytes: of a frozen unquantized weight.
         reference: there is a KL term; TRL loads a second model for it unless it trains adapters.
         on_card: the optimizer works on all tensors at once, with a temporary copy of what it trains.
+        lora_rank: of the adapters of `trl-qlora`; others have none.
     """
     full = arm == "trl-full"
     weight_bytes = 4 if full else dtype_bytes

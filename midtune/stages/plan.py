@@ -19,20 +19,18 @@ from midtune.model.policy import Policy
 from midtune.probe.selection import middle, parse_layers
 from midtune.report.tables import bytes_text
 from midtune.report.terminal import Terminal
+from midtune.rl.arms import ARMS as TRAINED_ARMS
 from midtune.rl.footprint import Work, midtune_phases, trl_phases
 from midtune.rl.skeleton import sizes_of
 from midtune.rl.trace import Loaded
 from midtune.rollout.evaluation import prompt_ids
-from midtune.savings.bounds import Card, card_of, step_seconds
+from midtune.savings.bounds import PublishedCard, card_named, step_seconds
 from midtune.savings.budget import CONTEXT_BYTES, Phases, Sizes, peak
 from midtune.savings.meter import Meter, total_bytes
 from midtune.tasks import Task
 
 ARMS = {
-    "midtune": "midtune",
-    "trl-block": "TRL, the same block over NF4",
-    "trl-qlora": "TRL, QLoRA on all linear layers",
-    "trl-full": "TRL, all parameters",
+    **{arm: TRAINED_ARMS[arm] for arm in ("midtune", "trl-block", "trl-qlora", "trl-full")},
     "trl-full-kept": "TRL, the same without checkpointing",
 }
 # Tokens that are computed again together at the least.
@@ -46,7 +44,7 @@ def run(config: RunConfig, *, gpu: str, prompt_tokens: int) -> dict[str, Any]:
 
     Args:
         config: names the model and says how it is to be trained.
-        gpu: the card, by name or memory, see `card_of`; or `cpu`, this machine.
+        gpu: the card, by name or memory, see `card_named`; or `cpu`, this machine.
         prompt_tokens: of the longest prompt.
 
     Returns:
@@ -84,7 +82,7 @@ def run(config: RunConfig, *, gpu: str, prompt_tokens: int) -> dict[str, Any]:
 
 def planner_of(config: RunConfig, gpu: str) -> tuple[Planner, list[int]]:
     """What plans for the configuration's model on a card, and the blocks that would be trained."""
-    card = card_of(gpu) if gpu != "cpu" else _host()
+    card = card_named(gpu) if gpu != "cpu" else _host()
     model_config = config_of(config.model.name, trust_remote_code=config.model.trust_remote_code)
     sizes = sizes_of(model_config)
     wanted = config.blocks
@@ -113,7 +111,7 @@ class Planner:
 
     model: Loaded
     sizes: Sizes
-    card: Card
+    card: PublishedCard
     block: int
     trained: int
     process: int
@@ -209,8 +207,13 @@ class Planner:
             return self.phases("midtune", replace(work, group_size=size))
         if what == "new_tokens":
             return self.phases("midtune", replace(work, new_tokens=size))
-        # Each prompt of an update adds what its group takes there, and nothing to sampling.
-        wider = replace(work, prompts=size, micro_batch_tokens=size * work.group_tokens, sampled_prompts=1)
+        # Each prompt of an update adds what its group takes there; as many as before are sampled together.
+        wider = replace(
+            work,
+            prompts=size,
+            micro_batch_tokens=size * work.group_tokens,
+            sampled_prompts=work.sampled_prompts or work.prompts,
+        )
         return {"update": self.phases("midtune", wider)["update"]}
 
 
@@ -220,7 +223,8 @@ def fitted(
     """The configuration of a run with the cheapest changes that keep it within `training.fit`.
 
     Args:
-        policy: what it changes of sampling is set there.
+        config: says in `training.fit` what to stay within.
+        policy: the loaded model.
         process_bytes: resident memory of this process before the model was loaded.
 
     Raises:
@@ -229,7 +233,7 @@ def fitted(
     fit = config.training.fit
     if fit is None:
         return config
-    card = card_of(fit)
+    card = card_named(fit)
     on_card = policy.device.type == "cuda"
     blocks = parse_layers(config.blocks.layers or "", policy.num_blocks, config.blocks.top_k)
     planner = Planner(
@@ -265,9 +269,9 @@ def _libraries_bytes() -> int:
     return Meter("cpu").current_bytes()
 
 
-def _host() -> Card:
+def _host() -> PublishedCard:
     """The memory of this machine; how fast its CPU is stands nowhere."""
-    return Card("this machine's CPU", total_bytes("cpu"), math.nan, math.nan)
+    return PublishedCard("this machine's CPU", total_bytes("cpu"), math.nan, math.nan)
 
 
 def _leaner(work: Work, phase: str, unpacked: bool) -> Work | None:

@@ -15,8 +15,8 @@ from midtune.rl import trace
 from midtune.rl.skeleton import sizes_of
 from midtune.rl.tail import completion_log_probs
 from midtune.rl.trace import Batch, Loaded, block_update, sampling, whole_update
+from midtune.rl.tracker import Tracker
 from midtune.rollout.sampler import Rollout, Sampling, sample
-from midtune.savings.tracker import Tracker
 
 BATCH = Batch(prompts=2, group_size=3, prompt_tokens=20, new_tokens=12)
 

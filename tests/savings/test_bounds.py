@@ -3,22 +3,22 @@ import math
 import pytest
 
 from midtune.errors import InputError
-from midtune.savings.bounds import CARDS, Card, card_of, step_seconds
+from midtune.savings.bounds import CARDS, PublishedCard, card_named, step_seconds
 from midtune.savings.budget import Sizes
 
 
 def test_a_card_by_its_memory_or_by_its_name() -> None:
-    assert (card_of("24GB").memory, card_of("24 gb").flops) == (24 * 2**30, 71.2e12)
-    assert card_of("20GB").name == "20GB (RTX 3090)" and card_of("20GB").memory == 20 * 2**30
-    assert card_of("4090").name == card_of("rtx-4090").name == "RTX 4090"
-    assert card_of("a100 80gb").memory == 80 * 2**30
-    assert card_of("1TB".replace("1T", "999G")[:-1]).flops == CARDS[-1].flops
+    assert (card_named("24GB").memory, card_named("24 gb").flops) == (24 * 2**30, 71.2e12)
+    assert card_named("20GB").name == "20GB (RTX 3090)" and card_named("20GB").memory == 20 * 2**30
+    assert card_named("4090").name == card_named("rtx-4090").name == "RTX 4090"
+    assert card_named("a100 80gb").memory == 80 * 2**30
+    assert card_named("1TB".replace("1T", "999G")[:-1]).flops == CARDS[-1].flops
 
 
 @pytest.mark.parametrize("text", ["", "0GB", "-3GB", "lots", "GB"])
 def test_what_is_no_card_is_refused_with_those_there_are(text: str) -> None:
     with pytest.raises(InputError, match="give its memory, such as 24GB, or one of RTX 4060"):
-        card_of(text)
+        card_named(text)
 
 
 SIZES = Sizes(blocks=4, linear=1000, rest=0, widths=0, embedding=500, head=0, outside=0, hidden=1)
@@ -38,12 +38,12 @@ STEP = {
 }
 
 
-def seconds(arm: str, card: Card, **changed: object) -> dict[str, float]:
+def seconds(arm: str, card: PublishedCard, **changed: object) -> dict[str, float]:
     return step_seconds(card, SIZES, arm, **{**STEP, **changed})  # type: ignore[arg-type]
 
 
 def test_what_has_to_be_computed() -> None:
-    card = Card("all memory at once", 1, 1.0, math.inf)
+    card = PublishedCard("all memory at once", 1, 1.0, math.inf)
     # Prompts once: 20 + 30 tokens through 4,000 weights, the head for 30.
     ours = seconds("midtune", card)
     assert ours["sampling"] == 2 * (4000 * 50 + 500 * 30)
@@ -61,7 +61,7 @@ def test_what_has_to_be_computed() -> None:
 
 
 def test_what_has_to_be_read() -> None:
-    card = Card("computes at once", 1, math.inf, 1.0)
+    card = PublishedCard("computes at once", 1, math.inf, 1.0)
     packed = 500 + 15 + 0
     ours = seconds("midtune", card, cache=100)
     # Each of five tokens reads all blocks and the head in two bytes; half the cache is there in the mean.

@@ -18,7 +18,14 @@ def test_all_parameters_are_counted_once() -> None:
 
 
 def held(arm: str, **settings: object) -> dict[str, int]:
-    asked = {"trained": 1, "quantized": True, "dtype_bytes": 2, "optimizer": "adamw", "reference": True}
+    asked = {
+        "trained": 1,
+        "quantized": True,
+        "dtype_bytes": 2,
+        "optimizer": "adamw",
+        "reference": True,
+        "lora_rank": 16,
+    }
     found = standing(SIZES, arm, on_card=True, **{**asked, **settings})  # type: ignore[arg-type]
     return {**found.parts, "gradients": found.gradients, "step": found.step}
 

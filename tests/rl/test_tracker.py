@@ -1,7 +1,7 @@
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from midtune.savings.tracker import Tracker
+from midtune.rl.tracker import Tracker
 
 
 def test_what_is_freed_counts_no_longer() -> None:

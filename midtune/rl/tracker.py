@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# On a CPU, what is as large as this is mapped on its own and goes back when it is freed (glibc's own limit).
-MAPPED = 2**25
+from midtune.model.memory import MAPPED_AT_MOST
 
 
 class Tracker(TorchDispatchMode):
@@ -23,7 +22,8 @@ class Tracker(TorchDispatchMode):
     Attributes:
         live: bytes held now.
         peak: the most bytes held at once.
-        small_peak: the most of them that storages of less than `MAPPED` bytes held at once.
+        small_peak: the most of them that storages held at once that a CPU's heap has room for: larger
+            ones are mapped one by one.
     """
 
     def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
@@ -53,7 +53,7 @@ class Tracker(TorchDispatchMode):
 
     def _count(self, size: int) -> None:
         self.live += size
-        self._small += size if abs(size) < MAPPED else 0
+        self._small += size if abs(size) < MAPPED_AT_MOST else 0
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
