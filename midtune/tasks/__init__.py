@@ -3,10 +3,12 @@
 from midtune.tasks.check import check_reward
 from midtune.tasks.gym import example, list_tasks, task_arguments
 from midtune.tasks.rewards import Reward, completion_of
+from midtune.tasks.sandbox import Limits, open_sandbox
 from midtune.tasks.split import Row
 from midtune.tasks.task import Task, load_task
 
 __all__ = [
+    "Limits",
     "Reward",
     "Row",
     "Task",
@@ -15,5 +17,6 @@ __all__ = [
     "example",
     "list_tasks",
     "load_task",
+    "open_sandbox",
     "task_arguments",
 ]
