@@ -59,10 +59,13 @@ class ModelConfig(Part):
 class TaskConfig(Part):
     """What to learn: prompts, answers and how completions are scored."""
 
-    name: str | None = Field(None, description="`reasoning-gym:NAME`, or a jsonl or csv file")
+    name: str | None = Field(
+        None, description="`reasoning-gym:NAME`, `tiny-programs`, or a jsonl or csv file"
+    )
     args: dict[str, Any] = Field(default_factory=dict, description="parameters of a reasoning-gym dataset")
     reward: str | None = Field(
-        None, description="`exact`, `numeric`, `math`, `verifier`, or `path/to/file.py:function`"
+        None,
+        description="`exact`, `numeric`, `math`, `verifier`, `code`, `code-all`, or `path/to/file.py:function`",
     )
     prompt_column: str = Field("prompt", description="column of a data file that holds the prompt")
     answer_column: str = Field("answer", description="column of a data file that holds the answer")
@@ -72,6 +75,19 @@ class TaskConfig(Part):
     system_prompt: str | None = Field(None, description="system message put before every prompt")
     train_size: int = Field(4000, ge=1, description="most training problems to keep")
     eval_size: int = Field(300, ge=2, description="held-out problems, never shared with training")
+
+
+class SandboxConfig(Part):
+    """What a program that the model wrote may take, where the reward runs it."""
+
+    cpu_s: int = Field(3, ge=1, description="CPU seconds of each process")
+    wall_s: float = Field(
+        10.0, gt=0, description="seconds until a program, or all tests of its functions, end"
+    )
+    memory_mib: int = Field(256, ge=64, description="address space of each process")
+    processes: int = Field(4, ge=1, description="processes and threads")
+    workers: int | None = Field(None, ge=1, description="programs at a time; default: one per CPU")
+    allow_weak: bool = Field(False, description="run programs without isolation where bubblewrap is missing")
 
 
 class BlocksConfig(Part):
@@ -183,6 +199,7 @@ class RunConfig(Part):
 
     model: ModelConfig = Field(default_factory=ModelConfig)
     task: TaskConfig = Field(default_factory=TaskConfig)
+    sandbox: SandboxConfig = Field(default_factory=SandboxConfig)
     blocks: BlocksConfig = Field(default_factory=BlocksConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)

@@ -17,7 +17,7 @@ from midtune.rollout.evaluation import Evaluation, evaluate
 from midtune.rollout.sampler import Sampling
 from midtune.savings.cards import other_processes
 from midtune.savings.meter import card_of
-from midtune.tasks import Row, Task, check_reward, load_task
+from midtune.tasks import Limits, Row, Task, check_reward, load_task, open_sandbox
 
 
 def with_model(config: RunConfig, name: str, revision: str | None) -> RunConfig:
@@ -92,6 +92,17 @@ def open_task(config: RunConfig, terminal: Terminal, *, more: int = 0) -> Task:
         ),
         eval_size=settings.eval_size,
         seed=config.seed,
+        sandbox=partial(
+            open_sandbox,
+            Limits(
+                cpu_s=config.sandbox.cpu_s,
+                wall_s=config.sandbox.wall_s,
+                memory_bytes=config.sandbox.memory_mib * 2**20,
+                processes=config.sandbox.processes,
+            ),
+            workers=config.sandbox.workers,
+            allow_weak=config.sandbox.allow_weak,
+        ),
     )
     check_reward(task)
     if task.note:

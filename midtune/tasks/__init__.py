@@ -1,5 +1,6 @@
 """What to learn: prompts, rewards and splits."""
 
+from midtune.tasks import programs
 from midtune.tasks.check import check_reward
 from midtune.tasks.gym import example, list_tasks, task_arguments
 from midtune.tasks.rewards import Reward, completion_of
@@ -18,5 +19,6 @@ __all__ = [
     "list_tasks",
     "load_task",
     "open_sandbox",
+    "programs",
     "task_arguments",
 ]

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,12 @@ def is_file_name(name: str) -> bool:
 
 
 def read_problems(
-    name: str, *, prompt_column: str, answer_column: str, needs_answer: bool = True
+    name: str,
+    *,
+    prompt_column: str,
+    answer_column: str,
+    needs_answer: bool = True,
+    prepare: Callable[[Row, str], Row] | None = None,
 ) -> Problems:
     """The problems of a jsonl or csv file, in its order; other columns are kept.
 
@@ -40,6 +46,7 @@ def read_problems(
         prompt_column: column with the prompt, a text or a list of chat messages.
         answer_column: column with the right answer.
         needs_answer: False lets answers be missing, for rewards that do not compare.
+        prepare: from a row as it stands in the file, and what messages call it, the row to read.
 
     Raises:
         InputError: the file is missing, empty or malformed, or a column, prompt or answer is missing.
@@ -57,6 +64,8 @@ def read_problems(
     lines = _csv_rows(path, text) if path.suffix.lower() == ".csv" else _jsonl_rows(path, text)
     if not lines:
         raise InputError(f"task file {path} has a header but no rows; it needs a problem on each line.")
+    if prepare is not None:
+        lines = [(line, prepare(row, f"line {line} of {path}")) for line, row in lines]
     columns = list(dict.fromkeys(key for _, row in lines for key in row))
     _check_column(path, columns, prompt_column, "prompt")
     if needs_answer or answer_column != "answer":

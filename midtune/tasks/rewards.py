@@ -22,7 +22,7 @@ from midtune.tasks.answers import (
 
 Reward = Callable[..., list[float]]
 
-BUILT_IN = ("exact", "numeric", "math", "verifier")
+BUILT_IN = ("exact", "numeric", "math", "verifier", "code", "code-all")
 SOLVED = 1 - 1e-6
 _MATH_TIMEOUT_S = 3
 _HUGE = re.compile(

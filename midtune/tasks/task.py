@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from midtune.errors import InputError
-from midtune.tasks import gym
+from midtune.tasks import gym, programs
+from midtune.tasks.code import CODE, code_reward, code_row
 from midtune.tasks.files import is_file_name, read_problems
 from midtune.tasks.own import is_own, load_reward
 from midtune.tasks.rewards import BUILT_IN, Reward, built_in, default_reward, solved
+from midtune.tasks.sandbox import Sandbox
 from midtune.tasks.split import Row, Split, split_rows
 
 
@@ -47,13 +50,15 @@ def load_task(
     train_size: int,
     eval_size: int,
     seed: int,
+    sandbox: Callable[[], Sandbox] | None = None,
 ) -> Task:
     """The task called `name`, split into training and held-out problems.
 
     Args:
-        name: `reasoning-gym:NAME`, or the path of a jsonl or csv file.
+        name: `reasoning-gym:NAME`, `tiny-programs`, or the path of a jsonl or csv file.
         args: parameters of a reasoning-gym dataset.
-        reward: `exact`, `numeric`, `math`, `verifier`, `path/to/file.py:function`, or None for the default.
+        reward: `exact`, `numeric`, `math`, `verifier`, `code`, `code-all`, `path/to/file.py:function`, or None
+            for the default.
         prompt_column: column of a file that holds the prompt.
         answer_column: column of a file that holds the answer.
         system_prompt: system message of every prompt, in place of a prompt's own one.
@@ -61,9 +66,11 @@ def load_task(
         train_size: most training problems.
         eval_size: most held-out problems.
         seed: fixes the problems and the split.
+        sandbox: opens where programs run; the rewards `code` and `code-all` need it.
 
     Raises:
-        InputError: the task, an argument, a column or the reward does not exist, or there are too few problems.
+        InputError: the task, an argument, a column or the reward does not exist, there are too few problems, or
+            programs cannot be run here.
     """
     _check_reward_name(reward)
     own, own_digest = load_reward(reward) if reward is not None and is_own(reward) else (None, "")
@@ -77,13 +84,21 @@ def load_task(
         split = _bare(split)
         chosen = reward or "verifier"
         identity |= {"name": name, "args": complete}
+    elif args and (name == programs.NAME or is_file_name(name)):
+        kind = "is a file and takes" if name != programs.NAME else "takes"
+        raise InputError(f"{name} {kind} no arguments, but {dict(args)} was given; leave it out.")
+    elif name == programs.NAME:
+        split = programs.draw_programs(train_size=train_size, eval_size=eval_size, seed=seed)
+        chosen = reward or "code"
+        identity |= {"name": name}
     elif is_file_name(name):
-        if args:
-            raise InputError(
-                f"{name} is a file and takes no arguments, but {dict(args)} was given; leave it out."
-            )
+        is_code = reward in CODE
         problems = read_problems(
-            name, prompt_column=prompt_column, answer_column=answer_column, needs_answer=own is None
+            name,
+            prompt_column="prompt" if is_code else prompt_column,
+            answer_column="answer" if is_code else answer_column,
+            needs_answer=own is None and not is_code,
+            prepare=partial(code_row, prompt_column=prompt_column) if is_code else None,
         )
         chosen = reward or default_reward([row["answer"] for row in problems.rows])
         split = split_rows(problems.rows, train_size=train_size, eval_size=eval_size, seed=seed)
@@ -92,11 +107,21 @@ def load_task(
         raise InputError(_unknown(name))
     if chosen == "verifier" and verifier is None:
         raise InputError(
-            f"the reward `verifier` exists for reasoning-gym tasks only, and {name} is a file; use exact, "
-            "numeric, math or path/to/file.py:function."
+            f"the reward `verifier` exists for reasoning-gym tasks only, and {name} is not one; use exact, "
+            "numeric, math, code or path/to/file.py:function."
         )
-    function = own or (verifier if chosen == "verifier" else None) or built_in(chosen)
+    if chosen in CODE and verifier is not None:
+        raise InputError(
+            f"the reward `{chosen}` needs tests, which {name} does not have; use verifier, or a file with tests."
+        )
+    opened = sandbox() if sandbox is not None and chosen in CODE else None
+    function = (
+        own
+        or (verifier if chosen == "verifier" else None)
+        or (code_reward(chosen, opened) if opened is not None else built_in(chosen))
+    )
     identity["reward"] = "own" if own else chosen
+    notes = [_note(split, train_size, eval_size), None if opened is None else opened.warning]
     return Task(
         name=name,
         fingerprint=_fingerprint(identity),
@@ -105,7 +130,7 @@ def load_task(
         reward=function,
         score=own or solved(function),
         own_reward=own is not None,
-        note=_note(split, train_size, eval_size),
+        note=" ".join(filter(None, notes)) or None,
     )
 
 
@@ -156,4 +181,7 @@ def _unknown(name: str) -> str:
     if not Path(name).suffix and name in gym.list_tasks():
         return f"there is no file {name}; for the reasoning-gym dataset write `{gym.PREFIX}{name}`."
     kind = f"a {Path(name).suffix} file" if Path(name).suffix else "nothing that exists"
-    return f"the task `{name}` is {kind}; give `{gym.PREFIX}NAME`, or the path of a jsonl or csv file."
+    return (
+        f"the task `{name}` is {kind}; give `{gym.PREFIX}NAME`, `{programs.NAME}`, or the path of a jsonl or csv "
+        "file."
+    )

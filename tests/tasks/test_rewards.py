@@ -134,6 +134,6 @@ def test_ones_own_reward_is_also_the_score_and_needs_no_answers(tmp_path: Path) 
     with pytest.raises(InputError, match="`verifier` exists for reasoning-gym tasks only"):
         load_task(str(tmp_path / "data.csv"), reward="verifier", **settings | {"answer_column": "topic"})
     with pytest.raises(
-        InputError, match="no reward `f1`; the rewards are exact, numeric, math, verifier, or"
+        InputError, match="no reward `f1`; the rewards are exact, numeric, math, verifier, code, code-all, or"
     ):
         load_task(str(tmp_path / "data.csv"), reward="f1", **settings)

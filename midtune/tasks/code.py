@@ -1,0 +1,307 @@
+"""The reward `code`: programs that a model writes, run against tests in a sandbox.
+
+Rows have the form of MBPP (`test_list` or `tests`), HumanEval (`test` and `entry_point`) or APPS
+(`input_output`).
+
+Expected results never enter the sandbox of the program:
+
+- Pairs of input and output: the program runs once for each input, and its output is compared here.
+- Tests that call functions run in a sandbox of their own. They see each function of the program as one that
+  passes arguments and results between the two sandboxes as values; so what is compared is plain numbers,
+  texts and containers, by Python's own `==` and out of the program's reach.
+
+So a test passes if the right values came back in time, and in no other way: ending early, printing the
+result, patching modules, overriding `==` and writing to any channel only loses values. What remains is to
+return known results without computing them, where the prompt shows them: of MBPP's tests it shows the first
+alone. The price: tests that pass functions to the program, look into its objects or expect arguments to be
+changed in place cannot pass, and what the program needs must be in the standard library. Under weak
+isolation (`sandbox.py`) the program can reach other processes, so nothing of this is sure.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import json
+import os
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any
+
+from midtune.errors import InputError
+from midtune.tasks.rewards import Reward, completion_text, named
+from midtune.tasks.sandbox import Sandbox, checked
+from midtune.tasks.split import Row
+
+CODE = ("code", "code-all")
+_FENCED = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
+_RAW = (
+    *("text", "test_list", "test_setup_code", "test_imports", "challenge_test_list"),
+    *("test", "entry_point"),
+    *("question", "input_output", "starter_code"),
+)
+_REFERENCES = ("code", "canonical_solution", "solutions")
+# APPS compares tuples as lists, and writes some expected results in a list of one.
+_APPS_SETUP = "def listed(v): return [listed(i) for i in v] if isinstance(v, (list, tuple)) else v"
+
+
+def extract_code(completion: str, *, in_block: bool = False) -> str:
+    """The program in a completion: its last fenced block, closed or not, or what comes before any fence.
+
+    Args:
+        in_block: the prompt has opened a block already, so the program is what comes before its end.
+    """
+    blocks = [] if in_block else _FENCED.findall(completion)
+    return blocks[-1] if blocks else completion.partition("```")[0]
+
+
+def code_row(row: Row, where: str, prompt_column: str) -> Row:
+    """A row of MBPP, HumanEval or APPS with a `prompt`, an `answer` (a right program, if known) and `tests`.
+
+    Args:
+        where: what the row is called in messages.
+        prompt_column: where the prompt is; else `text` (MBPP) or `question` (APPS).
+
+    Raises:
+        InputError: the row has no prompt, no tests, or tests that cannot be read.
+    """
+    column = next((name for name in (prompt_column, "text", "question") if row.get(name)), None)
+    if column is None:
+        raise InputError(
+            f"{where} has no prompt in column `{prompt_column}`; name its column with --prompt-column."
+        )
+    prompt, answer = row[column], _reference(row)
+    try:
+        if listed := row.get("test_list") or row.get("tests"):
+            shown = _texts(listed)
+            setup = [*_texts(row.get("test_imports") or []), row.get("test_setup_code") or ""]
+            tests = call_tests(setup, shown, answer)
+            if isinstance(prompt, str):
+                prompt = f"{prompt.strip()}\n\nThe program must pass tests such as:\n\n{shown[0].strip()}"
+        elif row.get("test") and row.get("entry_point"):
+            prefix = prompt if isinstance(prompt, str) else ""
+            tests = call_tests([], [row["test"]], answer, entry_point=row["entry_point"], prefix=prefix)
+            answer = answer and prefix + answer
+        elif row.get("input_output"):
+            tests = _apps(row["input_output"])
+            if isinstance(prompt, str) and row.get("starter_code"):
+                prompt = f"{prompt.strip()}\n\n```python\n{row['starter_code'].strip()}\n```"
+        else:
+            raise InputError(
+                f"{where} has no tests; the reward `code` needs `test_list`, `test` with `entry_point`, or "
+                "`input_output`."
+            )
+    except (ValueError, SyntaxError, TypeError, KeyError, AttributeError, IndexError, StopIteration) as error:
+        raise InputError(f"{where} has tests that cannot be read ({error}); mend it or drop it.") from None
+    if not _count(tests):
+        raise InputError(
+            f"{where} has tests that test nothing: no `assert`, or no inputs; mend it or drop it."
+        )
+    others = {key: value for key, value in row.items() if key not in (*_RAW, *_REFERENCES)}
+    return {**others, "prompt": prompt, "answer": answer, "tests": json.dumps(tests)}
+
+
+def call_tests(
+    setup: Sequence[str],
+    sources: Sequence[str],
+    reference: str = "",
+    *,
+    entry_point: str | None = None,
+    prefix: str = "",
+) -> dict[str, Any]:
+    """Tests that call functions of a program, as a reward reads them.
+
+    Args:
+        setup: what runs before the tests.
+        sources: tests, each with an `assert`; with an entry point, modules with `check(candidate)` (HumanEval).
+        reference: a right program; what it defines is the program's also where it has a built-in's name.
+        entry_point: the function that `check` gets.
+        prefix: what a completion continues, where it is not a program of its own.
+    """
+    steps: list[list[Any]] = [[source, False] for source in setup if source.strip()]
+    for source in sources:
+        if entry_point is None:
+            steps.append([source, _asserts(ast.parse(source))])
+        else:
+            steps += _check_steps(source, entry_point, prefix)
+    tree = ast.parse("\n".join(source for source, _ in steps))
+    asked = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - _bound(tree)
+    defined = _defined(reference)
+    names = {name for name in asked if name in defined or not hasattr(builtins, name)}
+    names |= set() if entry_point is None else {entry_point}
+    return {"prefix": prefix, "steps": steps, "names": sorted(names)}
+
+
+def code_reward(name: str, sandbox: Sandbox) -> Reward:
+    """The reward `code`, the fraction of tests passed, or `code-all`, 1 where all are and else 0."""
+    all_or_nothing = name == "code-all"
+
+    def reward(
+        prompts: Sequence[Any], completions: Sequence[Any], tests: Sequence[str], **columns: Any
+    ) -> list[float]:
+        programs = [
+            extract_code(completion_text(completion), in_block=completion_text(prompt).count("```") % 2 == 1)
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+        jobs = list(zip(programs, tests, strict=True))
+        different = list(dict.fromkeys(jobs))
+        with ThreadPoolExecutor(sandbox.workers) as pool:
+            scores = pool.map(lambda job: fraction_passed(sandbox, *job), different)
+            found = dict(zip(different, scores, strict=True))
+        return [float(found[job] == 1) if all_or_nothing else found[job] for job in jobs]
+
+    return named(reward, name)
+
+
+def fraction_passed(sandbox: Sandbox, program: str, tests: str) -> float:
+    """The fraction of its tests that a program passes.
+
+    The functions of one program are called in one process, so that what follows an exit fails with it; for
+    each pair of input and output the program runs anew. After an endless loop nothing more is tried.
+
+    Args:
+        tests: the `tests` column of a row.
+
+    Raises:
+        RunStopped: the sandbox does not work any more.
+    """
+    read: dict[str, Any] = json.loads(tests)
+    if not program.strip():
+        return 0.0
+    passed = _pairs_passed if "pairs" in read else _calls_passed
+    return passed(sandbox, program, read) / _count(read)
+
+
+def _pairs_passed(sandbox: Sandbox, program: str, tests: dict[str, Any]) -> int:
+    passed = 0
+    for given, expected in tests["pairs"]:
+        result = sandbox.run(program, given.encode())
+        if result.killed:
+            break
+        # As contests' checkers do: words are compared, whatever whitespace is between them.
+        passed += result.exit_code == 0 and result.output.split() == expected.encode().split()
+    return passed
+
+
+def _calls_passed(sandbox: Sandbox, program: str, tests: dict[str, Any]) -> int:
+    with ExitStack() as opened:
+        calls, replies = os.pipe(), os.pipe()
+        with ExitStack() as ends:
+            for end in (*calls, *replies):
+                ends.callback(os.close, end)
+            # A completion of HumanEval either continues the prompt or has all of the function.
+            sources = [tests["prefix"] + program, program]
+            served = opened.enter_context(
+                sandbox.start(
+                    "serve", sources=sources, calls=calls[0], replies=replies[1], fds=(calls[0], replies[1])
+                )
+            )
+            graded = opened.enter_context(
+                sandbox.start(
+                    "grade",
+                    steps=tests["steps"],
+                    names=tests["names"],
+                    calls=calls[1],
+                    replies=replies[0],
+                    fds=(calls[1], replies[0]),
+                )
+            )
+        verdicts = checked(graded.wait()).output
+        checked(served.wait(0))
+    return verdicts[: _count(tests)].count(b"1")
+
+
+def _count(tests: dict[str, Any]) -> int:
+    return len(tests["pairs"]) if "pairs" in tests else sum(counts for _, counts in tests["steps"])
+
+
+def _apps(given: Any) -> dict[str, Any]:
+    data = json.loads(given) if isinstance(given, str) else given
+    pairs = list(zip(data["inputs"], data["outputs"], strict=True))
+    function = data.get("fn_name")
+    if function is None:
+        return {"pairs": [[_lines(given), _lines(expected)] for given, expected in pairs]}
+    tests = []
+    for arguments, expected in pairs:
+        accepted = [expected, *expected[:1]] if isinstance(expected, list) else [expected]
+        call = f"{function}({', '.join(map(repr, arguments))})"
+        tests.append(f"assert listed({call}) in {accepted!r}")
+    return call_tests([_APPS_SETUP], tests)
+
+
+def _lines(text: Any) -> str:
+    return text if isinstance(text, str) else "\n".join(map(str, text)) + "\n"
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, str):
+        # A csv file holds a list as text.
+        value = ast.literal_eval(value) if value.lstrip().startswith("[") else [value]
+    return [str(text) for text in value]
+
+
+def _reference(row: Row) -> str:
+    """A right program, where the row has one."""
+    known = next((row[name] for name in ("answer", *_REFERENCES) if row.get(name)), "")
+    if isinstance(known, str) and known.lstrip().startswith("["):
+        try:
+            known = json.loads(known)
+        except ValueError:
+            pass
+    known = known[0] if isinstance(known, list) and known else known
+    return known if isinstance(known, str) else ""
+
+
+def _check_steps(source: str, entry_point: str, prefix: str) -> list[list[Any]]:
+    """HumanEval's `check(candidate)`: each statement of it is a step, or all of it where it returns.
+
+    What the prompt imports and defines is at hand for the tests; of the program they see `entry_point` alone.
+    """
+    tree = ast.parse(source)
+    place, check = next(
+        (place, node)
+        for place, node in enumerate(tree.body)
+        if isinstance(node, ast.FunctionDef) and node.name == "check"
+    )
+    candidate = check.args.args[0].arg
+    known = prefix if _defined(prefix) else ""
+    before = [
+        [f"{candidate} = {entry_point}", False],
+        [known, False],
+        [f"{entry_point} = {candidate}", False],
+    ]
+    if any(isinstance(node, ast.Return) for node in ast.walk(check)):
+        return [*before, [source, False], [f"check({candidate})", _asserts(check)]]
+    before.append([ast.unparse(ast.Module(tree.body[:place], [])), False])
+    return [*before, *([ast.unparse(node), _asserts(node)] for node in check.body)]
+
+
+def _asserts(tree: ast.AST) -> bool:
+    """Whether a statement tests something; `assert True` is in many of HumanEval's tests."""
+    found = (node for node in ast.walk(tree) if isinstance(node, ast.Assert))
+    return any(not (isinstance(node.test, ast.Constant) and node.test.value) for node in found)
+
+
+def _bound(tree: ast.AST) -> set[str]:
+    """Every name that a tree gives a value to."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Name(id=name, ctx=ast.Store()) | ast.arg(arg=name):
+                names.add(name)
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.ExceptHandler(name=str(name)):
+                names.add(name)
+            case ast.alias(name=name, asname=alias):
+                names.add(alias or name.partition(".")[0])
+    return names
+
+
+def _defined(source: str) -> set[str]:
+    """The functions and classes of a program; none of a text that is no program."""
+    try:
+        body = ast.parse(source).body
+    except (SyntaxError, ValueError):
+        return set()
+    return {node.name for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
