@@ -622,7 +622,7 @@ def compare(
     _show("compare", _run(stage, quiet), as_json)
 
 
-@app.command(cls=Command, short_help="list the reasoning-gym datasets, or show one")
+@app.command(cls=Command, short_help="list the tasks that need no file, or show one")
 def tasks(
     name: Annotated[
         str | None, typer.Argument(metavar="NAME", help="show a problem of this dataset", show_default=False)
@@ -633,7 +633,7 @@ def tasks(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """List the reasoning-gym datasets, or show a problem and the arguments of one.
+    """List the tasks that need no file, or show a problem and the arguments of one.
 
     \b
     Example:

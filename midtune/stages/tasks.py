@@ -1,9 +1,11 @@
-"""`midtune tasks`: the reasoning-gym datasets, and a problem of one."""
+"""`midtune tasks`: the tasks that need no file, and a problem of one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+
+from midtune.errors import InputError
 
 PREFIX = "reasoning-gym:"
 
@@ -12,7 +14,7 @@ def run(name: str | None, *, args: Mapping[str, Any], seed: int) -> dict[str, An
     """What there is to train on.
 
     Args:
-        name: a reasoning-gym dataset, with or without `reasoning-gym:`; None lists all of them.
+        name: `tiny-programs`, or a reasoning-gym dataset, with or without `reasoning-gym:`; None lists all.
         args: arguments of the dataset.
         seed: which problem to show.
 
@@ -23,10 +25,15 @@ def run(name: str | None, *, args: Mapping[str, Any], seed: int) -> dict[str, An
     Raises:
         InputError: there is no such dataset, or an argument is wrong.
     """
-    from midtune.tasks import example, list_tasks, task_arguments
+    from midtune.tasks import example, list_tasks, programs, task_arguments
 
     if name is None:
-        return {"tasks": [PREFIX + known for known in list_tasks()]}
+        return {"tasks": [*(PREFIX + known for known in list_tasks()), programs.NAME]}
+    if name == programs.NAME:
+        if args:
+            raise InputError(f"{name} takes no arguments, but {dict(args)} was given; leave it out.")
+        row = programs.example(seed, 0)
+        return {"task": name, "arguments": {}, "question": row["question"], "answer": row["answer"]}
     short = name.removeprefix(PREFIX)
     shown = example(short, args, seed)
     return {
