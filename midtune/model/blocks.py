@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 
 from midtune.errors import InputError
@@ -40,29 +42,47 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 class TailCache(DynamicCache):
     """Keys and values of blocks first…L−1 only, under the layer numbers that those blocks carry.
 
+    It is written to once, or made with what was written before: then each block gets that and its own keys and
+    values, and the cache stays as it is. Either way a block may run again on it.
+
     Args:
         first: the lowest of the blocks.
-        held: what it holds at first: keys and values of block `first`, of the next one, and so on.
+        held: keys and values of block `first`, of the next one, and so on, [N, heads, P, D] each.
+        rows: [B], which of the N each row goes on from.
     """
 
-    def __init__(self, first: int, held: Sequence[torch.Tensor] = ()) -> None:
+    def __init__(
+        self, first: int, held: Sequence[torch.Tensor] = (), rows: torch.Tensor | None = None
+    ) -> None:
         super().__init__()
-        self.first = first
         for layer, (keys, values) in enumerate(zip(held[::2], held[1::2], strict=True)):
             super().update(keys, values, layer)
+        self.first, self.rows = first, rows
 
     def update(  # type: ignore[no-untyped-def]
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return super().update(key_states, value_states, layer_idx - self.first, *args, **kwargs)
+        layer = layer_idx - self.first
+        if layer >= len(self.layers):
+            return super().update(key_states, value_states, layer, *args, **kwargs)
+        if self.rows is None:
+            return key_states, value_states
+        held: Any = self.layers[layer]
+        return (
+            torch.cat([held.keys[self.rows], key_states], -2),
+            torch.cat([held.values[self.rows], value_states], -2),
+        )
 
 
-def tail_of(model: PreTrainedModel, stack_name: str, first: int) -> nn.Module:
+def tail_of(model: PreTrainedModel, stack_name: str, first: int, *, checkpointing: bool = False) -> nn.Module:
     """The inner model without its blocks below `first`: give it their output as `inputs_embeds`.
 
     The returned module shares every parameter with `model` and keeps its own masks and positions, so
     sliding windows and rotary embeddings are the architecture's. It reflects the blocks that are in the
     stack now; make a new one after a block has been replaced.
+
+    Args:
+        checkpointing: each block keeps its inputs alone, and runs again for the gradient.
     """
     inner_name, _, attribute = stack_name.rpartition(".")
     inner = model.get_submodule(inner_name)
@@ -70,9 +90,17 @@ def tail_of(model: PreTrainedModel, stack_name: str, first: int) -> nn.Module:
     tail = copy.copy(inner)
     # copy.copy shares the dict of submodules, and replacing an entry there would change the model itself.
     tail._modules = dict(inner._modules)
-    setattr(tail, attribute, nn.ModuleList(blocks[first:]))
+    parts = [_checkpointed(block) for block in blocks[first:]] if checkpointing else blocks[first:]
+    setattr(tail, attribute, nn.ModuleList(parts))
     tail.config = config_from(inner.config, first, len(blocks))
     return tail
+
+
+def _checkpointed(block: nn.Module) -> nn.Module:
+    """A view of a block; transformers' own checkpointing takes the cache away."""
+    view = copy.copy(block)
+    view.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    return view
 
 
 @torch.no_grad()

@@ -102,9 +102,9 @@ class Policy:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
 
-    def tail(self, first: int) -> nn.Module:
+    def tail(self, first: int, *, checkpointing: bool = False) -> nn.Module:
         """Blocks first…L−1 and the final norm; see `tail_of`."""
-        return tail_of(self.model, self.stack_name, first)
+        return tail_of(self.model, self.stack_name, first, checkpointing=checkpointing)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Name in the model → parameter, for everything that requires a gradient."""

@@ -8,8 +8,6 @@ at a time, so [B, T, V] never exists, and never made again.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -43,8 +41,8 @@ def completion_log_probs(
         rollout: whole groups, with boundary states.
         temperature: what logits are divided by.
         entropy_gradient: let the gradient reach the trained blocks through the entropies too.
-        recompute_tokens: hold no activations of the blocks, but compute them again for the gradient, in packs
-            of at most so many tokens, prompts included; 0 holds them.
+        recompute_tokens: hold no activations but those that enter each block, and compute the others again for
+            the gradient, a block at a time, in packs of at most so many tokens, prompts included; 0 holds all.
         most_padding: share of a pack's tokens that may be padding; 1 makes one pack, of rows in their order.
 
     Returns:
@@ -52,7 +50,8 @@ def completion_log_probs(
     """
     states = rollout.boundary
     assert states is not None
-    tail = policy.tail(states.block)
+    again = recompute_tokens > 0 and torch.is_grad_enabled()
+    tail = policy.tail(states.block, checkpointing=again)
     lengths = rollout.completion_mask.sum(1)
     # Prompts of other micro-batches may be longer.
     start = int(rollout.prompt_mask.argmax(1).min())
@@ -74,9 +73,9 @@ def completion_log_probs(
         ).last_hidden_state[:, -1]
         return hidden, *(part for layer in cache.layers for part in (layer.keys, layer.values))
 
-    def completions(rows: torch.Tensor, fed: int, *shared: torch.Tensor) -> torch.Tensor:
+    def completions(rows: torch.Tensor, fed: int, shared: Sequence[torch.Tensor]) -> torch.Tensor:
         own = prompt_of_row[rows]
-        cache = TailCache(states.block, [part[own] for part in shared])
+        cache = TailCache(states.block, shared, own)
         mask = torch.cat([prompt_mask[own], rollout.completion_mask[rows, :fed]], 1)
         held = states.completion[rows.to(states.completion.device), :fed]
         hidden: torch.Tensor = tail(
@@ -88,11 +87,8 @@ def completion_log_probs(
         ).last_hidden_state
         return hidden
 
-    run: Callable[..., Any]
-    again = recompute_tokens > 0 and torch.is_grad_enabled()
-    run = partial(checkpoint, use_reentrant=False) if again else _call
     with policy.autocast():
-        first, *shared = run(prompts)
+        first, *shared = prompts()
         scored = lengths > 0
         # The prompt's last token predicts the first one of each completion.
         hidden, places = (
@@ -106,7 +102,7 @@ def completion_log_probs(
             fed = int(lengths[pack].max()) - 1
             kept = rollout.completion_mask[pack, 1 : fed + 1].bool()
             row, place = kept.nonzero().unbind(1)
-            hidden.append(run(completions, pack, fed, *shared)[row, place])
+            hidden.append(completions(pack, fed, shared)[row, place])
             places.append(pack[row] * rollout.completion_ids.size(1) + place + 1)
         place = torch.cat(places)
         found = token_log_probs(
@@ -147,10 +143,6 @@ def packs(
             tokens = lengths[row]
         found[-1].append(row)
     return found
-
-
-def _call(function: Callable[..., Any], *arguments: Any) -> Any:
-    return function(*arguments)
 
 
 def token_log_probs(

@@ -1,6 +1,6 @@
 """Memory of sampling and of the update, by running their code on a model without data.
 
-What a phase holds grows by the same amount with each block, so two shallow models say what a deep one takes.
+What a phase holds grows by the same amount with each block, so a model of three or four says what a deep one takes.
 midtune's phases run midtune's own code; those of TRL run the model and the chunked head that TRL runs.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -20,6 +20,7 @@ from transformers import DynamicCache, LogitsProcessorList, PretrainedConfig
 from trl.kernels import chunked_logprob
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
+from midtune.model.blocks import find_blocks
 from midtune.rl import tail
 from midtune.rl.arms import qlora
 from midtune.rl.skeleton import SkeletonPolicy, blocks_of, skeleton
@@ -31,6 +32,8 @@ from midtune.savings.budget import Held
 
 # Chunks of the head that a trace runs: they are all alike.
 FEW_CHUNKS = 4
+# Blocks of a whole model that a trace runs: the first, one that stands for all others, and the last.
+FEW_BLOCKS = 3
 
 
 @dataclass(frozen=True)
@@ -79,20 +82,17 @@ def block_update(
         trained: how many blocks are trained; which ones makes no difference but for the first.
         recompute_tokens: as for `completion_log_probs`.
     """
-    return _by_depth(
-        lambda blocks: _block_update(model, batch, blocks, trained, recompute_tokens),
-        trained + 1,
-        tail_blocks,
-    )
+    built = min(tail_blocks, trained + 2)
+    return _block_update(model, batch, built, trained, recompute_tokens).held(tail_blocks - built)
 
 
 @functools.cache
-def _block_update(model: Loaded, batch: Batch, blocks: int, trained: int, recompute_tokens: int) -> Held:
+def _block_update(model: Loaded, batch: Batch, depth: int, trained: int, recompute_tokens: int) -> Tracker:
     # A chunk holds so many logits, whatever the vocabulary: a smaller one makes for larger chunks.
     vocabulary = max(1, FEW_CHUNKS * tail.CHUNK_VALUES // (batch.rows * batch.new_tokens))
     policy = SkeletonPolicy(
         model.config,
-        depth=blocks,
+        depth=depth,
         trained=trained,
         compute_dtype=model.dtype,
         quantized=model.quantized,
@@ -113,12 +113,13 @@ def _block_update(model: Loaded, batch: Batch, blocks: int, trained: int, recomp
     )
     _give_gradients(policy.model)
     with Tracker([*_there(policy.model), *states, rollout.prompt_mask, rollout.completion_mask]) as tracker:
-        log_probs, _ = tail.completion_log_probs(
-            policy, rollout, temperature=1.0, recompute_tokens=recompute_tokens
-        )
-        kept = tracker.live
+        with _repeated(tracker, policy.blocks, trained):
+            log_probs, _ = tail.completion_log_probs(
+                policy, rollout, temperature=1.0, recompute_tokens=recompute_tokens
+            )
+        tracker.keep()
         log_probs.mean().backward()
-    return Held(kept, tracker.peak, tracker.small_peak)
+    return tracker
 
 
 def whole_update(
@@ -130,41 +131,38 @@ def whole_update(
         arm: `trl-full`, `trl-block` (only `block` is trained) or `trl-qlora` (LoRA on every linear layer).
         checkpointing: blocks keep their inputs only, and run again for the gradient.
     """
+    # Below a block that is trained alone nothing is kept.
+    depth = blocks_of(model.config) - (block if arm == "trl-block" else 0)
+    built = min(depth, FEW_BLOCKS)
+    held, mode = _held_by(model, built, arm)
+    if checkpointing:
+        held.activation_checkpointing_enable()
+    held.train()
+    with mode:
+        _give_gradients(held)
+    ones = torch.ones(batch.rows, batch.prompt_tokens + batch.new_tokens, dtype=torch.long)
+    # Kernels of the card score completions only; elsewhere every position is scored.
+    scored = slice(batch.prompt_tokens - 1 if model.on_card else 0, -1)
 
-    def measure(below: int, rest: int) -> Held:
-        held, mode = _held_by(model, below + rest, arm, below)
-        if checkpointing:
-            held.activation_checkpointing_enable()
-        held.train()
-        with mode:
-            _give_gradients(held)
-        ones = torch.ones(batch.rows, batch.prompt_tokens + batch.new_tokens, dtype=torch.long)
-        # Kernels of the card score completions only; elsewhere every position is scored.
-        scored = slice(batch.prompt_tokens - 1 if model.on_card else 0, -1)
-
-        with Tracker([*_there(held), ones]) as tracker:
+    with Tracker([*_there(held), ones]) as tracker:
+        with _mixed(model.dtype), _repeated(tracker, find_blocks(held)[1], 1):
+            states = held.base_model(
+                input_ids=torch.zeros_like(ones), attention_mask=ones, use_cache=False
+            ).last_hidden_state[:, scored]
+            states = states.reshape(-1, states.size(-1))
+        entering = states.detach().requires_grad_()
+        # What the head makes has no data either; masks of the blocks have.
+        with mode, _card_kernels() if model.on_card else contextlib.nullcontext():
             with _mixed(model.dtype):
-                states = held.base_model(
-                    input_ids=torch.zeros_like(ones), attention_mask=ones, use_cache=False
-                ).last_hidden_state[:, scored]
-                states = states.reshape(-1, states.size(-1))
-            entering = states.detach().requires_grad_()
-            # What the head makes has no data either; masks of the blocks have.
-            with mode, _card_kernels() if model.on_card else contextlib.nullcontext():
-                with _mixed(model.dtype):
-                    log_probs = _chunked_log_probs(held.get_output_embeddings(), entering)
-                kept = tracker.live
-                log_probs.mean().backward()
-            states.backward(entering.grad)
-        return Held(kept, tracker.peak, tracker.small_peak)
-
-    depth = blocks_of(model.config)
-    if arm != "trl-block":
-        return _by_depth(lambda blocks: measure(0, blocks), 1, depth)
-    corner = measure(1, 2)
-    return corner + (measure(2, 2) - corner) * (block - 1) + (measure(1, 3) - corner) * (depth - block - 2)
+                log_probs = _chunked_log_probs(held.get_output_embeddings(), entering)
+            tracker.keep()
+            log_probs.mean().backward()
+        states.backward(entering.grad)
+    return tracker.held(depth - built)
 
 
+@functools.cache
+@torch.no_grad()
 def sampling(model: Loaded, batch: Batch, *, shared: bool, mixed: bool = False) -> Held:
     """Sampling of all rows together: what keys and values take, and the most at once.
 
@@ -174,55 +172,52 @@ def sampling(model: Loaded, batch: Batch, *, shared: bool, mixed: bool = False) 
         shared: each prompt passes once, and writing a token copies nothing, as in midtune.
         mixed: weights are in fp32 whatever activations are.
     """
-    return _by_depth(
-        lambda blocks: _sampling(model, batch, blocks, shared, mixed), 1, blocks_of(model.config)
-    )
-
-
-@functools.cache
-@torch.no_grad()
-def _sampling(model: Loaded, batch: Batch, blocks: int, shared: bool, mixed: bool) -> Held:
+    depth = blocks_of(model.config)
+    built = min(depth, FEW_BLOCKS)
     held, mode = skeleton(
         model.config,
-        depth=blocks,
+        depth=built,
         dtype=torch.float32 if mixed else model.dtype,
         quantized=model.quantized,
     )
     held.eval()
     prompts = batch.prompts if shared else batch.rows
     ones = torch.ones(prompts, batch.prompt_tokens, dtype=torch.long)
-    with Tracker([*_there(held), ones]) as tracker:
+    with (
+        Tracker([*_there(held), ones]) as tracker,
+        _mixed(model.dtype),
+        _repeated(tracker, find_blocks(held)[1], 1),
+    ):
         cache: Any = shared_prompts(room=min(batch.new_tokens, ROOM)) if shared else DynamicCache()
-        with _mixed(model.dtype):
-            held(
-                input_ids=torch.zeros_like(ones),
-                attention_mask=ones,
-                position_ids=positions(ones),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        if shared:
-            cache.batch_repeat_interleave(batch.group_size)
-        for layer in cache.layers:
-            rows, heads, _, width = layer.keys.shape
-            with mode:
-                shape = (rows, heads, max(batch.new_tokens - 2, 0), width)
-                drawn = [torch.empty(shape, dtype=layer.keys.dtype) for _ in range(2)]
-            layer.update(*drawn)
-            del drawn
-        kept = tracker.live
+        held(
+            input_ids=torch.zeros_like(ones),
+            attention_mask=ones,
+            position_ids=positions(ones),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        for number, layer in enumerate(cache.layers):
+            with tracker.made_by(repeated=number == 1):
+                if shared:
+                    layer.batch_repeat_interleave(batch.group_size)
+                rows, heads, _, width = layer.keys.shape
+                with mode:
+                    shape = (rows, heads, max(batch.new_tokens - 2, 0), width)
+                    drawn = [torch.empty(shape, dtype=layer.keys.dtype) for _ in range(2)]
+                layer.update(*drawn)
+                del drawn
+        tracker.keep()
         ones = torch.ones(batch.rows, batch.prompt_tokens + batch.new_tokens - 1, dtype=torch.long)
-        with _mixed(model.dtype):
-            logits = held(
-                input_ids=torch.zeros(batch.rows, 1, dtype=torch.long),
-                attention_mask=ones,
-                position_ids=positions(ones)[:, -1:],
-                past_key_values=cache,
-                use_cache=True,
-            ).logits[:, -1]
+        logits = held(
+            input_ids=torch.zeros(batch.rows, 1, dtype=torch.long),
+            attention_mask=ones,
+            position_ids=positions(ones)[:, -1:],
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
         choose(logits.float(), 1.0, LogitsProcessorList(), torch.zeros(batch.rows))
-    return Held(kept, tracker.peak, tracker.small_peak)
+    return tracker.held(depth - built)
 
 
 def _chunked_log_probs(head: Any, states: torch.Tensor) -> torch.Tensor:
@@ -234,13 +229,12 @@ def _chunked_log_probs(head: Any, states: torch.Tensor) -> torch.Tensor:
     return found[0]
 
 
-def _held_by(model: Loaded, depth: int, arm: str, block: int) -> tuple[Any, FakeTensorMode]:
-    """The model as TRL trains it in an arm, and the mode of its tensors."""
+def _held_by(model: Loaded, depth: int, arm: str) -> tuple[Any, FakeTensorMode]:
+    """The model as TRL trains it in an arm, or its first block alone, and the mode of its tensors."""
     if arm == "trl-block":
         policy = SkeletonPolicy(
-            model.config, depth=depth, trained=0, compute_dtype=model.dtype, quantized=model.quantized
+            model.config, depth=depth, trained=1, compute_dtype=model.dtype, quantized=model.quantized
         )
-        policy.thaw(block)
         return policy.model, policy.mode
     dtype = torch.float32 if arm == "trl-full" else model.dtype
     held, mode = skeleton(model.config, depth=depth, dtype=dtype, quantized=model.quantized)
@@ -293,9 +287,8 @@ def _card_kernels() -> Iterator[None]:
         yield
 
 
-def _by_depth(measure: Callable[[int], Held], shallow: int, depth: int) -> Held:
-    """`measure` of a model of `depth` blocks, from two shallow ones."""
-    if depth <= shallow + 1:
-        return measure(depth)
-    first = measure(shallow)
-    return first + (measure(shallow + 1) - first) * (depth - shallow)
+def _repeated(tracker: Tracker, blocks: nn.ModuleList, place: int) -> contextlib.AbstractContextManager[None]:
+    """Let the block at a place stand for those that a deeper model has, if there is one after it."""
+    if place + 1 >= len(blocks):
+        return contextlib.nullcontext()
+    return tracker.repeated(blocks[place], blocks[place + 1])
