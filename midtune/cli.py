@@ -24,6 +24,7 @@ from typer.core import TyperCommand
 from midtune import __version__
 from midtune.config import RunConfig, load_config, parse_assignment, require_task, setting
 from midtune.errors import InputError, MidtuneError
+from midtune.network import go_offline
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -41,6 +42,8 @@ SETTINGS = {
     "prompt_column": "task.prompt_column",
     "answer_column": "task.answer_column",
     "prompt_format": "task.prompt_format",
+    "template": "task.template",
+    "eval_file": "task.eval_file",
     "eval_size": "task.eval_size",
     "layers": "blocks.layers",
     "top_k": "blocks.top_k",
@@ -67,7 +70,7 @@ SETTINGS = {
     "objective": "probe.objective",
     "seed": "seed",
 }
-ALLOWED_WITH_RESUME = {"model", "out", "resume", "as_json", "quiet", "debug"}
+ALLOWED_WITH_RESUME = {"model", "out", "resume", "offline", "as_json", "quiet", "debug"}
 INTERRUPTED = 130
 # Width of tables in a pipe or a file, which have none of their own.
 PIPE_WIDTH = 100
@@ -116,10 +119,12 @@ TaskArgs = Annotated[
     list[str] | None,
     _plain_option("--task-arg", "argument of a reasoning-gym dataset; repeatable", "Task", "KEY=VALUE"),
 ]
-Reward = Annotated[str | None, _option("reward", "Task")]
+Reward = Annotated[list[str] | None, _option("reward", "Task")]
 PromptColumn = Annotated[str | None, _option("prompt_column", "Task")]
 AnswerColumn = Annotated[str | None, _option("answer_column", "Task")]
 PromptFormat = Annotated[str | None, _option("prompt_format", "Task")]
+Template = Annotated[str | None, _option("template", "Task")]
+EvalFile = Annotated[str | None, _option("eval_file", "Task")]
 
 Layers = Annotated[str | None, _option("layers", "Blocks")]
 TopK = Annotated[int | None, _option("top_k", "Blocks")]
@@ -163,6 +168,24 @@ Set = Annotated[
     ),
 ]
 Seed = Annotated[int | None, _option("seed", "Settings")]
+
+
+def _go_offline(offline: bool) -> bool:
+    if offline:
+        go_offline()
+    return offline
+
+
+Offline = Annotated[
+    bool,
+    typer.Option(
+        "--offline",
+        help="download nothing, use what is on this machine",
+        callback=_go_offline,
+        show_default=False,
+        rich_help_panel="Settings",
+    ),
+]
 Out = Annotated[
     Path | None,
     _plain_option("--out", "folder for what the command leaves (default: runs/NAME)", "Output"),
@@ -226,6 +249,8 @@ def train(
     prompt_column: PromptColumn = None,
     answer_column: AnswerColumn = None,
     prompt_format: PromptFormat = None,
+    template: Template = None,
+    eval_file: EvalFile = None,
     layers: Layers = None,
     top_k: TopK = None,
     probe: ProbeFile = None,
@@ -247,6 +272,7 @@ def train(
     recipe: Recipe = None,
     set_: Set = None,
     seed: Seed = None,
+    offline: Offline = False,
     out: Out = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -281,6 +307,8 @@ def probe(
     prompt_column: PromptColumn = None,
     answer_column: AnswerColumn = None,
     prompt_format: PromptFormat = None,
+    template: Template = None,
+    eval_file: EvalFile = None,
     method: Method = None,
     probed: Probed = None,
     top_k: TopK = None,
@@ -302,6 +330,7 @@ def probe(
     recipe: Recipe = None,
     set_: Set = None,
     seed: Seed = None,
+    offline: Offline = False,
     out: Out = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -336,6 +365,8 @@ def evaluate(
     prompt_column: PromptColumn = None,
     answer_column: AnswerColumn = None,
     prompt_format: PromptFormat = None,
+    template: Template = None,
+    eval_file: EvalFile = None,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
     eval_size: EvalSize = None,
@@ -343,6 +374,7 @@ def evaluate(
     recipe: Recipe = None,
     set_: Set = None,
     seed: Seed = None,
+    offline: Offline = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -385,6 +417,8 @@ def vote(
     prompt_column: PromptColumn = None,
     answer_column: AnswerColumn = None,
     prompt_format: PromptFormat = None,
+    template: Template = None,
+    eval_file: EvalFile = None,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
     eval_size: EvalSize = None,
@@ -392,6 +426,7 @@ def vote(
     recipe: Recipe = None,
     set_: Set = None,
     seed: Seed = None,
+    offline: Offline = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -441,6 +476,7 @@ def plan(
     quantize: Quantize = None,
     recipe: Recipe = None,
     set_: Set = None,
+    offline: Offline = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -622,29 +658,59 @@ def compare(
     _show("compare", _run(stage, quiet), as_json)
 
 
-@app.command(cls=Command, short_help="list the tasks that need no file, or show one")
+@app.command(cls=Command, short_help="list tasks, show a problem of one, or check your own")
 def tasks(
-    name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="show a problem of this dataset", show_default=False)
+    ctx: typer.Context,
+    task: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="TASK",
+            help="show a problem of this task: a reasoning-gym dataset or whatever --task takes; or `check`",
+            show_default=False,
+        ),
+    ] = None,
+    checked: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="TASK", help="after `check`: read and try all of this task", show_default=False
+        ),
     ] = None,
     task_arg: TaskArgs = None,
+    reward: Reward = None,
+    prompt_column: PromptColumn = None,
+    answer_column: AnswerColumn = None,
+    prompt_format: PromptFormat = None,
+    template: Template = None,
+    eval_file: EvalFile = None,
+    recipe: Recipe = None,
+    set_: Set = None,
     seed: Seed = None,
+    offline: Offline = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """List the tasks that need no file, or show a problem and the arguments of one.
+    """List the tasks that need no file, show a problem of a task with a right and a wrong answer, or check one.
 
     \b
     Example:
       midtune tasks chain_sum --task-arg max_terms=2
+      midtune tasks check my_task.py
     """
-    args = dict(_task_argument(text) for text in task_arg or [])
+    check = task == "check"
+    if check and checked is None:
+        raise InputError(
+            "`midtune tasks check` needs the task to check; add a task file, a data file or a name."
+        )
+    if not check and checked is not None:
+        raise InputError(f"one task is shown at a time, but {task} and {checked} were given; leave one out.")
+    ctx.params["task"] = checked if check else task
+    config = _configure(ctx, task_needed=False)
 
     def stage(terminal: Terminal) -> dict[str, Any]:
         from midtune.stages import tasks as stage
 
-        return stage.run(name, args=args, seed=RunConfig().seed if seed is None else seed)
+        return stage.run(config if task or recipe else None, terminal, check=check)
 
     _show("tasks", _run(stage, quiet), as_json)
 
@@ -749,7 +815,7 @@ def _latest_run(arguments: Sequence[str], started: float) -> Path | None:
 
 def _configure(ctx: typer.Context, target: str | None = None, task_needed: bool = True) -> RunConfig:
     """The configuration that the options of a command describe."""
-    given = {name: value for name, value in ctx.params.items() if value is not None}
+    given = {name: value for name, value in ctx.params.items() if value not in (None, [], ())}
     overrides = {SETTINGS[name]: value for name, value in given.items() if name in SETTINGS}
     overrides |= dict(parse_assignment(text) for text in given.get("set_", []))
     for text in given.get("task_arg", []):

@@ -60,21 +60,46 @@ class TaskConfig(Part):
     """What to learn: prompts, answers and how completions are scored."""
 
     name: str | None = Field(
-        None, description="`reasoning-gym:NAME`, `tiny-programs`, or a jsonl or csv file"
+        None,
+        description="`reasoning-gym:NAME`, `tiny-programs`, a jsonl, csv or parquet file, a folder of them, a hub "
+        "dataset (`org/name` or `org/name:CONFIGURATION`), or a task file in Python",
     )
     args: dict[str, Any] = Field(default_factory=dict, description="parameters of a reasoning-gym dataset")
-    reward: str | None = Field(
+    reward: list[str] | None = Field(
         None,
-        description="`exact`, `numeric`, `math`, `verifier`, `code`, `code-all`, or `path/to/file.py:function`",
+        description="`exact`, `numeric`, `math`, `verifier`, `code`, `code-all`, or `path/to/file.py:function`; of "
+        "several, such as `math format=0.2 length repetition`, the weighted sum",
     )
-    prompt_column: str = Field("prompt", description="column of a data file that holds the prompt")
-    answer_column: str = Field("answer", description="column of a data file that holds the answer")
+    prompt_column: str | None = Field(
+        None,
+        description="column of the data that holds the prompt; default: prompt, question or problem",
+    )
+    answer_column: str | None = Field(
+        None, description="column of the data that holds the answer; default: answer or solution"
+    )
+    eval_file: str | None = Field(None, description="a file with the held-out problems")
+    bad_rows: Literal["stop", "drop"] = Field(
+        "stop", description="refuse rows that cannot be used, or leave them out"
+    )
+    max_prompt_tokens: int | None = Field(
+        None, ge=1, description="longest prompt; longer ones are bad rows; default: any"
+    )
+    template: Literal["none", "boxed", "r1", "question"] = Field(
+        "none",
+        description="how the question is put: step by step with a boxed answer, with <think> and <answer>, or as "
+        "`Question: … Answer:`",
+    )
     prompt_format: Literal["chat", "plain"] = Field(
         "chat", description="the model's chat template, or plain text that the model continues"
     )
     system_prompt: str | None = Field(None, description="system message put before every prompt")
     train_size: int = Field(4000, ge=1, description="most training problems to keep")
     eval_size: int = Field(300, ge=2, description="held-out problems, never shared with training")
+
+    @field_validator("reward", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
 
 class SandboxConfig(Part):
@@ -310,7 +335,7 @@ def require_task(config: RunConfig) -> str:
     if config.task.name is None:
         raise InputError(
             f"no task was given for {config.model.name}; add --task reasoning-gym:NAME (`midtune tasks` has "
-            "the names), or --task with the path of a jsonl or csv file."
+            "the names), or --task with a data file, a hub dataset or a task file."
         )
     return config.task.name
 

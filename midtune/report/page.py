@@ -143,6 +143,8 @@ def _asked(run: Run) -> dict[str, str]:
 
     quantized = {"nf4": "linear layers in 4-bit NF4", "none": "unquantized"}.get(get("model.quantize"))
     args = ", ".join(f"{key}={value}" for key, value in (get("task.args") or {}).items())
+    # Runs from before there could be several have a text.
+    rewards = get("task.reward")
     lora = f"LoRA of rank {get('model.lora_rank')} on " if get("model.adapter") == "lora" else ""
     trained, parameters = report["trainable_parameters"], report["total_parameters"]
     work = (
@@ -153,7 +155,7 @@ def _asked(run: Run) -> dict[str, str]:
     rows = {
         "Model": ", ".join(filter(None, (report["model"], get("model.revision"), quantized))),
         "Task": report["task"] + (f" ({args})" if args else ""),
-        "Reward": get("task.reward"),
+        "Reward": " + ".join(rewards) if isinstance(rewards, list) else rewards,
         "Trained": f"{lora}block{'s' * (len(report['blocks']) > 1)} {_numbers(report['blocks'])}",
         "Chosen by": report["probe"],
         "Parameters": f"{trained:,} of {parameters:,} trained ({percent_text(trained / parameters)}), "

@@ -219,18 +219,24 @@ def _compared(pairs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def tasks_text(result: Mapping[str, Any]) -> RenderableType:
-    """What `midtune tasks` found: names, one a line, or a problem with the arguments it came from."""
+    """What `midtune tasks` found: names, one a line; a problem and what answers score; or the findings of a check."""
     if "tasks" in result:
         return Text("\n".join(result["tasks"]))
-    arguments = [f"  {key}={value}" for key, value in result["arguments"].items()]
-    return Group(
-        Text(result["task"], style="bold"),
-        Text("\n".join(arguments)),
-        Text("\nproblem", style="bold"),
-        Text(result["question"]),
-        Text("\nanswer", style="bold"),
-        Text(result["answer"]),
-    )
+    if "checked" in result:
+        findings = "\n".join(f"  {finding}" for finding in result["findings"])
+        return Group(Text(f"{result['checked']} can be trained on", style="bold"), Text(findings))
+    arguments = [f"\n  {key}={value}" for key, value in result["arguments"].items()]
+    parts: dict[str, str] = {"prompt": result["prompt"], "answer": result["answer"]}
+    for name in ("right", "wrong"):
+        if name in result:
+            title = f"a {name} answer, which `{result['reward']}` gives {result[name]['score']:g}"
+            parts[title] = result[name]["completion"]
+    shown = [
+        Text(text, style=style)
+        for title, body in parts.items()
+        for text, style in ((f"\n{title}", "bold"), (body, ""))
+    ]
+    return Group(Text(result["task"], style="bold").append("".join(arguments), style="not bold"), *shown)
 
 
 def doctor_table(result: Mapping[str, Any]) -> RenderableType:

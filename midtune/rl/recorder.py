@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,8 @@ class StepRecorder(TrainerCallback):
 
     Args:
         meter: where the trainer charges its phases.
-        on_step: receives a metrics line: step, reward, equal_groups (share of groups whose rewards are all
+        on_step: receives a metrics line: step, reward, rewards (the mean of each, where it is a weighted sum of
+            several), equal_groups (share of groups whose rewards are all
             equal), completion_length (tokens), clipped (share cut at the limit), vllm_difference (mean
             difference of a token's log-prob between vLLM and the policy), loss, grad_norm, lr,
             rollout_s, reward_s, update_s, step_s, tokens_per_s (of the rollout), memory_bytes, elapsed_s;
@@ -132,6 +134,9 @@ class StepRecorder(TrainerCallback):
             return
         metrics: dict[str, Any] = {"step": state.global_step}
         metrics |= {ours: logs[theirs] for theirs, ours in FIELDS.items() if theirs in logs}
+        assert self.trainer is not None
+        if len(names := self.trainer.reward_func_names) > 1:
+            metrics["rewards"] = {name: logs[f"rewards/{name}/mean"] for name in names}
         metrics |= self._phases
         tokens = metrics["completion_length"] * self.rows_per_step
         metrics["tokens_per_s"] = tokens / max(self._phases["rollout_s"], 1e-9)
@@ -196,11 +201,16 @@ class StepRecorder(TrainerCallback):
         assert self.trainer is not None
         logs = self.trainer._logs
         rewards = list(logs["rewards"].values())
+        weights = self.trainer.reward_weights.tolist()
         return [
             {
                 "prompt": completion_text(prompt),
                 "completion": completion_text(completion),
-                "reward": sum(values[i] for values in rewards),
+                "reward": sum(
+                    weight * values[i]
+                    for weight, values in zip(weights, rewards, strict=True)
+                    if not math.isnan(values[i])
+                ),
             }
             for i, (prompt, completion) in enumerate(zip(logs["prompt"], logs["completion"], strict=True))
         ]

@@ -23,7 +23,7 @@ from midtune.rl.trainer import FirstRollout, LayerGRPOTrainer, check_trainable, 
 from midtune.rollout.evaluation import prompt_ids
 from midtune.rollout.vllm import VLLMServer
 from midtune.savings.meter import Meter
-from midtune.tasks import Reward, Row
+from midtune.tasks import Reward, Row, parts_of
 
 OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit"}
 
@@ -59,6 +59,7 @@ def train_blocks(
     Args:
         policy: blocks already thawed, or LoRA added; changed in place.
         rows: training problems; used in an order fixed by `seed`, all of them before any comes again.
+        reward: what is maximised; TRL gets the parts of a weighted sum one by one, and logs each.
         folder: where TRL keeps its files and checkpoints go.
         faster: trained block → how many times the learning rate it gets; others get it once.
         stop_after: end after this step, with a checkpoint; schedules still run to `settings.steps`.
@@ -84,6 +85,8 @@ def train_blocks(
         compute_dtype=policy.compute_dtype,
         checkpoints=checkpoints,
     )
+    rewards, weights = parts_of(reward)
+    args.reward_weights = weights
     recorder = StepRecorder(
         meter,
         on_step=on_step,
@@ -98,7 +101,7 @@ def train_blocks(
     trainer = LayerGRPOTrainer(
         policy,
         args,
-        [reward],
+        rewards,
         ordered,
         meter=meter,
         callbacks=[recorder],

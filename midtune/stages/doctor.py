@@ -23,7 +23,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from midtune.model.cache import cache_folder
-from midtune.model.hub import PACKAGE, within
+from midtune.model.hub import PACKAGE
+from midtune.network import within
 from midtune.report.tables import bytes_text, card_text
 from midtune.report.terminal import Terminal
 from midtune.runs import RUNS

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 from midtune.config import RunConfig, TrainingConfig, require_task
-from midtune.model.loading import load_policy, resolve_device
+from midtune.errors import InputError
+from midtune.model.loading import load_policy, load_tokenizer, resolve_device
 from midtune.model.policy import Policy
 from midtune.model.sources import Source, resolve
 from midtune.report.display import Advance
 from midtune.report.tables import card_text, processes_text
 from midtune.report.terminal import Terminal
-from midtune.rollout.evaluation import Evaluation, evaluate
+from midtune.rl.shaping import shaping_reward
+from midtune.rollout.evaluation import Evaluation, evaluate, prompt_ids
 from midtune.rollout.sampler import Sampling
 from midtune.savings.cards import other_processes
 from midtune.savings.meter import card_of
@@ -72,19 +75,33 @@ def _others_text(uuid: str) -> str:
 
 
 def open_task(config: RunConfig, terminal: Terminal, *, more: int = 0) -> Task:
-    """The task, its rewards already tried on real rows.
+    """The task, its rewards already tried on real rows, its prompts within `task.max_prompt_tokens`.
 
     Args:
         more: training problems beyond those that a run uses.
     """
+    task = read_task(config, more=more)
+    check_reward(task)
+    if config.task.max_prompt_tokens is not None:
+        task = _without_long_prompts(task, config, terminal)
+    if task.note:
+        terminal.message(task.note)
+    return task
+
+
+def read_task(config: RunConfig, *, more: int = 0) -> Task:
+    """The task, its rewards not tried yet."""
     settings = config.task
-    task = load_task(
+    return load_task(
         require_task(config),
         args=settings.args,
         reward=settings.reward,
         prompt_column=settings.prompt_column,
         answer_column=settings.answer_column,
         system_prompt=settings.system_prompt,
+        template=None if settings.template == "none" else settings.template,
+        eval_file=settings.eval_file,
+        bad_rows=settings.bad_rows,
         prompt_format=settings.prompt_format,
         # More than a run can use would only cost time: some generators take seconds a problem.
         train_size=min(
@@ -103,11 +120,33 @@ def open_task(config: RunConfig, terminal: Terminal, *, more: int = 0) -> Task:
             workers=config.sandbox.workers,
             allow_weak=config.sandbox.allow_weak,
         ),
+        shaping=partial(shaping_reward, max_new_tokens=config.training.max_new_tokens),
     )
-    check_reward(task)
-    if task.note:
-        terminal.message(task.note)
-    return task
+
+
+def _without_long_prompts(task: Task, config: RunConfig, terminal: Terminal) -> Task:
+    """The task without prompts over the limit, or a refusal that counts them, as `task.bad_rows` has it."""
+    limit = config.task.max_prompt_tokens or 0
+    source = open_source(config, terminal)
+    tokenizer = load_tokenizer(source, config.model.trust_remote_code)
+    sides = task.train, task.held_out
+    lengths = [[len(prompt_ids(tokenizer, row["prompt"])) for row in side] for side in sides]
+    every = [length for side in lengths for length in side]
+    long = sum(length > limit for length in every)
+    if not long:
+        return task
+    found = f"{long} of {len(every)} prompts are longer than {limit} tokens, the longest {max(every)}"
+    train, held_out = (
+        [row for row, length in zip(side, counts, strict=True) if length <= limit]
+        for side, counts in zip(sides, lengths, strict=True)
+    )
+    if config.task.bad_rows == "stop" or not train or not held_out:
+        raise InputError(
+            f"{found}; raise task.max_prompt_tokens, or leave them out with --set task.bad_rows=drop, where "
+            "shorter ones remain."
+        )
+    note = f"{found}; left them out."
+    return replace(task, train=train, held_out=held_out, note=" ".join(filter(None, [task.note, note])))
 
 
 def score_policy(

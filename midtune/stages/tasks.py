@@ -1,44 +1,95 @@
-"""`midtune tasks`: the tasks that need no file, and a problem of one."""
+"""`midtune tasks`: the tasks that need no file, a problem of any task, and whether one's own is sound."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from pathlib import Path
 from typing import Any
 
+from midtune.config import RunConfig, require_task, with_settings
 from midtune.errors import InputError
+from midtune.report.terminal import Terminal
 
 PREFIX = "reasoning-gym:"
+# No more problems than it takes to show one.
+FEW = {"task.train_size": 4, "task.eval_size": 2}
 
 
-def run(name: str | None, *, args: Mapping[str, Any], seed: int) -> dict[str, Any]:
+def run(config: RunConfig | None, terminal: Terminal, *, check: bool = False) -> dict[str, Any]:
     """What there is to train on.
 
     Args:
-        name: `tiny-programs`, or a reasoning-gym dataset, with or without `reasoning-gym:`; None lists all.
-        args: arguments of the dataset.
-        seed: which problem to show.
+        config: its task is shown, a reasoning-gym dataset with or without `reasoning-gym:`; None lists all
+            tasks that need no file.
+        check: read all of the task in place of showing a problem, and say what was found.
 
     Returns:
-        Without a name, `tasks`: the names as --task takes them; with one, `task`, `arguments` (key → value
-        in force), `question` and `answer`.
+        Without a configuration, `tasks`: the names as --task takes them. With one, `task`, `arguments` (key →
+        value in force), `question`, `prompt` and `answer`, `reward`, and, where there is an answer, `right` and
+        `wrong` (a completion and its score). When checking, `checked` and `findings`, a sentence each.
 
     Raises:
-        InputError: there is no such dataset, or an argument is wrong.
+        InputError: there is no such task, an argument is wrong, or the check finds something wrong.
     """
-    from midtune.tasks import example, list_tasks, programs, task_arguments
+    from midtune.tasks import list_tasks, programs
 
-    if name is None:
+    if config is None:
         return {"tasks": [*(PREFIX + known for known in list_tasks()), programs.NAME]}
-    if name == programs.NAME:
-        if args:
-            raise InputError(f"{name} takes no arguments, but {dict(args)} was given; leave it out.")
-        row = programs.example(seed, 0)
-        return {"task": name, "arguments": {}, "question": row["question"], "answer": row["answer"]}
-    short = name.removeprefix(PREFIX)
-    shown = example(short, args, seed)
-    return {
-        "task": PREFIX + short,
-        "arguments": {**task_arguments(short), **args},
-        "question": shown["question"],
-        "answer": shown["answer"],
+    name = require_task(config)
+    if re.fullmatch(r"\w+", name) and not Path(name).exists():
+        config = with_settings(config, {"task.name": PREFIX + name})
+    return _checked(config, terminal) if check else _shown(config, terminal)
+
+
+def _shown(config: RunConfig, terminal: Terminal) -> dict[str, Any]:
+    from midtune.stages.setup import read_task
+    from midtune.tasks import scored_samples, task_arguments
+
+    name = require_task(config)
+    task = read_task(with_settings(config, FEW))
+    if task.note:
+        terminal.message(task.note)
+    row = task.train[0]
+    prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+    known = task_arguments(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else {}
+    found = {
+        "task": name,
+        "arguments": {**known, **config.task.args},
+        "question": row["question"],
+        "prompt": prompt,
+        "answer": row["answer"],
+        "reward": task.reward.__name__,
     }
+    if row["answer"]:
+        right, wrong = scored_samples(task, row)
+        found |= {"right": vars(right), "wrong": vars(wrong)}
+    return found
+
+
+def _checked(config: RunConfig, terminal: Terminal) -> dict[str, Any]:
+    from midtune.stages.setup import open_task, read_task
+    from midtune.tasks import scored_samples
+
+    name = require_task(config)
+    # All problems that a run of any length could use.
+    config = with_settings(config, {"training.steps": config.task.train_size})
+    task = open_task(config, terminal)
+    again = read_task(config)
+    if (task.train, task.held_out) != (again.train, again.held_out):
+        raise InputError(
+            f"{name} gives other rows when it is read again, so a run could not be resumed; seed what draws them."
+        )
+    findings = [
+        f"{len(task.train)} problems to train on and {len(task.held_out)} to evaluate on, none of them in both",
+        f"the longest question has {max(len(row['question']) for row in task.train)} characters",
+    ]
+    if columns := sorted(task.train[0].keys() - {"prompt", "question", "answer"}):
+        findings.append(f"the reward also gets {', '.join(f'`{column}`' for column in columns)}")
+    findings.append(f"the reward `{task.reward.__name__}` gives one finite number for each completion")
+    if (row := next((row for row in task.train if row["answer"]), None)) is not None:
+        right, wrong = scored_samples(task, row)
+        findings.append(
+            f"{right.completion[:60]!r} scores {right.score:g} and {wrong.completion[:60]!r} {wrong.score:g}, as "
+            "answers to one problem"
+        )
+    return {"checked": name, "findings": findings}

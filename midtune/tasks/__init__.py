@@ -1,9 +1,9 @@
 """What to learn: prompts, rewards and splits."""
 
 from midtune.tasks import programs
-from midtune.tasks.check import check_reward
-from midtune.tasks.gym import example, list_tasks, task_arguments
-from midtune.tasks.rewards import Reward, completion_of
+from midtune.tasks.check import check_reward, scored_samples
+from midtune.tasks.gym import list_tasks, task_arguments
+from midtune.tasks.rewards import Reward, completion_of, parts_of
 from midtune.tasks.sandbox import Limits, open_sandbox
 from midtune.tasks.split import Row
 from midtune.tasks.task import Task, load_task
@@ -15,10 +15,11 @@ __all__ = [
     "Task",
     "check_reward",
     "completion_of",
-    "example",
     "list_tasks",
     "load_task",
     "open_sandbox",
+    "parts_of",
     "programs",
+    "scored_samples",
     "task_arguments",
 ]

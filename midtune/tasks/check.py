@@ -1,42 +1,94 @@
-"""Trying a task's reward on real rows before anything is trained."""
+"""Trying a task's rewards on real rows before anything is trained."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from midtune.errors import InputError
-from midtune.tasks.rewards import Reward, completion_of
+from midtune.tasks.answers import parse_number, reference_answer
+from midtune.tasks.own import is_task_file
+from midtune.tasks.rewards import Reward, completion_of, parts_of
 from midtune.tasks.split import Row
 from midtune.tasks.task import Task
 
 _ROWS = 4
 _SHOWN = 200
 _WRONG = "I do not know."
+# How an answer may have to be marked for a person's own reward to find it.
+_FORMS = (
+    "{}",
+    "\\boxed{{{}}}",
+    "<answer>{}</answer>",
+    "<think>\n…\n</think>\n<answer>{}</answer>",
+    "#### {}",
+)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A completion that was tried, and what it scored."""
+
+    completion: str
+    score: float
+
+
+_NOTHING = Scored("", 0.0)
 
 
 def check_reward(task: Task) -> None:
-    """Calls the task's reward and score on its first rows with right, wrong and empty completions.
+    """Calls the task's rewards and score on its first rows with right, wrong and empty completions.
 
     Raises:
-        InputError: one of them raises, returns anything but one number (or None) per completion, or a
-            built-in reward gives right answers no more than empty ones.
+        InputError: one of them raises, returns anything but one number (or None) per completion, or gives right
+            answers no more than wrong ones, where it should: a built-in reward, or that of a task file whose rows
+            have answers.
     """
     rows = task.train[:_ROWS]
     right = [row["answer"] for row in rows]
-    for reward in dict.fromkeys([task.reward, task.score]):
-        for_right = _call(reward, rows, right, task)
-        _call(reward, rows, [_WRONG] * len(rows), task)
-        for_empty = _call(reward, rows, [""] * len(rows), task)
-        pairs = zip(for_right, for_empty, right, strict=True)
+    parts, _ = parts_of(task.reward)
+    for reward in dict.fromkeys([*parts, task.score]):
+        for texts in (right, [_WRONG] * len(rows), [""] * len(rows)):
+            _call(reward, rows, texts, task)
+    if not any(right) or (task.own_reward and not is_task_file(task.name)):
+        return
+    for row in rows:
         # Some reasoning-gym datasets give no answer to compare with, only a verifier.
-        known = [(a or 0.0) > (b or 0.0) for a, b, answer in pairs if answer]
-        if known and not any(known) and not task.own_reward:
-            raise InputError(
-                f"the reward `{task.reward.__name__}` gives right answers of `{task.name}` no more than empty ones, "
-                f"as on {_shown(rows[0])}; choose another reward with --reward."
-            )
+        known, wrong = scored_samples(task, row) if row["answer"] else (_NOTHING, _NOTHING)
+        if known.score > wrong.score:
+            return
+    hint = (
+        "mend it, or give `answer` another name if it is no answer"
+        if task.own_reward
+        else "choose another reward with --reward"
+    )
+    raise InputError(
+        f"the reward `{task.reward.__name__}` gives right answers of "
+        f"`{task.name}` no more than wrong ones, as on {_shown(rows[0])}; {hint}."
+    )
+
+
+def scored_samples(task: Task, row: Row) -> tuple[Scored, Scored]:
+    """A right and a wrong completion of a row, each with what the task's score gives it.
+
+    The right one is the answer, written in the first of the usual ways that scores most.
+    """
+    right = [form.format(reference_answer(row["answer"])) for form in _FORMS]
+    tried = [Scored(text, _score(task, row, text)) for text in (row["answer"], *right)]
+    wrong = wrong_answer(reference_answer(row["answer"]))
+    return max(tried, key=lambda sample: sample.score), Scored(wrong, _score(task, row, wrong))
+
+
+def wrong_answer(answer: str) -> str:
+    """Another number where the answer is one, else a text that answers nothing."""
+    value = parse_number(answer)
+    return _WRONG if value is None else f"{value + 1:.15g}"
+
+
+def _score(task: Task, row: Row, text: str) -> float:
+    return _call(task.score, [row], [text], task)[0] or 0.0
 
 
 def _call(reward: Reward, rows: Sequence[Row], texts: Sequence[str], task: Task) -> list[float | None]:

@@ -33,16 +33,6 @@ def task_arguments(name: str) -> dict[str, Any]:
     return {field.name: _default(field) for field in dataclasses.fields(config) if field.name not in _OURS}
 
 
-def example(name: str, args: Mapping[str, Any] | None = None, seed: int = 0) -> Row:
-    """One problem of a reasoning-gym dataset: `question`, `answer` and `metadata`.
-
-    Raises:
-        InputError: there is no such dataset, or an argument is wrong.
-    """
-    item: Row = dict(_generate(name, dict(args or {}), _spread(name, seed), 1, 0, 1)[1][0])
-    return {**item, "answer": "" if item["answer"] is None else str(item["answer"])}
-
-
 def draw_problems(
     name: str, args: Mapping[str, Any], *, train_size: int, eval_size: int, seed: int
 ) -> tuple[Split, Reward, dict[str, Any]]:

@@ -1,4 +1,19 @@
-"""One's own reward: a function in a Python file, with TRL's signature."""
+"""One's own Python: a reward with TRL's signature, or a whole task in one file.
+
+A task file defines:
+
+- `rows()`, a list of dicts with `prompt` (a text or chat messages) and, where there is one, `answer`; midtune
+  holds some of them out. Or `train_rows()` and `eval_rows()`, which it takes as they are. Other keys are
+  passed on to the reward. They have to be the same at each call, or a run cannot be resumed.
+- `reward(prompts, completions, **columns) -> list[float]`, TRL's signature: `columns` has a list for each key
+  of the rows. It may be left out; then answers are compared as those of a data file are.
+
+    def rows():
+        return [{"prompt": f"What is {a} + {b}?", "answer": str(a + b)} for a in range(30) for b in range(30)]
+
+    def reward(prompts, completions, answer, **columns):
+        return [float(c[-1]["content"].strip() == a) for c, a in zip(completions, answer)]
+"""
 
 from __future__ import annotations
 
@@ -8,12 +23,24 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from midtune.errors import InputError
+from midtune.tasks.reading import Line, Source, kind
 from midtune.tasks.rewards import Reward, named
+
+ROWS = "`rows()`, or `train_rows()` and `eval_rows()`"
+
+
+@dataclass(frozen=True)
+class OwnTask:
+    """What a task file defines; a digest of the file is the source's."""
+
+    source: Source
+    reward: Reward | None
 
 
 def is_own(reward: str) -> bool:
@@ -41,6 +68,62 @@ def load_reward(reward: str) -> tuple[Reward, str]:
         )
     digest = hashlib.sha256(content + function.encode()).hexdigest()
     return accepting(found, function), digest
+
+
+def is_task_file(name: str) -> bool:
+    """Whether a task's name has the form of a Python file."""
+    return name.endswith(".py")
+
+
+def load_own_task(name: str) -> OwnTask:
+    """The rows and the reward of a task file.
+
+    Raises:
+        InputError: no such file, it does not import, or its rows are missing or no list of dicts.
+    """
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise InputError(
+            f"task file {path} does not exist; give the path of a Python file that defines {ROWS}."
+        )
+    content = path.read_bytes()
+    module = _imported(path, hashlib.sha256(str(path.resolve()).encode() + content).hexdigest()[:12], "task")
+    together, apart = callable(getattr(module, "rows", None)), _has_both(module)
+    if together == apart:
+        has = "both" if together else f"neither; its functions are {_functions(module)}"
+        raise InputError(f"task file {path} has to define {ROWS}, and it has {has}.")
+    lines, evaluation = (
+        (_lines(path, module, "rows"), None)
+        if together
+        else (_lines(path, module, "train_rows"), _lines(path, module, "eval_rows"))
+    )
+    reward = getattr(module, "reward", None)
+    if reward is not None and not callable(reward):
+        raise InputError(
+            f"`reward` of {path} is not a function; write `def reward(prompts, completions, **columns)`."
+        )
+    digest = hashlib.sha256(content).hexdigest()
+    return OwnTask(Source(str(path), lines, evaluation, digest), reward and accepting(reward, "reward"))
+
+
+def _has_both(module: ModuleType) -> bool:
+    return all(callable(getattr(module, name, None)) for name in ("train_rows", "eval_rows"))
+
+
+def _lines(path: Path, module: ModuleType, function: str) -> list[Line]:
+    asked = f"`{function}()` of {path}"
+    try:
+        found = list(getattr(module, function)())
+    except Exception as error:  # noqa: BLE001 (a person's file can raise anything)
+        raise InputError(f"{asked} raised {type(error).__name__}: {error}; mend it.") from error
+    if not found:
+        raise InputError(f"{asked} gave no rows; it must return a list of dicts with `prompt`.")
+    return [
+        Line(f"row {number} of {asked}", dict(row))
+        if isinstance(row, dict)
+        else Line(f"row {number} of {asked}", None, f"is not a dict but {kind(row)}")
+        for number, row in enumerate(found, start=1)
+    ]
 
 
 def accepting(function: Callable[..., Any], name: str) -> Reward:
@@ -77,11 +160,11 @@ def _stand_ins(columns: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _imported(path: Path, digest: str) -> ModuleType:
-    name = f"midtune_reward_{digest}"
+def _imported(path: Path, digest: str, what: str = "reward") -> ModuleType:
+    name = f"midtune_{what}_{digest}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise InputError(f"reward file {path} is not a Python file; give one that ends in .py.")
+        raise InputError(f"{what} file {path} is not a Python file; give one that ends in .py.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look the module up by name
     sys.path.insert(0, str(path.resolve().parent))
@@ -90,7 +173,7 @@ def _imported(path: Path, digest: str) -> ModuleType:
     except (Exception, SystemExit) as error:  # noqa: BLE001 (a person's file can raise anything)
         del sys.modules[name]
         raise InputError(
-            f"reward file {path} does not import ({type(error).__name__}: {error}); mend it and try again."
+            f"{what} file {path} does not import ({type(error).__name__}: {error}); mend it and try again."
         ) from None
     finally:
         sys.path.remove(str(path.resolve().parent))

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-import threading
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from midtune.errors import InputError
 from midtune.tasks.answers import (
     extract,
     last_boxed,
@@ -19,12 +17,14 @@ from midtune.tasks.answers import (
     reference_answer,
     same_number,
 )
+from midtune.tasks.mathematics import Comparer
 
 Reward = Callable[..., list[float]]
 
-BUILT_IN = ("exact", "numeric", "math", "verifier", "code", "code-all")
+SHAPING = ("format", "length", "repetition")
+BUILT_IN = ("exact", "numeric", "math", "verifier", "code", "code-all", *SHAPING)
 SOLVED = 1 - 1e-6
-_MATH_TIMEOUT_S = 3
+_COMPARER = Comparer()
 _HUGE = re.compile(
     r"(?:\^|\*\*)[\s({]*-?[0-9.]+[\s)}]*(?:\^|\*\*)"  # a tower of powers
     r"|(?:\^|\*\*)[\s({]*-?[0-9]{5,}"
@@ -88,12 +88,52 @@ def built_in(name: str) -> Reward:
 
 
 def default_reward(answers: Sequence[str]) -> str:
-    """`numeric` if every answer is a number, else `exact`."""
-    return (
-        "numeric"
-        if all(parse_number(reference_answer(answer)) is not None for answer in answers)
-        else "exact"
-    )
+    """`numeric` if every answer is a number, `math` if some are LaTeX, else `exact`."""
+    if all(parse_number(reference_answer(answer)) is not None for answer in answers):
+        return "numeric"
+    return "math" if any("\\" in answer for answer in answers) else "exact"
+
+
+class Weighted:
+    """The weighted sum of several rewards; a reward of None counts as 0, as it does in TRL.
+
+    Args:
+        parts: rewards with different names.
+        weights: one for each.
+
+    Raises:
+        InputError: two have the same name.
+    """
+
+    def __init__(self, parts: Iterable[Reward], weights: Iterable[float]) -> None:
+        self.parts, self.weights = list(parts), list(weights)
+        names = [part.__name__ for part in self.parts]
+        if len({*names}) < len(names):
+            raise InputError(
+                f"the rewards {', '.join(names)} have one name twice; give each function a name of its own."
+            )
+        self.__name__ = "+".join(names)
+
+    def __call__(self, **columns: Any) -> list[float]:
+        found = [part(**columns) for part in self.parts]
+        return [
+            sum(weight * (value or 0.0) for weight, value in zip(self.weights, values, strict=True))
+            for values in zip(*found, strict=True)
+        ]
+
+
+def parts_of(reward: Reward) -> tuple[list[Reward], list[float]]:
+    """The rewards that one consists of, and their weights."""
+    return (reward.parts, reward.weights) if isinstance(reward, Weighted) else ([reward], [1.0])
+
+
+def with_weight(text: str) -> tuple[str, float]:
+    """`format=0.2` → `("format", 0.2)`; without a weight, 1."""
+    name, _, weight = text.rpartition("=")
+    try:
+        return (name, float(weight)) if name and math.isfinite(float(weight)) else (text, 1.0)
+    except ValueError:
+        return text, 1.0
 
 
 def named(reward: Reward, name: str) -> Reward:
@@ -121,29 +161,6 @@ def _numeric(found: str, reference: str, question: str) -> float:
 def _math(text: str, reference: str, question: str) -> float:
     marked = marked_answer(text)
     candidates = [text] if marked is None else [f"${marked.strip('$')}$", marked]
-    gold = _parsed_reference(reference)
-    return float(any(not is_huge(text) and _verify(gold, _parse(text)) for text in candidates))
-
-
-@lru_cache(maxsize=4096)
-def _parsed_reference(reference: str) -> tuple[Any, ...]:
     inner = last_boxed(reference) or reference
-    return tuple(_parse(f"${inner.strip('$')}$") or _parse(reference))
-
-
-def _parse(text: str) -> list[Any]:
-    from math_verify import parse
-
-    return list(parse(text, parsing_timeout=_timeout()))
-
-
-def _verify(gold: Sequence[Any], found: list[Any]) -> bool:
-    from math_verify import verify
-
-    return bool(verify(list(gold), found, timeout_seconds=_timeout()))
-
-
-def _timeout() -> int | None:
-    # math-verify's timeouts are signals, which only the main thread of a POSIX process can take.
-    alone = threading.current_thread() is threading.main_thread() and os.name == "posix"
-    return _MATH_TIMEOUT_S if alone else None
+    readable = [candidate for candidate in candidates if not is_huge(candidate)]
+    return float(_COMPARER.equal([f"${inner.strip('$')}$", reference], readable))

@@ -80,6 +80,55 @@ def split_rows(rows: Sequence[Row], *, train_size: int, eval_size: int, seed: in
     return Split(chosen[held_out : held_out + train_size], chosen[:held_out], len(order))
 
 
+def given_split(
+    train: Sequence[Row],
+    held_out: Sequence[Row],
+    *,
+    train_size: int,
+    eval_size: int,
+    seed: int,
+    drop: bool = False,
+) -> tuple[Split, int]:
+    """Two lists of problems as they were given, each in an order that `seed` fixes.
+
+    Args:
+        train: each with a `question`; of equal questions the first is kept.
+        held_out: likewise.
+        drop: leave questions that are in both out of training, in place of refusing them.
+
+    Returns:
+        The split, and how many questions were left out of training.
+
+    Raises:
+        InputError: questions are in both lists, or one list has none to give.
+    """
+    sides: list[dict[str, Row]] = [{}, {}]
+    for side, rows in zip(sides, (train, held_out), strict=True):
+        for row in rows:
+            side.setdefault(question_key(row["question"]), row)
+    of_train, of_held_out = sides
+    shared = [key for key in of_train if key in of_held_out]
+    if shared and not drop:
+        noun = "question is" if len(shared) == 1 else "questions are"
+        raise InputError(
+            f"{len(shared)} {noun} in both the {len(of_train)} training and the {len(of_held_out)} evaluation "
+            f"problems, first {shared[0][:200]!r}; take them out of one side, or leave them out of training with "
+            "--set task.bad_rows=drop."
+        )
+    for key in shared:
+        del of_train[key]
+    if len(of_train) < 4 or len(of_held_out) < 2:
+        raise InputError(
+            f"there are {len(of_train)} different training and {len(of_held_out)} evaluation problems, and at least "
+            "4 and 2 are needed; give more."
+        )
+    chosen = [
+        [side[key] for key in sorted(side, key=lambda key: (rank(key, seed), key))][:size]
+        for side, size in ((of_train, train_size), (of_held_out, eval_size))
+    ]
+    return Split(chosen[0], chosen[1], None), len(shared)
+
+
 def draw_split(
     draw: Callable[[int, int], Sequence[Row]], *, train_size: int, eval_size: int, seed: int
 ) -> Split:

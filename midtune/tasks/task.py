@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from midtune.errors import InputError
-from midtune.tasks import gym, programs
+from midtune.tasks import gym, hub, programs
 from midtune.tasks.code import CODE, code_reward, code_row
-from midtune.tasks.files import is_file_name, read_problems
-from midtune.tasks.own import is_own, load_reward
-from midtune.tasks.rewards import BUILT_IN, Reward, built_in, default_reward, solved
+from midtune.tasks.files import Columns, is_file_name, problems_of
+from midtune.tasks.own import is_own, is_task_file, load_own_task, load_reward
+from midtune.tasks.prompts import prompted
+from midtune.tasks.reading import Source, read_path
+from midtune.tasks.rewards import (
+    BUILT_IN,
+    SHAPING,
+    Reward,
+    Weighted,
+    built_in,
+    default_reward,
+    solved,
+    with_weight,
+)
 from midtune.tasks.sandbox import Sandbox
-from midtune.tasks.split import Row, Split, split_rows
+from midtune.tasks.split import Row, Split, given_split, split_rows
 
 
 @dataclass(frozen=True)
@@ -38,107 +49,212 @@ class Task:
     note: str | None = None  # a remark for the person, such as fewer problems than asked for
 
 
+@dataclass(frozen=True)
+class _Problems:
+    """What a kind of task gives: its split, its own reward, the one to use by default, and what identifies it."""
+
+    split: Split
+    verifier: Reward | None
+    default: str
+    identity: dict[str, Any]
+    notes: Sequence[str] = ()
+
+
 def load_task(
     name: str,
     *,
     args: Mapping[str, Any],
-    reward: str | None,
-    prompt_column: str,
-    answer_column: str,
-    system_prompt: str | None,
+    reward: str | Sequence[str] | None,
+    prompt_column: str | None = None,
+    answer_column: str | None = None,
+    system_prompt: str | None = None,
+    template: str | None = None,
     prompt_format: str = "chat",
+    eval_file: str | None = None,
+    bad_rows: str = "stop",
     train_size: int,
     eval_size: int,
     seed: int,
     sandbox: Callable[[], Sandbox] | None = None,
+    shaping: Callable[[str], Reward] | None = None,
 ) -> Task:
     """The task called `name`, split into training and held-out problems.
 
     Args:
-        name: `reasoning-gym:NAME`, `tiny-programs`, or the path of a jsonl or csv file.
+        name: `reasoning-gym:NAME`, `tiny-programs`, a jsonl, csv or parquet file, a folder of them, a hub dataset
+            (`org/name` or `org/name:CONFIGURATION`), or a task file in Python (`own.py`).
         args: parameters of a reasoning-gym dataset.
-        reward: `exact`, `numeric`, `math`, `verifier`, `code`, `code-all`, `path/to/file.py:function`, or None
-            for the default.
-        prompt_column: column of a file that holds the prompt.
-        answer_column: column of a file that holds the answer.
+        reward: `exact`, `numeric`, `math`, `verifier`, `code`, `code-all`, `format`, `length`, `repetition` or
+            `path/to/file.py:function`, each with `=WEIGHT` or without; several are added up. None: the default.
+        prompt_column: column of a file that holds the prompt; None finds it.
+        answer_column: column of a file that holds the answer; None finds it.
         system_prompt: system message of every prompt, in place of a prompt's own one.
+        template: `boxed`, `r1` or `question` (`prompts.py`).
         prompt_format: `chat` for chat messages, `plain` for text that the model continues.
+        eval_file: a file with the held-out problems.
+        bad_rows: `stop` refuses rows that cannot be used, `drop` leaves them out.
         train_size: most training problems.
         eval_size: most held-out problems.
         seed: fixes the problems and the split.
         sandbox: opens where programs run; the rewards `code` and `code-all` need it.
+        shaping: from the name of a reward that shapes completions, that reward.
 
     Raises:
-        InputError: the task, an argument, a column or the reward does not exist, there are too few problems, or
-            programs cannot be run here.
+        InputError: the task, an argument, a column or the reward does not exist, rows cannot be used, questions
+            are in training and evaluation, there are too few problems, or programs cannot be run here.
     """
-    _check_reward_name(reward)
-    own, own_digest = load_reward(reward) if reward is not None and is_own(reward) else (None, "")
-    identity: dict[str, Any] = {"system": system_prompt, "format": prompt_format, "own": own_digest}
-    verifier: Reward | None = None
-    if name.startswith(gym.PREFIX):
-        short = name.removeprefix(gym.PREFIX)
-        split, verifier, complete = gym.draw_problems(
-            short, args, train_size=train_size, eval_size=eval_size, seed=seed
-        )
-        split = _bare(split)
-        chosen = reward or "verifier"
-        identity |= {"name": name, "args": complete}
-    elif args and (name == programs.NAME or is_file_name(name)):
-        kind = "is a file and takes" if name != programs.NAME else "takes"
-        raise InputError(f"{name} {kind} no arguments, but {dict(args)} was given; leave it out.")
-    elif name == programs.NAME:
-        split = programs.draw_programs(train_size=train_size, eval_size=eval_size, seed=seed)
-        chosen = reward or "code"
-        identity |= {"name": name}
-    elif is_file_name(name):
-        is_code = reward in CODE
-        problems = read_problems(
-            name,
-            prompt_column="prompt" if is_code else prompt_column,
-            answer_column="answer" if is_code else answer_column,
-            needs_answer=own is None and not is_code,
-            prepare=partial(code_row, prompt_column=prompt_column) if is_code else None,
-        )
-        chosen = reward or default_reward([row["answer"] for row in problems.rows])
-        split = split_rows(problems.rows, train_size=train_size, eval_size=eval_size, seed=seed)
-        identity |= {"file": problems.digest, "columns": [prompt_column, answer_column]}
-    else:
-        raise InputError(_unknown(name))
-    if chosen == "verifier" and verifier is None:
-        raise InputError(
-            f"the reward `verifier` exists for reasoning-gym tasks only, and {name} is not one; use exact, "
-            "numeric, math, code or path/to/file.py:function."
-        )
-    if chosen in CODE and verifier is not None:
-        raise InputError(
-            f"the reward `{chosen}` needs tests, which {name} does not have; use verifier, or a file with tests."
-        )
-    opened = sandbox() if sandbox is not None and chosen in CODE else None
-    function = (
-        own
-        or (verifier if chosen == "verifier" else None)
-        or (code_reward(chosen, opened) if opened is not None else built_in(chosen))
+    asked = _asked_rewards(reward)
+    judges = [text for text in asked if text not in SHAPING]
+    own = {text: load_reward(text) for text in asked if is_own(text)}
+    is_code = any(text in CODE for text in asked)
+    columns = Columns(
+        "prompt" if is_code else prompt_column,
+        "answer" if is_code else answer_column,
+        needs_answer=not own.keys() & judges[:1] and not is_code,
+        prepare=partial(code_row, prompt_column=prompt_column or "prompt") if is_code else None,
+        drop=bad_rows == "drop",
     )
-    identity["reward"] = "own" if own else chosen
-    notes = [_note(split, train_size, eval_size), None if opened is None else opened.warning]
+    sizes = {"train_size": train_size, "eval_size": eval_size, "seed": seed}
+    found = _problems(name, args, columns, eval_file, judges, sizes)
+    weights = asked or {found.default: 1.0}
+    judge = judges[0] if judges else found.default
+    if "verifier" in weights and found.verifier is None:
+        raise InputError(
+            f"the reward `verifier` exists for reasoning-gym tasks and task files with a `reward` only, and {name} "
+            "is neither; use exact, numeric, math, code or path/to/file.py:function."
+        )
+    if is_code and name.startswith(gym.PREFIX):
+        raise InputError(
+            f"the reward `code` needs tests, which {name} does not have; use verifier, or a file with tests."
+        )
+    opened = sandbox() if sandbox is not None and weights.keys() & {*CODE} else None
+    parts: dict[str, Reward] = {}
+    for text in weights:
+        if text in SHAPING and shaping is not None:
+            parts[text] = shaping(text)
+        elif text in CODE and opened is not None:
+            parts[text] = code_reward(text, opened)
+        elif text == "verifier" and found.verifier is not None:
+            parts[text] = found.verifier
+        else:
+            parts[text] = own[text][0] if text in own else built_in(text)
+    whole = parts[judge] if weights == {judge: 1.0} else Weighted(parts.values(), weights.values())
+    is_own_reward = judge in own or (judge == "verifier" and is_task_file(name))
+    digests = {text: digest for text, (_, digest) in own.items()}
+    identity = {
+        "system": system_prompt,
+        "format": prompt_format,
+        "own": digests.get(judge, ""),
+        **found.identity,
+        "reward": "own" if judge in own else judge,
+    }
+    # Said only where it is so, that other tasks keep their fingerprints.
+    if template is not None:
+        identity["template"] = template
+    if whole is not parts[judge]:
+        identity["rewards"] = [[digests.get(text, text), weight] for text, weight in weights.items()]
+    put = partial(prompted, template=template, system_prompt=system_prompt, prompt_format=prompt_format)
+    warning = None if opened is None else opened.warning
+    notes = [*found.notes, _note(found.split, train_size, eval_size), warning]
     return Task(
         name=name,
         fingerprint=_fingerprint(identity),
-        train=[_prompted(row, system_prompt, prompt_format) for row in split.train],
-        held_out=[_prompted(row, system_prompt, prompt_format) for row in split.held_out],
-        reward=function,
-        score=own or solved(function),
-        own_reward=own is not None,
+        train=[put(row) for row in found.split.train],
+        held_out=[put(row) for row in found.split.held_out],
+        reward=whole,
+        score=parts[judge] if is_own_reward else solved(parts[judge]),
+        own_reward=is_own_reward,
         note=" ".join(filter(None, notes)) or None,
     )
 
 
-def _check_reward_name(reward: str | None) -> None:
-    if reward is not None and reward not in BUILT_IN and not is_own(reward):
+def _problems(
+    name: str,
+    args: Mapping[str, Any],
+    columns: Columns,
+    eval_file: str | None,
+    judges: Sequence[str],
+    sizes: Mapping[str, int],
+) -> _Problems:
+    if name.startswith(gym.PREFIX):
+        _refuse_evaluation(name, eval_file)
+        split, verifier, complete = gym.draw_problems(name.removeprefix(gym.PREFIX), args, **sizes)
+        return _Problems(_bare(split), verifier, "verifier", {"name": name, "args": complete})
+    is_data = is_task_file(name) or is_file_name(name) or hub.is_dataset(name)
+    if args and (name == programs.NAME or is_data):
+        kind = "is a file or dataset and takes" if is_data else "takes"
+        raise InputError(f"{name} {kind} no arguments, but {dict(args)} was given; leave it out.")
+    if name == programs.NAME:
+        _refuse_evaluation(name, eval_file)
+        return _Problems(programs.draw_programs(**sizes), None, "code", {"name": name})
+    if is_task_file(name):
+        mine = load_own_task(name)
+        judged = mine.reward is not None and (not judges or judges[0] == "verifier")
+        asked = replace(columns, needs_answer=columns.needs_answer and not judged)
+        return _of_source(mine.source, asked, eval_file, sizes, mine.reward)
+    if is_data:
+        source = hub.read_dataset(name) if hub.is_dataset(name) else read_path(name)
+        return _of_source(source, columns, eval_file, sizes)
+    raise InputError(_unknown(name))
+
+
+def _of_source(
+    source: Source,
+    columns: Columns,
+    eval_file: str | None,
+    sizes: Mapping[str, int],
+    verifier: Reward | None = None,
+) -> _Problems:
+    problems = problems_of(source, source.lines, columns)
+    identity = {"file": source.digest, "columns": problems.columns}
+    notes = [source.note, problems.note]
+    apart, evaluation = source, source.evaluation
+    if eval_file is not None:
+        apart = read_path(eval_file)
+        evaluation = apart.lines
+        identity["eval_file"] = apart.digest
+    if evaluation is None:
+        split = split_rows(problems.rows, **sizes)
+    else:
+        held_out = problems_of(apart, evaluation, columns)
+        split, shared = given_split(problems.rows, held_out.rows, **sizes, drop=columns.drop)
+        notes.append(held_out.note)
+        if shared:
+            notes.append(f"left out {shared} training questions that evaluation has too.")
+    default = default_reward([row["answer"] for row in problems.rows])
+    return _Problems(
+        split,
+        verifier,
+        default if verifier is None else "verifier",
+        identity,
+        [note for note in notes if note],
+    )
+
+
+def _refuse_evaluation(name: str, eval_file: str | None) -> None:
+    if eval_file is not None:
         raise InputError(
-            f"there is no reward `{reward}`; the rewards are {', '.join(BUILT_IN)}, or path/to/file.py:function."
+            f"{name} draws its own evaluation problems, but the file {eval_file} was given; leave it out."
         )
+
+
+def _asked_rewards(reward: str | Sequence[str] | None) -> dict[str, float]:
+    """Name → weight of the rewards asked for, in their order."""
+    texts = [reward] if isinstance(reward, str) else reward or []
+    pairs = [with_weight(text) for text in texts]
+    for text, _ in pairs:
+        if text not in BUILT_IN and not is_own(text):
+            raise InputError(
+                f"there is no reward `{text}`; the rewards are {', '.join(BUILT_IN)}, or path/to/file.py:function."
+            )
+    asked = dict(pairs)
+    if len(asked) < len(pairs):
+        raise InputError(f"a reward was asked for twice in {', '.join(texts)}; name each once.")
+    if asked and {*asked} <= {*SHAPING}:
+        raise InputError(
+            f"{', '.join(asked)} shapes completions but judges no answers; add a reward that does, such as math."
+        )
+    return asked
 
 
 def _bare(split: Split) -> Split:
@@ -151,16 +267,6 @@ def _bare(split: Split) -> Split:
     return Split(
         [bare(item) for item in split.train], [bare(item) for item in split.held_out], split.distinct
     )
-
-
-def _prompted(row: Row, system_prompt: str | None, prompt_format: str) -> Row:
-    messages = row["prompt"]
-    if system_prompt is not None:
-        rest = [message for message in messages if message["role"] != "system"]
-        messages = [{"role": "system", "content": system_prompt}, *rest]
-    if prompt_format == "plain":
-        return {**row, "prompt": "\n".join(message["content"] for message in messages)}
-    return {**row, "prompt": messages}
 
 
 def _note(split: Split, train_size: int, eval_size: int) -> str | None:
@@ -182,6 +288,6 @@ def _unknown(name: str) -> str:
         return f"there is no file {name}; for the reasoning-gym dataset write `{gym.PREFIX}{name}`."
     kind = f"a {Path(name).suffix} file" if Path(name).suffix else "nothing that exists"
     return (
-        f"the task `{name}` is {kind}; give `{gym.PREFIX}NAME`, `{programs.NAME}`, or the path of a jsonl or csv "
-        "file."
+        f"the task `{name}` is {kind}; give `{gym.PREFIX}NAME`, `{programs.NAME}`, a hub dataset (org/name), a task "
+        "file in Python, or a jsonl, csv or parquet file or a folder of them."
     )

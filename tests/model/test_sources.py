@@ -52,6 +52,7 @@ def use_hub(monkeypatch: pytest.MonkeyPatch, address: str, hub_cache: Path) -> N
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub_cache))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
 
 
 # --- folders

@@ -281,7 +281,7 @@ def test_tests_that_reject_right_programs_are_found(sandbox: Sandbox, tmp_path: 
     path = tmp_path / "wrong.jsonl"
     rows = [{**MBPP, "text": f"Problem {n}", "test_list": ["assert double(2) == 5"]} for n in range(6)]
     path.write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(InputError, match="gives right answers of .* no more than empty ones"):
+    with pytest.raises(InputError, match="gives right answers of .* no more than wrong ones"):
         check_reward(load(path, sandbox))
 
 

@@ -14,8 +14,6 @@ def load(name: Path | str, **changes: Any) -> Task:
     settings: dict[str, Any] = {
         "args": {},
         "reward": None,
-        "prompt_column": "prompt",
-        "answer_column": "answer",
         "system_prompt": None,
         "train_size": 4000,
         "eval_size": 3,
@@ -86,8 +84,14 @@ def test_the_fingerprint_changes_with_the_task_alone(tmp_path: Path) -> None:
         ([{"prompt": "a", "answer": "b"}, "{oops"], "line 2 of .* is not valid JSON"),
         (["[", "]"], "line 1 of .* one JSON array"),
         ([{"prompt": "a", "answer": "b"}, "", "3"], "line 3 of .* not a JSON object but a number"),
-        ([{"text": "a", "answer": "b"}], "no column `prompt` .* are `text`, `answer`: .* --prompt-column"),
-        ([{"prompt": "a", "label": "b"}], "no column `answer` .* are `prompt`, `label`: .* --answer-column"),
+        (
+            [{"text": "a", "answer": "b"}],
+            "no column `prompt` or `question` or `problem` .* are `text`, `answer`: .* --prompt-column",
+        ),
+        (
+            [{"prompt": "a", "label": "b"}],
+            "no column `answer` or `solution` .* are `prompt`, `label`: .* --answer-column",
+        ),
         ([{"prompt": "a", "answer": "b"}, {"prompt": "  ", "answer": "b"}], "line 2 of .* blank prompt"),
         ([{"prompt": [{"text": "a"}], "answer": "b"}], "line 1 of .* neither a text nor a list of chat"),
         ([{"prompt": "a", "answer": None}], "line 1 of .* has no answer"),
@@ -107,8 +111,8 @@ def test_a_bad_file_is_one_sentence(tmp_path: Path, lines: list[Any], message: s
 def test_a_missing_file_a_wide_csv_row_and_arguments_are_errors(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="none.jsonl does not exist"):
         load(tmp_path / "none.jsonl")
-    with pytest.raises(InputError, match="`data.parquet` is a .parquet file"):
-        load("data.parquet")
+    with pytest.raises(InputError, match="`data.xlsx` is a .xlsx file"):
+        load("data.xlsx")
     wide = tmp_path / "wide.csv"
     wide.write_text("prompt,answer\na,b\na,b,c\n")
     with pytest.raises(InputError, match="line 3 of .* more fields than the header"):

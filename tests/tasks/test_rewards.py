@@ -105,7 +105,7 @@ def test_check_reward_shows_what_is_wrong(tmp_path: Path, code: str, message: st
 def test_check_reward_rejects_a_built_in_reward_that_never_pays() -> None:
     rows = [{**row, "answer": "not a number"} for row in ROWS]
     numeric = built_in("numeric")
-    with pytest.raises(InputError, match="`numeric` gives right answers of `mine` no more than empty ones"):
+    with pytest.raises(InputError, match="`numeric` gives right answers of `mine` no more than wrong ones"):
         check_reward(Task("mine", "0" * 16, rows, rows, numeric, numeric))
 
 
@@ -131,9 +131,10 @@ def test_ones_own_reward_is_also_the_score_and_needs_no_answers(tmp_path: Path) 
     assert mine.reward is mine.score
     assert mine.own_reward
     check_reward(mine)
-    with pytest.raises(InputError, match="`verifier` exists for reasoning-gym tasks only"):
+    with pytest.raises(InputError, match="`verifier` exists for reasoning-gym tasks and task files"):
         load_task(str(tmp_path / "data.csv"), reward="verifier", **settings | {"answer_column": "topic"})
     with pytest.raises(
-        InputError, match="no reward `f1`; the rewards are exact, numeric, math, verifier, code, code-all, or"
+        InputError,
+        match="no reward `f1`; the rewards are exact, numeric, math, verifier, code, code-all, format,",
     ):
         load_task(str(tmp_path / "data.csv"), reward="f1", **settings)

@@ -1,0 +1,53 @@
+"""Rewards that shape completions, whatever their answers: TRL's, for text as well as for chats."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from trl.rewards import (
+    get_repetition_penalty_reward,
+    get_soft_overlong_punishment,
+    think_format_reward,
+)
+
+from midtune.tasks.rewards import Reward, completion_text, named
+
+# Of DAPO's 20,480 tokens the last 4,096 (arXiv 2503.14476, 3.4).
+_PUNISHED_SHARE = 0.2
+_ANSWER = re.compile(r"\s*<answer>(?:(?!</?answer>).)*</answer>\s*", re.DOTALL)
+
+
+def shaping_reward(name: str, max_new_tokens: int) -> Reward:
+    """The reward `format`, `length` or `repetition`.
+
+    - `format`: 1 for `<think>…</think>` and then one `<answer>…</answer>`, else 0.
+    - `length`: 0, and down to -1 over the last fifth of `max_new_tokens` (DAPO's soft overlong punishment).
+    - `repetition`: minus the share of 3-grams of tokens that have been there before.
+    """
+    if name == "format":
+        return named(_format, name)
+    if name == "length":
+        cache = max(1, round(max_new_tokens * _PUNISHED_SHARE))
+        return named(_called(get_soft_overlong_punishment(max_new_tokens, cache)), name)
+    return named(_called(get_repetition_penalty_reward(ngram_size=3)), name)
+
+
+def _format(completions: Sequence[Any], **columns: Any) -> list[float]:
+    texts = [completion_text(completion).lstrip() for completion in completions]
+    thought = think_format_reward([[{"role": "assistant", "content": text}] for text in texts])
+    ends = [text.partition("</think>")[2] for text in texts]
+    return [
+        float(thinks and _ANSWER.fullmatch(end) is not None)
+        for thinks, end in zip(thought, ends, strict=True)
+    ]
+
+
+def _called(reward: Reward) -> Reward:
+    """A function in place of TRL's object, so that it can be given a name."""
+
+    def call(**columns: Any) -> list[float]:
+        return reward(**columns)
+
+    return call

@@ -1,0 +1,128 @@
+"""Whether two answers are equal in mathematics, by math-verify, in a process that can be ended.
+
+math-verify's own timeouts are signals: they need the main thread, and do not interrupt arithmetic on huge
+integers (`9**9**9`). So this file also runs as a program of its own, which reads a question a line and
+answers it; one that takes too long, or too much memory, is killed and begun anew.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import IO, Any
+
+LIMIT_S = 3.0
+# Importing SymPy takes a second or two, on a busy machine more.
+START_S = 60.0
+MEMORY_BYTES = 2 * 2**30
+
+
+class Comparer:
+    """Compares answers, each within `limit_s` seconds; the process starts with the first one."""
+
+    def __init__(self, limit_s: float = LIMIT_S) -> None:
+        self.limit_s = limit_s
+        self._process: subprocess.Popen[str] | None = None
+        self._lock = threading.Lock()
+        atexit.register(self.close)
+
+    def equal(self, references: Sequence[str], candidates: Sequence[str]) -> bool:
+        """Whether one of the candidates equals the reference; False if that cannot be said in time.
+
+        Args:
+            references: ways to write the right answer; the first that can be read counts.
+            candidates: ways to read a completion's answer.
+        """
+        with self._lock:
+            process = self._process or self._start()
+            said = _asked(process, json.dumps([list(references), list(candidates)]), self.limit_s)
+            if not said:
+                self.close()
+            return said.strip() == "true"
+
+    def close(self) -> None:
+        """End the process; the next question starts another."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+    def _start(self) -> subprocess.Popen[str]:
+        # -P: this folder has modules with the names of others'.
+        process = subprocess.Popen(
+            [sys.executable, "-P", __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            encoding="utf-8",
+        )
+        self._process = process
+        _asked(process, json.dumps([["1"], ["1"]]), START_S)
+        return process
+
+
+def _asked(process: subprocess.Popen[str], line: str, limit_s: float) -> str:
+    """What the process answers, or nothing if it ended or had to be ended."""
+    assert process.stdin is not None and process.stdout is not None
+    timer = threading.Timer(limit_s, process.kill)
+    timer.start()
+    try:
+        process.stdin.write(line + "\n")
+        process.stdin.flush()
+        return process.stdout.readline()
+    except OSError:
+        return ""
+    finally:
+        timer.cancel()
+
+
+def _serve(questions: IO[str], answers: IO[str]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for midtune, which ends this process
+    _limit_memory()
+    logging.disable()
+    for line in questions:
+        references, candidates = json.loads(line)
+        try:
+            equal = _equal(tuple(references), candidates)
+        except Exception:  # noqa: BLE001 (an answer that cannot be read is not equal)
+            equal = False
+        print(json.dumps(equal), file=answers, flush=True)
+
+
+def _limit_memory() -> None:
+    try:
+        import resource
+    except ImportError:
+        return  # not on Windows, where the time limit alone holds
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+
+
+def _equal(references: tuple[str, ...], candidates: Sequence[str]) -> bool:
+    from math_verify import verify
+
+    gold = list(_reference(references))
+    return any(verify(gold, _parsed(text), timeout_seconds=None) for text in candidates)
+
+
+@lru_cache(maxsize=4096)
+def _reference(references: tuple[str, ...]) -> tuple[Any, ...]:
+    return next((tuple(found) for found in map(_parsed, references) if found), ())
+
+
+def _parsed(text: str) -> list[Any]:
+    from math_verify import parse
+
+    return list(parse(text, parsing_timeout=None))
+
+
+if __name__ == "__main__":
+    sys.stdin.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    _serve(sys.stdin, sys.stdout)
