@@ -39,9 +39,14 @@ class Comparer:
         Args:
             references: ways to write the right answer; the first that can be read counts.
             candidates: ways to read a completion's answer.
+
+        Raises:
+            MidtuneError: the process does not work at all.
         """
         with self._lock:
-            process = self._process or self._start()
+            process = self._process
+            if process is None or process.poll() is not None:
+                process = self._start()
             said = _asked(process, json.dumps([list(references), list(candidates)]), self.limit_s)
             if not said:
                 self.close()
@@ -64,7 +69,14 @@ class Comparer:
             encoding="utf-8",
         )
         self._process = process
-        _asked(process, json.dumps([["1"], ["1"]]), START_S)
+        if not _asked(process, json.dumps([["1"], ["1"]]), START_S):
+            self.close()
+            from midtune.errors import MidtuneError  # not at hand where this file is the program
+
+            raise MidtuneError(
+                f"math-verify does not answer within {START_S:.0f} s; see whether `python -c 'import math_verify'` "
+                "works, and choose another reward than `math` meanwhile."
+            )
         return process
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from midtune.errors import InputError
+from midtune.errors import InputError, MidtuneError
 from midtune.tasks.answers import (
     extract,
     last_boxed,
@@ -47,7 +47,8 @@ def completion_of(prompt: Any, text: str) -> Any:
 def per_completion(name: str, score_one: Callable[[str, str, str], float]) -> Reward:
     """A reward called `name` from a function of (extracted answer, reference answer, question).
 
-    Whatever `score_one` raises, and any score that is not a finite number, counts as 0.
+    Whatever `score_one` raises, but for errors of midtune, and any score that is not a finite number, counts
+    as 0.
     """
 
     def reward(
@@ -145,6 +146,8 @@ def named(reward: Reward, name: str) -> Reward:
 def _guarded(score_one: Callable[[str, str, str], float], found: str, reference: str, question: str) -> float:
     try:
         value = float(score_one(found, reference, question))
+    except MidtuneError:
+        raise
     except Exception:  # noqa: BLE001 (a verifier that cannot read an answer rejects it)
         return 0.0
     return value if math.isfinite(value) else 0.0

@@ -7,7 +7,7 @@ import pytest
 from midtune.errors import InputError
 from midtune.tasks import Task, check_reward
 from midtune.tasks.own import load_reward
-from midtune.tasks.rewards import Reward, built_in, default_reward
+from midtune.tasks.rewards import Reward, built_in, default_reward, named, parts_of
 from midtune.tasks.task import load_task
 
 ROWS = [{"prompt": "p", "question": f"q{n}", "answer": str(n), "level": n} for n in range(1, 7)]
@@ -53,6 +53,7 @@ def test_math_works_outside_the_main_thread() -> None:
 def test_the_default_reward_is_numeric_only_if_all_answers_are_numbers() -> None:
     assert default_reward(["1", "-2.5", "so #### 3"]) == "numeric"
     assert default_reward(["1", "two"]) == "exact"
+    assert default_reward(["1", r"x = \boxed{\sqrt{2}}"]) == "math"
 
 
 def own(folder: Path, code: str, function: str = "f") -> Reward:
@@ -138,3 +139,29 @@ def test_ones_own_reward_is_also_the_score_and_needs_no_answers(tmp_path: Path) 
         match="no reward `f1`; the rewards are exact, numeric, math, verifier, code, code-all, format,",
     ):
         load_task(str(tmp_path / "data.csv"), reward="f1", **settings)
+
+
+def test_rewards_add_up_by_weights_and_the_score_is_that_of_the_answers(tmp_path: Path) -> None:
+    path = tmp_path / "data.csv"
+    path.write_text("prompt,answer\n" + "".join(f"p{n},{n}\n" for n in range(6)))
+    settings: dict[str, Any] = {"args": {}, "seed": 0, "train_size": 9, "eval_size": 2}
+
+    def shaping(name: str) -> Reward:
+        return named(lambda completions, **_: [None if not c else -1.0 * len(c) for c in completions], name)
+
+    both = load_task(str(path), reward=["length=0.5", "numeric=3"], shaping=shaping, **settings)
+    columns = {"prompts": ["?"] * 3, "completions": ["12", "7", ""], "answer": ["12", "12", "12"]}
+    assert both.reward(**columns) == [0.5 * -2 + 3, -0.5, 0.0]
+    assert both.score(**columns) == [1.0, 0.0, 0.0]
+    assert both.reward.__name__ == "length+numeric"
+    rewards, weights = parts_of(both.reward)
+    assert ([reward.__name__ for reward in rewards], weights) == (["length", "numeric"], [0.5, 3.0])
+    check_reward(both)
+    alone = load_task(str(path), reward="numeric", **settings)
+    assert parts_of(alone.reward) == ([alone.reward], [1.0])
+    lighter = load_task(str(path), reward=["length=0.4", "numeric=3"], shaping=shaping, **settings)
+    assert len({alone.fingerprint, both.fingerprint, lighter.fingerprint}) == 3
+    with pytest.raises(InputError, match="length shapes completions but judges no answers"):
+        load_task(str(path), reward=["length"], shaping=shaping, **settings)
+    with pytest.raises(InputError, match="asked for twice"):
+        load_task(str(path), reward=["math", "math=2"], **settings)

@@ -1,0 +1,176 @@
+"""Data as GSM8K, MATH and NuminaMath have it, from files, folders and the hub, and what is wrong with it."""
+
+from __future__ import annotations
+
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from midtune.errors import InputError
+from midtune.network import HUB_OFFLINE, OFFLINE
+from midtune.tasks import check_reward, hub
+from tests.tasks.toy_data import gsm8k, load, math, scores, write
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_gsm8k_is_read_whatever_its_format(tmp_path: Path, suffix: str) -> None:
+    task = load(write(tmp_path / f"data.{suffix}", gsm8k(12)))
+    assert (len(task.train), len(task.held_out), task.reward.__name__) == (9, 3, "numeric")
+    assert scores(task, "So #### {n+1}") == [1.0, 1.0]
+    assert scores(task, "So #### {n}") == [0.0, 0.0]
+    check_reward(task)
+    again = load(write(tmp_path / "same.jsonl", gsm8k(12)))
+    assert [row["question"] for row in task.train] == [row["question"] for row in again.train]
+
+
+def test_math_is_compared_by_the_value_of_its_boxed_answers(tmp_path: Path) -> None:
+    task = load(write(tmp_path / "math.jsonl", math(12, start=1)))
+    assert task.reward.__name__ == "math"
+    assert scores(task, r"<think>hm</think> \boxed{\sqrt{2}\cdot{n}}") == [1.0, 1.0]
+    assert scores(task, r"<answer>$\frac{2\cdot{n}}{\sqrt{2}}$</answer>") == [1.0, 1.0]
+    assert scores(task, r"\boxed{{n}}") == [0.0, 0.0]
+    check_reward(task)
+
+
+def test_columns_are_found_and_can_be_named(tmp_path: Path) -> None:
+    rows = [{"problem": f"P{n}", "solution": rf"\boxed{{{n}}}", "answer": n, "q": f"Q{n}"} for n in range(9)]
+    path = write(tmp_path / "numina.jsonl", rows)
+    found = load(path).train[0]
+    assert (found["question"][0], found["answer"]) == ("P", found["question"][1:])
+    named = load(path, prompt_column="q", answer_column="solution").train[0]
+    assert (named["question"][0], named["answer"][:6]) == ("Q", "\\boxed")
+
+
+def test_a_worked_solution_without_a_final_answer_is_a_bad_row(tmp_path: Path) -> None:
+    rows = [*math(8), {"problem": "Prove it.", "solution": "As is obvious. Q.E.D."}]
+    path = write(tmp_path / "proofs.parquet", rows)
+    with pytest.raises(InputError, match=r"row 9 of .*proofs.parquet has no final answer .*bad_rows=drop\.$"):
+        load(path)
+    task = load(path, bad_rows="drop")
+    assert len(task.train) + len(task.held_out) == 8
+    assert task.note is not None and "left out 1 of 9 rows" in task.note
+
+
+def test_bad_rows_are_counted_shown_with_their_lines_and_dropped(tmp_path: Path) -> None:
+    path = write(tmp_path / "data.jsonl", gsm8k(8))
+    bad = ["{oops", "3", '{"question": " ", "answer": "1"}', '{"question": "What?", "answer": null}']
+    path.write_text("\n".join([*bad[:2], path.read_text(), *bad[2:]]))
+    with pytest.raises(InputError) as raised:
+        load(path)
+    assert str(raised.value) == (
+        f"4 of 12 rows of {path} cannot be used: line 1 of {path} is not valid JSON; line 2 of {path} is not a "
+        f"JSON object but a number; line 11 of {path} has a blank prompt in column `question`; …; mend them, or "
+        "leave them out with --set task.bad_rows=drop."
+    )
+    task = load(path, bad_rows="drop")
+    assert len(task.train) + len(task.held_out) == 8
+    assert task.note is not None and f"left out 4 of 12 rows of {path}: line 1" in task.note
+
+
+def test_a_folder_keeps_training_and_test_files_apart(tmp_path: Path) -> None:
+    write(tmp_path / "main/train-00000-of-00002.parquet", gsm8k(5))
+    write(tmp_path / "main/train-00001-of-00002.parquet", gsm8k(5, start=5))
+    write(tmp_path / "main/test-00000-of-00001.parquet", gsm8k(4, start=50))
+    write(tmp_path / "main/validation.jsonl", gsm8k(4, start=90))
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    task = load(tmp_path, eval_size=10)
+    assert {row["question"] for row in task.train} == {row["question"] for row in gsm8k(10)}
+    assert {row["question"] for row in task.held_out} == {row["question"] for row in gsm8k(4, start=50)}
+    assert task.note == f"of {tmp_path}, validation is not used."
+
+
+def test_a_folder_without_a_test_file_is_split(tmp_path: Path) -> None:
+    write(tmp_path / "a.csv", gsm8k(6))
+    write(tmp_path / "b.jsonl", gsm8k(6, start=4))
+    task = load(tmp_path)
+    assert (len(task.train), len(task.held_out)) == (7, 3)
+    with pytest.raises(InputError, match="the folder .* has no jsonl, csv or parquet files"):
+        (tmp_path / "empty").mkdir()
+        load(tmp_path / "empty")
+
+
+def test_questions_in_training_and_evaluation_are_refused_or_dropped(tmp_path: Path) -> None:
+    train = write(tmp_path / "train.jsonl", gsm8k(8))
+    shared = [{"question": " Problem\n 6? ", "answer": "7"}, {"question": "Problem 7?", "answer": "8"}]
+    other = write(tmp_path / "other.jsonl", [*gsm8k(3, start=20), *shared])
+    with pytest.raises(InputError) as raised:
+        load(train, eval_file=str(other))
+    assert str(raised.value) == (
+        "2 questions are in both the 8 training and the 5 evaluation problems, first 'Problem 6?'; take them out "
+        "of one side, or leave them out of training with --set task.bad_rows=drop."
+    )
+    task = load(train, eval_file=str(other), bad_rows="drop", eval_size=9)
+    assert (len(task.train), len(task.held_out)) == (6, 5)
+    assert task.note == "left out 2 training questions that evaluation has too."
+    assert load(train).fingerprint != task.fingerprint
+
+
+def test_a_file_that_is_no_parquet_and_a_task_that_draws_its_own(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.parquet"
+    broken.write_bytes(b"PAR1 but not really")
+    with pytest.raises(InputError, match="broken.parquet is not a parquet file that can be read"):
+        load(broken)
+    with pytest.raises(InputError, match="draws its own evaluation problems"):
+        load("reasoning-gym:chain_sum", eval_file="other.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "is_one"),
+    [
+        ("openai/gsm8k", True),
+        ("openai/gsm8k:main", True),
+        ("AI-MO/NuminaMath-1.5", True),
+        ("data/train.jsonl", False),
+        ("tasks/mine.py", False),
+        ("reasoning-gym:gcd", False),
+        ("a/b/c", False),
+    ],
+)
+def test_hub_datasets_are_told_by_their_names(name: str, is_one: bool) -> None:
+    assert hub.is_dataset(name) == is_one
+
+
+def test_a_hub_dataset_gives_its_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def fake(name: str, configuration: str | None) -> datasets.DatasetDict:
+        asked.append((name, configuration, datasets.config.HF_HUB_OFFLINE))
+        rows = {"train": gsm8k(8), "test": gsm8k(4, start=20)}
+        return datasets.DatasetDict({part: datasets.Dataset.from_list(rows[part]) for part in rows})
+
+    monkeypatch.setattr(hub, "_unreachable", lambda repository: None)
+    monkeypatch.setattr(hub, "hub_is_offline", lambda: False)
+    monkeypatch.setattr(datasets, "load_dataset", fake)
+    task = load("openai/gsm8k:main")
+    assert asked == [("openai/gsm8k", "main", False)]
+    assert (len(task.train), len(task.held_out)) == (8, 3)
+    assert {row["question"] for row in task.held_out} < {row["question"] for row in gsm8k(4, start=20)}
+    monkeypatch.setattr(hub, "MOST_ROWS", 4)
+    thinned = load("openai/gsm8k:main")
+    assert {row["question"] for row in thinned.train} == {f"Problem {n}?" for n in (0, 2, 4, 6)}
+    assert thinned.note == "openai/gsm8k:main is long: of train only every 2th row is read."
+
+
+def test_offline_only_the_cache_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    monkeypatch.setenv(OFFLINE, "1")
+    monkeypatch.setattr(hub, "_unreachable", lambda repository: pytest.fail("the hub was asked"))
+    with pytest.raises(
+        InputError, match="nor in the cache of this machine, and work is offline; go online once"
+    ):
+        load("openai/gsm8k:main")
+
+
+def test_a_hub_that_cannot_be_reached_takes_seconds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    monkeypatch.setenv(HUB_OFFLINE, "0")
+    monkeypatch.setattr(hub, "REACH_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(3))
+    started = time.perf_counter()
+    with pytest.raises(InputError, match="and the hub cannot be reached"):
+        load("openai/gsm8k:main")
+    assert time.perf_counter() - started < 2.5

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from midtune.errors import MidtuneError
+from midtune.tasks import mathematics, rewards
+from midtune.tasks.mathematics import Comparer
+
+
+@pytest.fixture(scope="module")
+def comparer() -> Iterator[Comparer]:
+    made = Comparer(limit_s=2.0)
+    yield made
+    made.close()
+
+
+def test_equal_answers_are_found_however_they_are_written(comparer: Comparer) -> None:
+    assert comparer.equal(["$0.5$"], [r"$\frac{1}{2}$"])
+    assert comparer.equal(["$x^2-1$"], ["$3$", "$(x-1)(x+1)$"])
+    assert comparer.equal(["", "$7$"], ["7"])
+    assert not comparer.equal(["$0.5$"], [r"$\frac{1}{3}$"])
+    assert not comparer.equal(["$1$"], [])
+
+
+@pytest.mark.parametrize("endless", ["$9^{9^{9^{9}}}$", "$(99999!)!$"])
+def test_an_answer_that_takes_forever_ends_and_the_next_one_is_read(comparer: Comparer, endless: str) -> None:
+    assert comparer.equal(["$2$"], ["$2$"])
+    started = time.perf_counter()
+    assert not comparer.equal(["$1$"], [endless])
+    assert time.perf_counter() - started < 10
+    assert comparer.equal(["$2$"], ["$2$"])
+
+
+def test_threads_share_one_process(comparer: Comparer) -> None:
+    found: dict[int, bool] = {}
+
+    def ask(n: int) -> None:
+        found[n] = comparer.equal([f"${n}$"], [f"$\\frac{{{2 * n}}}{{2}}$" if n % 2 else "$100$"])
+
+    threads = [threading.Thread(target=ask, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {n: n % 2 == 1 for n in range(8)}
+
+
+def test_a_process_that_died_is_begun_anew() -> None:
+    comparer = Comparer()
+    assert comparer.equal(["$1$"], ["$1$"])
+    assert comparer._process is not None
+    comparer._process.kill()
+    comparer._process.wait()
+    assert comparer.equal(["$1$"], ["$1$"])
+    comparer.close()
+
+
+def test_one_that_never_starts_is_an_error_and_no_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mathematics, "__file__", "/nowhere.py")
+    monkeypatch.setattr(rewards, "_COMPARER", Comparer())
+    with pytest.raises(MidtuneError, match="math-verify does not answer"):
+        rewards.built_in("math")(prompts=["?"], completions=["1"], answer=["1"])

@@ -1,0 +1,108 @@
+"""A task in one Python file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from midtune.errors import InputError
+from midtune.tasks import check_reward, scored_samples
+from tests.tasks.toy_data import load
+
+ROWS = """
+def rows():
+    return [{"prompt": f"{n} + 1?", "answer": n + 1, "level": "easy"} for n in range(12)]
+"""
+REWARD = """
+def reward(prompts, completions, answer, level, **columns):
+    assert set(level) == {"easy"}
+    return [float(c[-1]["content"] == f"<answer>{a}</answer>") for c, a in zip(completions, answer)]
+"""
+
+
+def written(folder: Path, code: str) -> Path:
+    path = folder / "mine.py"
+    path.write_text(code)
+    return path
+
+
+def test_rows_and_reward_make_a_task(tmp_path: Path) -> None:
+    task = load(written(tmp_path, ROWS + REWARD))
+    assert (len(task.train), len(task.held_out)) == (9, 3)
+    assert (task.reward, task.own_reward, task.reward.__name__) == (task.score, True, "reward")
+    check_reward(task)
+    row = task.train[0]
+    right, wrong = scored_samples(task, row)
+    assert (right.completion, right.score) == (f"<answer>{row['answer']}</answer>", 1.0)
+    assert (wrong.completion, wrong.score) == (str(int(row["answer"]) + 1), 0.0)
+    assert load(tmp_path / "mine.py", seed=3).fingerprint == task.fingerprint
+    assert load(written(tmp_path, ROWS + REWARD + "\n#\n")).fingerprint != task.fingerprint
+
+
+def test_without_a_reward_answers_are_compared(tmp_path: Path) -> None:
+    task = load(written(tmp_path, ROWS))
+    assert (task.reward.__name__, task.own_reward) == ("numeric", False)
+    check_reward(task)
+
+
+def test_a_reward_needs_no_answers_and_can_be_one_of_several(tmp_path: Path) -> None:
+    code = "def rows(): return [{'prompt': f'p{n}'} for n in range(9)]\n"
+    code += "def reward(completions, **columns): return [-1.0 * len(c) for c in completions]\n"
+    check_reward(load(written(tmp_path, code)))
+    own = f"{tmp_path / 'mine.py'}:reward"
+    with pytest.raises(InputError, match="rewards reward, reward have one name twice"):
+        load(tmp_path / "mine.py", reward=["verifier", own])
+
+
+def test_training_and_evaluation_rows_stay_as_they_are(tmp_path: Path) -> None:
+    code = """
+def train_rows():
+    return [{"prompt": f"train {n}", "answer": "yes"} for n in range(6)]
+
+def eval_rows():
+    return [{"prompt": f"eval {n}", "answer": "yes"} for n in range(2)]
+"""
+    task = load(written(tmp_path, code))
+    assert {row["question"].split()[0] for row in task.train} == {"train"}
+    assert [row["question"] for row in task.held_out] in (["eval 0", "eval 1"], ["eval 1", "eval 0"])
+    with pytest.raises(InputError, match="2 questions are in both the 6 training and the 2 evaluation"):
+        load(written(tmp_path, code.replace("eval {n}", "train {n}")))
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("def row(): ...", r"has to define `rows\(\)`, or .* and it has neither; its functions are `row`"),
+        ("def rows(): return 3", r"`rows\(\)` of .* raised TypeError: 'int' object is not iterable"),
+        ("def rows(): return []", "gave no rows; it must return a list of dicts with `prompt`"),
+        (
+            "def rows(): return [{'prompt': f'p{n}', 'answer': n} for n in range(9)] + ['x']",
+            "row 10 of .* is not a dict but a text; mend it, or leave it out",
+        ),
+        ("def rows(): return [{'question_': 'p'}] * 9", "no column `prompt` or .* columns are `question_`"),
+        (ROWS + "reward = 3", "`reward` of .* is not a function"),
+        ("import nowhere", r"task file .* does not import \(ModuleNotFoundError"),
+    ],
+)
+def test_a_wrong_file_is_one_sentence(tmp_path: Path, code: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load(written(tmp_path, code))
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("def reward(completions, **columns): return [1.0]", "returned 1 values for 4 completions"),
+        ("def reward(completions, **columns): return [float('inf')] * len(completions)", "finite numbers"),
+        ("def reward(completions, **columns): return [1.0] * len(completions)", "no more than wrong ones"),
+    ],
+)
+def test_a_wrong_reward_is_found_before_the_run(tmp_path: Path, code: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check_reward(load(written(tmp_path, ROWS + code)))
+
+
+def test_a_missing_file() -> None:
+    with pytest.raises(InputError, match=r"task file none.py does not exist; .* defines `rows\(\)`"):
+        load("none.py")

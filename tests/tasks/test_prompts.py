@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from midtune.tasks.prompts import BOXED, THINK, prompted
+
+CHAT = [{"role": "system", "content": "old"}, {"role": "user", "content": r"What is {x} in \boxed{}?"}]
+QUESTION = CHAT[1]["content"]
+
+
+@pytest.mark.parametrize(
+    ("template", "system_prompt", "expected"),
+    [
+        (None, None, CHAT),
+        (None, "new", [{"role": "system", "content": "new"}, CHAT[1]]),
+        ("boxed", None, [{"role": "system", "content": BOXED}, CHAT[1]]),
+        ("boxed", "new", [{"role": "system", "content": "new"}, CHAT[1]]),
+        ("r1", None, [{"role": "system", "content": THINK}, CHAT[1]]),
+        ("question", None, [CHAT[0], {"role": "user", "content": f"Question: {QUESTION}\nAnswer:"}]),
+    ],
+)
+def test_chats(template: str | None, system_prompt: str | None, expected: Any) -> None:
+    row = {"prompt": CHAT, "question": QUESTION}
+    found = prompted(row, template=template, system_prompt=system_prompt, prompt_format="chat")
+    assert found == {"prompt": expected, "question": QUESTION}
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (None, QUESTION),
+        ("boxed", f"{QUESTION}\n{BOXED}\n"),
+        ("r1", f"{THINK}\nUser: {QUESTION}\nAssistant:"),
+        ("question", f"Question: {QUESTION}\nAnswer:"),
+    ],
+)
+def test_plain_text(template: str | None, expected: str) -> None:
+    row = {"prompt": CHAT[1:], "question": QUESTION}
+    plain = prompted(row, template=template, system_prompt=None, prompt_format="plain")
+    assert plain["prompt"] == expected
+    shots = prompted(row, template=template, system_prompt="1 + 1 is 2.", prompt_format="plain")
+    assert shots["prompt"] == f"1 + 1 is 2.\n{expected}"
+
+
+def test_the_boxed_template_is_that_of_qwen_math() -> None:
+    assert BOXED == r"Please reason step by step, and put your final answer within \boxed{}."
