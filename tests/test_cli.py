@@ -17,6 +17,7 @@ from midtune import cli, stages
 from midtune import config as settings
 from midtune.config import RunConfig, dump_config
 from midtune.errors import InputError, Interrupted, RunStopped
+from midtune.network import HUB_OFFLINE, OFFLINE, hub_is_offline, is_offline
 
 HEAVY = {
     "torch",
@@ -400,6 +401,10 @@ def test_resume_of_nothing_or_with_more(
         (["train", "--recipe", "none.yaml"], "recipe none.yaml does not exist"),
         (["train", "smollm2-135m"], "no task was given for smollm2-135m"),
         (["tasks", "--task-arg", "=3"], "--task-arg key=value"),
+        (["tasks", "check"], "needs the task to check"),
+        (["tasks", "chain_sum", "gcd"], "one task is shown at a time"),
+        (["tasks", "check", "mine.py"], "task file mine.py does not exist"),
+        (["train", "--template", "r2"], "`task.template`"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -468,6 +473,41 @@ def test_a_task_is_shown_with_its_arguments(run: Run) -> None:
     text = run("tasks", "reasoning-gym:chain_sum", "--task-arg", "max_terms=2").out
     assert found["question"] in text and "max_terms=2" in text
     assert "chain_sum" in one_error(run("tasks", "chain_summ"))
+
+
+def test_one_s_own_task_is_shown_and_checked(run: Run, elsewhere: Path) -> None:
+    (elsewhere.parent / "mine.py").write_text(
+        "def rows(): return [{'prompt': f'{n}?', 'answer': n} for n in range(9)]\n"
+        "def reward(completions, answer, **columns):\n"
+        "    return [float(c[-1]['content'] == a) for c, a in zip(completions, answer)]\n"
+    )
+    shown = run("tasks", "../mine.py")
+    assert shown.code == 0, shown.err
+    assert "a right answer, which `reward` gives 1" in shown.out
+    checked = run("tasks", "check", "../mine.py")
+    assert checked.code == 0, checked.err
+    assert "../mine.py can be trained on" in checked.out
+    assert "6 problems to train on and 3 to evaluate on" in checked.out
+
+
+def test_rewards_are_repeated_and_weighted(run: Run, trained: list[dict[str, Any]]) -> None:
+    assert run("train", "--json", "--reward", "math", "--reward", "format=0.2", "--template", "r1").code == 0
+    assert run("train", "--json", "--set", "task.reward=math").code == 0
+    assert run("train", "--json").code == 0
+    asked = [found["config"].task.reward for found in trained]
+    assert asked == [["math", "format=0.2"], ["math"], None]
+    assert trained[0]["config"].task.template == "r1"
+
+
+def test_offline_is_told_to_midtune_and_the_hub(
+    run: Run, trained: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (OFFLINE, HUB_OFFLINE):
+        monkeypatch.setenv(name, "0")
+    assert run("train", "--json").code == 0
+    assert not is_offline() and not hub_is_offline()
+    assert run("train", "--json", "--offline").code == 0
+    assert is_offline() and hub_is_offline()
 
 
 @pytest.mark.parametrize(("problems", "code"), [(0, 0), (2, 1)])

@@ -14,6 +14,7 @@ import typer.main
 
 from midtune import cli, stages
 from midtune.config import RunConfig, dump_config, load_config
+from midtune.tasks import check_reward, load_task
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -52,6 +53,15 @@ def test_commands_reach_their_stage(command: str, tmp_path: Path, monkeypatch: p
         cli.main([*words, "--json"])
     assert ended.value.code == 0
     assert len(reached) == 1
+
+
+def test_the_task_file_it_shows_is_sound(tmp_path: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    path = tmp_path / "my_task.py"
+    path.write_text(code)
+    task = load_task(str(path), args={}, reward=None, train_size=800, eval_size=100, seed=0)
+    assert (len(task.train), len(task.held_out)) == (800, 100)
+    check_reward(task)
 
 
 def test_named_options_and_files_exist() -> None:
