@@ -41,17 +41,19 @@ def read_dataset(name: str) -> Source:
     # Else it would ask the hub again, several times.
     datasets.config.HF_HUB_OFFLINE = why is not None
     try:
-        found = datasets.load_dataset(repository, configuration or None)
-        parts = {str(part): rows for part, rows in found.items()}
+        loaded = datasets.load_dataset(repository, configuration or None)
+        parts = {str(part): rows for part, rows in loaded.items()}
     except (OSError, ValueError, DatasetsError) as error:
         if why is not None:
             raise InputError(
                 f"{name} is neither a file or folder here nor in the cache of this machine, and {why}; go online "
                 "once, or give a jsonl, csv or parquet file or a folder of them."
             ) from None
+        # Of several configurations the message lists the names, on lines of their own.
+        found = " ".join(str(error).split())[:300].rstrip(".")
         raise InputError(
-            f"the dataset {name} cannot be read ({reason(error)}); check its name, written as org/name or, where "
-            "it has several configurations, org/name:CONFIGURATION."
+            f"the dataset {name} cannot be read ({found}); write it as org/name or, where it has several "
+            "configurations, org/name:CONFIGURATION."
         ) from None
     finally:
         datasets.config.HF_HUB_OFFLINE = known
@@ -60,8 +62,8 @@ def read_dataset(name: str) -> Source:
     for part, of_part in lines.items():
         for line in of_part:
             digest.update(f"{part} {json.dumps(line.row, sort_keys=True, default=str)}\n".encode())
-    thinned = [f"of {part} only every {_step(rows)}th" for part, rows in parts.items() if _step(rows) > 1]
-    note = f"{name} is long: {' and '.join(thinned)} row is read." if thinned else ""
+    thinned = [f"one row in {_step(rows)} of {part}" for part, rows in parts.items() if _step(rows) > 1]
+    note = f"{name} is long: {' and '.join(thinned)} is read." if thinned else ""
     return by_part(name, lines, digest.hexdigest(), note)
 
 

@@ -8,6 +8,7 @@ answers it; one that takes too long, or too much memory, is killed and begun ane
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import logging
 import signal
@@ -69,7 +70,8 @@ class Comparer:
             encoding="utf-8",
         )
         self._process = process
-        if not _asked(process, json.dumps([["1"], ["1"]]), START_S):
+        # The first LaTeX builds its parser.
+        if not _asked(process, json.dumps([["$\\frac{1}{2}$"], ["$x^2$"]]), START_S):
             self.close()
             from midtune.errors import MidtuneError  # not at hand where this file is the program
 
@@ -109,11 +111,11 @@ def _serve(questions: IO[str], answers: IO[str]) -> None:
 
 
 def _limit_memory() -> None:
-    try:
+    # Where the system has no such limit, the time limit alone holds.
+    with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
-    except ImportError:
-        return  # not on Windows, where the time limit alone holds
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
 
 
 def _equal(references: tuple[str, ...], candidates: Sequence[str]) -> bool:

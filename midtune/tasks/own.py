@@ -37,7 +37,7 @@ ROWS = "`rows()`, or `train_rows()` and `eval_rows()`"
 
 @dataclass(frozen=True)
 class OwnTask:
-    """What a task file defines; a digest of the file is the source's."""
+    """What a task file defines; the source's digest is that of the file and its rows."""
 
     source: Source
     reward: Reward | None
@@ -102,7 +102,9 @@ def load_own_task(name: str) -> OwnTask:
         raise InputError(
             f"`reward` of {path} is not a function; write `def reward(prompts, completions, **columns)`."
         )
-    digest = hashlib.sha256(content).hexdigest()
+    # Rows may come from elsewhere than the file.
+    rows = repr([line.row for line in [*lines, *(evaluation or [])]])
+    digest = hashlib.sha256(content + rows.encode("utf-8", "surrogatepass")).hexdigest()
     return OwnTask(Source(str(path), lines, evaluation, digest), reward and accepting(reward, "reward"))
 
 

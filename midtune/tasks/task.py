@@ -107,6 +107,10 @@ def load_task(
     judges = [text for text in asked if text not in SHAPING]
     own = {text: load_reward(text) for text in asked if is_own(text)}
     is_code = any(text in CODE for text in asked)
+    if is_code and name.startswith(gym.PREFIX):
+        raise InputError(
+            f"the reward `code` needs tests, which {name} does not have; use verifier, or a file with tests."
+        )
     columns = Columns(
         "prompt" if is_code else prompt_column,
         "answer" if is_code else answer_column,
@@ -123,21 +127,11 @@ def load_task(
             f"the reward `verifier` exists for reasoning-gym tasks and task files with a `reward` only, and {name} "
             "is neither; use exact, numeric, math, code or path/to/file.py:function."
         )
-    if is_code and name.startswith(gym.PREFIX):
-        raise InputError(
-            f"the reward `code` needs tests, which {name} does not have; use verifier, or a file with tests."
-        )
     opened = sandbox() if sandbox is not None and weights.keys() & {*CODE} else None
-    parts: dict[str, Reward] = {}
-    for text in weights:
-        if text in SHAPING and shaping is not None:
-            parts[text] = shaping(text)
-        elif text in CODE and opened is not None:
-            parts[text] = code_reward(text, opened)
-        elif text == "verifier" and found.verifier is not None:
-            parts[text] = found.verifier
-        else:
-            parts[text] = own[text][0] if text in own else built_in(text)
+    parts = {
+        text: own[text][0] if text in own else _reward(text, found.verifier, opened, shaping)
+        for text in weights
+    }
     whole = parts[judge] if weights == {judge: 1.0} else Weighted(parts.values(), weights.values())
     is_own_reward = judge in own or (judge == "verifier" and is_task_file(name))
     digests = {text: digest for text, (_, digest) in own.items()}
@@ -236,6 +230,20 @@ def _refuse_evaluation(name: str, eval_file: str | None) -> None:
         raise InputError(
             f"{name} draws its own evaluation problems, but the file {eval_file} was given; leave it out."
         )
+
+
+def _reward(
+    text: str,
+    verifier: Reward | None,
+    sandbox: Sandbox | None,
+    shaping: Callable[[str], Reward] | None,
+) -> Reward:
+    """A reward that is not a person's own, by its name."""
+    if text in SHAPING and shaping is not None:
+        return shaping(text)
+    if text in CODE and sandbox is not None:
+        return code_reward(text, sandbox)
+    return verifier if text == "verifier" and verifier is not None else built_in(text)
 
 
 def _asked_rewards(reward: str | Sequence[str] | None) -> dict[str, float]:

