@@ -76,7 +76,7 @@ INTERRUPTED = 130
 PIPE_WIDTH = 100
 
 
-def _option(name: str, panel: str, flag: str | None = None) -> Any:
+def _option(name: str, panel: str, flag: str | None = None, metavar: str | None = None) -> Any:
     known = setting(SETTINGS[name])
     assert known is not None, name
     notes = known.description
@@ -86,7 +86,7 @@ def _option(name: str, panel: str, flag: str | None = None) -> Any:
     return typer.Option(
         flag or "--" + name.replace("_", "-"),
         help=notes,
-        metavar="|".join(known.choices) or None,
+        metavar="|".join(known.choices) or metavar,
         show_default=False,
         rich_help_panel=panel,
     )
@@ -119,7 +119,7 @@ TaskArgs = Annotated[
     list[str] | None,
     _plain_option("--task-arg", "argument of a reasoning-gym dataset; repeatable", "Task", "KEY=VALUE"),
 ]
-Reward = Annotated[list[str] | None, _option("reward", "Task")]
+Reward = Annotated[list[str] | None, _option("reward", "Task", metavar="NAME[=WEIGHT]")]
 PromptColumn = Annotated[str | None, _option("prompt_column", "Task")]
 AnswerColumn = Annotated[str | None, _option("answer_column", "Task")]
 PromptFormat = Annotated[str | None, _option("prompt_format", "Task")]

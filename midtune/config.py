@@ -67,8 +67,8 @@ class TaskConfig(Part):
     args: dict[str, Any] = Field(default_factory=dict, description="parameters of a reasoning-gym dataset")
     reward: list[str] | None = Field(
         None,
-        description="`exact`, `numeric`, `math`, `verifier`, `code`, `code-all`, or `path/to/file.py:function`; of "
-        "several, such as `math format=0.2 length repetition`, the weighted sum",
+        description="`exact`, `numeric`, `math`, `verifier`, `code`, `code-all`, or `path/to/file.py:function`; with "
+        "others, and with `format`, `length` and `repetition`, which shape completions, added up by weights",
     )
     prompt_column: str | None = Field(
         None,

@@ -135,13 +135,15 @@ def load_task(
     whole = parts[judge] if weights == {judge: 1.0} else Weighted(parts.values(), weights.values())
     is_own_reward = judge in own or (judge == "verifier" and is_task_file(name))
     digests = {text: digest for text, (_, digest) in own.items()}
-    identity = {
+    identity: dict[str, Any] = {
         "system": system_prompt,
         "format": prompt_format,
         "own": digests.get(judge, ""),
         **found.identity,
         "reward": "own" if judge in own else judge,
     }
+    if is_code and "columns" in identity:
+        identity["columns"] = [prompt_column or "prompt", answer_column or "answer"]
     # Said only where it is so, that other tasks keep their fingerprints.
     if template is not None:
         identity["template"] = template
