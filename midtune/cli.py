@@ -60,6 +60,7 @@ SETTINGS = {
     "fit": "training.fit",
     "report_to": "training.report_to",
     "samples": "evaluation.samples",
+    "k": "evaluation.k",
     "baseline": "evaluation.baseline",
     "method": "probe.method",
     "probed": "probe.layers",
@@ -148,6 +149,8 @@ Resume = Annotated[
 
 EvalSize = Annotated[int | None, _option("eval_size", "Evaluation")]
 Samples = Annotated[int | None, _option("samples", "Evaluation")]
+PassAtK = Annotated[str | None, _option("k", "Evaluation")]
+TaskNames = Annotated[list[str] | None, _option("task", "Task")]
 Baseline = Annotated[str | None, _option("baseline", "Evaluation")]
 
 Method = Annotated[str | None, _option("method", "Probe")]
@@ -359,7 +362,7 @@ def evaluate(
     target: Annotated[str, typer.Argument(metavar="TARGET", help="a model, a run folder or a patch folder")],
     quantize: Quantize = None,
     device: Device = None,
-    task: TaskName = None,
+    task: TaskNames = None,
     task_arg: TaskArgs = None,
     reward: Reward = None,
     prompt_column: PromptColumn = None,
@@ -371,28 +374,55 @@ def evaluate(
     temperature: Temperature = None,
     eval_size: EvalSize = None,
     samples: Samples = None,
+    k: PassAtK = None,
+    lm_eval: Annotated[
+        str | None,
+        _plain_option("--lm-eval", "also tasks of lm-evaluation-harness", "Evaluation", "TASK,TASK"),
+    ] = None,
+    lm_eval_path: Annotated[
+        Path | None,
+        _plain_option(
+            "--lm-eval-path", "folder that describes such tasks of your own", "Evaluation", "FOLDER"
+        ),
+    ] = None,
     recipe: Recipe = None,
     set_: Set = None,
     seed: Seed = None,
     offline: Offline = False,
+    results: Annotated[
+        Path | None,
+        _plain_option("--results", "write every problem, its answer and scores, as jsonl", "Output", "FILE"),
+    ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Score a model, a run or a patch on held-out problems.
 
-    A run or the patch inside it is scored on its own task, unless another one is given.
+    A run or the patch inside it is scored beside its base model, on its own task, unless others are given: --task can
+    be repeated.
 
     \b
     Example:
       midtune eval runs/tiny --quantize none
     """
-    config = _configure(ctx, target=target)
+    harness_tasks = [name.strip() for name in (lm_eval or "").split(",") if name.strip()]
+    configs = []
+    for place in range(max(len(task or []), 1)):
+        ctx.params["task"] = task[place] if task else None
+        configs.append(_configure(ctx, target=target, task_needed=not harness_tasks))
 
     def stage(terminal: Terminal) -> dict[str, Any]:
         from midtune.stages import evaluate as stage
 
-        return stage.run(target, config, terminal=terminal)
+        return stage.run(
+            target,
+            configs,
+            lm_eval=harness_tasks,
+            lm_eval_path=lm_eval_path,
+            results=results,
+            terminal=terminal,
+        )
 
     _show("score", _run(stage, quiet), as_json)
 

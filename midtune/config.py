@@ -189,10 +189,21 @@ class EvaluationConfig(Part):
     """Scoring on held-out problems, before and after."""
 
     samples: int = Field(4, ge=0, description="completions per problem at the training temperature")
+    k: list[Annotated[int, Field(ge=1)]] | None = Field(
+        None,
+        description="values of k for which `midtune eval` gives pass@k, such as `1,4`; at most `samples`",
+    )
     deployed: bool = Field(True, description="also score on the unquantized model")
     baseline: Literal["measured", "estimated"] = Field(
         "estimated", description="full training's time and memory: run it for 2 steps, or estimate"
     )
+
+    @field_validator("k", mode="before")
+    @classmethod
+    def _separated(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return [part.strip() for part in value.split(",")]
+        return [value] if isinstance(value, int) else value
 
 
 class ProbeConfig(Part):
@@ -298,6 +309,11 @@ def load_config(recipe: Path | None, overrides: Mapping[str, Any]) -> RunConfig:
         raise InputError(
             f"group size {config.training.group_size} was asked for, but advantages compare completions of "
             "one prompt, so it must be at least 2; use --group-size 4 or more."
+        )
+    if config.evaluation.k and max(config.evaluation.k) > config.evaluation.samples:
+        raise InputError(
+            f"pass@{max(config.evaluation.k)} was asked for, but {config.evaluation.samples} samples are drawn for "
+            f"each problem; use --samples {max(config.evaluation.k)} or more."
         )
     return config
 

@@ -268,7 +268,7 @@ def test_compare_of_files(run: Run) -> None:
 
 def test_eval_of_a_model_a_run_and_a_patch(run: Run, stage: Stage) -> None:
     calls: list[tuple[str, RunConfig]] = []
-    stage("evaluate", lambda target, config, **_: calls.append((target, config)) or {})  # type: ignore[func-returns-value]
+    stage("evaluate", lambda target, configs, **_: calls.extend((target, c) for c in configs) or {})  # type: ignore[func-returns-value]
     assert run("eval", "m", "--task", "a.jsonl", "--json").code == 0
     folder = make_run(Path("runs/x"), model={"name": "base"}, task={"name": "b.jsonl"}, seed=3)
     assert run("eval", "runs/x", "--samples", "2", "--json").code == 0
@@ -282,6 +282,12 @@ def test_eval_of_a_model_a_run_and_a_patch(run: Run, stage: Stage) -> None:
     ]
     assert calls[1][1].evaluation.samples == 2
     assert "no task was given for m" in one_error(run("eval", "m"))
+    several = ["--task", "a.jsonl", "--task", "b.jsonl", "--samples", "8", "--k", "1,8", "--json"]
+    assert run("eval", "m", *several).code == 0
+    assert [(c.task.name, c.evaluation.k) for _, c in calls[3:]] == [("a.jsonl", [1, 8]), ("b.jsonl", [1, 8])]
+    few = one_error(run("eval", "m", "--task", "a.jsonl", "--samples", "2", "--k", "1,4"))
+    assert "pass@4 was asked for, but 2 samples are drawn for each problem; use --samples 4 or more" in few
+    assert "`evaluation.k" in one_error(run("eval", "m", "--task", "a.jsonl", "--k", "none"))
 
 
 def test_eval_prints_a_table(run: Run, stage: Stage) -> None:
@@ -293,11 +299,22 @@ def test_eval_prints_a_table(run: Run, stage: Stage) -> None:
         "quantize": "nf4",
         "greedy": score,
         "sampled": None,
+        "tasks": [{"task": "t", "scores": {"greedy": score}, "before": None, "gain": None}],
+        "lm_eval": [],
+        "worse": None,
     }
-    stage("evaluate", lambda target, config, **_: found)
+    stage("evaluate", lambda target, configs, **_: found)
     out = run("eval", "m", "--task", "t.jsonl").out
-    assert "m with trained blocks 3 (nf4) on t" in out
-    assert ["greedy", "0.500", "0.400", "to", "0.625", "300"] in [line.split() for line in out.splitlines()]
+    assert "m with trained blocks 3 (nf4)" in out
+    row = ["t", "greedy", "0.500", "0.400", "to", "0.625", "300"]
+    assert row in [line.split() for line in out.splitlines()]
+    gain = {"value": -0.25, "low": -0.4, "high": -0.1}
+    compared = {"task": "t", "scores": {"greedy": score}, "before": {"greedy": {**score, "score": 0.75}}}
+    found |= {"tasks": [{**compared, "gain": {"greedy": gain}}], "worse": ["t"]}
+    out = run("eval", "m", "--task", "t.jsonl").out
+    row = ["t", "greedy", "0.750", "0.500", "-0.250", "-0.400", "to", "-0.100", "300"]
+    assert row in [line.split() for line in out.splitlines()]
+    assert "Worse than the base: t." in out
     assert "\x1b" not in out
 
 

@@ -15,21 +15,41 @@ from midtune.report.tables import bytes_text, plain_table, seconds_text
 
 
 def score_table(result: Mapping[str, Any]) -> RenderableType:
-    """Scores with 95% intervals.
+    """Scores with 95% intervals, beside those of the base where there are any.
 
     Args:
-        result: what `midtune eval` found: `model`, `patch`, `task`, `quantize`, `greedy`, `sampled`.
+        result: what `midtune eval` found: `model`, `patch`, `quantize`, `tasks`, `lm_eval`, `worse`.
     """
     blocks = result["patch"]
     patch = f" with trained blocks {', '.join(map(str, blocks))}" if blocks else ""
+    compared = result["worse"] is not None
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("", "score", "95% interval", "problems"):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    for kind in ("greedy", "sampled"):
-        if (found := result[kind]) is not None:
-            table.add_row(kind, f"{found['score']:.3f}", _interval(found), str(found["n"]))
-    heading = f"{result['model']}{patch} ({_held(result)}) on {result['task']}"
-    return Group(Text(heading, style="bold"), table)
+    table.add_column("task", overflow="fold")
+    table.add_column("", no_wrap=True)
+    if compared:
+        for name in ("base", "trained", "gain", "95% interval", "problems"):
+            table.add_column(name, justify="right", no_wrap=True)
+    else:
+        for name in ("score", "95% interval", "problems"):
+            table.add_column(name, justify="right", no_wrap=True)
+    for row in [*result["tasks"], *result["lm_eval"]]:
+        for place, (kind, found) in enumerate(row["scores"].items()):
+            score = f"{found['score']:.3f}"
+            cells = [score, _interval(found)]
+            if compared:
+                gain = row["gain"][kind]
+                was = f"{row['before'][kind]['score']:.3f}"
+                cells = [was, score, f"{gain['value']:+.3f}", _interval(gain, "+")]
+            table.add_row(Text("" if place else row["task"]), kind, *cells, str(found["n"]))
+        table.add_section()
+    heading = Text(f"{result['model']}{patch} ({_held(result)})", style="bold")
+    return Group(heading, table, *([Text(_worse_text(result["worse"]))] if compared else []))
+
+
+def _worse_text(worse: Sequence[str]) -> str:
+    if worse:
+        return f"Worse than the base: {', '.join(worse)}. Each interval holds 95% alone; of many, some miss by chance."
+    return "Nothing was measurably worse than the base; a loss smaller than an interval would not show."
 
 
 def vote_table(result: Mapping[str, Any]) -> RenderableType:

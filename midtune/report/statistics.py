@@ -90,6 +90,29 @@ def compare(before: ArrayLike, after: ArrayLike) -> Comparison:
     return Comparison(score_interval(before), score_interval(after), paired_gain(before, after))
 
 
+def pass_at_k(samples: int, correct: ArrayLike, k: int) -> NDArray[np.float64]:
+    """The probability that at least one of k samples is correct, 1 - C(n-c, k) / C(n, k), without bias.
+
+    The quotient is taken as a product of factors no greater than 1, so that nothing overflows (Chen et al. 2021,
+    arXiv 2107.03374).
+
+    Args:
+        samples: n, drawn for each problem.
+        correct: [problems] c, how many of them are correct.
+        k: at most n.
+
+    Raises:
+        ValueError: k is not between 1 and n.
+    """
+    if not 1 <= k <= samples:
+        raise ValueError(f"pass@{k} cannot be estimated from {samples} samples")
+    counts = np.asarray(correct, dtype=np.int64)
+    drawn = np.arange(k)
+    # Each of the k draws finds one wrong sample fewer among those left; none once they run out.
+    factors = np.maximum(samples - counts[:, None] - drawn, 0) / (samples - drawn)
+    return np.asarray(1 - factors.prod(axis=1), dtype=np.float64)
+
+
 def jaccard(first: ArrayLike, second: ArrayLike) -> float | None:
     """Of the problems that either solves, the share that both solve; None if neither solves any.
 

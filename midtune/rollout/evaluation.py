@@ -28,11 +28,13 @@ class Evaluation:
         greedy: [n] score of the greedy completion.
         sampled: [n] mean score over samples at the training temperature; None if none were drawn.
         completions: the greedy completions.
+        samples: [n, samples] score of each sample; None if none were drawn.
     """
 
     greedy: NDArray[np.float64]
     sampled: NDArray[np.float64] | None
     completions: list[str]
+    samples: NDArray[np.float64] | None = None
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> list[int]:
@@ -70,7 +72,7 @@ def evaluate(
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
 
     def run(draws: int, how: Sampling) -> tuple[NDArray[np.float64], list[str]]:
-        scores = np.zeros(len(rows))
+        scores = np.zeros((len(rows), draws))
         texts = [""] * len(rows)
         start = 0
         while start < len(order):
@@ -83,20 +85,20 @@ def evaluate(
             decoded = policy.tokenizer.batch_decode(ids, skip_special_tokens=True)
             found = score_completions(score, [rows[i] for i in batch for _ in range(draws)], decoded, ids)
             for place, i in enumerate(batch):
-                scores[i] = np.mean(found[place * draws : (place + 1) * draws])
+                scores[i] = found[place * draws : (place + 1) * draws]
                 texts[i] = decoded[place * draws]
             if on_problems is not None:
                 on_problems(len(ids), sum(map(len, ids)))
         return scores, texts
 
     greedy, completions = run(1, replace(sampling, temperature=0.0))
-    sampled = None
+    drawn = None
     if samples:
         devices = [policy.device] if policy.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
-            sampled, _ = run(samples, sampling)
-    return Evaluation(greedy, sampled, completions)
+            drawn, _ = run(samples, sampling)
+    return Evaluation(greedy[:, 0], None if drawn is None else drawn.mean(axis=1), completions, drawn)
 
 
 def score_completions(

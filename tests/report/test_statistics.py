@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from midtune.report.statistics import Gain, Score, compare, jaccard, paired_gain, score_interval
+from midtune.report.statistics import Gain, Score, compare, jaccard, paired_gain, pass_at_k, score_interval
 
 
 def test_wilson_for_solved_or_not() -> None:
@@ -100,3 +100,21 @@ def test_jaccard_counts_what_both_solve_among_what_either_does() -> None:
     assert jaccard([True, False], [True, False]) == 1.0
     assert jaccard([True, False], [False, True]) == 0.0
     assert jaccard([False, False], [False, False]) is None
+
+
+def test_pass_at_k_by_hand() -> None:
+    # Of 4 samples 0, 1, 2 and 4 are correct: C(4, 2) = 6 pairs, of which 6, 3, 1 and 0 are all wrong.
+    assert pass_at_k(4, [0, 1, 2, 4], 2).tolist() == pytest.approx([0, 1 / 2, 5 / 6, 1])
+    assert pass_at_k(4, [0, 1, 2, 4], 1).tolist() == pytest.approx([0, 1 / 4, 2 / 4, 1])
+    assert pass_at_k(4, [0, 1], 4).tolist() == [0, 1]
+
+
+def test_pass_at_k_does_not_overflow() -> None:
+    exact = 1 - math.comb(9990, 5000) / math.comb(10000, 5000)
+    assert pass_at_k(10000, [10], 5000)[0] == pytest.approx(exact, rel=1e-9)
+
+
+@pytest.mark.parametrize("k", [0, 5])
+def test_more_than_was_drawn_is_no_estimate(k: int) -> None:
+    with pytest.raises(ValueError, match=f"pass@{k} cannot be estimated from 4 samples"):
+        pass_at_k(4, [1], k)

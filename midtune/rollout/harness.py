@@ -1,0 +1,94 @@
+"""Tasks of lm-evaluation-harness, scored by its own code on the loaded policy."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from midtune.errors import InputError
+from midtune.model.policy import Policy
+
+
+def require_harness() -> None:
+    """Check that lm-evaluation-harness is installed.
+
+    Raises:
+        InputError: it is not.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise InputError(
+            "--lm-eval needs lm-evaluation-harness, which is not installed; `pip install 'midtune[lm-eval]'`."
+        )
+
+
+def harness_scores(
+    policy: Policy, tasks: Sequence[str], *, folder: Path | None = None, seed: int = 0
+) -> dict[str, dict[str, NDArray[np.float64]]]:
+    """Scores of each document by task and by metric, such as `acc`.
+
+    Metrics of a whole corpus, such as perplexity, have no score of a document and are left out, and so are those of
+    which less is better.
+
+    Args:
+        tasks: names as `lm_eval ls tasks` lists them; of a group, its tasks are scored.
+        folder: where tasks of one's own are described.
+
+    Raises:
+        InputError: there is no such task, or none of its metrics can be used.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=None if folder is None else str(folder))
+    if unknown := [task for task in tasks if task not in manager.all_tasks]:
+        raise InputError(
+            f"lm-evaluation-harness has no task {', '.join(unknown)}; `lm_eval ls tasks` has the names, and "
+            "--lm-eval-path names a folder with others."
+        )
+    # Gradients are not needed, and trained blocks in fp32 meet others in the compute dtype.
+    with torch.no_grad(), policy.autocast():
+        found: dict[str, Any] = simple_evaluate(
+            model=HFLM(pretrained=policy.model, tokenizer=policy.tokenizer),
+            tasks=list(tasks),
+            task_manager=manager,
+            log_samples=True,
+            bootstrap_iters=0,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+    scores = {
+        task: _by_metric(samples, found["higher_is_better"].get(task, {}))
+        for task, samples in found["samples"].items()
+    }
+    if empty := [task for task, metrics in scores.items() if not metrics]:
+        raise InputError(f"{', '.join(empty)} has no metric that scores single documents; leave it out.")
+    return scores
+
+
+def _by_metric(
+    samples: Sequence[dict[str, Any]], higher_is_better: dict[str, bool]
+) -> dict[str, NDArray[np.float64]]:
+    """[n] scores by metric in the order of the documents; of several filters, the name of each is added."""
+    filters = {sample["filter"] for sample in samples}
+    ordered = sorted(samples, key=lambda sample: sample["doc_id"])
+    scores = {}
+    for name in sorted(filters):
+        own = [sample for sample in ordered if sample["filter"] == name]
+        for metric in own[0]["metrics"]:
+            values = [sample[metric] for sample in own]
+            if higher_is_better.get(metric, True) and all(
+                isinstance(v, int | float | np.number) for v in values
+            ):
+                scores[metric if len(filters) == 1 else f"{metric},{name}"] = np.array(
+                    values, dtype=np.float64
+                )
+    return scores
