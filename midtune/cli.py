@@ -71,7 +71,7 @@ SETTINGS = {
     "objective": "probe.objective",
     "seed": "seed",
 }
-ALLOWED_WITH_RESUME = {"model", "out", "resume", "offline", "as_json", "quiet", "debug"}
+ALLOWED_WITH_RESUME = {"model", "out", "resume", "offline", "dry_run", "as_json", "quiet", "debug"}
 INTERRUPTED = 130
 # Width of tables in a pipe or a file, which have none of their own.
 PIPE_WIDTH = 100
@@ -276,6 +276,10 @@ def train(
     set_: Set = None,
     seed: Seed = None,
     offline: Offline = False,
+    dry_run: Annotated[
+        bool,
+        _plain_option("--dry-run", "say what the run would do, and load and fetch nothing", "Output"),
+    ] = False,
     out: Out = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -289,6 +293,17 @@ def train(
     """
     folder = _resumed(ctx) if resume else None
     config = load_config(folder / "config.yaml", {}) if folder else _configure(ctx)
+
+    if dry_run:
+
+        def preview(terminal: Terminal) -> dict[str, Any]:
+            from midtune.stages import dry_run as stage
+
+            with terminal.progress(f"planning {config.model.name}", None):
+                return stage.run(config, out=folder or out)
+
+        _show("dry_run", _run(preview, quiet), as_json)
+        return
 
     def stage(terminal: Terminal) -> dict[str, Any]:
         from midtune.stages import train as stage
@@ -934,6 +949,7 @@ def _table(kind: str, result: dict[str, Any]) -> RenderableType:
         "report": tables.report_table,
         "probe": ranking.probe_table,
         "score": results.score_table,
+        "dry_run": plans.dry_run_text,
         "vote": results.vote_table,
         "merge": results.merge_text,
         "page": results.page_text,

@@ -45,7 +45,7 @@ def test_commands_reach_their_stage(command: str, tmp_path: Path, monkeypatch: p
         return {}
 
     words = shlex.split(command, comments=True)[1:]
-    name = {"eval": "evaluate"}.get(words[0], words[0])
+    name = "dry_run" if "--dry-run" in words else {"eval": "evaluate"}.get(words[0], words[0])
     stage = SimpleNamespace(run=fake)
     monkeypatch.setitem(sys.modules, f"midtune.stages.{name}", stage)
     monkeypatch.setattr(stages, name, stage, raising=False)

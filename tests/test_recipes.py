@@ -85,3 +85,28 @@ def test_a_result_is_that_of_its_recipe(result: Path) -> None:
     }
     layers = config.probe.layers or f"0-{probe['num_blocks'] - 1}"
     assert sorted(ranking_of(probe)) == parse_layers(layers, probe["num_blocks"])
+
+
+STUDY = sorted(ROOT.glob("recipes/study-*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", STUDY, ids=lambda path: path.stem)
+def test_study_recipes_say_what_they_do_not_know(recipe: Path) -> None:
+    text = recipe.read_text(encoding="utf-8")
+    assert "Not run yet" in text and "arXiv 2607.01232" in text
+    assert "ot stated" in text and "best block" in text
+    training = load_config(recipe, {}).training
+    assert training.prompts_per_step * training.group_size == 512
+
+
+def test_study_recipes_have_the_best_blocks_of_the_study() -> None:
+    found = {path.stem: load_config(path, {}) for path in STUDY}
+    assert {stem.removeprefix("study-"): c.blocks.layers for stem, c in found.items()} == {
+        "deepseek-r1-distill-qwen-7b-skywork": "16",
+        "qwen2.5-math-1.5b-math": "14",
+        "qwen3-1.7b-deepcoder": "10",
+        "qwen3-1.7b-deepscaler": "10",
+        "qwen3-1.7b-numinamath": "10",
+        "qwen3-4b-numinamath": "16",
+        "qwen3-8b-numinamath": "16",
+    }

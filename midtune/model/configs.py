@@ -16,15 +16,16 @@ if TYPE_CHECKING:
 SHIPPED = Path(__file__).parent.parent / "assets" / "models.json"
 
 
-def config_of(name: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
+def config_of(name: str, *, trust_remote_code: bool = False, network: bool = True) -> PretrainedConfig:
     """A model's configuration: from a folder, from what midtune ships, or from the hub.
 
     Args:
         name: a folder, `tiny`, a hub id, or the last part of the id of a model that midtune ships the sizes of
             (`qwen3-8b`).
+        network: whether the hub may be asked.
 
     Raises:
-        InputError: it is none of these, or the hub cannot be reached.
+        InputError: it is none of these, or the hub cannot be reached or may not be asked.
     """
     from transformers import AutoConfig
 
@@ -38,7 +39,7 @@ def config_of(name: str, *, trust_remote_code: bool = False) -> PretrainedConfig
         if _plain(wanted) in (_plain(known), _plain(known.partition("/")[2])):
             config = AutoConfig.for_model(**sizes)
             return config
-    if name.count("/") == 1 and not folder.exists():
+    if network and name.count("/") == 1 and not folder.exists():
         try:
             config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
             return config
@@ -58,4 +59,4 @@ def config_of(name: str, *, trust_remote_code: bool = False) -> PretrainedConfig
 
 
 def _plain(name: str) -> str:
-    return name.lower().removesuffix("-instruct").removesuffix("-it")
+    return name.lower().removesuffix("-instruct").removesuffix("-it").removesuffix("-base")

@@ -125,3 +125,34 @@ def _sizes(plan: Mapping[str, Any]) -> Iterable[str]:
 
 def _value(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def dry_run_text(found: Mapping[str, Any]) -> RenderableType:
+    """What `midtune train --dry-run` found, a line for each thing that a run would do."""
+    step, plan, scored = found["step"], found["plan"], found["evaluation"]
+    table = plain_table()
+    lines = {
+        "model": f"{found['model']} ({found['quantize']})",
+        "task": f"{found['task']}, reward {found['reward'] or 'of the task'}",
+        "algorithm": found["algorithm"],
+        "blocks": found["layers"],
+        "step": f"{step['prompts']} prompts x {step['group_size']} completions, at most {step['tokens']:,} new tokens",
+        "steps": str(found["steps"]),
+        "evaluation": f"{scored['problems']} problems, greedily and {scored['samples']} samples each, before and after",
+        "memory": found["note"],
+    }
+    if plan is not None:
+        lines["blocks"] = (
+            f"{', '.join(map(str, plan['blocks']))}: {plan['trainable_parameters']:,} parameters trained"
+        )
+        fits = "fits" if plan["fits"] else "does not fit; --fit chooses leaner settings"
+        lines["memory"] = (
+            f"planned peak {bytes_text(plan['peak'])} in {plan['phase']}, prompts of {plan['prompt_tokens']} tokens; "
+            f"on {plan['card']} it {fits}"
+        )
+        lines["time"] = f"a step takes at least {seconds_text(sum(plan['seconds'].values()))} there"
+    lines["saved in"] = found["out"]
+    lines["downloads"] = "; ".join(found["downloads"]) or "nothing from the hub"
+    for name, text in lines.items():
+        table.add_row(name, Text(text))
+    return Group(Text("Nothing was loaded, fetched or written.", style="bold"), table)

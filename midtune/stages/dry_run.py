@@ -1,0 +1,94 @@
+"""`midtune train --dry-run`: what a run would do, from its configuration alone; nothing is loaded or fetched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from midtune.config import RunConfig, require_task
+from midtune.errors import InputError
+from midtune.model.configs import config_of
+from midtune.runs import RUNS
+from midtune.savings.budget import Sizes
+from midtune.stages.plan import planner_of, work_of
+
+# The card and the longest prompt that are planned for, as `midtune plan` does where nothing is said.
+CARD, PROMPT_TOKENS = "24GB", 512
+FILES = (".jsonl", ".csv", ".gguf")
+NOT_AT_HAND = "memory not known: config not at hand"
+
+
+def run(config: RunConfig, *, out: Path | None) -> dict[str, Any]:
+    """Say what `midtune train` would do.
+
+    Returns:
+        `model`, `quantize`, `task`, `reward`, `algorithm`, `layers` as asked; `step`: its `prompts`, `group_size`,
+        `completions` and the most new `tokens`; `steps`; `evaluation`: its `problems` and `samples`; `out`: where the
+        run would be saved; `downloads`: what would be fetched unless it is cached. `plan`: the `blocks`,
+        `trainable_parameters`, the `card` and `prompt_tokens` planned for, `peak` bytes, the `phase` it is in, whether
+        it `fits`, and the least `seconds` of each phase; null where the model's configuration is not at hand, which
+        `note` says.
+
+    Raises:
+        InputError: there is no such model or block.
+    """
+    training, name = config.training, config.model.name
+    completions = training.prompts_per_step * training.group_size
+    found: dict[str, Any] = {
+        "schema": 1,
+        "model": name,
+        "quantize": config.model.quantize,
+        "task": require_task(config),
+        "reward": config.task.reward,
+        "algorithm": training.algorithm,
+        "layers": config.blocks.layers or "as a ranking says, else the middle",
+        "step": {
+            "prompts": training.prompts_per_step,
+            "group_size": training.group_size,
+            "completions": completions,
+            "tokens": completions * training.max_new_tokens,
+        },
+        "steps": training.steps,
+        "evaluation": {"problems": config.task.eval_size, "samples": config.evaluation.samples},
+        "out": str(out or RUNS),
+        "downloads": _downloads(config),
+        "plan": None,
+        "note": None,
+    }
+    try:
+        config_of(name, network=False)
+    except InputError:
+        if name.count("/") != 1:
+            raise
+        return {**found, "note": NOT_AT_HAND}
+    planner, blocks = planner_of(config, training.fit or CARD)
+    arm = planner.arm("midtune", work_of(config, PROMPT_TOKENS))
+    return {
+        **found,
+        "plan": {
+            "blocks": blocks,
+            "trainable_parameters": _trained(config, blocks, planner.sizes),
+            "card": planner.card.name,
+            "prompt_tokens": PROMPT_TOKENS,
+            **{key: arm[key] for key in ("peak", "phase", "fits", "seconds")},
+        },
+    }
+
+
+def _trained(config: RunConfig, blocks: list[int], sizes: Sizes) -> int:
+    if config.blocks.select == "boost":
+        return sizes.blocks * sizes.block
+    return len(blocks) * (
+        sizes.block if config.model.adapter == "full" else config.model.lora_rank * sizes.widths
+    )
+
+
+def _downloads(config: RunConfig) -> list[str]:
+    """What would be asked of the hub: names of the form `org/name` that are no path here."""
+    model, task = config.model.name, require_task(config)
+    wanted = [("the weights of ", model), ("the problems of ", task)]
+    return [what + name for what, name in wanted if name.count("/") == 1 and not _is_file(name)]
+
+
+def _is_file(name: str) -> bool:
+    return Path(name).expanduser().exists() or Path(name).suffix in FILES

@@ -1,0 +1,83 @@
+"""The study's architectures, small: loaded, one block trained, saved as a patch and merged."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from midtune.model.loading import load_policy
+from midtune.model.patch import deployed_tensors, merge_patch, save_patch
+from midtune.model.policy import Policy
+from midtune.model.sources import resolve
+from midtune.rollout.evaluation import prompt_ids
+from tests.model.toy_training import logits_of, perturb
+
+# Qwen3-1.7B/4B-Base, Qwen3-8B-Base, Qwen2.5-1.5B/3B and -Math, DeepSeek-R1-Distill-Qwen-7B.
+FULL: dict[str, Any] = {"use_sliding_window": False, "sliding_window": None}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3-tied": ("qwen3", {"tie_word_embeddings": True}),
+    "qwen3-untied": ("qwen3", {"tie_word_embeddings": False}),
+    "qwen2.5": ("qwen2", {**FULL, "tie_word_embeddings": True}),
+    "r1-distill-qwen": ("qwen2", {**FULL, "tie_word_embeddings": False}),
+}
+# In the manner of DeepSeek-R1-Distill-Qwen's own: earlier reasoning is cut, and the answer begins by thinking.
+R1_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}<|User|>{{ m['content'] }}{% endif %}"
+    "{% if m['role'] == 'assistant' %}<|Assistant|>{{ m['content'].split('</think>')[-1] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_trained_block_is_merged_into_each_architecture(
+    random_checkpoint: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    architecture, overrides = MODELS[name]
+    folder = random_checkpoint(architecture, **overrides)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert plain.config.tie_word_embeddings is overrides["tie_word_embeddings"]
+    names = set(plain.state_dict())
+    assert ("model.layers.1.self_attn.q_norm.weight" in names) is (architecture == "qwen3")
+    assert ("model.layers.1.self_attn.q_proj.bias" in names) is (architecture == "qwen2")
+    unquantized = load_policy(resolve(str(folder)), quantize="none", device="cpu")
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        expected = plain(ids).logits.log_softmax(-1)
+        torch.testing.assert_close(
+            unquantized.model(ids).logits.log_softmax(-1), expected, atol=1e-5, rtol=1e-5
+        )
+
+    policy = load_policy(resolve(str(folder)), quantize="nf4", device="cpu")
+    policy.thaw(1)
+    before = logits_of(policy)
+    perturb(policy)
+    assert not torch.equal(logits_of(policy), before)
+    trained = {key: value.detach().clone() for key, value in policy.trained_parameters().items()}
+    save_patch(policy, tmp_path / "patch")
+    merge_patch(policy.source, deployed_tensors(policy.source, tmp_path / "patch"), tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).state_dict()
+    for key, value in plain.state_dict().items():
+        assert torch.equal(merged[key], trained.get(key, value)), key
+
+
+def test_prompts_of_a_reasoning_model_end_where_thinking_begins(
+    random_checkpoint: Callable[..., Path], load: Callable[..., Policy], tmp_path: Path
+) -> None:
+    architecture, overrides = MODELS["r1-distill-qwen"]
+    folder = shutil.copytree(random_checkpoint(architecture, **overrides), tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(R1_TEMPLATE)
+    tokenizer = load(folder, "none").tokenizer
+    chat = [
+        {"role": "user", "content": "1+1?"},
+        {"role": "assistant", "content": "<think>\nhm\n</think>2"},
+        {"role": "user", "content": "2+2?"},
+    ]
+    ids = prompt_ids(tokenizer, chat)
+    assert tokenizer.decode(ids) == "<s><|User|>1+1?<|Assistant|>2<|User|>2+2?<|Assistant|><think>\n"
+    assert ids.count(tokenizer.bos_token_id) == 1
