@@ -133,7 +133,7 @@ def dry_run_text(found: Mapping[str, Any]) -> RenderableType:
     table = plain_table()
     lines = {
         "model": f"{found['model']} ({found['quantize']})",
-        "task": f"{found['task']}, reward {found['reward'] or 'of the task'}",
+        "task": f"{found['task']}, reward {' + '.join(found['reward'] or ['of the task'])}",
         "algorithm": found["algorithm"],
         "blocks": found["layers"],
         "step": f"{step['prompts']} prompts x {step['group_size']} completions, at most {step['tokens']:,} new tokens",

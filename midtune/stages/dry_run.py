@@ -11,10 +11,10 @@ from midtune.model.configs import config_of
 from midtune.runs import RUNS
 from midtune.savings.budget import Sizes
 from midtune.stages.plan import planner_of, work_of
+from midtune.tasks.hub import is_dataset
 
 # The card and the longest prompt that are planned for, as `midtune plan` does where nothing is said.
 CARD, PROMPT_TOKENS = "24GB", 512
-FILES = (".jsonl", ".csv", ".gguf")
 NOT_AT_HAND = "memory not known: config not at hand"
 
 
@@ -84,11 +84,11 @@ def _trained(config: RunConfig, blocks: list[int], sizes: Sizes) -> int:
 
 
 def _downloads(config: RunConfig) -> list[str]:
-    """What would be asked of the hub: names of the form `org/name` that are no path here."""
+    """What would be asked of the hub, unless it is cached."""
     model, task = config.model.name, require_task(config)
-    wanted = [("the weights of ", model), ("the problems of ", task)]
-    return [what + name for what, name in wanted if name.count("/") == 1 and not _is_file(name)]
-
-
-def _is_file(name: str) -> bool:
-    return Path(name).expanduser().exists() or Path(name).suffix in FILES
+    wanted = []
+    if model.count("/") == 1 and not model.endswith(".gguf") and not Path(model).expanduser().exists():
+        wanted.append(f"the weights of {model}")
+    if is_dataset(task):
+        wanted.append(f"the problems of {task}")
+    return wanted

@@ -53,10 +53,10 @@ def go(targets: list[str], terminal: Terminal, **settings: Any) -> dict[str, Any
 def test_base_and_runs_score_as_eval_says(runs: list[str], terminal: Terminal, quantize: str) -> None:
     found = go(runs, terminal, model__quantize=quantize)
     config = load_config(Path(runs[0]) / "config.yaml", {"model.quantize": quantize})
-    assert found["base"] == evaluate.run(config.model.name, config, terminal=terminal)["greedy"]
+    assert found["base"] == evaluate.run(config.model.name, [config], terminal=terminal)["greedy"]
     assert [scored["blocks"] for scored in found["runs"]] == [[2], [1], [1, 2]]
     for target, scored in zip(runs, found["runs"], strict=True):
-        alone = evaluate.run(target, config, terminal=terminal)
+        alone = evaluate.run(target, [config], terminal=terminal)
         assert scored == {
             "run": target,
             "blocks": alone["patch"],
