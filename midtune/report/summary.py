@@ -24,7 +24,9 @@ class TimeReport:
             or shrink while a model learns, so the mean over the run would compare unequal work.
         compared_tokens, full_tokens: mean tokens of a completion in the steps compared, here and in full
             training; the prompts are the same and the completions are sampled anew.
-        compared_phases, full_phases: seconds of each of `PHASES` in `compared_step` and `full_step`.
+        compared_phases, full_phases, qlora_phases: seconds of each of `PHASES` in `compared_step`, `full_step`
+            and `qlora_step`.
+        qlora_step: of QLoRA on the run's steps; None when it is not known.
     """
 
     step: float
@@ -38,6 +40,9 @@ class TimeReport:
     full_tokens: float | None = None
     compared_phases: dict[str, float] | None = None
     full_phases: dict[str, float] | None = None
+    qlora_step: float | None = None
+    qlora_source: Source = "estimated"
+    qlora_phases: dict[str, float] | None = None
 
     @property
     def speedup(self) -> float | None:
@@ -53,6 +58,7 @@ class MemoryReport:
     Args:
         source: what `peak` counts, tensors on the CUDA device or the process's physical memory.
         full_peak: None when it is neither measured nor estimated.
+        qlora_peak: of QLoRA; None when it is not known.
         phases: the peak of each of `PHASES`, with all that is held meanwhile; None where it cannot be measured.
         reserved: what CUDA's allocator had taken from the card at most while in a phase; None on a CPU.
     """
@@ -63,6 +69,8 @@ class MemoryReport:
     full_source: Source | None
     phases: dict[str, int] | None = None
     reserved: int | None = None
+    qlora_peak: int | None = None
+    qlora_source: Source = "estimated"
 
     @property
     def saving(self) -> float | None:

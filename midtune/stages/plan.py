@@ -217,6 +217,26 @@ class Planner:
         return {"update": self.phases("midtune", wider)["update"]}
 
 
+def planner_for(policy: Policy, blocks: list[int], process_bytes: int) -> Planner:
+    """What plans for a loaded model on its own device.
+
+    Args:
+        blocks: the trained ones.
+        process_bytes: resident memory of this process before the model was loaded.
+    """
+    on_card = policy.device.type == "cuda"
+    total = total_bytes(policy.device)
+    return Planner(
+        Loaded(policy.model.config, policy.compute_dtype, policy.quantized, on_card),
+        sizes_of(policy.model.config),
+        PublishedCard("this device", total, math.nan, math.nan),
+        blocks[0],
+        len(blocks),
+        CONTEXT_BYTES if on_card else process_bytes,
+        total,
+    )
+
+
 def fitted(
     config: RunConfig, policy: Policy, task: Task, process_bytes: int, terminal: Terminal
 ) -> RunConfig:
@@ -233,18 +253,8 @@ def fitted(
     fit = config.training.fit
     if fit is None:
         return config
-    card = card_named(fit)
-    on_card = policy.device.type == "cuda"
     blocks = parse_layers(config.blocks.layers or "", policy.num_blocks, config.blocks.top_k)
-    planner = Planner(
-        Loaded(policy.model.config, policy.compute_dtype, policy.quantized, on_card),
-        sizes_of(policy.model.config),
-        card,
-        blocks[0],
-        len(blocks),
-        CONTEXT_BYTES if on_card else process_bytes,
-        total_bytes(policy.device),
-    )
+    planner = replace(planner_for(policy, blocks, process_bytes), card=card_named(fit))
     longest = max(len(prompt_ids(policy.tokenizer, row["prompt"])) for row in [*task.train, *task.held_out])
     work = work_of(config, longest)
     found = planner.fitting(work)

@@ -29,12 +29,12 @@ from midtune.report.statistics import compare
 from midtune.report.summary import PHASES, MemoryReport, Report, TimeReport, phase_peaks
 from midtune.report.terminal import Terminal
 from midtune.rl.training import require_one_process, require_tracker, train_blocks
-from midtune.rollout.evaluation import Evaluation, prompt_ids
+from midtune.rollout.evaluation import Evaluation
 from midtune.rollout.vllm import require_server
 from midtune.runs import RunFolder, describe_environment
-from midtune.savings.estimate import ModelNumbers, StepShape, estimate_full_training
 from midtune.savings.meter import Meter
 from midtune.stages import baseline
+from midtune.stages.alternatives import Alternatives
 from midtune.stages.choose import choose_blocks
 from midtune.stages.plan import fitted
 from midtune.stages.report import write_page
@@ -138,10 +138,8 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
     patch_bytes = save_patch(policy, folder.patch)
     _write_before_after(folder, task, before, after)
     steps = folder.read_metrics()
-    shape = _shape(config, policy, task, steps)
-    numbers = ModelNumbers.from_config(policy.model.config.to_dict(), policy.total_parameters)
+    alternatives = Alternatives(config, policy, task, steps, process_bytes)
     total_parameters, stored_quantized = policy.total_parameters, policy.stored_quantized
-    compute_bytes = policy.compute_dtype.itemsize
     del policy
     give_back()
 
@@ -153,7 +151,8 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
         terminal.message(f"measuring full training: {baseline.STEPS} steps in a process of its own")
         full = baseline.measure(folder.config)
     else:
-        full = _estimate(config, numbers, shape, blocks, time, steps, compute_bytes, process_bytes)
+        full = alternatives.estimated("full", time)
+    qlora = alternatives.estimated("qlora", time.get("compared_phases") or time)
 
     phases = phase_peaks(steps)
     report = Report(
@@ -173,6 +172,8 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
             full_source=config.evaluation.baseline,
             full_tokens=full.get("completion_length"),
             full_phases=full["phases"],
+            qlora_step=qlora["step"],
+            qlora_phases=qlora["phases"],
         ),
         memory=MemoryReport(
             # The steps of a resumed run know of the processes before.
@@ -180,6 +181,7 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
             source=meter.source,
             full_peak=full["peak"],
             full_source=config.evaluation.baseline,
+            qlora_peak=qlora["peak"],
             phases=phases or None,
             reserved=max(phase_peaks(steps, "reserved_bytes").values(), default=None),
         ),
@@ -288,51 +290,6 @@ def _score_deployed(
     del policy
     give_back()
     return before, after
-
-
-def _estimate(
-    config: RunConfig,
-    numbers: ModelNumbers,
-    shape: StepShape,
-    blocks: list[int],
-    time: dict[str, float],
-    steps: list[dict[str, Any]],
-    compute_bytes: int,
-    process_bytes: int,
-) -> dict[str, Any]:
-    """Full training's `step` seconds, those of its `phases`, and `peak` bytes, estimated from this run's phases."""
-    width = shape.prompt_tokens + shape.completion_tokens
-    estimate = estimate_full_training(
-        numbers,
-        shape,
-        lowest_block=blocks[0],
-        trained_blocks=len(blocks),
-        rollout_s=time["rollout"],
-        reward_s=time["reward"],
-        update_s=time["update"],
-        backward_tokens=min(
-            config.training.micro_batch_tokens, int(shape.prompts * shape.group_size * width)
-        ),
-        # Without a KL term, groups of equal rewards are left out of the update.
-        updated_share=1.0
-        if config.training.beta > 0
-        else 1 - statistics.fmean(step["equal_groups"] for step in steps),
-        reference=config.training.beta > 0,
-        compute_bytes=compute_bytes,
-        process_bytes=process_bytes,
-    )
-    phases = {"rollout": estimate.rollout_s, "reward": estimate.reward_s, "update": estimate.update_s}
-    return {"step": estimate.step_s, "phases": phases, "peak": estimate.peak_bytes}
-
-
-def _shape(config: RunConfig, policy: Policy, task: Task, steps: list[dict[str, Any]]) -> StepShape:
-    some = task.train[:64]
-    return StepShape(
-        prompts=config.training.prompts_per_step,
-        group_size=config.training.group_size,
-        prompt_tokens=statistics.fmean(len(prompt_ids(policy.tokenizer, row["prompt"])) for row in some),
-        completion_tokens=statistics.fmean(step["completion_length"] for step in steps),
-    )
 
 
 def _time(config: RunConfig, steps: list[dict[str, Any]]) -> dict[str, Any]:

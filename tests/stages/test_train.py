@@ -93,11 +93,11 @@ def test_eval_of_a_run_gives_the_scores_of_its_report(
 ) -> None:
     run, report = finished
     config = load_config(run / "config.yaml", {})
-    found = evaluate.run(str(run), config, terminal=terminal)
+    found = evaluate.run(str(run), [config], terminal=terminal)
     assert found["greedy"] == report["quality"]["after"]
     assert found["sampled"] == report["sampled"]["after"]
     unquantized = load_config(run / "config.yaml", {"model.quantize": "none"})
-    assert evaluate.run(str(run), unquantized, terminal=terminal)["greedy"] == report["deployed"]["after"]
+    assert evaluate.run(str(run), [unquantized], terminal=terminal)["greedy"] == report["deployed"]["after"]
 
 
 def test_a_merged_run_scores_as_the_patch_on_the_unquantized_base(
@@ -107,7 +107,7 @@ def test_a_merged_run_scores_as_the_patch_on_the_unquantized_base(
     merged = merge.run(run, out=tmp_path / "merged", terminal=terminal)
     assert merged["tensors"] == 11
     config = load_config(run / "config.yaml", {"model.quantize": "none"})
-    found = evaluate.run(str(tmp_path / "merged"), config, terminal=terminal)
+    found = evaluate.run(str(tmp_path / "merged"), [config], terminal=terminal)
     assert found["greedy"] == report["deployed"]["after"]
     assert found["patch"] is None
 
@@ -222,7 +222,7 @@ def test_lora_trains_scores_and_merges(configured: Configured, tmp_path: Path, t
     assert (tmp_path / "run/patch/adapter_model.safetensors").is_file()
     merge.run(tmp_path / "run", out=tmp_path / "merged", terminal=terminal)
     config = load_config(tmp_path / "run/config.yaml", {"model.quantize": "none"})
-    found = evaluate.run(str(tmp_path / "merged"), config, terminal=terminal)
+    found = evaluate.run(str(tmp_path / "merged"), [config], terminal=terminal)
     assert found["greedy"]["score"] == pytest.approx(report["deployed"]["after"]["score"], abs=1e-6)
 
 
