@@ -64,6 +64,9 @@ def test_schema_1() -> None:
             "full_tokens": None,
             "compared_phases": None,
             "full_phases": None,
+            "qlora_step": None,
+            "qlora_source": "estimated",
+            "qlora_phases": None,
             "speedup": 2.5,
         },
         "memory": {
@@ -73,6 +76,8 @@ def test_schema_1() -> None:
             "full_source": "measured",
             "phases": {"rollout": 1000, "update": 900},
             "reserved": None,
+            "qlora_peak": None,
+            "qlora_source": "estimated",
             "saving": 0.75,
         },
         "trainable_parameters": 20,
