@@ -22,7 +22,6 @@ FIELDS = {
     "reward_std": "reward_std",
     "frac_reward_zero_std": "equal_groups",
     "completions/mean_length": "completion_length",
-    "completions/clipped_ratio": "clipped",
     "loss": "loss",
     "kl": "kl",
     "entropy": "entropy",
@@ -135,6 +134,7 @@ class StepRecorder(TrainerCallback):
         metrics: dict[str, Any] = {"step": state.global_step}
         metrics |= {ours: logs[theirs] for theirs, ours in FIELDS.items() if theirs in logs}
         assert self.trainer is not None
+        metrics["clipped"] = self.trainer.cut_share
         if len(names := self.trainer.reward_func_names) > 1:
             metrics["rewards"] = {name: logs[f"rewards/{name}/mean"] for name in names}
         metrics |= self._phases

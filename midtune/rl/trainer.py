@@ -106,6 +106,8 @@ class LayerGRPOTrainer(GRPOTrainer):
         self.meter = meter
         self._rollout: Rollout | None = None
         self._compared = False
+        # Of the last rollout's completions.
+        self.cut_share = 0.0
         self._buffered_inputs: list[dict[str, Any]] | None = None
         # TRL loads a second model when it sees a beta, so it learns of it after it is built.
         beta, args.beta = args.beta, 0.0
@@ -216,11 +218,20 @@ class LayerGRPOTrainer(GRPOTrainer):
             batch = self._generate_and_score_completions(generation_batch)
             groups = len(batch["completion_ids"]) // self.num_generations
             batch["rollout"] = self._rollout
+            self.cut_share = self._cut_share()
             self._buffered_inputs = [
                 groups_of(batch, slice(part * groups // parts, (part + 1) * groups // parts))
                 for part in range(parts)
             ]
         return self._buffered_inputs[self._step % parts]
+
+    def _cut_share(self) -> float:
+        """Share of completions that the limit has cut: TRL counts those that a stop text ended, too."""
+        assert self._rollout is not None
+        ids, lengths = self._rollout.completion_ids, self._rollout.completion_mask.sum(1)
+        last = ids.gather(1, (lengths[:, None] - 1).clamp(min=0))[:, 0]
+        ended = torch.isin(last, torch.tensor(self.policy.stop_token_ids, device=ids.device))
+        return float(((lengths >= self.args.max_completion_length) & ~ended).float().mean())
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """The loss of a micro-batch, whose gradient is taken here, so that what is returned has none left."""

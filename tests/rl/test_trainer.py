@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -510,6 +511,18 @@ def test_a_metrics_line_a_step(load: Load, tmp_path: Path) -> None:
         parts = line["rollout_s"] + line["reward_s"] + line["update_s"]
         assert parts == pytest.approx(line["step_s"])
         assert min(line["rollout_s"], line["reward_s"], line["update_s"]) > 0
+
+
+def test_only_the_limit_cuts_a_completion() -> None:
+    eos = 2
+    ids = torch.tensor([[5, 6, eos], [5, 6, 7], [5, eos, 0], [5, 6, 0]])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 1, 0], [1, 1, 0]])  # a stop text has ended the last one
+    trainer: Any = SimpleNamespace(
+        _rollout=SimpleNamespace(completion_ids=ids, completion_mask=mask),
+        policy=SimpleNamespace(stop_token_ids=[eos]),
+        args=SimpleNamespace(max_completion_length=3),
+    )
+    assert LayerGRPOTrainer._cut_share(trainer) == 0.25
 
 
 def test_a_metrics_line_has_the_peak_of_each_phase_once_the_meter_measures_it(
