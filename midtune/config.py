@@ -135,7 +135,7 @@ class BlocksConfig(Part):
 class TrainingConfig(Part):
     """The reinforcement learning itself."""
 
-    algorithm: Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "gspo"] = Field(
+    algorithm: Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "gspo", "rloo"] = Field(
         "grpo", description="how advantages and the loss are formed"
     )
     steps: int = Field(100, ge=1, description="optimizer steps")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 # `grpo` (arXiv 2402.03300) and `dr_grpo` (2503.20783) clip at 0.2; `dapo` (2503.14476) clips higher above;
-# `cispo` (2506.13585) bounds the weight itself; `gspo` (2507.18071) clips whole-sequence ratios.
+# `cispo` (2506.13585) bounds the weight itself; `gspo` (2507.18071) clips whole-sequence ratios; `rloo`
+# (2402.14740) compares a completion with the mean of the others and sums over its tokens.
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "grpo": {"loss_type": "grpo", "scale_rewards": "group", "epsilon": 0.2},
     "dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none", "epsilon": 0.2},
@@ -19,6 +20,12 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
         "epsilon": 3e-4,
         "epsilon_high": 4e-4,
     },
+    "rloo": {
+        "loss_type": "luspo",
+        "scale_rewards": "none",
+        "importance_sampling_level": "sequence",
+        "epsilon": 0.2,
+    },
 }
 
 
@@ -29,6 +36,14 @@ def algorithm_arguments(algorithm: str, epsilon: float | None) -> dict[str, Any]
         arguments["epsilon"] = epsilon
         arguments.pop("epsilon_high", None)
     return arguments
+
+
+def advantage_factor(algorithm: str, group_size: int) -> float:
+    """What TRL's advantages are multiplied by to give the algorithm's.
+
+    RLOO's advantage of a completion, r − (Σr − r) / (G − 1), is G / (G − 1) times its difference from the mean.
+    """
+    return group_size / (group_size - 1) if algorithm == "rloo" else 1.0
 
 
 def groups_per_micro_batch(prompts_per_step: int, group_tokens: int, budget: int) -> int:

@@ -78,6 +78,7 @@ class LayerGRPOTrainer(GRPOTrainer):
         recompute_tokens: see `completion_log_probs`.
         vllm: samples in place of the policy; TRL corrects for what its log-probs differ.
         update_rows: most completions that go through an update together; None: as many as a micro-batch has.
+        advantage_factor: what TRL's advantages are multiplied by.
         on_message: receives a sentence for the person who watches.
     """
 
@@ -97,9 +98,11 @@ class LayerGRPOTrainer(GRPOTrainer):
         recompute_tokens: int = 0,
         vllm: VLLMServer | None = None,
         update_rows: int | None = None,
+        advantage_factor: float = 1.0,
         on_message: Callable[[str], None] | None = None,
     ) -> None:
         self.policy = policy
+        self.advantage_factor = advantage_factor
         self.faster = faster or {}
         self.first = first
         self.recompute_tokens = recompute_tokens
@@ -216,6 +219,7 @@ class LayerGRPOTrainer(GRPOTrainer):
         parts = self.args.steps_per_generation
         if self._buffered_inputs is None or self._step % (parts * self.num_iterations) == 0:
             batch = self._generate_and_score_completions(generation_batch)
+            batch["advantages"] = batch["advantages"] * self.advantage_factor
             groups = len(batch["completion_ids"]) // self.num_generations
             batch["rollout"] = self._rollout
             self.cut_share = self._cut_share()

@@ -17,7 +17,7 @@ from trl import GRPOConfig
 from midtune.config import TrainingConfig
 from midtune.errors import InputError
 from midtune.model.policy import Policy
-from midtune.rl.algorithms import algorithm_arguments, groups_per_micro_batch
+from midtune.rl.algorithms import advantage_factor, algorithm_arguments, groups_per_micro_batch
 from midtune.rl.recorder import StepRecorder
 from midtune.rl.trainer import FirstRollout, LayerGRPOTrainer, check_trainable, sampling_of
 from midtune.rollout.evaluation import prompt_ids
@@ -112,6 +112,7 @@ def train_blocks(
             VLLMServer(settings.vllm, policy, sampling_of(args), folder / "vllm") if settings.vllm else None
         ),
         update_rows=update_rows,
+        advantage_factor=advantage_factor(settings.algorithm, settings.group_size),
         on_message=on_message,
     )
     trainer.remove_callback(PrinterCallback)
