@@ -3,7 +3,8 @@
 Losses, advantages, logging, schedules, trackers and the loop stay TRL's and Transformers'. Replaced are:
 `_generate_single_turn` (midtune's sampler), `_prepare_inputs` (micro-batches of whole groups, so that a
 prompt is computed once), `_compute_loss` (a micro-batch in slices where memory ran out),
-`_get_per_token_logps_and_entropies` (the tail from boundary states), the reference model (the original blocks
+`_get_per_token_logps_and_entropies` (the tail from boundary states), where an agent plays `rollout_func`,
+`_calculate_rewards` and GiGPO's advantages for each token, the reference model (the original blocks
 in place of a second model) and what a checkpoint holds (trained tensors only). These are private methods of
 TRL 1.16; a parity test guards them.
 """
@@ -26,11 +27,14 @@ from trl import GRPOConfig, GRPOTrainer
 from midtune.errors import MidtuneError
 from midtune.model.memory import RowLimit, slices
 from midtune.model.policy import Policy
+from midtune.rl.advantages import gigpo
 from midtune.rl.tail import completion_log_probs
 from midtune.rollout.boundary import recompute
+from midtune.rollout.episodes import Episodes, play
 from midtune.rollout.sampler import Rollout, Sampling, sample, sampled_elsewhere
 from midtune.rollout.vllm import VLLMServer
 from midtune.savings.meter import Meter
+from midtune.tasks.environments import Environment
 
 TRAINED_TENSORS = "trained.safetensors"
 # Mean difference of two log-probs of a token that rounding explains, with room to spare.
@@ -62,6 +66,26 @@ class FirstRollout:
         self.random_state = _random_state(policy.device)
 
 
+@dataclass(frozen=True)
+class Agent:
+    """Episodes in an environment in place of completions.
+
+    Args:
+        environment: makes one, for an episode.
+        max_turns: where an episode is cut.
+        max_new_tokens: where an action is cut.
+        gamma, omega: of GiGPO's advantages; see `advantages.gigpo`.
+        by_step: GiGPO's advantages for each step, in place of one for an episode.
+    """
+
+    environment: Callable[[], Environment]
+    max_turns: int
+    max_new_tokens: int
+    gamma: float = 0.95
+    omega: float = 1.0
+    by_step: bool = False
+
+
 class LayerGRPOTrainer(GRPOTrainer):
     """GRPO on the trained blocks of a policy.
 
@@ -79,6 +103,7 @@ class LayerGRPOTrainer(GRPOTrainer):
         vllm: samples in place of the policy; TRL corrects for what its log-probs differ.
         update_rows: most completions that go through an update together; None: as many as a micro-batch has.
         advantage_factor: what TRL's advantages are multiplied by.
+        agent: plays episodes, whose rewards the environment gives, not `rewards`; in one process.
         on_message: receives a sentence for the person who watches.
     """
 
@@ -99,10 +124,14 @@ class LayerGRPOTrainer(GRPOTrainer):
         vllm: VLLMServer | None = None,
         update_rows: int | None = None,
         advantage_factor: float = 1.0,
+        agent: Agent | None = None,
         on_message: Callable[[str], None] | None = None,
     ) -> None:
         self.policy = policy
         self.advantage_factor = advantage_factor
+        self.agent = agent
+        self._rows: list[dict[str, Any]] = []
+        self._episodes: Episodes | None = None
         self.faster = faster or {}
         self.first = first
         self.recompute_tokens = recompute_tokens
@@ -130,6 +159,9 @@ class LayerGRPOTrainer(GRPOTrainer):
             # TRL's vLLM mode, with a server that needs neither vLLM nor CUDA here.
             self.use_vllm, self.vllm_mode, self.vllm_generation = True, "server", vllm
             self._last_loaded_step = -1
+        if agent is not None:
+            # Its constructor wants vLLM for this, which midtune's sampler does not.
+            self.rollout_func = self._play
         self.update_rows = RowLimit(
             "the update",
             "lower --max-new-tokens or --group-size, or add --set training.recompute=true",
@@ -203,6 +235,53 @@ class LayerGRPOTrainer(GRPOTrainer):
                 first.keep(self.policy, self._rollout)
         return self._rollout.completions(), None
 
+    def _play(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, Any]:
+        """TRL's rollout function: episodes of the rows of this step."""
+        assert self.agent is not None
+        self._rollout = self._episodes = self._buffered_inputs = None
+        with self.meter.phase("rollout"):
+            self._episodes = play(
+                self.policy,
+                self._rows[:: self.num_generations],
+                self.agent.environment,
+                replace(sampling_of(self.args), max_new_tokens=self.agent.max_new_tokens),
+                max_turns=self.agent.max_turns,
+                group_size=self.num_generations,
+                boundary_block=self.policy.trained[0],
+            )
+        rollout = self._rollout = self._episodes.rollout
+        completions = rollout.completions()
+        return {
+            "prompt_ids": [
+                ids[mask.bool()].tolist()
+                for ids, mask in zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)
+                for _ in range(self.num_generations)
+            ],
+            "completion_ids": completions,
+            "logprobs": None,
+            "env_mask": [
+                mask[: len(ids)] for mask, ids in zip(rollout.sampled_mask.tolist(), completions, strict=True)
+            ],
+        }
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self._rows = inputs
+        batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        batch["advantages"] = batch["advantages"] * self.advantage_factor
+        if self.agent is not None and self.agent.by_step:
+            batch["advantages"] = self._step_advantages(self.agent)
+        return batch
+
+    def _step_advantages(self, agent: Agent) -> torch.Tensor:
+        """GiGPO's advantages on the tokens of each action, [N·G, C]."""
+        assert self._episodes is not None
+        found, size = [], self.num_generations
+        for start in range(0, len(self._episodes.rewards), size):
+            group = slice(start, start + size)
+            states, rewards = self._episodes.states[group], self._episodes.rewards[group]
+            found += gigpo(states, rewards, gamma=agent.gamma, omega=agent.omega)
+        return self._episodes.per_token(found)
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         # The tail does not pass through the wrapper that would do this.
@@ -212,6 +291,8 @@ class LayerGRPOTrainer(GRPOTrainer):
         return loss
 
     def _calculate_rewards(self, *args: Any) -> torch.Tensor:
+        if self._episodes is not None:
+            return torch.tensor(self._episodes.returns(), device=self.accelerator.device)[:, None]
         with self.meter.phase("reward"):
             return super()._calculate_rewards(*args)
 
@@ -219,7 +300,6 @@ class LayerGRPOTrainer(GRPOTrainer):
         parts = self.args.steps_per_generation
         if self._buffered_inputs is None or self._step % (parts * self.num_iterations) == 0:
             batch = self._generate_and_score_completions(generation_batch)
-            batch["advantages"] = batch["advantages"] * self.advantage_factor
             groups = len(batch["completion_ids"]) // self.num_generations
             batch["rollout"] = self._rollout
             self.cut_share = self._cut_share()
@@ -272,7 +352,7 @@ class LayerGRPOTrainer(GRPOTrainer):
     def _share(self, piece: dict[str, Any], inputs: dict[str, Any]) -> float:
         """What a piece's loss counts in its micro-batch's: TRL makes that a mean over tokens or over rows, or a sum."""
         if self.loss_type == "bnpo":
-            return float(piece["completion_mask"].sum() / inputs["completion_mask"].sum())
+            return float(piece["rollout"].sampled_mask.sum() / inputs["rollout"].sampled_mask.sum())
         summed = self.loss_type in ("cispo", "dapo")
         return 1.0 if summed else len(piece["advantages"]) / len(inputs["advantages"])
 
@@ -285,7 +365,8 @@ class LayerGRPOTrainer(GRPOTrainer):
         """
         assert self._rollout is not None
         rollout = self._rollout
-        needed = self._advantages.view(-1, rollout.group_size).any(1)
+        # One for a completion, or one for each of its tokens.
+        needed = self._advantages.reshape(len(rollout.prompt_ids), -1).any(1)
         weighed_otherwise = self.beta > 0 or self.top_entropy_quantile < 1 or self._entropy_bonus_enabled
         if weighed_otherwise or bool(needed.all()):
             return self._scored(rollout)
@@ -419,7 +500,7 @@ def compare_log_probs(policy: Policy, rollout: Rollout, log_probs: torch.Tensor)
         MidtuneError: it does not; the architecture does something between its blocks and its logits, such as
             scaling them, that the tail leaves out.
     """
-    mask = rollout.completion_mask.bool()
+    mask = rollout.sampled_mask.bool()
     difference = (log_probs.detach() - rollout.log_probs)[mask].abs().mean().item()
     if not difference < MOST_DIFFERENCE[policy.compute_dtype]:
         raise MidtuneError(

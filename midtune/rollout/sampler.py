@@ -69,6 +69,7 @@ class Rollout:
         log_probs: [N·G, C] fp32, of each sampled token at the sampling temperature; 0 on padding.
         entropies: [N·G, C] fp32, of the distribution each token was drawn from; 0 on padding.
         boundary: the states that enter the first trained block, where they were asked for.
+        action_mask: [N·G, C], 0 where a token was not sampled but observed; None: all were sampled.
     """
 
     prompt_ids: torch.Tensor
@@ -78,10 +79,16 @@ class Rollout:
     log_probs: torch.Tensor
     entropies: torch.Tensor
     boundary: BoundaryStates | None = None
+    action_mask: torch.Tensor | None = None
 
     @property
     def group_size(self) -> int:
         return self.completion_ids.size(0) // self.prompt_ids.size(0)
+
+    @property
+    def sampled_mask(self) -> torch.Tensor:
+        """[N·G, C], 1 on the tokens that were sampled."""
+        return self.completion_mask if self.action_mask is None else self.completion_mask * self.action_mask
 
     def completions(self) -> list[list[int]]:
         """Token ids of each completion without padding."""
@@ -126,6 +133,7 @@ class Rollout:
             self.log_probs[rows],
             self.entropies[rows],
             boundary,
+            None if self.action_mask is None else self.action_mask[rows],
         )
 
 

@@ -247,7 +247,7 @@ def trainer_of(
         compute_dtype=policy.compute_dtype,
         checkpoints=False,
     )
-    names = ("vllm", "recompute_tokens", "update_rows", "advantage_factor", "on_message")
+    names = ("vllm", "recompute_tokens", "update_rows", "advantage_factor", "agent", "on_message")
     own = {name: arguments.pop(name) for name in names if name in arguments}
     for name, value in arguments.items():
         setattr(args, name, value)
