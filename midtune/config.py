@@ -135,7 +135,7 @@ class BlocksConfig(Part):
 class TrainingConfig(Part):
     """The reinforcement learning itself."""
 
-    algorithm: Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "gspo", "rloo"] = Field(
+    algorithm: Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "gspo", "rloo", "gigpo"] = Field(
         "grpo", description="how advantages and the loss are formed"
     )
     steps: int = Field(100, ge=1, description="optimizer steps")
@@ -160,6 +160,9 @@ class TrainingConfig(Part):
     stop_strings: list[Annotated[str, Field(min_length=1)]] = Field(
         default_factory=list, description="texts that end a completion"
     )
+    max_turns: int = Field(10, ge=1, description="of a task with an environment, most actions of an episode")
+    gamma: float = Field(0.95, ge=0, le=1, description="gigpo: what a reward counts a step earlier")
+    omega: float = Field(1.0, ge=0, description="gigpo: weight of a step's advantage beside its episode's")
     optimizer: Literal["adamw", "adamw_8bit"] = Field(
         "adamw", description="AdamW, or bitsandbytes' with 8-bit states: a quarter of their memory"
     )

@@ -6,7 +6,8 @@ from typing import Any
 
 # `grpo` (arXiv 2402.03300) and `dr_grpo` (2503.20783) clip at 0.2; `dapo` (2503.14476) clips higher above;
 # `cispo` (2506.13585) bounds the weight itself; `gspo` (2507.18071) clips whole-sequence ratios; `rloo`
-# (2402.14740) compares a completion with the mean of the others and sums over its tokens.
+# (2402.14740) compares a completion with the mean of the others and sums over its tokens; `gigpo` (2505.10978)
+# has advantages of its own for each step of an episode, and GRPO's where there are no steps.
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "grpo": {"loss_type": "grpo", "scale_rewards": "group", "epsilon": 0.2},
     "dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none", "epsilon": 0.2},
@@ -20,6 +21,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
         "epsilon": 3e-4,
         "epsilon_high": 4e-4,
     },
+    "gigpo": {"loss_type": "grpo", "scale_rewards": "group", "epsilon": 0.2},
     "rloo": {
         "loss_type": "luspo",
         "scale_rewards": "none",

@@ -19,11 +19,12 @@ from midtune.errors import InputError
 from midtune.model.policy import Policy
 from midtune.rl.algorithms import advantage_factor, algorithm_arguments, groups_per_micro_batch
 from midtune.rl.recorder import StepRecorder
-from midtune.rl.trainer import FirstRollout, LayerGRPOTrainer, check_trainable, sampling_of
+from midtune.rl.trainer import Agent, FirstRollout, LayerGRPOTrainer, check_trainable, sampling_of
 from midtune.rollout.evaluation import prompt_ids
 from midtune.rollout.vllm import VLLMServer
 from midtune.savings.meter import Meter
 from midtune.tasks import Reward, Row, parts_of
+from midtune.tasks.environments import Environment
 
 OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit"}
 
@@ -53,6 +54,7 @@ def train_blocks(
     resume_from: Path | None = None,
     first: FirstRollout | None = None,
     update_rows: int | None = None,
+    environment: Callable[[], Environment] | None = None,
 ) -> int:
     """Train the policy's chosen blocks for `settings.steps` steps.
 
@@ -66,6 +68,7 @@ def train_blocks(
         resume_from: a checkpoint to go on from, exactly.
         first: what the first step sampled in a run that began as this one does, or room for it.
         update_rows: most completions that go through an update together, where memory has run out before.
+        environment: plays episodes of the rows, and gives the rewards in place of `reward`.
 
     Returns:
         The number of the last step; less than `settings.steps` if `stop_requested` or `stop_after` said so.
@@ -76,9 +79,23 @@ def train_blocks(
     ordered = in_order(rows, settings.steps * settings.prompts_per_step, seed)
     different = {row["question"]: row["prompt"] for row in ordered}.values()
     longest = max(len(prompt_ids(policy.tokenizer, prompt)) for prompt in different)
+    agent = None
+    most_tokens = settings.max_new_tokens
+    if environment is not None:
+        agent = Agent(
+            environment,
+            settings.max_turns,
+            settings.max_new_tokens,
+            gamma=settings.gamma,
+            omega=settings.omega,
+            by_step=settings.algorithm == "gigpo",
+        )
+        most_tokens *= settings.max_turns
+    # Observations are taken to be about as long as actions.
+    observed = most_tokens if agent is not None else 0
     args = trl_arguments(
         settings,
-        group_tokens=settings.group_size * (longest + settings.max_new_tokens),
+        group_tokens=settings.group_size * (longest + most_tokens + observed),
         folder=folder,
         seed=seed,
         device=policy.device,
@@ -87,6 +104,7 @@ def train_blocks(
     )
     rewards, weights = parts_of(reward)
     args.reward_weights = weights
+    args.max_completion_length = most_tokens
     recorder = StepRecorder(
         meter,
         on_step=on_step,
@@ -96,7 +114,7 @@ def train_blocks(
         stop_after=stop_after,
         stop_after_equal_rewards=settings.stop_after_equal_rewards,
         rows_per_step=settings.prompts_per_step * settings.group_size,
-        max_new_tokens=settings.max_new_tokens,
+        max_new_tokens=most_tokens,
     )
     trainer = LayerGRPOTrainer(
         policy,
@@ -113,6 +131,7 @@ def train_blocks(
         ),
         update_rows=update_rows,
         advantage_factor=advantage_factor(settings.algorithm, settings.group_size),
+        agent=agent,
         on_message=on_message,
     )
     trainer.remove_callback(PrinterCallback)

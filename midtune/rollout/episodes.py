@@ -6,16 +6,18 @@ again, and observations are no part of the loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from midtune.errors import InputError
+from midtune.model.memory import slices
 from midtune.model.policy import Policy
 from midtune.rollout.boundary import recompute
-from midtune.rollout.evaluation import prompt_ids
+from midtune.rollout.evaluation import MOST_ROWS, Evaluation, prompt_ids
 from midtune.rollout.sampler import Rollout, Sampling, padded, sample
 from midtune.tasks.environments import Environment, Episode
 
@@ -44,7 +46,7 @@ class Episodes:
         """The sum of the rewards of each episode."""
         return [sum(own) for own in self.rewards]
 
-    def per_token(self, steps: Sequence[Sequence[float]]) -> torch.Tensor:
+    def per_token(self, steps: Sequence[Iterable[float]]) -> torch.Tensor:
         """A value for each step of each episode, on all tokens of its action: [N·G, C] fp32, 0 elsewhere."""
         values = torch.zeros_like(self.rollout.log_probs)
         for row, (own, spans) in enumerate(zip(steps, self.spans, strict=True)):
@@ -115,21 +117,64 @@ def play(
             tokens[i] += [(token, 0, 0.0, 0.0) for token in ids]
 
     prompt, prompt_mask = padded(policy, prompts, "left")
-    ids, mask = padded(policy, [[token[0] for token in own] for own in tokens], "right")
-    action_mask, log_probs, entropies = torch.zeros_like(mask), *torch.zeros(2, *ids.shape, device=ids.device)
-    for row, own in enumerate(tokens):
+    completions, mask = padded(policy, [[token[0] for token in own] for own in tokens], "right")
+    action_mask, log_probs = torch.zeros_like(mask), torch.zeros(mask.shape, device=mask.device)
+    entropies = torch.zeros_like(log_probs)
+    for number, own in enumerate(tokens):
         _, was_sampled, *scores = zip(*own, strict=True)
-        action_mask[row, : len(own)] = torch.tensor(was_sampled)
-        log_probs[row, : len(own)], entropies[row, : len(own)] = torch.tensor(scores)
+        action_mask[number, : len(own)] = torch.tensor(was_sampled)
+        log_probs[number, : len(own)], entropies[number, : len(own)] = torch.tensor(scores)
     boundary = None
     if boundary_block is not None:
-        boundary = recompute(policy, boundary_block, prompt, prompt_mask, ids, mask)
+        boundary = recompute(policy, boundary_block, prompt, prompt_mask, completions, mask)
     return Episodes(
-        Rollout(prompt, prompt_mask, ids, mask, log_probs, entropies, boundary, action_mask),
+        Rollout(prompt, prompt_mask, completions, mask, log_probs, entropies, boundary, action_mask),
         spans,
         [episode.states for episode in episodes],
         [episode.rewards for episode in episodes],
     )
+
+
+def evaluate_episodes(
+    policy: Policy,
+    rows: Sequence[dict[str, Any]],
+    make: Callable[[], Environment],
+    sampling: Sampling,
+    *,
+    max_turns: int,
+    samples: int,
+    seed: int = 0,
+    on_problems: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Score `policy` by the sum of rewards of an episode of each row, greedily and by sampling.
+
+    Args:
+        samples: episodes per row at the training temperature; 0 plays none.
+        seed: of the samples; the caller's random state is left as it was.
+        on_problems: called with the episodes finished since the last call and the tokens sampled in them.
+    """
+
+    def run(draws: int, how: Sampling) -> tuple[list[list[float]], list[str]]:
+        scores: list[list[float]] = []
+        texts: list[str] = []
+        for part in slices(len(rows), max(1, MOST_ROWS // draws)):
+            found = play(policy, rows[part], make, how, max_turns=max_turns, group_size=draws)
+            scores += np.reshape(found.returns(), (-1, draws)).tolist()
+            ids = found.rollout.completions()[::draws]
+            texts += policy.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            if on_problems is not None:
+                on_problems(len(found.rewards), int(found.rollout.sampled_mask.sum()))
+        return scores, texts
+
+    greedy, completions = run(1, replace(sampling, temperature=0.0))
+    drawn = None
+    if samples:
+        devices = [policy.device] if policy.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            drawn = np.array(run(samples, sampling)[0])
+    sampled = None if drawn is None else drawn.mean(axis=1)
+    return Evaluation(np.array(greedy)[:, 0], sampled, completions, drawn)
 
 
 def opened(prompt: Prompt, observation: str | None) -> Prompt:

@@ -73,7 +73,7 @@ def _checked(config: RunConfig, terminal: Terminal) -> dict[str, Any]:
     name = require_task(config)
     # All problems that a run of any length could use.
     config = with_settings(config, {"training.steps": config.task.train_size})
-    task = open_task(config, terminal)
+    task = open_task(config, terminal, episodes=True)
     again = read_task(config)
     if (task.train, task.held_out) != (again.train, again.held_out):
         raise InputError(
@@ -85,6 +85,9 @@ def _checked(config: RunConfig, terminal: Terminal) -> dict[str, Any]:
     ]
     if columns := sorted(task.train[0].keys() - {"prompt", "question", "answer"}):
         findings.append(f"the reward also gets {', '.join(f'`{column}`' for column in columns)}")
+    if task.environment is not None:
+        findings.append("its environment begins episodes and answers an action")
+        return {"checked": name, "findings": findings}
     findings.append(f"the reward `{task.reward.__name__}` gives one finite number for each completion")
     if (row := next((row for row in task.train if row["answer"]), None)) is not None:
         right, wrong = scored_samples(task, row)

@@ -9,6 +9,7 @@ from typing import Any
 
 from midtune.errors import InputError
 from midtune.tasks.answers import parse_number, reference_answer
+from midtune.tasks.environments import Episode
 from midtune.tasks.own import is_task_file
 from midtune.tasks.rewards import Reward, completion_of, parts_of
 from midtune.tasks.split import Row
@@ -47,6 +48,10 @@ def check_reward(task: Task) -> None:
             have answers.
     """
     rows = task.train[:_ROWS]
+    if task.environment is not None:
+        for row in rows:
+            Episode(task.environment, row).act(_WRONG)
+        return
     right = [row["answer"] for row in rows]
     parts, _ = parts_of(task.reward)
     for reward in dict.fromkeys([*parts, task.score]):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
-from midtune.errors import InputError
+from midtune.errors import InputError, MidtuneError
 
 
 class Environment(Protocol):
@@ -25,6 +25,11 @@ class Environment(Protocol):
 
     def step(self, action: str) -> tuple[str, float, bool]:
         """Act; returns what is observed then, the reward of the step, and whether the episode is over."""
+
+
+def by_environment(completions: list[Any], **columns: Any) -> list[float]:
+    """Stands where a task has its reward: there is none without an episode."""
+    raise MidtuneError("the task's rewards come from its environment, in play.")
 
 
 class Episode:

@@ -13,6 +13,7 @@ from typing import Any
 from midtune.errors import InputError
 from midtune.tasks import gym, hub, programs
 from midtune.tasks.code import CODE, code_reward, code_row
+from midtune.tasks.environments import Environment, by_environment
 from midtune.tasks.files import Columns, is_file_name, problems_of
 from midtune.tasks.own import is_own, is_task_file, load_own_task, load_reward
 from midtune.tasks.prompts import prompted
@@ -46,6 +47,7 @@ class Task:
     reward: Reward  # what training maximises
     score: Reward  # what evaluation reports, in [0, 1]; a person's own reward as it is
     own_reward: bool = False
+    environment: Callable[[], Environment] | None = None  # what episodes are played in, in place of a reward
     note: str | None = None  # a remark for the person, such as fewer problems than asked for
 
 
@@ -58,6 +60,7 @@ class _Problems:
     default: str
     identity: dict[str, Any]
     notes: Sequence[str] = ()
+    environment: Callable[[], Environment] | None = None
 
 
 def load_task(
@@ -120,6 +123,10 @@ def load_task(
     )
     sizes = {"train_size": train_size, "eval_size": eval_size, "seed": seed}
     found = _problems(name, args, columns, eval_file, judges, sizes)
+    if found.environment is not None and asked:
+        raise InputError(
+            f"the environment of {name} gives the rewards; leave out --reward {' '.join(asked)}."
+        )
     weights = asked or {found.default: 1.0}
     judge = judges[0] if judges else found.default
     if "verifier" in weights and found.verifier is None:
@@ -158,6 +165,7 @@ def load_task(
         train=[put(row) for row in found.split.train],
         held_out=[put(row) for row in found.split.held_out],
         reward=whole,
+        environment=found.environment,
         score=parts[judge] if is_own_reward else solved(parts[judge]),
         own_reward=is_own_reward,
         note=" ".join(filter(None, notes)) or None,
@@ -185,6 +193,9 @@ def _problems(
         return _Problems(programs.draw_programs(**sizes), None, "code", {"name": name})
     if is_task_file(name):
         mine = load_own_task(name)
+        if mine.environment is not None:
+            asked = replace(columns, needs_answer=False)
+            return _of_source(mine.source, asked, eval_file, sizes, by_environment, mine.environment)
         judged = mine.reward is not None and (not judges or judges[0] == "verifier")
         asked = replace(columns, needs_answer=columns.needs_answer and not judged)
         return _of_source(mine.source, asked, eval_file, sizes, mine.reward)
@@ -200,6 +211,7 @@ def _of_source(
     eval_file: str | None,
     sizes: Mapping[str, int],
     verifier: Reward | None = None,
+    environment: Callable[[], Environment] | None = None,
 ) -> _Problems:
     problems = problems_of(source, source.lines, columns)
     identity = {"file": source.digest, "columns": problems.columns}
@@ -210,7 +222,7 @@ def _of_source(
         evaluation = apart.lines
         identity["eval_file"] = apart.digest
     if evaluation is None:
-        split = split_rows(problems.rows, **sizes)
+        split = _episodes_apart(problems.rows, sizes) if environment else split_rows(problems.rows, **sizes)
     else:
         held_out = problems_of(apart, evaluation, columns)
         split, shared = given_split(problems.rows, held_out.rows, **sizes, drop=columns.drop)
@@ -224,7 +236,16 @@ def _of_source(
         default if verifier is None else "verifier",
         identity,
         [note for note in notes if note],
+        environment,
     )
+
+
+def _episodes_apart(rows: Sequence[Row], sizes: Mapping[str, int]) -> Split:
+    """A split of rows whose prompts may be equal, since an environment begins by their other columns."""
+    whole = {json.dumps(row, sort_keys=True, default=str): row for row in rows}
+    split = split_rows([{"question": key} for key in whole], **sizes)
+    train, held_out = ([whole[row["question"]] for row in side] for side in (split.train, split.held_out))
+    return Split(train, held_out, split.distinct)
 
 
 def _refuse_evaluation(name: str, eval_file: str | None) -> None:
