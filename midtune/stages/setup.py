@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from midtune.config import RunConfig, TrainingConfig, require_task
+from midtune.config import RunConfig, TrainingConfig
 from midtune.errors import InputError
 from midtune.model.loading import load_policy, load_tokenizer, resolve_device
 from midtune.model.policy import Policy
@@ -16,13 +16,13 @@ from midtune.model.sources import Source, resolve
 from midtune.report.display import Advance
 from midtune.report.tables import card_text, processes_text
 from midtune.report.terminal import Terminal
-from midtune.rl.shaping import shaping_reward
 from midtune.rollout.episodes import evaluate_episodes
 from midtune.rollout.evaluation import Evaluation, evaluate, prompt_ids
 from midtune.rollout.sampler import Sampling
 from midtune.savings.cards import other_processes
 from midtune.savings.meter import card_of
-from midtune.tasks import Limits, Row, Task, check_reward, load_task, open_sandbox
+from midtune.stages.reading import read_task
+from midtune.tasks import Row, Task, check_reward
 
 
 def with_model(config: RunConfig, name: str, revision: str | None) -> RunConfig:
@@ -95,41 +95,6 @@ def open_task(config: RunConfig, terminal: Terminal, *, more: int = 0, episodes:
     if task.note:
         terminal.message(task.note)
     return task
-
-
-def read_task(config: RunConfig, *, more: int = 0) -> Task:
-    """The task, its rewards not tried yet."""
-    settings = config.task
-    return load_task(
-        require_task(config),
-        args=settings.args,
-        reward=settings.reward,
-        prompt_column=settings.prompt_column,
-        answer_column=settings.answer_column,
-        system_prompt=settings.system_prompt,
-        template=None if settings.template == "none" else settings.template,
-        eval_file=settings.eval_file,
-        bad_rows=settings.bad_rows,
-        prompt_format=settings.prompt_format,
-        # More than a run can use would only cost time: some generators take seconds a problem.
-        train_size=min(
-            settings.train_size, max(config.training.steps * config.training.prompts_per_step, 64) + more
-        ),
-        eval_size=settings.eval_size,
-        seed=config.seed,
-        sandbox=partial(
-            open_sandbox,
-            Limits(
-                cpu_s=config.sandbox.cpu_s,
-                wall_s=config.sandbox.wall_s,
-                memory_bytes=config.sandbox.memory_mib * 2**20,
-                processes=config.sandbox.processes,
-            ),
-            workers=config.sandbox.workers,
-            allow_weak=config.sandbox.allow_weak,
-        ),
-        shaping=partial(shaping_reward, max_new_tokens=config.training.max_new_tokens),
-    )
 
 
 def _without_long_prompts(task: Task, config: RunConfig, terminal: Terminal) -> Task:

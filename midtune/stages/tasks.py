@@ -42,7 +42,7 @@ def run(config: RunConfig | None, terminal: Terminal, *, check: bool = False) ->
 
 
 def _shown(config: RunConfig, terminal: Terminal) -> dict[str, Any]:
-    from midtune.stages.setup import read_task
+    from midtune.stages.reading import read_task
     from midtune.tasks import scored_samples, task_arguments
 
     name = require_task(config)
@@ -67,7 +67,8 @@ def _shown(config: RunConfig, terminal: Terminal) -> dict[str, Any]:
 
 
 def _checked(config: RunConfig, terminal: Terminal) -> dict[str, Any]:
-    from midtune.stages.setup import open_task, read_task
+    from midtune.stages.reading import read_task
+    from midtune.stages.setup import open_task
     from midtune.tasks import scored_samples
 
     name = require_task(config)

@@ -1,0 +1,49 @@
+"""The task that a configuration names, read without a model: nothing here imports torch until it is needed."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from midtune.config import RunConfig, require_task
+from midtune.tasks import Limits, Reward, Task, load_task, open_sandbox
+
+
+def read_task(config: RunConfig, *, more: int = 0) -> Task:
+    """The task, its rewards not tried yet."""
+    settings = config.task
+
+    def shaping(name: str) -> Reward:
+        from midtune.rl.shaping import shaping_reward  # with TRL, which few tasks need
+
+        return shaping_reward(name, max_new_tokens=config.training.max_new_tokens)
+
+    return load_task(
+        require_task(config),
+        args=settings.args,
+        reward=settings.reward,
+        prompt_column=settings.prompt_column,
+        answer_column=settings.answer_column,
+        system_prompt=settings.system_prompt,
+        template=None if settings.template == "none" else settings.template,
+        eval_file=settings.eval_file,
+        bad_rows=settings.bad_rows,
+        prompt_format=settings.prompt_format,
+        # More than a run can use would only cost time: some generators take seconds a problem.
+        train_size=min(
+            settings.train_size, max(config.training.steps * config.training.prompts_per_step, 64) + more
+        ),
+        eval_size=settings.eval_size,
+        seed=config.seed,
+        sandbox=partial(
+            open_sandbox,
+            Limits(
+                cpu_s=config.sandbox.cpu_s,
+                wall_s=config.sandbox.wall_s,
+                memory_bytes=config.sandbox.memory_mib * 2**20,
+                processes=config.sandbox.processes,
+            ),
+            workers=config.sandbox.workers,
+            allow_weak=config.sandbox.allow_weak,
+        ),
+        shaping=shaping,
+    )
