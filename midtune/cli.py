@@ -22,7 +22,15 @@ import typer
 from typer.core import TyperCommand
 
 from midtune import __version__
-from midtune.config import RunConfig, load_config, parse_assignment, require_task, setting
+from midtune.config import (
+    PLANNED_CARD,
+    PLANNED_PROMPT_TOKENS,
+    RunConfig,
+    load_config,
+    parse_assignment,
+    require_task,
+    setting,
+)
 from midtune.errors import InputError, MidtuneError
 from midtune.network import go_offline
 
@@ -501,18 +509,20 @@ def plan(
     model: Model = None,
     gpu: Annotated[
         str,
-        _plain_option("--gpu", "the card: memory or name; or cpu (default: 24GB)", "Plan", "24GB|NAME|cpu"),
-    ] = "24GB",
+        _plain_option(
+            "--gpu", f"the card: memory or name; or cpu (default: {PLANNED_CARD})", "Plan", "24GB|NAME|cpu"
+        ),
+    ] = PLANNED_CARD,
     prompt_tokens: Annotated[
         int,
         typer.Option(
-            help="tokens of the longest prompt (default: 512)",
+            help=f"tokens of the longest prompt (default: {PLANNED_PROMPT_TOKENS})",
             metavar="N",
             min=1,
             show_default=False,
             rich_help_panel="Plan",
         ),
-    ] = 512,
+    ] = PLANNED_PROMPT_TOKENS,
     max_new_tokens: Annotated[int | None, _option("max_new_tokens", "Plan", "--new-tokens")] = None,
     group_size: Annotated[int | None, _option("group_size", "Plan")] = None,
     prompts_per_step: Annotated[int | None, _option("prompts_per_step", "Plan")] = None,

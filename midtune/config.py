@@ -25,6 +25,8 @@ from midtune.errors import InputError
 
 BUNDLED_MODEL = "tiny"
 BUNDLED_RECIPE = Path(__file__).parent / "assets" / BUNDLED_MODEL / "recipe.yaml"
+# What is planned for where nothing is said: the card, and tokens of the longest prompt.
+PLANNED_CARD, PLANNED_PROMPT_TOKENS = "24GB", 512
 
 
 class Part(BaseModel):

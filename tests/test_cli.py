@@ -107,6 +107,15 @@ def make_run(folder: Path, **values: Any) -> Path:
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"]])
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    assert not HEAVY & imported_by(arguments)
+
+
+def test_showing_a_task_imports_no_models_libraries() -> None:
+    assert not {"torch", "transformers", "trl", "datasets"} & imported_by(["tasks", "chain_sum"])
+
+
+def imported_by(arguments: list[str]) -> set[str]:
+    """The modules that a command has imported when it ends, in a process of its own."""
     code = (
         "import sys\nfrom midtune.cli import main\n"
         f"try:\n    main({arguments})\n"
@@ -117,7 +126,7 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(midtune.__file__).parents[1]
     )
     assert done.returncode == 0, done.stderr
-    assert not HEAVY & set(done.stderr.split())
+    return set(done.stderr.split())
 
 
 def test_version(run: Run) -> None:

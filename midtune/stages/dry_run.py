@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from midtune.config import RunConfig, require_task
+from midtune.config import PLANNED_CARD, PLANNED_PROMPT_TOKENS, RunConfig, require_task
 from midtune.errors import InputError
 from midtune.model.configs import config_of
 from midtune.runs import RUNS
@@ -13,8 +13,6 @@ from midtune.savings.budget import Sizes
 from midtune.stages.plan import planner_of, work_of
 from midtune.tasks.hub import is_dataset
 
-# The card and the longest prompt that are planned for, as `midtune plan` does where nothing is said.
-CARD, PROMPT_TOKENS = "24GB", 512
 NOT_AT_HAND = "memory not known: config not at hand"
 
 
@@ -61,15 +59,15 @@ def run(config: RunConfig, *, out: Path | None) -> dict[str, Any]:
         if name.count("/") != 1:
             raise
         return {**found, "note": NOT_AT_HAND}
-    planner, blocks = planner_of(config, training.fit or CARD)
-    arm = planner.arm("midtune", work_of(config, PROMPT_TOKENS))
+    planner, blocks = planner_of(config, training.fit or PLANNED_CARD)
+    arm = planner.arm("midtune", work_of(config, PLANNED_PROMPT_TOKENS))
     return {
         **found,
         "plan": {
             "blocks": blocks,
             "trainable_parameters": _trained(config, blocks, planner.sizes),
             "card": planner.card.name,
-            "prompt_tokens": PROMPT_TOKENS,
+            "prompt_tokens": PLANNED_PROMPT_TOKENS,
             **{key: arm[key] for key in ("peak", "phase", "fits", "seconds")},
         },
     }

@@ -63,7 +63,7 @@ def load_reward(reward: str) -> tuple[Reward, str]:
     if not path.is_file():
         raise InputError(f"reward file {path} does not exist; write the reward as path/to/file.py:function.")
     content = path.read_bytes()
-    module = _imported(path, hashlib.sha256(str(path.resolve()).encode() + content).hexdigest()[:12])
+    module = _imported(path, content, "reward")
     found = getattr(module, function, None) if function else None
     if not callable(found):
         asked = f"no function `{function}`" if function else "been named without a function"
@@ -91,7 +91,7 @@ def load_own_task(name: str) -> OwnTask:
             f"task file {path} does not exist; give the path of a Python file that defines {ROWS}."
         )
     content = path.read_bytes()
-    module = _imported(path, hashlib.sha256(str(path.resolve()).encode() + content).hexdigest()[:12], "task")
+    module = _imported(path, content, "task")
     together, apart = callable(getattr(module, "rows", None)), _has_both(module)
     if together == apart:
         has = "both" if together else f"neither; its functions are {_functions(module)}"
@@ -173,7 +173,8 @@ def _stand_ins(columns: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _imported(path: Path, digest: str, what: str = "reward") -> ModuleType:
+def _imported(path: Path, content: bytes, what: str) -> ModuleType:
+    digest = hashlib.sha256(str(path.resolve()).encode() + content).hexdigest()[:12]
     name = f"midtune_{what}_{digest}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

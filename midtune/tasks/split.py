@@ -70,14 +70,11 @@ def split_rows(rows: Sequence[Row], *, train_size: int, eval_size: int, seed: in
     Raises:
         InputError: fewer than six different questions.
     """
-    different: dict[str, Row] = {}
-    for row in rows:
-        different.setdefault(question_key(row["question"]), row)
+    different = _different(rows)
     _check_enough(len(different))
-    order = sorted(different, key=lambda key: (rank(key, seed), key))
-    held_out = min(eval_size, len(order) // 3)
-    chosen = [different[key] for key in order]
-    return Split(chosen[held_out : held_out + train_size], chosen[:held_out], len(order))
+    held_out = min(eval_size, len(different) // 3)
+    chosen = _in_order(different, seed)
+    return Split(chosen[held_out : held_out + train_size], chosen[:held_out], len(different))
 
 
 def given_split(
@@ -102,11 +99,7 @@ def given_split(
     Raises:
         InputError: questions are in both lists, or one list has none to give.
     """
-    sides: list[dict[str, Row]] = [{}, {}]
-    for side, rows in zip(sides, (train, held_out), strict=True):
-        for row in rows:
-            side.setdefault(question_key(row["question"]), row)
-    of_train, of_held_out = sides
+    of_train, of_held_out = _different(train), _different(held_out)
     shared = [key for key in of_train if key in of_held_out]
     if shared and not drop:
         noun = "question is" if len(shared) == 1 else "questions are"
@@ -122,11 +115,19 @@ def given_split(
             f"there are {len(of_train)} different training and {len(of_held_out)} evaluation problems, and at least "
             "4 and 2 are needed; give more."
         )
-    chosen = [
-        [side[key] for key in sorted(side, key=lambda key: (rank(key, seed), key))][:size]
-        for side, size in ((of_train, train_size), (of_held_out, eval_size))
-    ]
-    return Split(chosen[0], chosen[1], None), len(shared)
+    chosen = _in_order(of_train, seed)[:train_size], _in_order(of_held_out, seed)[:eval_size]
+    return Split(*chosen, None), len(shared)
+
+
+def _different(rows: Sequence[Row]) -> dict[str, Row]:
+    different: dict[str, Row] = {}
+    for row in rows:
+        different.setdefault(question_key(row["question"]), row)
+    return different
+
+
+def _in_order(different: dict[str, Row], seed: int) -> list[Row]:
+    return [different[key] for key in sorted(different, key=lambda key: (rank(key, seed), key))]
 
 
 def draw_split(

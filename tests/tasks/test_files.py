@@ -5,21 +5,9 @@ from typing import Any
 import pytest
 
 from midtune.errors import InputError
-from midtune.tasks import Task, load_task
+from tests.tasks.toy_data import load
 
 ROWS = [{"prompt": f"{n} + {n} = ?", "answer": 2 * n, "level": "easy"} for n in range(12)]
-
-
-def load(name: Path | str, **changes: Any) -> Task:
-    settings: dict[str, Any] = {
-        "args": {},
-        "reward": None,
-        "system_prompt": None,
-        "train_size": 4000,
-        "eval_size": 3,
-        "seed": 0,
-    }
-    return load_task(str(name), **settings | changes)
 
 
 def jsonl(folder: Path, rows: list[Any], name: str = "data.jsonl") -> Path:
