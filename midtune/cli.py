@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,8 +32,10 @@ from midtune.config import (
     require_task,
     setting,
 )
+from midtune.device import show_one_card
 from midtune.errors import InputError, MidtuneError
 from midtune.network import go_offline
+from midtune.savings.cards import card_names
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -301,7 +303,7 @@ def train(
       midtune train smollm2-135m --task reasoning-gym:chain_sum --task-arg min_terms=2 --top-k 1
     """
     folder = _resumed(ctx) if resume else None
-    config = load_config(folder / "config.yaml", {}) if folder else _configure(ctx)
+    config = _loaded(folder / "config.yaml", {}) if folder else _configure(ctx)
 
     if dry_run:
 
@@ -372,7 +374,7 @@ def probe(
       midtune probe --budget 5m --out runs/ranking
     """
     folder = _resumed(ctx) if resume else None
-    config = load_config(folder / "config.yaml", {}) if folder else _configure(ctx)
+    config = _loaded(folder / "config.yaml", {}) if folder else _configure(ctx)
 
     def stage(terminal: Terminal) -> dict[str, Any]:
         with _imports():
@@ -629,6 +631,7 @@ def bench(
         _plain_option("--model", "the model, for those who would rather name it", "Model", "MODEL"),
     ] = None,
     device: Device = None,
+    set_: Set = None,
     arms: Annotated[
         str,
         _plain_option(
@@ -669,7 +672,8 @@ def bench(
         "blocks.layers": layers,
         "seed": seed,
     }
-    config = load_config(None, {key: value for key, value in named.items() if value is not None})
+    named |= dict(parse_assignment(text) for text in set_ or [])
+    config = _loaded(None, {key: value for key, value in named.items() if value is not None})
 
     def stage(terminal: Terminal) -> dict[str, Any]:
         with _imports():
@@ -895,9 +899,17 @@ def _configure(ctx: typer.Context, target: str | None = None, task_needed: bool 
         recipe = recipe or own
         if own is None:
             overrides["model.name"] = _base_of(target)
-    config = load_config(recipe, overrides)
+    config = _loaded(recipe, overrides)
     if task_needed:
         require_task(config)
+    return config
+
+
+def _loaded(recipe: Path | None, overrides: Mapping[str, Any]) -> RunConfig:
+    """The configuration, and this process made to see the one card that it names."""
+    config = load_config(recipe, overrides)
+    if config.model.device != "cpu":
+        show_one_card(config.model.device, len(card_names()))
     return config
 
 

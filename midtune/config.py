@@ -51,6 +51,10 @@ class ModelConfig(Part):
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
     quantize: Literal["nf4", "none"] = Field("nf4", description="how frozen linear layers are kept")
     device: str = Field("auto", description="`auto`, `cpu`, `cuda` or `cuda:N`")
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto",
+        description="what activations are computed in; `auto`: bf16 on cards, fp16 on those without it, fp32 on CPUs",
+    )
     adapter: Literal["full", "lora"] = Field("full", description="train whole blocks, or LoRA on them")
     lora_rank: int = Field(16, ge=1, description="rank of the LoRA matrices")
     unpack: Literal["auto", "never"] = Field(

@@ -68,10 +68,9 @@ class TailCache(DynamicCache):
         if self.rows is None:
             return key_states, value_states
         held: Any = self.layers[layer]
-        return (
-            torch.cat([held.keys[self.rows], key_states], -2),
-            torch.cat([held.values[self.rows], value_states], -2),
-        )
+        # The gradient of plain indexing is added up in any order where several threads work.
+        keys, values = (part.index_select(0, self.rows) for part in (held.keys, held.values))
+        return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
 
 
 def tail_of(model: PreTrainedModel, stack_name: str, first: int, *, checkpointing: bool = False) -> nn.Module:

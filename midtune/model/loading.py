@@ -16,6 +16,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from midtune.device import compute_dtype_of, resolve_device
 from midtune.errors import InputError
 from midtune.model.blocks import check_tail, find_blocks
 from midtune.model.memory import freed_at_once
@@ -29,6 +30,7 @@ def load_policy(
     *,
     quantize: str = "nf4",
     device: str = "auto",
+    dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
     unpack: bool = True,
 ) -> Policy:
@@ -38,12 +40,15 @@ def load_policy(
     read, so a full-precision copy of the model never exists. Embeddings, norms and head stay as stored.
     `unpack` is the policy's.
 
+    Args:
+        dtype: what activations are computed in; None: see `compute_dtype_of`.
+
     Raises:
         InputError: not a decoder-only model with safetensors weights, one that cannot be run from a block in
             the middle, or the device does not exist.
     """
     target = resolve_device(device)
-    compute_dtype = compute_dtype_of(target)
+    compute_dtype = dtype or compute_dtype_of(target)
     tokenizer = load_tokenizer(source, trust_remote_code)
     with _quiet(), _readable_errors(source):
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
@@ -113,37 +118,6 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTraine
 
 # Base models come without a chat template; their prompts are the plain text of the messages.
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
-
-
-def resolve_device(device: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:N` as a device that exists.
-
-    Raises:
-        InputError: CUDA was asked for and there is none, or the name is unknown.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        target = torch.device(device)
-    except RuntimeError:
-        raise InputError(f"device {device!r} is not known; use auto, cpu, cuda or cuda:N.") from None
-    if target.type == "cuda":
-        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (target.index or 0) >= found:
-            raise InputError(
-                f"device {device} was asked for, but this machine has {found} CUDA devices that torch "
-                f"{torch.__version__} can use; use --device cpu, or install a CUDA build of torch."
-            )
-    elif target.type != "cpu":
-        raise InputError(f"device {device!r} is not supported; use auto, cpu, cuda or cuda:N.")
-    return target
-
-
-def compute_dtype_of(device: torch.device) -> torch.dtype:
-    """bf16 on GPUs that have it, fp16 on older ones; fp32 on CPUs, where bf16 is three times slower."""
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 @contextlib.contextmanager

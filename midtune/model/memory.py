@@ -19,8 +19,17 @@ M_MMAP_THRESHOLD = -3
 MAPPED_FOR_NOW = 2**16
 # Where glibc's own moving threshold ends on 64-bit systems; working memory is better kept.
 MAPPED_AT_MOST = 2**25
-# What errors say that are no `torch.OutOfMemoryError` for all that: the CPU's allocator, the driver, cuBLAS.
-OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+# What other errors than `torch.OutOfMemoryError` say: the CPU's allocator, the driver and bitsandbytes' kernels, then
+# libraries that find no room for their own buffers.
+OUT_OF_MEMORY = (
+    "defaultcpuallocator",
+    "out of memory",
+    "cublas_status_alloc_failed",
+    "cublas_status_not_initialized",
+    "cudnn_status_alloc_failed",
+    "cudnn_status_not_initialized",
+    "cusolver_status_alloc_failed",
+)
 
 T = TypeVar("T")
 
@@ -86,7 +95,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that there was no memory left, on a card or on the host."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in OUT_OF_MEMORY)
+    words = str(error).lower()
+    return isinstance(error, RuntimeError) and any(sign in words for sign in OUT_OF_MEMORY)
 
 
 def give_back() -> None:

@@ -278,6 +278,15 @@ class Policy:
             )
 
 
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Leaves operators alone inside `Policy.autocast`: what is computed from fp32 is fp32.
+
+    Autocast lowers products, `linalg.vecdot` among them, and raises sums, logarithms and norms, not the same ones on
+    a CPU and on a card. So log-probs, entropies and sums over the vocabulary are computed without it.
+    """
+    return torch.autocast(device.type, enabled=False)
+
+
 def count_parameters(module: nn.Module) -> int:
     """Number of parameters, 4-bit ones counted as the weights they stand for, shared ones once."""
     total = 0

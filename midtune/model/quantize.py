@@ -139,7 +139,7 @@ def unpacked(model: nn.Module, dtype: torch.dtype, *, rows: int, most_bytes: int
 
     Args:
         model: no weight in it may change inside the context, and no gradient is taken.
-        dtype: what 4-bit weights become.
+        dtype: what 4-bit weights become, and inputs are in.
         rows: about how many rows a step computes.
         most_bytes: what the copies may take; layers beyond it work as they are.
     """
@@ -150,7 +150,8 @@ def unpacked(model: nn.Module, dtype: torch.dtype, *, rows: int, most_bytes: int
                 continue
             packed = isinstance(part, bnb.nn.Linear4bit)
             wanted = dtype if packed else part.weight.dtype
-            fast = _has_fast_layout(part.weight.device, wanted)
+            # Inputs come in the compute dtype, and the layout's product takes none other than its own.
+            fast = wanted == dtype and _has_fast_layout(part.weight.device, dtype)
             most_bytes -= part.in_features * part.out_features * wanted.itemsize if packed or fast else 0
             if most_bytes < 0:
                 break

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 from trl import GRPOTrainer
 
 from midtune.config import TrainingConfig
-from midtune.model.loading import compute_dtype_of, load_policy, load_tokenizer
+from midtune.model.loading import load_policy, load_tokenizer
 from midtune.model.policy import count_parameters
 from midtune.model.quantize import forbid_cpu_packing, nf4_config
 from midtune.model.sources import Source
@@ -65,7 +65,9 @@ class Workload:
     profile: bool = False
 
 
-def run_arm(arm: str, source: Source, work: Workload, device: torch.device) -> dict[str, Any]:
+def run_arm(
+    arm: str, source: Source, work: Workload, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
     """Run one arm in this process, which should have done nothing else.
 
     Returns:
@@ -96,12 +98,12 @@ def run_arm(arm: str, source: Source, work: Workload, device: torch.device) -> d
             folder=Path(scratch),
             seed=work.seed,
             device=device,
-            compute_dtype=compute_dtype_of(device),
+            mixed_dtype=None if arm == "midtune" else dtype,
             checkpoints=False,
             activation_checkpointing=arm not in ("midtune", "trl-block"),
         )
         rows = [{"prompt": prompt} for prompt in work.prompts] * settings.steps
-        trainer = _trainer(arm, source, work, device, args, rows, lambda **_: rewards, meter)
+        trainer = _trainer(arm, source, work, device, dtype, args, rows, lambda **_: rewards, meter)
         trainer.forced = completions
         trainer.add_callback(clock)
         watched = Watched(trainer, meter, settings.steps) if work.profile else None
@@ -125,7 +127,7 @@ def run_arm(arm: str, source: Source, work: Workload, device: torch.device) -> d
         ),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "parameters": count_parameters(model),
-        **(_profile(watched, trainer, work, lengths, device) if watched is not None else {}),
+        **(_profile(watched, trainer, work, lengths, device, dtype) if watched is not None else {}),
     }
 
 
@@ -155,7 +157,12 @@ class Watched(TrainerCallback):
 
 
 def _profile(
-    watched: Watched, trainer: Any, work: Workload, lengths: list[int], device: torch.device
+    watched: Watched,
+    trainer: Any,
+    work: Workload,
+    lengths: list[int],
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> dict[str, Any]:
     """The profile, and the floating-point operations of the weights where midtune's are known."""
     policy = getattr(trainer, "policy", None)
@@ -172,7 +179,6 @@ def _profile(
         rows = len(work.prompts) * work.group_size
         tokens = {"prompt_tokens": max(lengths), "new_tokens": work.new_tokens}
         flops = product_flops(sizes, {"prompts": len(work.prompts), "rows": rows, **tokens})
-    dtype = compute_dtype_of(device)
     return {"profile": watched.found, "flops": flops, "peak_flops_per_s": peak_flops_per_s(device, dtype)}
 
 
@@ -214,13 +220,14 @@ def _trainer(
     source: Source,
     work: Workload,
     device: torch.device,
+    dtype: torch.dtype,
     args: Any,
     rows: list[dict[str, Any]],
     reward: Any,
     meter: Meter,
 ) -> Any:
     if arm in ("midtune", "trl-block"):
-        policy = load_policy(source, device=str(device))
+        policy = load_policy(source, device=str(device), dtype=dtype)
         policy.thaw(work.block)
         if arm == "midtune":
             return _Midtune(policy, args, [reward], rows, meter=meter)
@@ -229,14 +236,10 @@ def _trainer(
         model = AutoModelForCausalLM.from_pretrained(
             source.folder,
             # All parameters in fp32, as RL learning rates need; frozen ones as they are computed with.
-            dtype=torch.float32 if arm == "trl-full" else compute_dtype_of(device),
+            dtype=torch.float32 if arm == "trl-full" else dtype,
             device_map={"": device},
             use_safetensors=True,
-            **(
-                {}
-                if arm == "trl-full"
-                else {"quantization_config": nf4_config(compute_dtype_of(device), keep=["lm_head"])}
-            ),
+            **({} if arm == "trl-full" else {"quantization_config": nf4_config(dtype, keep=["lm_head"])}),
         )
         forbid_cpu_packing(model)
     trainer = _Stock(

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 from trl import GRPOTrainer
 
 from midtune.config import TrainingConfig
-from midtune.model.loading import compute_dtype_of, load_tokenizer
+from midtune.model.loading import load_tokenizer
 from midtune.model.sources import Source
 from midtune.rl.training import in_order, trl_arguments
 from midtune.rollout.speech import prompt_ids
@@ -52,6 +52,7 @@ def full_training(
     *,
     seed: int,
     device: torch.device,
+    compute_dtype: torch.dtype,
     steps: int,
 ) -> dict[str, Any]:
     """Train every parameter with TRL's own trainer for a few steps, on the prompts of a midtune run.
@@ -83,7 +84,7 @@ def full_training(
             folder=Path(scratch),
             seed=seed,
             device=device,
-            compute_dtype=compute_dtype_of(device),
+            mixed_dtype=compute_dtype,
             checkpoints=False,
             activation_checkpointing=True,
         )

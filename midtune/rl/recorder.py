@@ -120,10 +120,15 @@ class StepRecorder(TrainerCallback):
             for phase, peaks in self.meter.peaks.items()
             for kind, count in peaks.items()
         }
+        assert self.trainer is not None
         if not self._checked:
-            assert self.trainer is not None
             self.trainer.check_frozen()
             self._checked = True
+        if self.trainer.accelerator.optimizer_step_was_skipped:
+            self.on_message(
+                f"gradients of step {state.global_step} overflowed in fp16, so it changed nothing; the next ones are "
+                "scaled less."
+            )
         if self.stop_requested() or state.global_step == self.stop_after:
             control.should_training_stop = True
         ended = control.should_training_stop or state.global_step >= state.max_steps

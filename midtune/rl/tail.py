@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from midtune.model.blocks import TailCache
-from midtune.model.policy import Policy
+from midtune.model.policy import Policy, full_precision
 from midtune.rollout.boundary import positions
 from midtune.rollout.sampler import Rollout
 
@@ -94,7 +94,7 @@ def completion_log_probs(
         scored = wanted[:, 0]
         # The prompt's last token predicts the first one of each completion.
         hidden, places = (
-            [first[prompt_of_row[scored]]],
+            [first.index_select(0, prompt_of_row[scored])],
             [scored.nonzero()[:, 0] * rollout.completion_ids.size(1)],
         )
         # A completion's last token is fed nowhere.
@@ -176,15 +176,17 @@ def token_log_probs(
     again = wanted and head.weight.requires_grad
 
     def score(part: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = head(part).float()
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        if temperature != 1:
-            logits = logits / temperature
-        log_probs = logits.log_softmax(-1)
-        with torch.set_grad_enabled(wanted and entropy_gradient):
-            entropies = -torch.linalg.vecdot(log_probs.exp(), log_probs)
-        return log_probs.gather(-1, tokens[:, None])[:, 0], entropies
+        logits = head(part)
+        with full_precision(part.device):
+            logits = logits.float()
+            if softcap is not None:
+                logits = softcap * torch.tanh(logits / softcap)
+            if temperature != 1:
+                logits = logits / temperature
+            log_probs = logits.log_softmax(-1)
+            with torch.set_grad_enabled(wanted and entropy_gradient):
+                entropies = -torch.linalg.vecdot(log_probs.exp(), log_probs)
+            return log_probs.gather(-1, tokens[:, None])[:, 0], entropies
 
     log_probs, entropies = [], []
     for part, followed in zip(hidden.split(size), tokens.split(size), strict=True):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +26,8 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from midtune.errors import MidtuneError
+from midtune.device import random_state, set_random_state
+from midtune.errors import MidtuneError, RunStopped
 from midtune.model.memory import RowLimit, slices
 from midtune.model.policy import Policy
 from midtune.rl.advantages import Values
@@ -41,6 +43,9 @@ from midtune.savings.meter import Meter
 from midtune.tasks import Game
 
 TRAINED_TENSORS = "trained.safetensors"
+# What the loss is multiplied by in fp16, where gradients of single tokens would vanish; halved when gradients overflow,
+# which costs a whole rollout, and doubled after so many steps without.
+FIRST_LOSS_SCALE, SCALE_GROWS_AFTER = 2.0**12, 200
 # Mean difference of two log-probs of a token that rounding explains, with room to spare.
 MOST_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
@@ -59,7 +64,7 @@ class FirstRollout:
     def resumed(self, policy: Policy) -> Rollout:
         """The rollout for the blocks that `policy` trains; leaves the random state as sampling it did."""
         assert self.rollout is not None and self.random_state is not None
-        _set_random_state(policy.device, self.random_state)
+        set_random_state(policy.device, self.random_state)
         held = self.rollout
         ids = held.prompt_ids, held.prompt_mask, held.completion_ids, held.completion_mask
         return replace(held, boundary=recompute(policy, policy.trained[0], *ids))
@@ -67,7 +72,7 @@ class FirstRollout:
     def keep(self, policy: Policy, rollout: Rollout) -> None:
         """Remember a rollout that has just been sampled."""
         self.rollout = replace(rollout, boundary=None)
-        self.random_state = _random_state(policy.device)
+        self.random_state = random_state(policy.device)
 
 
 class LayerGRPOTrainer(GRPOTrainer):
@@ -139,6 +144,11 @@ class LayerGRPOTrainer(GRPOTrainer):
             callbacks=callbacks,
         )
         args.beta = self.beta = beta
+        if policy.compute_dtype == torch.float16:
+            # accelerate would make one on cards alone, and compute in fp16 what is fp32 here.
+            self.accelerator.scaler = torch.amp.GradScaler(
+                policy.device.type, init_scale=FIRST_LOSS_SCALE, growth_interval=SCALE_GROWS_AFTER
+            )
         if beta > 0:
             policy.keep_reference()
             self.ref_model = policy.reference  # only ever handed back to the log-prob method below
@@ -157,6 +167,11 @@ class LayerGRPOTrainer(GRPOTrainer):
             halves=self.accelerator.num_processes == 1,
             others=policy.sampling_rows.others,
         )
+        if self.accelerator.device != policy.device and policy.device.index is not None:
+            raise MidtuneError(
+                f"the model is on {policy.device}, but the trainer computes on {self.accelerator.device}; choose a "
+                "card with --device, or with CUDA_VISIBLE_DEVICES before Python starts."
+            )
         check_trainable(policy)
         self._frozen = frozen_checksums(policy)
 
@@ -248,6 +263,8 @@ class LayerGRPOTrainer(GRPOTrainer):
         if self.accelerator.num_processes > 1 and self.accelerator.sync_gradients:
             for parameter in self.policy.trained_parameters().values():
                 parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+        if self.accelerator.scaler is not None and self.accelerator.sync_gradients:
+            self.accelerator.scaler.unscale_(self.optimizer.optimizer)
         return loss
 
     def _calculate_rewards(self, *args: Any) -> torch.Tensor:
@@ -433,17 +450,6 @@ class LayerGRPOTrainer(GRPOTrainer):
                 parameter.copy_(tensors[name])
 
 
-def _random_state(device: torch.device) -> torch.Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _set_random_state(device: torch.device, state: torch.Tensor) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.set_rng_state(state)
-
-
 def groups_of(batch: dict[str, Any], groups: slice) -> dict[str, Any]:
     """The part of a batch that belongs to some of its groups, sharing memory with it.
 
@@ -490,11 +496,17 @@ def compare_log_probs(policy: Policy, rollout: Rollout, log_probs: torch.Tensor)
     """Check that the update computes what the sampler did with the same weights.
 
     Raises:
+        RunStopped: they are not numbers, since fp16 has no room for what the model computes.
         MidtuneError: it does not; the architecture does something between its blocks and its logits, such as
             scaling them, that the tail leaves out.
     """
     mask = rollout.scored.bool()
     difference = (log_probs.detach() - rollout.log_probs)[mask].abs().mean().item()
+    if not math.isfinite(difference) and policy.compute_dtype == torch.float16:
+        raise RunStopped(
+            f"activations of {policy.source.name} overflow in fp16; add --set model.dtype=fp32, or bf16 where the "
+            "device has it."
+        )
     if not difference < MOST_DIFFERENCE[policy.compute_dtype]:
         raise MidtuneError(
             f"log-probs of {type(policy.model).__name__} in the update differ from those of sampling by "

@@ -86,7 +86,6 @@ def train_blocks(
         folder=folder,
         seed=seed,
         device=policy.device,
-        compute_dtype=policy.compute_dtype,
         checkpoints=checkpoints,
     )
     rewards, weights = parts_of(reward)
@@ -184,19 +183,20 @@ def trl_arguments(
     folder: Path,
     seed: int,
     device: torch.device,
-    compute_dtype: torch.dtype,
     checkpoints: bool,
+    mixed_dtype: torch.dtype | None = None,
     activation_checkpointing: bool = False,
 ) -> GRPOConfig:
     """TRL's configuration of a run; micro-batches are whole groups that divide a step evenly.
 
     Args:
         group_tokens: most tokens a group can have.
+        mixed_dtype: what TRL's own forward passes are computed in; midtune's see to that themselves.
         activation_checkpointing: blocks keep their inputs only and run again for the gradient, TRL's default.
     """
     groups = groups_per_micro_batch(settings.prompts_per_step, group_tokens, settings.micro_batch_tokens)
     parts = settings.prompts_per_step // groups
-    return GRPOConfig(
+    args = GRPOConfig(
         output_dir=str(folder),
         per_device_train_batch_size=groups * settings.group_size,
         gradient_accumulation_steps=parts,
@@ -227,11 +227,15 @@ def trl_arguments(
         report_to=settings.report_to,
         seed=seed,
         use_cpu=device.type == "cpu",
-        bf16=compute_dtype == torch.bfloat16,
-        fp16=compute_dtype == torch.float16,
+        # TRL's own default is bf16, whatever the device.
+        bf16=mixed_dtype == torch.bfloat16,
+        fp16=mixed_dtype == torch.float16,
         # Only the constructor turns it on: what sets it later is not heard.
         gradient_checkpointing=activation_checkpointing,
         disable_dropout=True,
         disable_tqdm=True,
         remove_unused_columns=False,
     )
+    # Where several cards are visible, Trainer would copy the model to all of them and split groups.
+    args._n_gpu = min(args.n_gpu, 1)
+    return args

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache
 
+from midtune.device import free_bytes
 from midtune.model.memory import slices
 from midtune.model.policy import Policy
-from midtune.savings.meter import free_bytes
 
 
 @dataclass

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from midtune.device import cuda_devices, free_bytes
 from midtune.model.policy import Policy
 from midtune.rollout.episodes import play
 from midtune.rollout.sampler import Sampling, sample
 from midtune.rollout.speech import prompt_ids
-from midtune.savings.meter import free_bytes
 from midtune.tasks import Game, Reward, Row, completion_of
 
 # Beyond this a CPU gains nothing from more rows and a GPU little.
@@ -90,8 +90,7 @@ def evaluate(
     greedy, completions = run(1, replace(sampling, temperature=0.0))
     drawn = None
     if samples:
-        devices = [policy.device] if policy.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=cuda_devices(policy.device)):
             torch.manual_seed(seed)
             drawn, _ = run(samples, sampling)
     return Evaluation(greedy[:, 0], None if drawn is None else drawn.mean(axis=1), completions, drawn)

@@ -16,12 +16,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from midtune.device import free_bytes
 from midtune.model.memory import slices
-from midtune.model.policy import Policy
+from midtune.model.policy import Policy, full_precision
 from midtune.model.quantize import unpacked
 from midtune.rollout.boundary import BoundaryStates, captured, home_of, positions, recompute, stacked
 from midtune.rollout.keys_values import closed_up, shared_prompts
-from midtune.savings.meter import free_bytes
 
 # Tokens that keys and values have room for beyond those they hold.
 ROOM = 128
@@ -235,10 +235,7 @@ def _sample_together(
         live = torch.arange(rows, device=device)
         for step in range(sampling.max_new_tokens):
             tokens, log_probs[live, step], entropies[live, step] = choose(
-                logits.float(),
-                sampling.temperature,
-                warpers,
-                None if luck is None else luck[step, live],
+                logits, sampling.temperature, warpers, None if luck is None else luck[step, live]
             )
             completion_ids[live, step] = tokens
             lengths[live] = step + 1
@@ -327,23 +324,29 @@ def choose(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Draw a token from each row of logits [B, V] → token ids, their log-probs and the entropies, all [B].
 
-    Log-probs and entropies are those of the full distribution at the temperature (1 where it is 0, greedy).
+    Log-probs and entropies are fp32, of the full distribution at the temperature (1 where it is 0, greedy).
 
     Args:
         luck: [B] uniform in [0, 1), a number for each row's draw; greedily there is none.
     """
-    log_probs = (logits / temperature if temperature not in (0, 1) else logits).log_softmax(-1)
-    probs = log_probs.exp()
-    if luck is None:
-        tokens = log_probs.argmax(-1)
-    elif warpers:
-        # They look at scores alone.
-        tokens = _drawn(warpers(None, log_probs).softmax(-1), luck)
-    else:
-        tokens = _drawn(probs, luck)
-    chosen = log_probs.gather(-1, tokens[:, None])[:, 0]
-    # 0 · log 0 is 0.
-    return tokens, chosen, -torch.linalg.vecdot(probs, log_probs.clamp_(min=torch.finfo(log_probs.dtype).min))
+    with full_precision(logits.device):
+        logits = logits.float()
+        log_probs = (logits / temperature if temperature not in (0, 1) else logits).log_softmax(-1)
+        probs = log_probs.exp()
+        if luck is None:
+            tokens = log_probs.argmax(-1)
+        elif warpers:
+            # They look at scores alone.
+            tokens = _drawn(warpers(None, log_probs).softmax(-1), luck)
+        else:
+            tokens = _drawn(probs, luck)
+        chosen = log_probs.gather(-1, tokens[:, None])[:, 0]
+        # 0 · log 0 is 0.
+        return (
+            tokens,
+            chosen,
+            -torch.linalg.vecdot(probs, log_probs.clamp_(min=torch.finfo(torch.float32).min)),
+        )
 
 
 def _drawn(probs: torch.Tensor, luck: torch.Tensor) -> torch.Tensor:

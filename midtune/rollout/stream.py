@@ -60,9 +60,7 @@ class Stream:
         ends, warpers = ends_of(self.policy, sampling), sampling.warpers()
         going = torch.ones_like(limits, dtype=torch.bool)
         for step in range(longest):
-            found = choose(
-                self._logits.float(), sampling.temperature, warpers, None if luck is None else luck[step]
-            )
+            found = choose(self._logits, sampling.temperature, warpers, None if luck is None else luck[step])
             for held, values in zip((ids, log_probs, entropies), found, strict=True):
                 held[going, step] = values[going]
             lengths += going

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from midtune import device as devices
 from midtune.savings.cards import Card, other_processes
 
 STATUS = Path("/proc/self/status")
@@ -36,7 +37,7 @@ class Meter:
 
     def __init__(self, device: Any = "cpu", *, clock: Callable[[], float] = time.perf_counter) -> None:
         self._device = str(device)
-        self._cuda = self._device.startswith("cuda")
+        self._cuda = devices.is_cuda(self._device)
         self._clock = clock
         self._open: list[str] = []
         self._seconds: dict[str, float] = {}
@@ -132,6 +133,7 @@ class Meter:
         if self._cuda:
             import torch
 
+            devices.start(self._device)
             torch.cuda.reset_peak_memory_stats(self._device)
             return True
         try:
@@ -140,28 +142,6 @@ class Meter:
         except OSError:
             return False
         return True
-
-
-def total_bytes(device: Any) -> int:
-    """Bytes of memory that a torch device has, or the one of this name."""
-    if str(device).startswith("cuda"):
-        import torch
-
-        return int(torch.cuda.mem_get_info(device)[1])
-    import psutil
-
-    return int(psutil.virtual_memory().total)
-
-
-def free_bytes(device: Any) -> int:
-    """Bytes that can still be allocated on a torch device, or on the one of this name."""
-    if str(device).startswith("cuda"):
-        import torch
-
-        return int(torch.cuda.mem_get_info(device)[0])
-    import psutil
-
-    return int(psutil.virtual_memory().available)
 
 
 def card_of(device: Any) -> Card:

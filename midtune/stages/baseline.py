@@ -26,7 +26,7 @@ def measure(config_file: Path) -> dict[str, Any]:
 def main(config_file: Path) -> None:
     """Measure here and print the figures as one line of JSON."""
     from midtune.config import load_config
-    from midtune.model.loading import resolve_device
+    from midtune.device import compute_dtype_of, dtype_named, resolve_device
     from midtune.report.terminal import Terminal
     from midtune.rl.baselines import full_training
     from midtune.stages.setup import open_source, open_task
@@ -34,13 +34,15 @@ def main(config_file: Path) -> None:
     terminal = Terminal(quiet=True)
     config = load_config(config_file, {})
     task = open_task(config, terminal)
+    device = resolve_device(config.model.device)
     figures = full_training(
         open_source(config, terminal),
         task.train,
         task.reward,
         config.training,
         seed=config.seed,
-        device=resolve_device(config.model.device),
+        device=device,
+        compute_dtype=dtype_named(config.model.dtype) or compute_dtype_of(device),
         steps=STEPS,
     )
     print(json.dumps(figures))

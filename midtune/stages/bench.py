@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from midtune.config import RunConfig
+from midtune.device import compute_dtype_of, dtype_named, resolve_device
 from midtune.errors import InputError, MidtuneError
 from midtune.probe.selection import middle
 from midtune.report.terminal import Terminal
@@ -39,7 +40,7 @@ def run(
     """Run the arms one after the other and compare them with the first.
 
     Args:
-        config: names the model and the device; `blocks.layers` may name the block.
+        config: names the model, the device and the dtype; `blocks.layers` may name the block.
         arms: see `midtune.rl.arms.ARMS`.
         steps: counted steps of each arm, after one that warms up.
         micro_batch_tokens: most tokens in one backward pass of any arm; None: as in training.
@@ -59,7 +60,7 @@ def run(
     """
     from transformers import AutoConfig
 
-    from midtune.model.loading import load_tokenizer, resolve_device
+    from midtune.model.loading import load_tokenizer
     from midtune.rl.arms import ARMS, Workload
 
     unknown = [arm for arm in arms if arm not in ARMS]
@@ -100,7 +101,12 @@ def run(
         for arm in arms:
             terminal.message(f"{ARMS[arm]}: {work.warmup} + {steps} steps")
             own = replace(work, profile=profile and not first)
-            model = {"model": source.name, "revision": source.revision, "device": device}
+            model = {
+                "model": source.name,
+                "revision": source.revision,
+                "device": device,
+                "dtype": config.model.dtype,
+            }
             try:
                 found = _run_alone({"arm": arm, **model, "work": asdict(own)})
             except MidtuneError as error:
@@ -182,14 +188,14 @@ def _run_alone(task: dict[str, Any]) -> dict[str, Any]:
 
 def main(file: Path) -> None:
     """Run the arm that `file` describes and print its figures as one line of JSON."""
-    import torch
-
     from midtune.model.sources import resolve
     from midtune.rl.arms import Workload, run_arm
 
     task = json.loads(file.read_text(encoding="utf-8"))
     source = resolve(task["model"], task["revision"])
-    print(json.dumps(run_arm(task["arm"], source, Workload(**task["work"]), torch.device(task["device"]))))
+    device = resolve_device(task["device"])
+    dtype = dtype_named(task["dtype"]) or compute_dtype_of(device)
+    print(json.dumps(run_arm(task["arm"], source, Workload(**task["work"]), device, dtype)))
 
 
 if __name__ == "__main__":

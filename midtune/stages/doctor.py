@@ -182,7 +182,7 @@ def _four_bit() -> Iterator[Check]:
     """Whether a product with 4-bit weights, and its gradient, are right on the device of a run."""
     import torch
 
-    from midtune.model.loading import compute_dtype_of, resolve_device
+    from midtune.device import compute_dtype_of, resolve_device
     from midtune.model.quantize import nf4_error
 
     device = resolve_device("auto")

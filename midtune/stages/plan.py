@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from midtune.config import RunConfig, with_settings
+from midtune.device import total_bytes
 from midtune.errors import InputError
 from midtune.model.configs import config_of
 from midtune.model.policy import Policy
@@ -28,7 +29,7 @@ from midtune.rl.trace import Loaded
 from midtune.rollout.speech import prompt_lengths
 from midtune.savings.bounds import step_seconds
 from midtune.savings.budget import CONTEXT_BYTES, Phases, Sizes, peak
-from midtune.savings.meter import Meter, total_bytes
+from midtune.savings.meter import Meter
 from midtune.stages.beside import beside
 from midtune.tasks import Task
 from midtune.tasks.hub import is_dataset

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from midtune.config import RunConfig, dump_config
+from midtune.device import cuda_devices
 from midtune.errors import InputError, Interrupted
 from midtune.model.policy import Policy
 from midtune.probe.selection import best, middle, parse_layers
@@ -134,8 +135,7 @@ def probe_blocks(
     baseline = middle(policy.num_blocks, 1)[0]
     measured = sorted({*blocks, baseline})
     started = time.perf_counter()
-    devices = [policy.device] if policy.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=cuda_devices(policy.device)):
         found = METHODS[config.probe.method](policy, task, config, measured, folder, terminal)
     rows = [row for row in found.rows if row["block"] in blocks]
     if config.probe.objective == "gain-per-second":

@@ -8,9 +8,10 @@ from dataclasses import replace
 from functools import partial
 
 from midtune.config import RunConfig, TrainingConfig
+from midtune.device import dtype_named, resolve_device
 from midtune.errors import InputError
 from midtune.model.host import embed_on_host
-from midtune.model.loading import load_policy, load_tokenizer, resolve_device
+from midtune.model.loading import load_policy, load_tokenizer
 from midtune.model.policy import Policy
 from midtune.model.sources import Source, resolve
 from midtune.report.display import Advance
@@ -62,6 +63,7 @@ def open_policy(
             source,
             quantize=quantize or config.model.quantize,
             device=config.model.device,
+            dtype=dtype_named(config.model.dtype),
             trust_remote_code=config.model.trust_remote_code,
             unpack=config.model.unpack == "auto",
         )

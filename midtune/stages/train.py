@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from midtune.config import RunConfig, dump_config
+from midtune.device import resolve_device
 from midtune.errors import InputError, Interrupted
-from midtune.model.loading import resolve_device
 from midtune.model.memory import give_back
 from midtune.model.patch import apply_patch, save_patch
 from midtune.model.policy import Policy

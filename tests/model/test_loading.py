@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from midtune.errors import InputError
-from midtune.model.loading import compute_dtype_of, load_policy, resolve_device
+from midtune.model.loading import load_policy
 from midtune.model.policy import Policy
 from midtune.model.sources import resolve
 from tests.conftest import ARCHITECTURES
@@ -117,27 +117,6 @@ def test_a_model_without_a_tokenizer_is_refused(load: Load, tmp_path: Path, arch
 
 def test_the_tokenizer_pads_on_the_left(load: Load) -> None:
     assert load().tokenizer.padding_side == "left"
-
-
-@pytest.mark.parametrize(("supported", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
-def test_gpus_compute_in_bf16_where_they_have_it(
-    monkeypatch: pytest.MonkeyPatch, supported: bool, dtype: torch.dtype
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
-    assert compute_dtype_of(torch.device("cuda")) == dtype
-
-
-def test_cpus_compute_in_fp32() -> None:
-    assert compute_dtype_of(torch.device("cpu")) == torch.float32
-
-
-@pytest.mark.parametrize(
-    ("device", "reason"),
-    [("gpu", "not known"), ("mps", "not supported"), ("cuda:99", "asked for, but this machine has")],
-)
-def test_a_device_that_does_not_exist_is_refused(device: str, reason: str) -> None:
-    with pytest.raises(InputError, match=reason):
-        resolve_device(device)
 
 
 @pytest.mark.gpu

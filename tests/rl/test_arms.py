@@ -27,7 +27,7 @@ WORK = Workload(
 def found(random_checkpoint: Callable[..., Path]) -> dict[str, dict[str, Any]]:
     """What each arm measured on a random checkpoint."""
     source = resolve(str(random_checkpoint("qwen3")))
-    return {arm: run_arm(arm, source, WORK, torch.device("cpu")) for arm in ARMS}
+    return {arm: run_arm(arm, source, WORK, torch.device("cpu"), torch.float32) for arm in ARMS}
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -69,7 +69,7 @@ def test_arms_of_trl_checkpoint_activations(
     hook = torch.nn.modules.module.register_module_forward_pre_hook(count)
     work = replace(WORK, warmup=0, steps=1)
     try:
-        run_arm(arm, resolve(str(random_checkpoint("qwen3"))), work, torch.device("cpu"))
+        run_arm(arm, resolve(str(random_checkpoint("qwen3"))), work, torch.device("cpu"), torch.float32)
     finally:
         hook.remove()
     assert passes == expected
@@ -83,4 +83,4 @@ def test_an_arm_that_runs_out_of_memory_fails(
 
     monkeypatch.setattr(trainer, "completion_log_probs", short)
     with pytest.raises(torch.OutOfMemoryError):
-        run_arm("midtune", resolve(str(random_checkpoint("qwen3"))), WORK, torch.device("cpu"))
+        run_arm("midtune", resolve(str(random_checkpoint("qwen3"))), WORK, torch.device("cpu"), torch.float32)

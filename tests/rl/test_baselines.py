@@ -34,6 +34,7 @@ def test_full_training_is_measured_on_the_first_prompts_of_a_run(
         settings,
         seed=3,
         device=torch.device("cpu"),
+        compute_dtype=torch.float32,
         steps=2,
     )
 

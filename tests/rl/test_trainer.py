@@ -246,7 +246,6 @@ def trainer_of(
         folder=folder,
         seed=0,
         device=policy.device,
-        compute_dtype=policy.compute_dtype,
         checkpoints=False,
     )
     names = ("vllm", "recompute_tokens", "update_rows", "advantages", "bf16_gradients", "on_message")

@@ -245,6 +245,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Card:
             return function()
 
         monkeypatch.setattr(torch.cuda, name, call)
+    monkeypatch.setattr(torch.cuda, "init", lambda: fake.calls.append("init"))
     return fake
 
 
@@ -266,7 +267,13 @@ def test_cuda_figures_come_from_torch(card: Card, clock: Clock) -> None:
     with meter.phase("rollout"):
         card.hold(7, 60)
         card.hold(6, 60)
-    boundary = ["synchronize", "max_memory_allocated", "max_memory_reserved", "reset_peak_memory_stats"]
+    boundary = [
+        "synchronize",
+        "max_memory_allocated",
+        "max_memory_reserved",
+        "init",
+        "reset_peak_memory_stats",
+    ]
     assert card.calls == boundary * 2
     card.hold(8, 40)
     meter.step()

@@ -1,0 +1,154 @@
+"""The device a run computes on: which one, in which dtype, and what its memory has left.
+
+Whatever asks CUDA about a device is here, so a test replaces `torch.cuda` and needs no card.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from typing import TYPE_CHECKING, Any
+
+from midtune.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+# Set for this process and those it starts once they see a single card: the number that card was asked for by.
+ONLY_CARD = "MIDTUNE_ONLY_CARD"
+# Share of the card's memory that a process may take where the driver would go on in the host's.
+MOST_ON_CARD = 0.95
+DTYPES = ("bf16", "fp16", "fp32")
+
+
+def show_one_card(name: str, cards: int) -> None:
+    """Hide every card but the one that `name` stands for; call it before torch starts CUDA.
+
+    Trainer spreads a model over all visible cards, and accelerate moves it to the first one. Launchers of several
+    processes give each its own card, so nothing is hidden then.
+
+    Args:
+        name: `auto`, `cpu`, `cuda` or `cuda:N`.
+        cards: how many cards the machine has.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(cards)))).split(",")
+    _, _, number = name.partition(":")
+    index = int(number) if number.isdecimal() else 0
+    if name == "cpu" or "LOCAL_RANK" in os.environ or ONLY_CARD in os.environ or index >= len(visible) > 0:
+        return
+    if len(visible) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[index]
+        os.environ[ONLY_CARD] = str(index)
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N` as a device that exists.
+
+    Raises:
+        InputError: CUDA was asked for and there is none, or the name is unknown.
+    """
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        target = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device {name!r} is not known; use auto, cpu, cuda or cuda:N.") from None
+    if target.type == "cuda":
+        if str(target.index) == os.environ.get(ONLY_CARD):
+            target = torch.device("cuda:0")
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (target.index or 0) >= found:
+            raise InputError(
+                f"device {name} was asked for, but this machine has {found} CUDA devices that torch "
+                f"{torch.__version__} can use; use --device cpu, or install a CUDA build of torch."
+            )
+        if spills_to_host():
+            torch.cuda.set_per_process_memory_fraction(MOST_ON_CARD, target)
+    elif target.type != "cpu":
+        raise InputError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N.")
+    return target
+
+
+def spills_to_host() -> bool:
+    """Whether the driver goes on in the host's memory when the card's is full: on Windows and WSL, and slowly."""
+    return sys.platform == "win32" or "microsoft" in platform.release().lower()
+
+
+def compute_dtype_of(device: torch.device) -> torch.dtype:
+    """bf16 on GPUs that have it, fp16 on older ones; fp32 on CPUs, most of which are slow in bf16."""
+    import torch
+
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def dtype_named(name: str) -> torch.dtype | None:
+    """`bf16`, `fp16` or `fp32` as a dtype; None for `auto`, which leaves the choice to the device."""
+    import torch
+
+    return dict(zip(DTYPES, (torch.bfloat16, torch.float16, torch.float32), strict=True)).get(name)
+
+
+def total_bytes(device: Any) -> int:
+    """Bytes of memory that a torch device has, or the one of this name."""
+    if is_cuda(device):
+        import torch
+
+        return int(torch.cuda.mem_get_info(device)[1])
+    import psutil
+
+    return int(psutil.virtual_memory().total)
+
+
+def free_bytes(device: Any) -> int:
+    """Bytes that can still be allocated on a torch device, or on the one of this name.
+
+    What torch's allocator keeps of tensors that are gone can be allocated too; the driver counts it as taken.
+    """
+    if is_cuda(device):
+        import torch
+
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def is_cuda(device: Any) -> bool:
+    """Whether a torch device, or the one of this name, is a card."""
+    return str(device).startswith("cuda")
+
+
+def start(device: Any) -> None:
+    """Start CUDA where the device is a card; its counters cannot be asked before."""
+    if is_cuda(device):
+        import torch
+
+        torch.cuda.init()
+
+
+def random_state(device: torch.device) -> torch.Tensor:
+    """State of the generator that draws on `device`."""
+    import torch
+
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def set_random_state(device: torch.device, state: torch.Tensor) -> None:
+    """Put back what `random_state` returned."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
+
+
+def cuda_devices(device: torch.device) -> list[torch.device]:
+    """The cards whose generators `torch.random.fork_rng` has to keep."""
+    return [device] if device.type == "cuda" else []
