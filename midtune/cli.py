@@ -788,11 +788,14 @@ def tasks(
 
 @app.command(cls=Command, short_help="say whether this machine is ready")
 def doctor(
+    ctx: typer.Context,
+    device: Device = None,
+    set_: Set = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Say whether this machine is ready: versions, device, memory, disk, 4-bit, network.
+    """Say whether this machine is ready: versions, device, memory, disk, 4-bit, a step of training, network.
 
     Ends with exit code 1 if something has to be mended first. Asks the hub and the package index whether they
     answer, and sends nothing else.
@@ -801,12 +804,13 @@ def doctor(
     Example:
       midtune doctor
     """
+    config = _configure(ctx, task_needed=False)
 
     def stage(terminal: Terminal) -> dict[str, Any]:
         with _imports():
             from midtune.stages import doctor as stage
 
-        return stage.run(terminal)
+        return stage.run(terminal, device=config.model.device, dtype=config.model.dtype)
 
     result = _run(stage, quiet)
     _show("doctor", result, as_json)

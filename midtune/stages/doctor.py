@@ -1,6 +1,7 @@
 """`midtune doctor`: whether this machine is ready, a line for each thing that a run rests on.
 
-Two requests are sent, which ask whether the hub and the package index answer, and nothing else.
+The bundled model takes a step, since parts that are all there may not work together. Two requests are sent, which ask
+whether the hub and the package index answer, and nothing else.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -22,6 +24,7 @@ import requests
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from midtune.device import compute_dtype_of, cuda_devices, dtype_named, resolve_device
 from midtune.model.cache import cache_folder
 from midtune.model.hub import PACKAGE
 from midtune.network import within
@@ -41,6 +44,8 @@ SOME_MEMORY_BYTES = 3 * 2**30
 # Checkpoints of a small block, and SmolLM2-135M while it is converted.
 LEAST_DISK_BYTES = 50 * 2**20
 SOME_DISK_BYTES = 2**30
+# The rollout that is tried.
+TRIED_PROMPTS, TRIED_GROUP, TRIED_TOKENS = 4, 4, 32
 # What rounding explains in a product of 128 terms.
 MOST_ERROR = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
 
@@ -59,8 +64,11 @@ class Check:
     fix: str = ""
 
 
-def run(terminal: Terminal) -> dict[str, Any]:
-    """Look at everything; nothing is changed.
+def run(terminal: Terminal, *, device: str = "auto", dtype: str = "auto") -> dict[str, Any]:
+    """Look at everything, and try the bundled model; nothing is changed.
+
+    Args:
+        device, dtype: what the model is tried on and computes in, as in a configuration.
 
     Returns:
         `checks`, each with `name`, `status`, `found` and `fix`, and the number of `problems` and `warnings`.
@@ -73,7 +81,8 @@ def run(terminal: Terminal) -> dict[str, Any]:
             *_tried("device", _devices),
             *_tried("memory", _memory),
             *_tried("disk", _disks),
-            *_tried("4-bit", _four_bit),
+            *_tried("4-bit", lambda: _four_bit(device, dtype)),
+            *_tried("a step", lambda: _step(device, dtype)),
             *(check for answer in asked for check in answer.result()),
             *_tried("telemetry", _telemetry),
         ]
@@ -178,23 +187,65 @@ def _short(folder: Path) -> str:
     return str(folder)
 
 
-def _four_bit() -> Iterator[Check]:
+def _four_bit(device: str, dtype: str) -> Iterator[Check]:
     """Whether a product with 4-bit weights, and its gradient, are right on the device of a run."""
     import torch
 
-    from midtune.device import compute_dtype_of, resolve_device
     from midtune.model.quantize import nf4_error
 
-    device = resolve_device("auto")
-    dtype = compute_dtype_of(device)
-    error = nf4_error(device, dtype)
-    name = str(dtype).removeprefix("torch.")
-    found = f"NF4 on {device} in {name}: largest error {error:.1g}"
+    target = resolve_device(device)
+    computed = dtype_named(dtype) or compute_dtype_of(target)
+    error = nf4_error(target, computed)
+    name = str(computed).removeprefix("torch.")
+    found = f"NF4 on {target} in {name}: largest error {error:.1g}"
     if error < MOST_ERROR[name]:
         yield Check("4-bit", "ok", found)
     else:
         fix = f"install another bitsandbytes for torch {torch.__version__}, or use --quantize none"
         yield Check("4-bit", "problem", found, fix)
+
+
+def _step(device: str, dtype: str) -> Iterator[Check]:
+    """Whether a block of the bundled model is sampled from and updated, and how fast it is sampled from."""
+    import torch
+
+    from midtune.config import BUNDLED_MODEL
+    from midtune.model.loading import load_policy
+    from midtune.model.sources import resolve
+    from midtune.rl.tail import completion_log_probs
+    from midtune.rl.trainer import compare_log_probs
+    from midtune.rollout.sampler import Sampling, sample
+
+    policy = load_policy(resolve(BUNDLED_MODEL), device=device, dtype=dtype_named(dtype))
+    block = policy.num_blocks // 2
+    policy.thaw(block)
+    prompts = [policy.tokenizer.encode(f"What is {number} + 12?") for number in range(TRIED_PROMPTS)]
+    with torch.random.fork_rng(devices=cuda_devices(policy.device)):
+        torch.manual_seed(0)
+        # What is loaded and compiled at first is no part of the speed.
+        sample(policy, prompts, Sampling(2), group_size=TRIED_GROUP, boundary_block=block)
+        began = time.perf_counter()
+        rollout = sample(
+            policy, prompts, Sampling(TRIED_TOKENS), group_size=TRIED_GROUP, boundary_block=block
+        )
+        # Reading the lengths waits for the device.
+        tokens_per_s = int(rollout.completion_mask.sum()) / (time.perf_counter() - began)
+    log_probs, _ = completion_log_probs(policy, rollout, temperature=1.0)
+    compare_log_probs(policy, rollout, log_probs)
+    trained = [*policy.trained_parameters().values()]
+    before = [parameter.detach().clone() for parameter in trained]
+    (-log_probs.sum() / rollout.completion_mask.sum()).backward()
+    torch.optim.AdamW(trained, lr=1e-3).step()
+    name = str(policy.compute_dtype).removeprefix("torch.")
+    found = (
+        f"the bundled model on {policy.device} in {name}: {tokens_per_s:,.0f} tokens/s sampled, then updated"
+    )
+    whole = all(parameter.isfinite().all() for parameter in trained)
+    if whole and not all(map(torch.equal, before, trained)):
+        yield Check("a step", "ok", found)
+    else:
+        wrong = "with values that are no numbers" if not whole else "without a change"
+        yield Check("a step", "problem", f"{found} {wrong}", "try --set model.dtype=fp32, or --device cpu")
 
 
 def _hub() -> Iterator[Check]:

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 import torch
 
-from midtune.rl.profile import BETWEEN, Profile, kind_of, product_flops
+from midtune.rl.profile import BETWEEN, Profile, kind_of, product_flops, seconds_by_kind
 
 
 def test_operators_have_kinds() -> None:
@@ -27,6 +31,50 @@ def test_time_goes_to_the_phase_it_is_spent_in() -> None:
     assert "matrix products" not in found["update"]
     assert found["update"]["other operators"] > 0
     assert all(BETWEEN in seconds for seconds in found.values())
+
+
+def event(name: str, start: int, end: int, device: str = "CPU", on_card: int = 0) -> Any:
+    span = SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
+    return SimpleNamespace(
+        name=name,
+        time_range=span,
+        device_type=SimpleNamespace(name=device),
+        self_device_time_total=on_card,
+        self_cpu_time_total=end - start,
+    )
+
+
+def test_a_kernel_counts_once_and_the_card_idles_the_rest() -> None:
+    # What torch's profiler gives of a card: operators with the time of the kernels they launched, the kernels
+    # themselves, and the phases on both time lines.
+    events = [
+        event("rollout", 0, 1000),
+        event("aten::mm", 10, 20, on_card=300),
+        event("ampere_bf16_s16816gemm", 15, 315, "CUDA", on_card=300),
+        event("aten::exp", 30, 35, on_card=100),
+        event("vectorized_elementwise_kernel", 315, 415, "CUDA", on_card=100),
+        event("rollout", 15, 415, "CUDA", on_card=400),
+    ]
+    assert seconds_by_kind(events, ["rollout"], on_card=True) == {
+        "rollout": {
+            "matrix products": pytest.approx(300e-6),
+            "other operators": pytest.approx(100e-6),
+            BETWEEN: pytest.approx(600e-6),
+        }
+    }
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_cards_profile_is_no_longer_than_the_phase() -> None:
+    profile = Profile(torch.device("cuda"))
+    matrix = torch.randn(2048, 2048, device="cuda")
+    profile.start()
+    with profile.phase("rollout"):
+        for _ in range(50):
+            matrix @ matrix
+    seconds = profile.stop()["rollout"]
+    assert seconds["matrix products"] > 0.5 * sum(seconds.values())
 
 
 def test_floating_point_operations_by_hand() -> None:

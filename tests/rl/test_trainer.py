@@ -10,18 +10,19 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 
 from midtune.config import TrainingConfig
 from midtune.errors import MidtuneError, RunStopped
 from midtune.model.loading import load_policy
 from midtune.model.policy import Policy
 from midtune.model.sources import resolve
+from midtune.rl import trainer as trainer_room
 from midtune.rl.algorithms import ALGORITHMS, own_advantages
 from midtune.rl.tail import completion_log_probs
 from midtune.rl.trainer import TRAINED_TENSORS, LayerGRPOTrainer, check_trainable, compare_log_probs
 from midtune.rl.training import in_order, train_blocks, trl_arguments
-from midtune.rollout.sampler import Rollout
+from midtune.rollout.sampler import Rollout, Sampling, sample
 from midtune.savings.meter import Meter
 from midtune.tasks import Row
 from tests.plain import stop_early
@@ -625,6 +626,75 @@ def test_a_seed_fixes_the_order_of_the_rows() -> None:
     order = partial(in_order, question_rows(), 12)
     assert order(1) == order(1)
     assert order(1) != order(2)
+
+
+def in_fp16(random_checkpoint: Callable[..., Path]) -> Policy:
+    policy = load_policy(resolve(str(random_checkpoint("qwen3"))), device="cpu", dtype=torch.float16)
+    policy.thaw(2)
+    return policy
+
+
+def test_a_loss_that_is_scaled_gives_the_gradient_of_one_that_is_not(
+    random_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norms = []
+    for scale in (1.0, 2.0**12):
+        monkeypatch.setattr(trainer_room, "FIRST_LOSS_SCALE", scale)
+        _, metrics = train(in_fp16(random_checkpoint), tmp_path / str(scale), steps=1)
+        norms.append(metrics[0]["grad_norm"])
+    assert norms[0] > 0.01
+    assert norms[1] == pytest.approx(norms[0], rel=0.02)
+
+
+def test_a_step_whose_gradients_overflow_changes_nothing_and_is_said(
+    random_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_room, "FIRST_LOSS_SCALE", 2.0**40)
+    policy = in_fp16(random_checkpoint)
+    before = trained(policy)
+    said: list[str] = []
+    train(policy, tmp_path, steps=1, on_message=said.append)
+    assert torch.equal(trained(policy), before)
+    assert [text for text in said if "overflowed" in text] == [
+        "gradients of step 1 overflowed in fp16, so it changed nothing; the next ones are scaled less."
+    ]
+
+
+def test_activations_that_overflow_in_fp16_end_the_run(load: Load) -> None:
+    policy = thawed(load, 2)
+    rollout = sample(policy, [[5, 6, 7]], Sampling(4), group_size=2, boundary_block=2)
+    policy.compute_dtype = torch.float16
+    with pytest.raises(RunStopped, match="overflow in fp16; add --set model.dtype=fp32"):
+        compare_log_probs(policy, rollout, rollout.log_probs * torch.nan)
+
+
+def test_runs_on_two_threads_are_alike_to_the_last_bit(load: Load, tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = []
+        for run in range(3):
+            policy = thawed(load, 1, 2)
+            train(policy, tmp_path / str(run), steps=3, prompts_per_step=4, group_size=8, lr=1e-2, beta=0.1)
+            found.append(trained(policy))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_one_card_is_used_where_several_are_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class TwoCards(GRPOConfig):
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            assert self.n_gpu == 0
+            self._n_gpu = 2
+
+    monkeypatch.setattr("midtune.rl.training.GRPOConfig", TwoCards)
+    args = trl_arguments(
+        settings_of(), group_tokens=10, folder=tmp_path, seed=0, device=torch.device("cpu"), checkpoints=False
+    )
+    assert args.n_gpu == 1
 
 
 @pytest.mark.gpu

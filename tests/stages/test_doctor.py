@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from rich.console import Console
 
 from midtune.model import hub, quantize
 from midtune.report.terminal import Terminal
+from midtune.rollout import sampler
 from midtune.savings import meter
 from midtune.savings.cards import CardProcess
 from midtune.stages import doctor
@@ -58,7 +60,8 @@ def test_everything_is_looked_at_and_two_requests_are_sent(no_network: list[str]
     result = doctor.run(terminal)
     assert [check["name"] for check in result["checks"]] == [
         *("python", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate"),
-        *("device", "memory", "runs", "cache", "hub cache", "4-bit", "hub", "package index", "telemetry"),
+        *("device", "memory", "runs", "cache", "hub cache", "4-bit", "a step"),
+        *("hub", "package index", "telemetry"),
     ]
     for status in ("problem", "warning"):
         assert result[f"{status}s"] == sum(check["status"] == status for check in result["checks"])
@@ -182,13 +185,13 @@ def test_a_folder_that_may_not_be_written_to_is_said(monkeypatch: pytest.MonkeyP
 
 
 def test_4_bit_works_here() -> None:
-    assert only(doctor._four_bit()).status == "ok"
+    assert only(doctor._four_bit("auto", "auto")).status == "ok"
 
 
 @pytest.mark.parametrize("error", [0.2, float("nan")])
 def test_4_bit_that_computes_wrongly_is_a_problem(monkeypatch: pytest.MonkeyPatch, error: float) -> None:
     monkeypatch.setattr(quantize, "nf4_error", lambda *_: error)
-    found = only(doctor._four_bit())
+    found = only(doctor._four_bit("auto", "auto"))
     assert found.status == "problem"
     assert "--quantize none" in found.fix
 
@@ -202,6 +205,35 @@ def test_a_kernel_that_computes_otherwise_is_noticed(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(quantize.bnb.nn.Linear4bit, "forward", louder)
     assert quantize.nf4_error(*on_cpu) == pytest.approx(0.1, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bf16", "fp16"])
+def test_the_bundled_model_takes_a_step(dtype: str) -> None:
+    found = only(doctor._step("cpu", dtype))
+    assert found.status == "ok"
+    name = {"auto": "float32", "bf16": "bfloat16", "fp16": "float16"}[dtype]
+    assert re.fullmatch(
+        rf"the bundled model on cpu in {name}: [\d,]+ tokens/s sampled, then updated", found.found
+    )
+
+
+def test_an_update_that_changes_nothing_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda optimizer: None)
+    found = only(doctor._step("cpu", "auto"))
+    assert (found.status, found.found[-16:]) == ("problem", "without a change")
+
+
+def test_a_sampler_that_computes_otherwise_than_the_update_is_a_problem(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def louder(logits: torch.Tensor, *rest: Any) -> Any:
+        return sampler_choose(2 * logits, *rest)
+
+    sampler_choose = sampler.choose
+    monkeypatch.setattr(sampler, "choose", louder)
+    (found,) = doctor._tried("a step", lambda: doctor._step("cpu", "auto"))
+    assert found.status == "problem"
+    assert "differ from those of sampling" in found.found
 
 
 # The network.
