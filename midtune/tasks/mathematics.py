@@ -11,11 +11,12 @@ import atexit
 import contextlib
 import json
 import logging
+import re
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import IO, Any
 
@@ -23,6 +24,11 @@ LIMIT_S = 3.0
 # Importing SymPy takes a second or two, on a busy machine more.
 START_S = 60.0
 MEMORY_BYTES = 2 * 2**30
+# A text of this many characters is no answer alone.
+_LONGEST = 200
+# Numbers, signs and bare letters, but not those of commands and of words in LaTeX.
+_PARTS = re.compile(r"(?<!\\)(?<![a-zA-Z])[0-9]+|[-+]|(?<![a-zA-Z\\{])[a-zA-Z](?![a-zA-Z])")
+_UNIT = re.compile(r"\\(?:text|mathrm|mbox)[a-z]*\s*\{[^{}]*\}(?:\^\{?[0-9]\}?)?(?=\s*\$?$)")
 
 
 class Comparer:
@@ -121,19 +127,50 @@ def _limit_memory() -> None:
 def _equal(references: tuple[str, ...], candidates: Sequence[str]) -> bool:
     from math_verify import verify
 
-    gold = list(_reference(references))
-    return any(verify(gold, _parsed(text), timeout_seconds=None) for text in candidates)
+    text, gold = _read(references)
+    if not gold:
+        return False
+    said, found = _read(tuple(candidates))
+    places = max(map(len, re.findall(r"\.([0-9]+)", f"{text} {said}")), default=0)
+    equal = verify(list(gold), list(found), float_rounding=max(6, places), timeout_seconds=None)
+    return equal and _is_read_whole(text) and _is_read_whole(said)
 
 
 @lru_cache(maxsize=4096)
-def _reference(references: tuple[str, ...]) -> tuple[Any, ...]:
-    return next((tuple(found) for found in map(_parsed, references) if found), ())
+def _read(texts: tuple[str, ...]) -> tuple[str, tuple[Any, ...]]:
+    """The first text that can be read, and what it says."""
+    return next(((text, found) for text in texts if (found := _parsed(text))), ("", ()))
 
 
-def _parsed(text: str) -> list[Any]:
+def _parsed(text: str) -> tuple[Any, ...]:
     from math_verify import parse
 
-    return list(parse(text, parsing_timeout=None))
+    # What is not read comes back as text.
+    return tuple(found for found in parse(text, parsing_timeout=None) if not isinstance(found, str))
+
+
+@lru_cache(maxsize=4096)
+def _is_read_whole(text: str) -> bool:
+    """Whether each number, sign and name in an answer matters to how math-verify reads it.
+
+    It leaves out what it does not know: of `0.\\overline{3}` it reads 0, of `120_5` 120 and of `3c` 3.
+    """
+    if len(text) > _LONGEST:
+        return True
+    read = _parsed(text)
+    bare = _UNIT.sub("", text)
+    return not any(_parsed(other) == read for other in _others(bare))
+
+
+def _others(text: str) -> Iterator[str]:
+    for part in _PARTS.finditer(text):
+        before, after = text[: part.start()], text[part.end() :]
+        if part[0][-1].isdigit():
+            yield f"{before}{part[0][:-1]}{(int(part[0][-1]) + 1) % 10}{after}"
+        elif part[0] in "+-":
+            yield f"{before}{'-' if part[0] == '+' else '+'}{after}"
+        else:
+            yield before + after
 
 
 if __name__ == "__main__":

@@ -11,12 +11,18 @@ from midtune.errors import InputError, MidtuneError
 from midtune.tasks.answers import (
     after_thinking,
     extract,
-    last_boxed,
-    marked_answer,
+    final_answer,
+    given_answer,
+    is_text,
+    is_two_numbers,
     normalise,
     parse_number,
+    read_number,
     reference_answer,
+    same_answer,
     same_number,
+    undressed,
+    written_number,
 )
 from midtune.tasks.mathematics import Comparer
 
@@ -46,7 +52,10 @@ def completion_of(prompt: Any, text: str) -> Any:
 
 
 def per_completion(name: str, score_one: Callable[[str, str, str], float]) -> Reward:
-    """A reward called `name` from a function of (extracted answer, reference answer, question).
+    """A reward called `name` from a function of (answer, reference answer, question).
+
+    The answer is the whole completion after its reasoning for `math`, and for others what `answers.final_answer`
+    finds in it (`answers.extract` for a verifier, which may not read LaTeX).
 
     Whatever `score_one` raises, but for errors of midtune, and any score that is not a finite number, counts
     as 0.
@@ -60,8 +69,8 @@ def per_completion(name: str, score_one: Callable[[str, str, str], float]) -> Re
         for completion, reference, question in zip(completions, answer, questions, strict=True):
             reference = reference if name == "verifier" else reference_answer(reference)
             text = after_thinking(completion_text(completion))
-            found = text if name == "math" else extract(text, reference)
-            scores.append(_guarded(score_one, found, reference, question))
+            find = {"math": lambda text, _: text, "verifier": extract}.get(name, final_answer)
+            scores.append(_guarded(score_one, find(text, reference), reference, question))
         return scores
 
     return named(reward, name)
@@ -152,7 +161,14 @@ def _guarded(score_one: Callable[[str, str, str], float], found: str, reference:
 
 
 def _exact(found: str, reference: str, question: str) -> float:
-    return float(bool(normalise(reference)) and normalise(found) == normalise(reference))
+    return float(same_answer(found, reference, _same_text))
+
+
+def _same_text(found: str, reference: str) -> bool:
+    if normalise(found) == normalise(reference):
+        return True
+    written = None if is_two_numbers(reference) else written_number(reference)
+    return written is not None and read_number(reference) is not None and written_number(found) == written
 
 
 def _numeric(found: str, reference: str, question: str) -> float:
@@ -160,8 +176,27 @@ def _numeric(found: str, reference: str, question: str) -> float:
 
 
 def _math(text: str, reference: str, question: str) -> float:
-    marked = marked_answer(text)
-    candidates = [text] if marked is None else [f"${marked.strip('$')}$", marked]
-    inner = last_boxed(reference) or reference
-    readable = [candidate for candidate in candidates if not is_huge(candidate)]
-    return float(_COMPARER.equal([f"${inner.strip('$')}$", reference], readable))
+    found = final_answer(text, reference)
+    if same_answer(found, reference, _same_in_math):
+        return 1.0
+    if given_answer(text) is not None or read_number(reference) is not None or is_text(reference):
+        return 0.0
+    # math-verify looks for an answer that has no mark.
+    return float(not is_huge(text) and _COMPARER.equal(_in_latex(reference), [text]))
+
+
+def _same_in_math(found: str, reference: str) -> bool:
+    if normalise(found) == normalise(reference):
+        return True
+    if read_number(found, lead=True) is not None and read_number(reference) is not None:
+        return same_number(found, reference)
+    # Of these math-verify makes sums, products and fractions that others have too.
+    if is_text(found) or is_text(reference) or is_huge(found):
+        return False
+    return _COMPARER.equal(_in_latex(reference), [*_in_latex(found), undressed(found)])
+
+
+def _in_latex(answer: str) -> list[str]:
+    """Ways in which math-verify may read an answer."""
+    answer = " ".join(answer.split())
+    return [f"${answer.strip('$')}$", answer]
