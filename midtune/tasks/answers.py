@@ -14,7 +14,10 @@ _CHARACTERS = str.maketrans(
     {
         **dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d", "-"),
         **dict.fromkeys("\u2009\u202f", "\\,"),
-        **{char: " " + unicodedata.normalize("NFKC", char).replace("\u2044", "/") for char in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"},
+        **{
+            char: " " + unicodedata.normalize("NFKC", char).replace("\u2044", "/")
+            for char in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
+        },
         "²": "^2",
         "³": "^3",
         "×": "\\times ",
@@ -51,16 +54,16 @@ _DECIMAL = (
 )
 _UNSIGNED = (
     # A whole number before a proper fraction makes it a mixed number.
-    r"(?:(?P<whole>[0-9]+)(?:\s*(?=\\frac)|\s+(?:and\s+)?(?=[0-9]+\s?/)))?"
+    r"(?:(?P<whole>[0-9]+)(?:\s*(?:and\s*)?(?=\\frac)|\s+(?:and\s+)?(?=[0-9]+\s?/)))?"
     rf"(?:\\frac\{{\s*(?P<top>[-+]?\s?{_DECIMAL})\s*\}}\{{\s*(?P<bottom>[-+]?\s?{_DECIMAL})\s*\}}"
-    rf"|(?P<number>{_DECIMAL})(?:\s?/\s?(?P<denominator>[0-9]+(?:\.[0-9]+)?)(?![\d/]))?)"
+    rf"|(?P<number>{_DECIMAL})(?:\s?/\s?(?P<denominator>[0-9]+(?:\.[0-9]+)?)(?![\d/])"
+    r"|(?P<point>\.?)\\overline\{(?P<repeated>[0-9]+)\})?)"
     r"(?:\s?(?P<percent>%|percent\b))?"
 )
-_NUMBER = re.compile(rf"(?P<sign>[-+]\s*)?[£€¥]?\s?(?P<minus>-)?{_UNSIGNED}")
+_CURRENCY = r"(?:[£€¥]\s?(?P<minus>-)?)?"
+_NUMBER = re.compile(rf"(?P<sign>[-+]\s*)?{_CURRENCY}{_UNSIGNED}")
 # A minus after a digit, letter or closing bracket is a subtraction, and one before a space may start a list.
-_IN_TEXT = re.compile(
-    r"(?P<sign>(?<![\w)\]}%])[-+]|(?<==)\s*[-+]\s*)?[£€¥]?(?P<minus>-)?(?<![0-9.])" + _UNSIGNED
-)
+_IN_TEXT = re.compile(rf"(?P<sign>(?<![\w)\]}}%])[-+]|(?<==)\s*[-+]\s*)?{_CURRENCY}(?<![0-9.]){_UNSIGNED}")
 _POWER = re.compile(r"\s*(?:\\times|\\cdot|\*|x)\s*10\s*(?:\^|\*\*)")
 # Neighbours that make a number part of an expression, in which it is no answer.
 _BEFORE = re.compile(r"[\^_*/+{]\s?$|\\[a-zA-Z]+\s?$")
@@ -72,9 +75,8 @@ _LEAD = re.compile(
     r"(?:(?<![<>!\\])=|\\approx|(?<=[A-Za-z]):"
     r"|\b(?:is|are|was|be|equals?|about|approximately|roughly|exactly|has|have|had|gets?)\b)\s*"
 )
-_UNIT = re.compile(
-    r"(?:°\s?[CF]?|(?P<word>[^\W\d_]+)\.?(?:\^\{?-?[1-9]\}?)?(?:\s*[/ ]\s*[^\W\d_]+\.?(?:\^\{?-?[1-9]\}?)?)*)"
-)
+_UNIT_WORD = r"[^\W\d_]+\.?(?:\s*\^\s*\{?-?[1-9]\}?)?"
+_UNIT = re.compile(rf"°\s?[CF]?|(?=(?P<word>[^\W\d_]+)){_UNIT_WORD}(?:\s*[/ ]\s*{_UNIT_WORD})*")
 # Short words that may stand directly after a number without being a product of variables.
 _ATTACHED = re.compile(
     r"(?:[cdkm]?m|[km]?g|m?[lL]|lbs?|oz|ft|in|yd|mi|mph|kph|hrs?|h|mins?|secs?|s|am|pm|th|st|nd|rd)\b"
@@ -88,8 +90,9 @@ _NO_UNITS = re.compile(
 )
 _TWO_NUMBERS = re.compile(r"[-+]?[1-9][0-9]{2},[1-9][0-9]{2}")
 
-_DATE_OR_TIME = re.compile(
+_CODE = re.compile(
     r"(?<![\w.])[0-9]+([-/.])[0-9]+\1[0-9]+(?![\w.])|(?<![\w:])[0-9]{1,2}\s*:\s*[0-5][0-9](?![\w:])"
+    r"|\b0[box][0-9a-f]+\b|:[^:]*:|(?<![_^\w.])[0-9]+(?:\.[0-9]+)?\s+[0-9]"
 )
 _TRAILING_UNIT = re.compile(
     r"(?<=[0-9a-z})\]])\s*((?:\^\{?\s*\\circ\s*\}?)?)\s*\\(?:text|mathrm|mbox)[a-z]*\s*\{[^{}]*\}(?:\^\{?[0-9]\}?)?\s*$"
@@ -100,6 +103,8 @@ _FUNCTIONS = frozenset(
     "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp sqrt abs pi inf infinity oo".split()
 )
 
+_INSIDE = re.compile(r"\(([^()\[\],]*)\)|\{([^{},:]*)\}|'([^']*)'|\"([^\"]*)\"")
+
 _BRACE = re.compile(r"\\f?box(?:ed)?\s*\{|\\?[{}]")
 _TAG = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL | re.IGNORECASE)
 _HASHES = re.compile(r"(?<!#)####(?!#)")
@@ -109,6 +114,7 @@ _STATED = re.compile(
     r"(?:(?P<math>\${1,2}(?:\\.|[^$\\])+?\${1,2})(?P<tail>[^\n]*)|(?P<line>[^\n]+))",
     re.IGNORECASE | re.DOTALL,
 )
+_EMPHASISED_END = re.compile(r"(?<![\w*)])\*\*(?=[^\s*])([^*\n]+)\*\*[.!]?\s*$")
 _REASON = r"(?:because|since|as|which|where|so|by)\b"
 _ENDED = re.compile(rf"\s*(?:$|[.,;:!(]|{_REASON})")
 _SENTENCE_END = re.compile(rf"\.\s+(?=\S+\s+\S)|,?\s+{_REASON}")
@@ -276,7 +282,8 @@ def same_number(found: str, reference: str) -> bool:
     left, right = read_number(found, lead=True), read_number(reference)
     if left is None or right is None:
         return False
-    if left.unit and right.unit and not _same_unit(left.unit, right.unit):
+    units = [number.unit or "%" * number.percent for number in (left, right)]
+    if all(units) and not _same_unit(*units):
         return False
     if _close(left, right):
         return True
@@ -323,16 +330,20 @@ def normalise(text: str) -> str:
     """The text without case, and without what only dresses it: spaces, emphasis, dollar signs, fonts."""
     text = _bare(undressed(text)).replace('"', "'")
     text = re.sub(r"([\^_])\{(\w)\}", r"\1\2", text)
+    text = re.sub(r"\b([ap])\.\s?m\b\.?", r"\1m", text)
     return re.sub(r"(?<![^\W_])\s+|\s+(?![^\W_])", "", " ".join(text.split())).casefold()
 
 
 def is_text(text: str) -> bool:
     """Whether an answer is words, a date, a time or the like, which are no expression to calculate with."""
-    if is_two_numbers(text) or _DATE_OR_TIME.search(undressed(text)):
+    if is_two_numbers(text) or _CODE.search(undressed(text)):
+        return True
+    unit = _TRAILING_UNIT.search(text)
+    if unit is not None and _NO_UNITS.search(unit[0]):
         return True
     bare = _TRAILING_UNIT.sub(r"\1", text)
     fonts = [found[1] for found in _FONT.finditer(bare)]
-    rest = re.sub(r"\\[a-zA-Z]+", " ", _FONT.sub(" ", bare))
+    rest = re.sub(r"\\(?:begin|end)\s*\{[^{}]*\}|\\[a-zA-Z]+", " ", _FONT.sub(" ", bare))
     words = _WORD.findall(_CONNECTIVE.sub(" ", " ".join(fonts)))
     if any(len(word) > 1 for word in words):
         return True
@@ -340,6 +351,13 @@ def is_text(text: str) -> bool:
     names = [word for word in words if word.casefold() not in _FUNCTIONS]
     is_formula = re.search(r"[0-9=+*/^\\]", bare) is not None
     return any(len(word) > (3 if is_formula else 1) for word in names)
+
+
+def units_differ(left: str, right: str) -> bool:
+    """Whether both answers end in a unit in LaTeX, `\\text{ cm}^2`, and the two are different ones."""
+    ends = [_TRAILING_UNIT.search(text) for text in (left, right)]
+    one, other = (undressed(end[0].strip()) if end is not None else "" for end in ends)
+    return bool(one and other) and not _same_unit(one, other)
 
 
 def same_answer(found: str, reference: str, same: Callable[[str, str], bool]) -> bool:
@@ -372,13 +390,13 @@ def _choice(text: str) -> tuple[str, str]:
 
 
 def _stated(text: str) -> tuple[str, int] | None:
-    """What the last `answer is` states, and where its line ends."""
-    text = _EMPHASIS.sub(r"\2", text) if "*" in text or "`" in text else text
-    found = None
-    for found in _STATED.finditer(text):
-        pass
-    if found is None:
-        return None
+    """What the last `answer is` states, or bold type at the end, and where that ends."""
+    plain = _EMPHASIS.sub(r"\2", text) if "*" in text or "`" in text else text
+    stated = list(_STATED.finditer(plain))
+    if not stated:
+        emphasised = _EMPHASISED_END.search(text)
+        return (emphasised[1].strip(), len(text)) if emphasised is not None else None
+    found = stated[-1]
     if found["math"] is not None and _ENDED.match(found["tail"]):
         return found["math"].strip("$").strip(), found.end()
     line = found["line"] or found["math"] + found["tail"]
@@ -394,14 +412,16 @@ def undressed(text: str) -> str:
         text = _SPACING.sub(" ", text).replace("{,}", ",").replace("\\%", "%")
         while (plainer := _FONT.sub(r" \1 ", text)) != text:
             text = plainer
-        text = _FRACTION.sub(lambda found: f"\\frac{{{found[1] or found[2]}}}{{{found[3] or found[4]}}}", text)
+        text = _FRACTION.sub(
+            lambda found: f"\\frac{{{found[1] or found[2]}}}{{{found[3] or found[4]}}}", text
+        )
     return _NOTHING.sub("", text)
 
 
 def _bare(text: str) -> str:
     """The text without what may stand around an answer: spaces, quotes, a full stop, brackets around a word."""
     text = text.strip().rstrip(".,;:").strip()
-    while (inside := re.fullmatch(r"\(([^()\[\],]*)\)|\{([^{},:]*)\}|'([^']*)'|\"([^\"]*)\"", text)) is not None:
+    while (inside := _INSIDE.fullmatch(text)) is not None:
         text = next(part for part in inside.groups() if part is not None).strip().rstrip(".")
     return text[:-1] if re.fullmatch(r"[A-Za-z]\)", text) else text
 
@@ -424,29 +444,32 @@ def _unit(text: str, start: int) -> str | None:
 
 def _same_unit(left: str, right: str) -> bool:
     one, other = (_plain_unit(unit) for unit in (left, right))
-    if one == other:
+    if one.rstrip("s") == other.rstrip("s"):
         return True
     from sympy.physics import units
 
+    (one, _, power), (other, _, other_power) = one.partition("^"), other.partition("^")
     known = getattr(units, one, None)
-    return known is not None and known == getattr(units, other, None)
+    return known is not None and known == getattr(units, other, None) and power == other_power
 
 
 def _plain_unit(unit: str) -> str:
     unit = re.sub(r"[\s.{}]", "", unit).casefold()
     unit = re.sub(r"^(?:square|sq)(.*)$", r"\1^2", unit)
     unit = re.sub(r"^(?:cubic|cu)(.*)$", r"\1^3", unit)
-    return re.sub(r"(?<=[a-z]{2})s(?![a-z])", "", unit).replace("degree", "°")
+    return re.sub(r"degrees?", "°", unit)
 
 
 def _close(left: Number, right: Number) -> bool:
     gap = abs(left.value - right.value)
+    if not gap:
+        return True
+    if left.value.denominator == right.value.denominator == 1:
+        return False
     # One part in 10^15 is what floats lose when they are printed.
     if gap * 10**15 <= abs(right.value):
         return True
-    return any(
-        number.decimals is not None and gap * 2 * 10**number.decimals <= 1 for number in (left, right)
-    )
+    return any(number.decimals is not None and gap * 2 * 10**number.decimals <= 1 for number in (left, right))
 
 
 def _value(found: re.Match[str], unit: str = "") -> Number | None:
@@ -459,10 +482,15 @@ def _value(found: re.Match[str], unit: str = "") -> Number | None:
         if not 0 < value < 1:
             return None
         value += int(found["whole"])
+    if found["repeated"]:
+        fixed = (found["number"] + found["point"]).partition(".")
+        if not fixed[1] or found["whole"]:
+            return None
+        value += Fraction(int(found["repeated"]), (10 ** len(found["repeated"]) - 1) * 10 ** len(fixed[2]))
     negative = ("-" in (found["sign"] or "")) != bool(found["minus"])
     value = -value if negative else value
     decimals = None
-    if found["number"] and not found["denominator"] and not found["whole"]:
+    if found["number"] and not (found["denominator"] or found["whole"] or found["repeated"]):
         parts = Decimal(_digits(found["number"])).as_tuple()
         if isinstance(parts.exponent, int) and parts.exponent < 0 and len(parts.digits) >= 6:
             decimals = -parts.exponent
@@ -474,6 +502,9 @@ def _digits(number: str) -> str:
 
 
 def _written(found: re.Match[str]) -> str:
+    if found["repeated"]:
+        number = _value(found)
+        return str(number.value) if number is not None else ""
     sign = "-" if ("-" in (found["sign"] or "")) != bool(found["minus"]) else ""
     top, bottom = (_digits(found[name] or "").lstrip("+") for name in ("top", "bottom"))
     if top:

@@ -27,7 +27,9 @@ MEMORY_BYTES = 2 * 2**30
 # A text of this many characters is no answer alone.
 _LONGEST = 200
 # Numbers, signs and bare letters, but not those of commands and of words in LaTeX.
-_PARTS = re.compile(r"(?<!\\)(?<![a-zA-Z])[0-9]+|[-+]|(?<![a-zA-Z\\{])[a-zA-Z](?![a-zA-Z])")
+_PARTS = re.compile(
+    r"(?<!\\)(?<![a-zA-Z])[0-9]+|[-+<>|]|\\(?:[lg]eq?|n)(?![a-zA-Z])|(?<![a-zA-Z\\{])[a-zA-Z](?![a-zA-Z])"
+)
 _UNIT = re.compile(r"\\(?:text|mathrm|mbox)[a-z]*\s*\{[^{}]*\}(?:\^\{?[0-9]\}?)?(?=\s*\$?$)")
 
 
@@ -132,7 +134,13 @@ def _equal(references: tuple[str, ...], candidates: Sequence[str]) -> bool:
         return False
     said, found = _read(tuple(candidates))
     places = max(map(len, re.findall(r"\.([0-9]+)", f"{text} {said}")), default=0)
-    equal = verify(list(gold), list(found), float_rounding=max(6, places), timeout_seconds=None)
+    equal = verify(
+        list(gold),
+        list(found),
+        float_rounding=max(6, places),
+        allow_set_relation_comp=True,
+        timeout_seconds=None,
+    )
     return equal and _is_read_whole(text) and _is_read_whole(said)
 
 

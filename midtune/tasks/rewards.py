@@ -22,6 +22,7 @@ from midtune.tasks.answers import (
     same_answer,
     same_number,
     undressed,
+    units_differ,
     written_number,
 )
 from midtune.tasks.mathematics import Comparer
@@ -69,8 +70,9 @@ def per_completion(name: str, score_one: Callable[[str, str, str], float]) -> Re
         for completion, reference, question in zip(completions, answer, questions, strict=True):
             reference = reference if name == "verifier" else reference_answer(reference)
             text = after_thinking(completion_text(completion))
-            find = {"math": lambda text, _: text, "verifier": extract}.get(name, final_answer)
-            scores.append(_guarded(score_one, find(text, reference), reference, question))
+            if name != "math":
+                text = (extract if name == "verifier" else final_answer)(text, reference)
+            scores.append(_guarded(score_one, text, reference, question))
         return scores
 
     return named(reward, name)
@@ -167,8 +169,9 @@ def _exact(found: str, reference: str, question: str) -> float:
 def _same_text(found: str, reference: str) -> bool:
     if normalise(found) == normalise(reference):
         return True
-    written = None if is_two_numbers(reference) else written_number(reference)
-    return written is not None and read_number(reference) is not None and written_number(found) == written
+    if parse_number(reference) is None or is_two_numbers(reference):
+        return False
+    return written_number(found) == written_number(reference)
 
 
 def _numeric(found: str, reference: str, question: str) -> float:
@@ -191,12 +194,13 @@ def _same_in_math(found: str, reference: str) -> bool:
     if read_number(found, lead=True) is not None and read_number(reference) is not None:
         return same_number(found, reference)
     # Of these math-verify makes sums, products and fractions that others have too.
-    if is_text(found) or is_text(reference) or is_huge(found):
+    if is_text(found) or is_text(reference) or units_differ(found, reference) or is_huge(found):
         return False
-    return _COMPARER.equal(_in_latex(reference), [*_in_latex(found), undressed(found)])
+    return _COMPARER.equal(_in_latex(reference), _in_latex(found))
 
 
 def _in_latex(answer: str) -> list[str]:
     """Ways in which math-verify may read an answer."""
     answer = " ".join(answer.split())
-    return [f"${answer.strip('$')}$", answer]
+    answer = answer if answer.isascii() else undressed(answer)
+    return [f"${answer.strip('$')}$", answer, undressed(answer)]

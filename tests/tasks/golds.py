@@ -113,7 +113,10 @@ GOLDS: dict[str, list[tuple[str, str]]] = {
         (r"x = 2 \text{ or } x = -3", r"x = 2 \text{ or } x = 3"),
         (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", r"\begin{pmatrix} 1 & 2 \\ 3 & 5 \end{pmatrix}"),
         (r"\begin{pmatrix} -1 \\ 2 \end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
-        (r"\begin{bmatrix} 1/2 & 0 \\ 0 & 1 \end{bmatrix}", r"\begin{bmatrix} 1/3 & 0 \\ 0 & 1 \end{bmatrix}"),
+        (
+            r"\begin{bmatrix} 1/2 & 0 \\ 0 & 1 \end{bmatrix}",
+            r"\begin{bmatrix} 1/3 & 0 \\ 0 & 1 \end{bmatrix}",
+        ),
         (r"\mathbf{i} + 2\mathbf{j}", r"\mathbf{i} - 2\mathbf{j}"),
         (r"120_5", r"121_5"),
         (r"2012_{3}", r"2012_{4}"),

@@ -20,7 +20,9 @@ def comparer() -> Iterator[Comparer]:
 
 def test_equal_answers_are_found_however_they_are_written(comparer: Comparer) -> None:
     assert comparer.equal(["$0.5$"], [r"$\frac{1}{2}$"])
-    assert comparer.equal(["$x^2-1$"], ["$3$", "$(x-1)(x+1)$"])
+    assert comparer.equal(["$x^2-1$"], ["", "$(x-1)(x+1)$"])
+    # The first that can be read counts.
+    assert not comparer.equal(["$x^2-1$"], ["$3$", "$(x-1)(x+1)$"])
     assert comparer.equal(["", "$7$"], ["7"])
     assert not comparer.equal(["$0.5$"], [r"$\frac{1}{3}$"])
     assert not comparer.equal(["$1$"], [])
@@ -62,4 +64,4 @@ def test_one_that_never_starts_is_an_error_and_no_wrong_answer(monkeypatch: pyte
     monkeypatch.setattr(mathematics, "__file__", "/nowhere.py")
     monkeypatch.setattr(rewards, "_COMPARER", Comparer())
     with pytest.raises(MidtuneError, match="math-verify does not answer"):
-        rewards.built_in("math")(prompts=["?"], completions=["1"], answer=["1"])
+        rewards.built_in("math")(prompts=["?"], completions=["x"], answer=["y"])
