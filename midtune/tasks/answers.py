@@ -32,10 +32,10 @@ _CHARACTERS = str.maketrans(
         "∪": "\\cup ",
     }
 )
-_EMPHASIS = re.compile(r"(?<![\w*)\]}])(\*{1,3}|_{1,3}|`)(?=\S)(.+?)(?<=\S)\1(?![\w*(])")
+_EMPHASIS = re.compile(r"(?<![\w*)\]}])(\*{1,3}|_{1,3}|`)(?=\S)(.{1,300}?)(?<=\S)\1(?![\w*(])")
 # What separates thousands in LaTeX and nothing else: `1{,}234`, `1,\!234`, `1\,234`.
-_THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|,?\\!|\\,)\s*(?=[0-9]{3}(?![0-9]))")
-_DEGREE = re.compile(r"\s*(?:\^\s*\{?\s*\\circ\s*\}?|\\degrees?(?![a-z])|\\textdegree)")
+_THOUSANDS = re.compile(r"(?<=[0-9])(?:\s?\{\s?,\s?\}|,?\\!|\\,)\s*(?=[0-9]{3}(?![0-9]))")
+_DEGREE = re.compile(r"\s?(?:\^\s?\{?\s?\\circ\s?\}?|\\degrees?(?![a-z])|\\textdegree)")
 _SPACING = re.compile(
     r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![a-zA-Z])|\\(?:left|right|[bB]igg?[lrm]?|displaystyle|bf|rm|it)(?![a-zA-Z])"
 )
@@ -58,7 +58,7 @@ _UNSIGNED = (
     rf"(?:\\frac\{{\s*(?P<top>[-+]?\s?{_DECIMAL})\s*\}}\{{\s*(?P<bottom>[-+]?\s?{_DECIMAL})\s*\}}"
     rf"|(?P<number>{_DECIMAL})(?:\s?/\s?(?P<denominator>[0-9]+(?:\.[0-9]+)?)(?![\d/])"
     r"|(?P<point>\.?)\\overline\{(?P<repeated>[0-9]+)\})?)"
-    r"(?:\s?(?P<percent>%|percent\b))?"
+    r"(?:\s*(?P<percent>%|percent\b))?"
 )
 _CURRENCY = r"(?:[£€¥]\s?(?P<minus>-)?)?"
 _NUMBER = re.compile(rf"(?P<sign>[-+]\s*)?{_CURRENCY}{_UNSIGNED}")
@@ -105,6 +105,11 @@ _FUNCTIONS = frozenset(
 
 _INSIDE = re.compile(r"\(([^()\[\],]*)\)|\{([^{},:]*)\}|'([^']*)'|\"([^\"]*)\"")
 
+# Fonts within fonts; characters of an answer that is a number; characters searched for the last number.
+_DEEPEST = 3
+_LONGEST = 300
+_END = 4000
+
 _BRACE = re.compile(r"\\f?box(?:ed)?\s*\{|\\?[{}]")
 _TAG = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL | re.IGNORECASE)
 _HASHES = re.compile(r"(?<!#)####(?!#)")
@@ -118,7 +123,7 @@ _EMPHASISED_END = re.compile(r"(?<![\w*)])\*\*(?=[^\s*])([^*\n]+)\*\*[.!]?\s*$")
 _REASON = r"(?:because|since|as|which|where|so|by)\b"
 _ENDED = re.compile(rf"\s*(?:$|[.,;:!(]|{_REASON})")
 _SENTENCE_END = re.compile(rf"\.\s+(?=\S+\s+\S)|,?\s+{_REASON}")
-_CHOICE = re.compile(r"\(?\s*([A-J])\s*(?:[).:]+\s*|$)(.*)", re.DOTALL)
+_CHOICE = re.compile(r"(?:(?:[Oo]ption|[Cc]hoice)\s+)?\(?\s*([A-J])\s*(?:[).:]+\s*|$)(.*)", re.DOTALL)
 _NEXT_CHOICE = re.compile(r"(?<!\w)[A-J][).:]")
 
 
@@ -246,6 +251,8 @@ def read_number(text: str, *, lead: bool = False) -> Number | None:
         text: an answer.
         lead: whether words, a choice letter or `x =` may stand before it.
     """
+    if len(text) > _LONGEST:
+        return None
     text = _bare(undressed(text))
     start = _LEAD.match(text) if lead else None
     found = None
@@ -303,7 +310,7 @@ def last_number(text: str) -> str | None:
 
     `3-5` reads `5`, `= -5` reads `-5`, `3/4` and `\\frac{3}{4}` read `3/4`, `2^5` reads nothing.
     """
-    text = undressed(text)
+    text = undressed(text[-_END:])
     matches = list(_IN_TEXT.finditer(text))
     if not matches:
         return None
@@ -317,6 +324,8 @@ def last_number(text: str) -> str | None:
 
 def written_number(text: str) -> str | None:
     """The number in an answer in plain digits (`x = 1{,}234` gives `1234`), or None where it has none."""
+    if len(text) > _LONGEST:
+        return None
     text = _bare(undressed(text))
     start = _LEAD.match(text)
     for begin in dict.fromkeys((0, start.end() if start else 0)):
@@ -410,8 +419,8 @@ def undressed(text: str) -> str:
     if "\\" in text or "{" in text:
         text = _DEGREE.sub("°", _THOUSANDS.sub("", text))
         text = _SPACING.sub(" ", text).replace("{,}", ",").replace("\\%", "%")
-        while (plainer := _FONT.sub(r" \1 ", text)) != text:
-            text = plainer
+        for _ in range(_DEEPEST):
+            text = _FONT.sub(r" \1 ", text)
         text = _FRACTION.sub(
             lambda found: f"\\frac{{{found[1] or found[2]}}}{{{found[3] or found[4]}}}", text
         )

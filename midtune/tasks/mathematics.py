@@ -18,6 +18,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import islice
 from typing import IO, Any
 
 LIMIT_S = 3.0
@@ -26,6 +27,8 @@ START_S = 60.0
 MEMORY_BYTES = 2 * 2**30
 # A text of this many characters is no answer alone.
 _LONGEST = 200
+# Variants of an equation that are compared, each in up to 0.1 s.
+_TRIED = 4
 # Numbers, signs and bare letters, but not those of commands and of words in LaTeX.
 _PARTS = re.compile(
     r"(?<!\\)(?<![a-zA-Z])[0-9]+|[-+<>|]|\\(?:[lg]eq?|n)(?![a-zA-Z])|(?<![a-zA-Z\\{])[a-zA-Z](?![a-zA-Z])"
@@ -127,21 +130,28 @@ def _limit_memory() -> None:
 
 
 def _equal(references: tuple[str, ...], candidates: Sequence[str]) -> bool:
-    from math_verify import verify
-
     text, gold = _read(references)
-    if not gold:
-        return False
     said, found = _read(tuple(candidates))
     places = max(map(len, re.findall(r"\.([0-9]+)", f"{text} {said}")), default=0)
-    equal = verify(
-        list(gold),
-        list(found),
-        float_rounding=max(6, places),
-        allow_set_relation_comp=True,
-        timeout_seconds=None,
+    if not _verified(gold, found, places) or not (_is_read_whole(text) and _is_read_whole(said)):
+        return False
+    # Two equations that it cannot solve are equal to it.
+    others = islice(_others(said), _TRIED) if "=" in text and "=" in said else ()
+    return not any(_verified(gold, _parsed(other), places) for other in others)
+
+
+def _verified(gold: Sequence[Any], found: Sequence[Any], places: int) -> bool:
+    from math_verify import verify
+
+    return bool(
+        verify(
+            list(gold),
+            list(found),
+            float_rounding=max(6, places),
+            allow_set_relation_comp=True,
+            timeout_seconds=None,
+        )
     )
-    return equal and _is_read_whole(text) and _is_read_whole(said)
 
 
 @lru_cache(maxsize=4096)
@@ -171,14 +181,14 @@ def _is_read_whole(text: str) -> bool:
 
 
 def _others(text: str) -> Iterator[str]:
-    for part in _PARTS.finditer(text):
-        before, after = text[: part.start()], text[part.end() :]
-        if part[0][-1].isdigit():
-            yield f"{before}{part[0][:-1]}{(int(part[0][-1]) + 1) % 10}{after}"
-        elif part[0] in "+-":
-            yield f"{before}{'-' if part[0] == '+' else '+'}{after}"
+    """The text with one number or sign changed, or one name left out."""
+    found = [(part.start(), part.end(), part[0]) for part in _PARTS.finditer(text)]
+    for start, end, part in sorted(found, key=lambda place: not place[2].isdigit()):
+        if part.isdigit():
+            part = part[:-1] + str((int(part[-1]) + 1) % 10)
         else:
-            yield before + after
+            part = {"+": "-", "-": "+"}.get(part, "")
+        yield text[:start] + part + text[end:]
 
 
 if __name__ == "__main__":

@@ -33,6 +33,9 @@ SHAPING = ("format", "length", "repetition")
 BUILT_IN = ("exact", "numeric", "math", "verifier", "code", "code-all", *SHAPING)
 SOLVED = 1 - 1e-6
 _COMPARER = Comparer()
+# Characters of an answer that math-verify reads, and of an end in which it looks for one.
+_LONGEST = 1000
+_SEARCHED = 4000
 _HUGE = re.compile(
     r"(?:\^|\*\*)[\s({]*-?[0-9.]+[\s)}]*(?:\^|\*\*)"  # a tower of powers
     r"|(?:\^|\*\*)[\s({]*-?[0-9]{5,}"
@@ -184,8 +187,9 @@ def _math(text: str, reference: str, question: str) -> float:
         return 1.0
     if given_answer(text) is not None or read_number(reference) is not None or is_text(reference):
         return 0.0
-    # math-verify looks for an answer that has no mark.
-    return float(not is_huge(text) and _COMPARER.equal(_in_latex(reference), [text]))
+    # math-verify looks for an answer that has no mark; a cut within a line could part two dollar signs.
+    end = text if len(text) <= _SEARCHED else text[-_SEARCHED:].partition("\n")[2]
+    return float(not is_huge(end) and _COMPARER.equal(_in_latex(reference), [end]))
 
 
 def _same_in_math(found: str, reference: str) -> bool:
@@ -193,6 +197,8 @@ def _same_in_math(found: str, reference: str) -> bool:
         return True
     if read_number(found, lead=True) is not None and read_number(reference) is not None:
         return same_number(found, reference)
+    if len(found) > _LONGEST:
+        return False
     # Of these math-verify makes sums, products and fractions that others have too.
     if is_text(found) or is_text(reference) or units_differ(found, reference) or is_huge(found):
         return False
