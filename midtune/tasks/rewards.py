@@ -13,19 +13,21 @@ from midtune.tasks.answers import (
     extract,
     final_answer,
     given_answer,
+    reference_answer,
+    same_answer,
+)
+from midtune.tasks.mathematics import Comparer
+from midtune.tasks.notation import (
     is_text,
     is_two_numbers,
     normalise,
     parse_number,
     read_number,
-    reference_answer,
-    same_answer,
     same_number,
     undressed,
     units_differ,
     written_number,
 )
-from midtune.tasks.mathematics import Comparer
 
 Reward = Callable[..., list[float]]
 

@@ -28,6 +28,31 @@ def test_equal_answers_are_found_however_they_are_written(comparer: Comparer) ->
     assert not comparer.equal(["$1$"], [])
 
 
+@pytest.mark.parametrize(
+    ("reference", "candidate"),
+    [
+        # What math-verify leaves out: the repeated digits, the base, a name, a relation.
+        (r"0.\overline{3}", r"0.\overline{4}"),
+        ("120_5", "120_6"),
+        ("3c", "3"),
+        ("5", "< 5"),
+        # Equations that it cannot solve, or that have no solution.
+        (r"\frac{dy}{dx} = 2x", r"\frac{dy}{dx} = 3x"),
+        ("x^2 + 1 = 0", "x^2 + 2 = 0"),
+        # More decimals than it compares by itself.
+        ("(1.2345678, 2)", "(1.2345679, 2)"),
+    ],
+)
+def test_what_is_not_read_whole_is_not_equal(comparer: Comparer, reference: str, candidate: str) -> None:
+    assert not comparer.equal([f"${reference}$"], [f"${candidate}$"])
+
+
+def test_equations_and_sets_are_compared(comparer: Comparer) -> None:
+    assert comparer.equal(["$x^2 + y^2 = 1$"], ["$y^2 + x^2 = 1$"])
+    assert comparer.equal(["$2x + 4y - 3 = 0$"], [r"$y = -\frac{1}{2}x + \frac{3}{4}$"])
+    assert comparer.equal([r"$(-\infty, 3]$"], [r"$x \le 3$"])
+
+
 def test_an_answer_that_takes_forever_ends_and_the_next_one_is_read(comparer: Comparer) -> None:
     assert comparer.equal(["$2$"], ["$2$"])
     started = time.perf_counter()
