@@ -16,6 +16,9 @@ from midtune.tasks.notation import (
 )
 
 _BRACE = re.compile(r"\\f?box(?:ed)?\s*\{|\\?[{}]")
+_JOINED = re.compile(
+    r"[\s$]*(?:[,;]|[,;]?[\s$]*(?:\\text\s*\{\s*)?\b(?:and|or)\b\s*\}?)[\s$]*(?:[a-zA-Z]\s*=\s*)?[\s$]*"
+)
 _TAG = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL | re.IGNORECASE)
 _HASHES = re.compile(r"(?<!#)####(?!#)")
 _STATED = re.compile(
@@ -108,17 +111,26 @@ def marked_answer(text: str) -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-    """What stands in the last complete `\\boxed{…}`, nested braces included, or None."""
-    open_braces: list[int | None] = []
-    last: tuple[int, int] | None = None
+    """What stands in the last complete `\\boxed{…}`, nested braces included, or None.
+
+    Boxes that a comma, `and` or `or` joins are one answer: `\\boxed{2}$ or $x = \\boxed{3}` gives `2, 3`.
+    """
+    open_braces: list[re.Match[str]] = []
+    boxes: list[tuple[int, str, int]] = []
     for brace in _BRACE.finditer(text):
-        if brace[0] in (r"\{", r"\}"):
-            continue
-        if brace[0] != "}":
-            open_braces.append(brace.end() if len(brace[0]) > 1 else None)
-        elif open_braces and (start := open_braces.pop()) is not None and (last is None or start > last[0]):
-            last = start, brace.start()
-    return text[last[0] : last[1]] if last else None
+        if brace[0] == "}" and open_braces:
+            opening = open_braces.pop()
+            if len(opening[0]) > 1:
+                boxes.append((opening.start(), text[opening.end() : brace.start()].strip(), brace.end()))
+        elif brace[0] not in ("}", r"\{", r"\}"):
+            open_braces.append(brace)
+    boxes.sort()
+    found: list[str] = []
+    start = len(text)
+    while boxes and (not found or _JOINED.fullmatch(text, boxes[-1][2], start)):
+        start, content, _ = boxes.pop()
+        found[:0] = [] if content in found else [content]
+    return ", ".join(found) if found else None
 
 
 def reference_answer(answer: str) -> str:

@@ -56,6 +56,21 @@ def test_last_boxed_skips_an_unclosed_box() -> None:
     assert last_boxed(r"\boxed{a{b}c} and \boxed{never") == "a{b}c"
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (r"$x = \boxed{2}$ or $x = \boxed{3}$.", "2, 3"),
+        (r"$\boxed{1}, \boxed{2} \text{ and } \boxed{3}$", "1, 2, 3"),
+        (r"\boxed{2}, so again \boxed{3}", "3"),
+        (r"\boxed{2} and \boxed{2}", "2"),
+        (r"\boxed{1 + \boxed{2}}", "2"),
+        (r"\boxed{2}\boxed{3}", "3"),
+    ],
+)
+def test_boxes_that_are_joined_are_one_answer(text: str, expected: str) -> None:
+    assert last_boxed(text) == expected
+
+
 def test_reference_answer_reads_a_worked_solution() -> None:
     assert reference_answer("She has 5 + 3 = 8.\n#### 1,008") == "1008"
     assert reference_answer("Paris, France") == "Paris, France"
