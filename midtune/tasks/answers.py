@@ -31,7 +31,7 @@ _EMPHASISED_END = re.compile(r"(?<![\w*)])\*\*(?=[^\s*])([^*\n]+)\*\*[.!]?\s*$")
 _REASON = r"(?:because|since|as|which|where|so|by)\b"
 _ENDED = re.compile(rf"\s*(?:$|[.,;:!(]|{_REASON})")
 _SENTENCE_END = re.compile(rf"\.\s+(?=\S+\s+\S)|,?\s+{_REASON}")
-_CHOICE = re.compile(r"(?:(?:[Oo]ption|[Cc]hoice)\s+)?\(?\s*([A-J])\s*(?:[).:]+\s*|$)(.*)", re.DOTALL)
+_CHOICE = re.compile(r"(?:(?:[Oo]ption|[Cc]hoice)\s+)?[(\[]?\s*([A-J])\s*(?:[)\].:]+\s*|$)(.*)", re.DOTALL)
 _NEXT_CHOICE = re.compile(r"(?<!\w)[A-J][).:]")
 
 

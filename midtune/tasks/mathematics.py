@@ -28,7 +28,7 @@ MEMORY_BYTES = 2 * 2**30
 # A text of this many characters is no answer alone.
 _LONGEST = 200
 # Variants of an equation that are compared, each in up to 0.1 s.
-_TRIED = 4
+_TRIED = 2
 # Numbers, signs and bare letters, but not those of commands and of words in LaTeX.
 _PARTS = re.compile(
     r"(?<!\\)(?<![a-zA-Z])[0-9]+|[-+<>|]|\\(?:[lg]eq?|n)(?![a-zA-Z])|(?<![a-zA-Z\\{])[a-zA-Z](?![a-zA-Z])"

@@ -108,6 +108,7 @@ _INSIDE = re.compile(r"\(([^()\[\],]*)\)|\{([^{},:]*)\}|'([^']*)'|\"([^\"]*)\"")
 
 # Fonts within fonts; characters of an answer that is a number; characters searched for the last number.
 _DEEPEST = 3
+_LATEX = frozenset("\\{~")
 _LONGEST = 300
 _END = 4000
 
@@ -146,6 +147,12 @@ def read_number(text: str, *, lead: bool = False) -> Number | None:
         if found is not None and (unit := _unit(text, found.end())) is not None:
             return _value(found, unit)
     return None
+
+
+def without_lead(text: str) -> str:
+    """An answer without what may stand before it: a choice letter, `x =`, `so it is`."""
+    start = _LEAD.match(text) if len(text) <= _LONGEST else None
+    return text[start.end() :] if start is not None else text
 
 
 def parse_number(text: str) -> float | None:
@@ -263,7 +270,7 @@ def undressed(text: str) -> str:
     """The text in plain characters, without the LaTeX and Markdown that only set it."""
     text = unicodedata.normalize("NFKC", text.translate(_CHARACTERS))
     text = without_emphasis(text)
-    if "\\" in text or "{" in text:
+    if not _LATEX.isdisjoint(text):
         text = _DEGREE.sub("°", _THOUSANDS.sub("", text))
         text = _SPACING.sub(" ", text).replace("{,}", ",").replace("\\%", "%")
         for _ in range(_DEEPEST):

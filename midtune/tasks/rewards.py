@@ -26,6 +26,7 @@ from midtune.tasks.notation import (
     same_number,
     undressed,
     units_differ,
+    without_lead,
     written_number,
 )
 
@@ -189,6 +190,8 @@ def _math(text: str, reference: str, question: str) -> float:
         return 1.0
     if given_answer(text) is not None or read_number(reference) is not None or is_text(reference):
         return 0.0
+    if same_answer(without_lead(found), reference, _same_in_math):
+        return 1.0
     # math-verify looks for an answer that has no mark; a cut within a line could part two dollar signs.
     end = text if len(text) <= _SEARCHED else text[-_SEARCHED:].partition("\n")[2]
     return float(not is_huge(end) and _COMPARER.equal(_in_latex(reference), [end]))
@@ -209,6 +212,6 @@ def _same_in_math(found: str, reference: str) -> bool:
 
 def _in_latex(answer: str) -> list[str]:
     """Ways in which math-verify may read an answer."""
-    answer = " ".join(answer.split())
+    answer = " ".join(answer.split()).rstrip(".,;: ")
     answer = answer if answer.isascii() else undressed(answer)
     return [f"${answer.strip('$')}$", answer, undressed(answer)]

@@ -47,10 +47,12 @@ def test_what_is_not_read_whole_is_not_equal(comparer: Comparer, reference: str,
     assert not comparer.equal([f"${reference}$"], [f"${candidate}$"])
 
 
-def test_equations_and_sets_are_compared(comparer: Comparer) -> None:
+def test_equations_and_sets_are_compared() -> None:
+    comparer = Comparer(limit_s=30.0)
     assert comparer.equal(["$x^2 + y^2 = 1$"], ["$y^2 + x^2 = 1$"])
     assert comparer.equal(["$2x + 4y - 3 = 0$"], [r"$y = -\frac{1}{2}x + \frac{3}{4}$"])
     assert comparer.equal([r"$(-\infty, 3]$"], [r"$x \le 3$"])
+    comparer.close()
 
 
 def test_an_answer_that_takes_forever_ends_and_the_next_one_is_read(comparer: Comparer) -> None:
