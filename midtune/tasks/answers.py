@@ -32,7 +32,7 @@ _REASON = r"(?:because|since|as|which|where|so|by)\b"
 _ENDED = re.compile(rf"\s*(?:$|[.,;:!(]|{_REASON})")
 _SENTENCE_END = re.compile(rf"\.\s+(?=\S+\s+\S)|,?\s+{_REASON}")
 _CHOICE = re.compile(r"(?:(?:[Oo]ption|[Cc]hoice)\s+)?[(\[]?\s*([A-J])\s*(?:[)\].:]+\s*|$)(.*)", re.DOTALL)
-_NEXT_CHOICE = re.compile(r"(?<!\w)[A-J][).:]")
+_NEXT_CHOICE = re.compile(r"(?<!\w)[A-Z][).:]")
 
 
 def final_answer(text: str, reference: str = "") -> str:
@@ -167,7 +167,7 @@ def same_answer(found: str, reference: str, same: Callable[[str, str], bool]) ->
 
 def _choice(text: str) -> tuple[str, str]:
     found = _CHOICE.fullmatch(undressed(text).strip())
-    # `A. 5, B. 6` answers two questions.
+    # `A. 5, B. 6` answers two questions, and `D. H. Lawrence` is a name.
     if found is None or _NEXT_CHOICE.search(found[2]):
         return "", ""
     return found[1], found[2].strip()

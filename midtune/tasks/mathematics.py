@@ -46,11 +46,11 @@ class Comparer:
         atexit.register(self.close)
 
     def equal(self, references: Sequence[str], candidates: Sequence[str]) -> bool:
-        """Whether one of the candidates equals the reference; False if that cannot be said in time.
+        """Whether a completion's answer equals the reference; False if that cannot be said in time.
 
         Args:
             references: ways to write the right answer; the first that can be read counts.
-            candidates: ways to read a completion's answer.
+            candidates: ways to read a completion's answer, likewise.
 
         Raises:
             MidtuneError: the process does not work at all.

@@ -188,7 +188,8 @@ def _math(text: str, reference: str, question: str) -> float:
     found = final_answer(text, reference)
     if same_answer(found, reference, _same_in_math):
         return 1.0
-    if given_answer(text) is not None or read_number(reference) is not None or is_text(reference):
+    is_found = given_answer(text) is not None or (read_number(reference) is not None and found)
+    if is_found or is_text(reference):
         return 0.0
     if same_answer(without_lead(found), reference, _same_in_math):
         return 1.0
