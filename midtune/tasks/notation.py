@@ -325,14 +325,11 @@ def _plain_unit(unit: str) -> str:
 
 def _close(left: Number, right: Number) -> bool:
     gap = abs(left.value - right.value)
-    if not gap:
-        return True
-    if left.value.denominator == right.value.denominator == 1:
-        return False
+    rounded = [number.decimals for number in (left, right) if number.decimals is not None]
     # One part in 10^15 is what floats lose when they are printed.
-    if gap * 10**15 <= abs(right.value):
-        return True
-    return any(number.decimals is not None and gap * 2 * 10**number.decimals <= 1 for number in (left, right))
+    whole = left.value.denominator == right.value.denominator == 1
+    noise = bool(rounded) and not whole and gap * 10**15 <= abs(right.value)
+    return not gap or noise or any(gap * 2 * 10**decimals <= 1 for decimals in rounded)
 
 
 def _value(found: re.Match[str], unit: str = "") -> Number | None:
