@@ -80,6 +80,7 @@ _UNIT = re.compile(rf"°\s?[CF]?|(?=(?P<word>[^\W\d_]+)){_UNIT_WORD}(?:\s*[/ ]\s
 _ATTACHED = re.compile(
     r"(?:[cdkm]?m|[km]?g|m?[lL]|lbs?|oz|ft|in|yd|mi|mph|kph|hrs?|h|mins?|secs?|s|am|pm|th|st|nd|rd)\b"
 )
+# Units of one letter, which no variable is called as often.
 _SINGLE = "mgshlLNJWVK"
 # Words that change a number, or begin another answer.
 _NO_UNITS = re.compile(
@@ -87,6 +88,7 @@ _NO_UNITS = re.compile(
     r"|not|if|but|the|an?|at|on|of|for|with|from|as|so|because|since|which|that|when|factorial|squared|cubed|sin|cos|tan|log|ln)s?\b",
     re.IGNORECASE,
 )
+# Two groups of three digits may be one number or two, unless they are money.
 _MONEY = re.compile(r"\\\$|^\s*-?\$[^$]*$")
 _TWO_NUMBERS = re.compile(r"[-+]?[1-9][0-9]{2},[1-9][0-9]{2}")
 
