@@ -65,7 +65,7 @@ _NUMBER = re.compile(rf"(?P<sign>[-+]\s*)?{_CURRENCY}{_UNSIGNED}")
 _IN_TEXT = re.compile(rf"(?P<sign>(?<![\w)\]}}%])[-+]|(?<==)\s*[-+]\s*)?{_CURRENCY}(?<![0-9.]){_UNSIGNED}")
 _POWER = re.compile(r"\s*(?:\\times|\\cdot|\*|x)\s*10\s*(?:\^|\*\*)")
 # Neighbours that make a number part of an expression, in which it is no answer.
-_BEFORE = re.compile(r"[\^_*/+{]\s?$|\\[a-zA-Z]+\s?$")
+_BEFORE = re.compile(r"[\^_*/+{]\s?$|\\[a-zA-Z]+\s?$|\b(?:minus|negative|not)\s$", re.IGNORECASE)
 _AFTER = re.compile(r"\s?(?:[\^*+_!]|\\(?!end\b|\\))|[a-zA-Z](?![a-zA-Z])")
 # What may stand before the number in a marked answer: a choice letter, `x =`, `The answer is`.
 _LEAD = re.compile(
@@ -81,10 +81,10 @@ _ATTACHED = re.compile(
     r"(?:[cdkm]?m|[km]?g|m?[lL]|lbs?|oz|ft|in|yd|mi|mph|kph|hrs?|h|mins?|secs?|s|am|pm|th|st|nd|rd)\b"
 )
 # Units of one letter, which no variable is called as often.
-_SINGLE = "mgshlLNJWVK"
+_SINGLE = "mgshlLNJWV"
 # Words that change a number, or begin another answer.
 _NO_UNITS = re.compile(
-    r"\b(?:hundred|thousand|[mbtr]+illion|dozen|score|pi|sqrt|mod|or|and|to|plus|minus|times|over|more|less|fewer|than"
+    r"\b(?:hundred|thousand|[mbtr]+illion|dozen|score|half|halves|third|quarter|tenth|hundredth|thousandth|pi|sqrt|mod|or|and|to|plus|minus|times|over|more|less|fewer|than"
     r"|not|if|but|the|an?|at|on|of|for|with|from|as|so|because|since|which|that|when|factorial|squared|cubed|sin|cos|tan|log|ln)s?\b",
     re.IGNORECASE,
 )

@@ -188,8 +188,13 @@ def _math(text: str, reference: str, question: str) -> float:
     found = final_answer(text, reference)
     if same_answer(found, reference, _same_in_math):
         return 1.0
-    is_found = given_answer(text) is not None or (read_number(reference) is not None and found)
-    if is_found or is_text(reference):
+    # An expression may end a text in LaTeX where no number does.
+    is_found = bool(found) or "$" not in text and "\\" not in text
+    if (
+        given_answer(text) is not None
+        or (read_number(reference) is not None and is_found)
+        or is_text(reference)
+    ):
         return 0.0
     if same_answer(without_lead(found), reference, _same_in_math):
         return 1.0

@@ -81,6 +81,8 @@ def test_same_number_is_exact_for_whole_numbers_and_relative_for_others() -> Non
         ("She has 12 apples", "12", True),
         ("x > 5", "5", False),
         ("not 5", "5", False),
+        ("5 and a half", "5", False),
+        ("5 halves", "5", False),
         ("x = 5 or x = 6", "6", False),
         (r"\pm 5", "5", False),
         ("50", r"50\%", True),
