@@ -1,48 +1,89 @@
-"""Reading the final answer out of a completion: pure functions on text."""
+"""Where the final answer of a completion stands, and whether it is the right one: pure functions on text."""
 
 from __future__ import annotations
 
-import math
 import re
-from decimal import Decimal
+from collections.abc import Callable
 
-_PLAIN = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
-_NUMBER = re.compile(
-    # A minus directly after a digit, letter or closing bracket is a subtraction, not a sign.
-    r"(?P<sign>(?<![\w)\]}])[-+\u2212])?\$?"
-    rf"(?P<number>(?<![0-9])(?:{_PLAIN})(?:[eE][-+]?[0-9]+)?)"
-    r"(?:\s?/\s?(?P<denominator>[0-9]+(?:\.[0-9]+)?)(?![\d/]))?"
+from midtune.tasks.notation import (
+    last_number,
+    normalise,
+    parse_number,
+    read_number,
+    undressed,
+    without_emphasis,
+    written_number,
 )
-_BRACE = re.compile(r"\\boxed\{|[{}]")
+
+_BRACE = re.compile(r"\\f?box(?:ed)?\s*\{|\\?[{}]")
+_JOINED = re.compile(
+    r"[\s$]*(?:[,;]|[,;]?[\s$]*(?:\\text\s*\{\s*)?\b(?:and|or)\b\s*\}?)[\s$]*(?:[a-zA-Z]\s*=\s*)?[\s$]*"
+)
 _TAG = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL | re.IGNORECASE)
-_FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
-_UNITS = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}")
-_SPACING = re.compile(r"\\[$%,!;: ]|\\[()\[\]]|\{,\}")
-_OPERATORS = re.compile(r"[\\^_/+(√]|\*(?!\*)(?<!\*\*)")
+_HASHES = re.compile(r"(?<!#)####(?!#)")
+_STATED = re.compile(
+    r"\b(?:answer|option|choice)s?\b(?:\s+(?:to|for|of|in)\b[^\n.:=]{0,60}?)?"
+    r"\s*(?:\b(?:is|are|was|(?:would|should|must) be|equals)\b\s*:?|:|=)\s*"
+    r"(?:(?P<math>\${1,2}(?:\\.|[^$\\])+?\${1,2})(?P<tail>[^\n]*)|(?P<line>[^\n]+))",
+    re.IGNORECASE | re.DOTALL,
+)
+_EMPHASISED_END = re.compile(r"(?<![\w*)])\*\*(?=[^\s*])([^*\n]+)\*\*[.!]?\s*$")
+_REASON = r"(?:because|since|as|which|where|so|by)\b"
+_ENDED = re.compile(rf"\s*(?:$|[.,;:!(]|{_REASON})")
+_SENTENCE_END = re.compile(rf"\.\s+(?=\S+\s+\S)|,?\s+{_REASON}")
+_CHOICE = re.compile(r"(?:(?:[Oo]ption|[Cc]hoice)\s+)?[(\[]?\s*([A-J])\s*(?:[)\].:]+\s*|$)(.*)", re.DOTALL)
+_NEXT_CHOICE = re.compile(r"(?<!\w)[A-Z][).:]")
 
 
-def extract(text: str, reference: str = "") -> str:
-    """The final answer in a completion.
+def final_answer(text: str, reference: str = "") -> str:
+    """The final answer in a completion, as it is written there.
 
-    In order: the last `<answer>…</answer>`, the last `\\boxed{…}`, what follows the last `####`; then, if
-    `reference` is a number, the last number in the text, else the last non-empty line (as many lines as
-    `reference` has). Reasoning that has ended is not read.
+    In order: the last `<answer>…</answer>`, the last `\\boxed{…}`, what follows a `####` that ends the text, what
+    follows the last `answer is`; then, if `reference` is a number, the last number in the text, else the last
+    non-empty line (as many lines as `reference` has). Reasoning that has ended is not read.
 
     Args:
         text: a completion.
         reference: the right answer; only its form (number, number of lines) is used.
     """
     text = after_thinking(text)
-    numeric = parse_number(reference) is not None
     marked = marked_answer(text)
     if marked is not None:
-        return _number_alone(marked) or marked if numeric else marked
-    if numeric:
-        return last_number(text) or ""
-    lines = reference.strip("\n").splitlines()
-    if len(lines) > 1:
-        return "\n".join(text.strip("\n").rstrip().splitlines()[-len(lines) :])
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+        return marked
+    number = read_number(reference)
+    lines = len(reference.strip("\n").splitlines()) or 1
+    stated, rest = _stated(text) or ("", text)
+    if stated and (read_number(stated, lead=True) if number else stated.count("\n") >= lines - 1):
+        return stated
+    end = "\n".join(text.rstrip().splitlines()[-lines:])
+    end = end if lines > 1 else end.strip()
+    if number is None or (number.unit and read_number(end, lead=True)):
+        return end
+    # `The answer is not obvious` states no number.
+    return last_number(rest) or stated
+
+
+def given_answer(text: str) -> str | None:
+    """The answer that a completion marks, or states as `the answer is …`, or None."""
+    marked = marked_answer(text)
+    if marked is not None:
+        return marked
+    stated = _stated(text)
+    return stated[0] if stated is not None else None
+
+
+def extract(text: str, reference: str = "") -> str:
+    """The final answer in a completion; where `reference` is a number, the answer's number in plain digits.
+
+    Args:
+        text: a completion.
+        reference: the right answer; only its form (number, number of lines) is used.
+    """
+    found = final_answer(text, reference)
+    number = read_number(reference)
+    if number is None or number.unit:
+        return found
+    return written_number(found) or found
 
 
 def after_thinking(text: str) -> str:
@@ -54,94 +95,93 @@ def after_thinking(text: str) -> str:
 
 
 def marked_answer(text: str) -> str | None:
-    """The answer that a completion marks with `<answer>`, `\\boxed` or `####`, or None."""
+    """The answer that a text marks with `<answer>`, `\\boxed` or a `####` at its end, or None."""
     tags = _TAG.findall(text)
     if tags:
-        return str(tags[-1]).strip()
+        inside = str(tags[-1]).strip()
+        boxed = last_boxed(inside)
+        return boxed.strip() if boxed is not None else (_stated(inside) or (inside,))[0]
     boxed = last_boxed(text)
     if boxed is not None:
         return boxed.strip()
-    if "####" in text:
-        after = text.rsplit("####", 1)[1].strip()
-        return after.splitlines()[0].strip() if after else ""
-    return None
+    marks = list(_HASHES.finditer(text))
+    # Elsewhere it is a heading.
+    after = text[marks[-1].end() :].strip() if marks else "\n"
+    return None if "\n" in after else after
 
 
 def last_boxed(text: str) -> str | None:
-    """What stands in the last complete `\\boxed{…}`, nested braces included, or None."""
-    open_braces: list[int | None] = []
-    last: tuple[int, int] | None = None
-    for brace in _BRACE.finditer(text):
-        if brace[0] != "}":
-            open_braces.append(brace.end() if len(brace[0]) > 1 else None)
-        elif open_braces and (start := open_braces.pop()) is not None and (last is None or start > last[0]):
-            last = start, brace.start()
-    return text[last[0] : last[1]] if last else None
+    """What stands in the last complete `\\boxed{…}`, nested braces included, or None.
 
-
-def last_number(text: str) -> str | None:
-    """The last number in a text, without commas, `$` and plus sign, or None.
-
-    `3-5` reads `5`, `= -5` reads `-5`, `3/4` and `\\frac{3}{4}` read `3/4`.
+    Boxes that a comma, `and` or `or` joins are one answer: `\\boxed{2}$ or $x = \\boxed{3}` gives `2, 3`.
     """
-    matches = list(_NUMBER.finditer(_FRACTION.sub(r" \1/\2 ", text)))
-    return _written(matches[-1]) if matches else None
-
-
-def parse_number(text: str) -> float | None:
-    """The value of a text that is nothing but a number (`-5`, `1,234.50`, `$3`, `50%`, `3/4`), or None."""
-    match = _NUMBER.fullmatch(_plain_math(text).removesuffix("%").removesuffix(".").strip())
-    if match is None:
-        return None
-    try:
-        value = float(match["number"].replace(",", "")) / float(match["denominator"] or 1)
-    except (ZeroDivisionError, OverflowError):
-        return None
-    value = -value if match["sign"] in ("-", "\u2212") else value
-    return value if math.isfinite(value) else None
-
-
-def same_number(left: str, right: str) -> bool:
-    """Whether two texts are the same number: whole numbers exactly, others to one part in a million."""
-    first, second = parse_number(left), parse_number(right)
-    if first is None or second is None:
-        return False
-    whole = [last_number(text) or "" for text in (left, right)]
-    if all(re.fullmatch(r"-?[0-9]+", text) for text in whole):
-        return Decimal(whole[0]) == Decimal(whole[1])
-    return math.isclose(first, second, rel_tol=1e-6, abs_tol=1e-12)
+    open_braces: list[re.Match[str]] = []
+    boxes: list[tuple[int, str, int]] = []
+    for brace in _BRACE.finditer(text):
+        if brace[0] == "}" and open_braces:
+            opening = open_braces.pop()
+            if len(opening[0]) > 1:
+                boxes.append((opening.start(), text[opening.end() : brace.start()].strip(), brace.end()))
+        elif brace[0] not in ("}", r"\{", r"\}"):
+            open_braces.append(brace)
+    boxes.sort()
+    found: list[str] = []
+    start = len(text)
+    while boxes and (not found or _JOINED.fullmatch(text, boxes[-1][2], start)):
+        start, content, _ = boxes.pop()
+        found[:0] = [] if content in found else [content]
+    return ", ".join(found) if found else None
 
 
 def reference_answer(answer: str) -> str:
     """The final answer in a data set's answer column: what it marks (`… #### 42`), else all of it."""
     marked = marked_answer(answer)
-    text = answer.strip("\n") if marked is None else marked
-    if parse_number(text) is not None:
-        return last_number(text) or text
-    return text
+    if marked is None:
+        return answer.strip("\n")
+    # GSM8K marks one number, so that its commas are those of thousands.
+    if "####" in answer and re.fullmatch(r"-?[0-9,.]+", marked) and parse_number(marked) is not None:
+        return marked.replace(",", "")
+    return marked
 
 
-def normalise(text: str) -> str:
-    """The text with runs of whitespace as one space, without case."""
-    return " ".join(text.split()).casefold()
+def same_answer(found: str, reference: str, same: Callable[[str, str], bool]) -> bool:
+    """Whether two answers are the same, where each may be a choice, its letter or both.
+
+    Of `(B) 42` and `B` the letters count, of `(B) 42` and `42` the rest, of `(B) 42` and `(C) 42` both.
+
+    Args:
+        found: a completion's answer.
+        reference: the right answer.
+        same: whether a completion's answer and the right one are the same, where they are no choices.
+    """
+    if normalise(found) == normalise(reference):
+        return bool(normalise(reference))
+    said, said_rest = _choice(found)
+    letter, rest = _choice(reference)
+    if said and letter:
+        return said == letter and (not said_rest or not rest or same(said_rest, rest))
+    if letter:
+        return bool(rest) and same(found, rest)
+    return same(said_rest if said_rest else found, reference)
 
 
-def _plain_math(text: str) -> str:
-    text = _FRACTION.sub(r"\1/\2", _UNITS.sub(r" \1 ", text))
-    return _SPACING.sub("", text).strip().strip("$").strip()
+def _choice(text: str) -> tuple[str, str]:
+    found = _CHOICE.fullmatch(undressed(text).strip())
+    # `A. 5, B. 6` answers two questions, and `D. H. Lawrence` is a name.
+    if found is None or _NEXT_CHOICE.search(found[2]):
+        return "", ""
+    return found[1], found[2].strip()
 
 
-def _number_alone(marked: str) -> str | None:
-    # `x = 5`, `12 apples` and `5\text{ cm}` name one number; `2^3` and `\sqrt{2}` do not.
-    text = _plain_math(marked).rsplit("=", 1)[-1].strip().strip("*")
-    found = list(_NUMBER.finditer(text))
-    if len(found) != 1:
-        return None
-    rest = text[: found[0].start()] + text[found[0].end() :]
-    return None if _OPERATORS.search(rest) or rest.lstrip().startswith("!") else _written(found[0])
-
-
-def _written(match: re.Match[str]) -> str:
-    sign = "-" if match["sign"] in ("-", "\u2212") else ""
-    below = f"/{match['denominator']}" if match["denominator"] else ""
-    return f"{sign}{match['number'].replace(',', '')}{below}"
+def _stated(text: str) -> tuple[str, str] | None:
+    """What the last `answer is` states, or bold type at the end, and the text after that line."""
+    plain = without_emphasis(text)
+    stated = list(_STATED.finditer(plain))
+    if not stated:
+        emphasised = _EMPHASISED_END.search(text)
+        return (emphasised[1].strip(), "") if emphasised is not None else None
+    found = stated[-1]
+    if found["math"] is not None and _ENDED.match(found["tail"]):
+        return found["math"].strip("$").strip(), plain[found.end() :]
+    line = found["line"] or found["math"] + found["tail"]
+    return _SENTENCE_END.split(line, maxsplit=1)[0].strip().rstrip(".,;:").strip(), plain[found.end() :]

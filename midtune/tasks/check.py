@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from midtune.errors import InputError
-from midtune.tasks.answers import parse_number, reference_answer
+from midtune.tasks.answers import reference_answer
 from midtune.tasks.environment import check_game
+from midtune.tasks.notation import parse_number
 from midtune.tasks.own import is_task_file
 from midtune.tasks.rewards import Reward, completion_of, parts_of
 from midtune.tasks.split import Row

@@ -11,18 +11,29 @@ import atexit
 import contextlib
 import json
 import logging
+import re
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import islice
 from typing import IO, Any
 
 LIMIT_S = 3.0
 # Importing SymPy takes a second or two, on a busy machine more.
 START_S = 60.0
 MEMORY_BYTES = 2 * 2**30
+# A text of this many characters is no answer alone.
+_LONGEST = 200
+# Variants of an equation that are compared, each in up to 0.1 s.
+_TRIED = 2
+# Numbers, signs and bare letters, but not those of commands and of words in LaTeX.
+_PARTS = re.compile(
+    r"(?<!\\)(?<![a-zA-Z])[0-9]+|[-+<>|]|\\(?:[lg]eq?|n)(?![a-zA-Z])|(?<![a-zA-Z\\{])[a-zA-Z](?![a-zA-Z])"
+)
+_UNIT = re.compile(r"\\(?:text|mathrm|mbox)[a-z]*\s*\{[^{}]*\}(?:\^\{?[0-9]\}?)?(?=\s*\$?$)")
 
 
 class Comparer:
@@ -35,11 +46,11 @@ class Comparer:
         atexit.register(self.close)
 
     def equal(self, references: Sequence[str], candidates: Sequence[str]) -> bool:
-        """Whether one of the candidates equals the reference; False if that cannot be said in time.
+        """Whether a completion's answer equals the reference; False if that cannot be said in time.
 
         Args:
             references: ways to write the right answer; the first that can be read counts.
-            candidates: ways to read a completion's answer.
+            candidates: ways to read a completion's answer, likewise.
 
         Raises:
             MidtuneError: the process does not work at all.
@@ -119,21 +130,65 @@ def _limit_memory() -> None:
 
 
 def _equal(references: tuple[str, ...], candidates: Sequence[str]) -> bool:
+    text, gold = _read(references)
+    said, found = _read(tuple(candidates))
+    places = max(map(len, re.findall(r"\.([0-9]+)", f"{text} {said}")), default=0)
+    if not _verified(gold, found, places) or not (_is_read_whole(text) and _is_read_whole(said)):
+        return False
+    # Two equations that it cannot solve are equal to it.
+    others = islice(_others(said), _TRIED) if "=" in text and "=" in said else ()
+    return not any(_verified(gold, _parsed(other), places) for other in others)
+
+
+def _verified(gold: Sequence[Any], found: Sequence[Any], places: int) -> bool:
     from math_verify import verify
 
-    gold = list(_reference(references))
-    return any(verify(gold, _parsed(text), timeout_seconds=None) for text in candidates)
+    return bool(
+        verify(
+            list(gold),
+            list(found),
+            float_rounding=max(6, places),
+            allow_set_relation_comp=True,
+            timeout_seconds=None,
+        )
+    )
 
 
 @lru_cache(maxsize=4096)
-def _reference(references: tuple[str, ...]) -> tuple[Any, ...]:
-    return next((tuple(found) for found in map(_parsed, references) if found), ())
+def _read(texts: tuple[str, ...]) -> tuple[str, tuple[Any, ...]]:
+    """The first text that can be read, and what it says."""
+    return next(((text, found) for text in texts if (found := _parsed(text))), ("", ()))
 
 
-def _parsed(text: str) -> list[Any]:
+def _parsed(text: str) -> tuple[Any, ...]:
     from math_verify import parse
 
-    return list(parse(text, parsing_timeout=None))
+    # What is not read comes back as text.
+    return tuple(found for found in parse(text, parsing_timeout=None) if not isinstance(found, str))
+
+
+@lru_cache(maxsize=4096)
+def _is_read_whole(text: str) -> bool:
+    """Whether each number, sign and name in an answer matters to how math-verify reads it.
+
+    It leaves out what it does not know: of `0.\\overline{3}` it reads 0, of `120_5` 120 and of `3c` 3.
+    """
+    if len(text) > _LONGEST:
+        return True
+    read = _parsed(text)
+    bare = _UNIT.sub("", text)
+    return not any(_parsed(other) == read for other in _others(bare))
+
+
+def _others(text: str) -> Iterator[str]:
+    """The text with one number or sign changed, or one name left out."""
+    found = [(part.start(), part.end(), part[0]) for part in _PARTS.finditer(text)]
+    for start, end, part in sorted(found, key=lambda place: not place[2].isdigit()):
+        if part.isdigit():
+            part = part[:-1] + str((int(part[-1]) + 1) % 10)
+        else:
+            part = {"+": "-", "-": "+"}.get(part, "")
+        yield text[:start] + part + text[end:]
 
 
 if __name__ == "__main__":

@@ -11,14 +11,24 @@ from midtune.errors import InputError, MidtuneError
 from midtune.tasks.answers import (
     after_thinking,
     extract,
-    last_boxed,
-    marked_answer,
-    normalise,
-    parse_number,
+    final_answer,
+    given_answer,
     reference_answer,
-    same_number,
+    same_answer,
 )
 from midtune.tasks.mathematics import Comparer
+from midtune.tasks.notation import (
+    is_text,
+    is_two_numbers,
+    normalise,
+    parse_number,
+    read_number,
+    same_number,
+    undressed,
+    units_differ,
+    without_lead,
+    written_number,
+)
 
 Reward = Callable[..., list[float]]
 
@@ -26,6 +36,9 @@ SHAPING = ("format", "length", "repetition")
 BUILT_IN = ("exact", "numeric", "math", "verifier", "code", "code-all", *SHAPING)
 SOLVED = 1 - 1e-6
 _COMPARER = Comparer()
+# Characters of an answer that math-verify reads, and of an end in which it looks for one.
+_LONGEST = 1000
+_SEARCHED = 4000
 _HUGE = re.compile(
     r"(?:\^|\*\*)[\s({]*-?[0-9.]+[\s)}]*(?:\^|\*\*)"  # a tower of powers
     r"|(?:\^|\*\*)[\s({]*-?[0-9]{5,}"
@@ -46,7 +59,10 @@ def completion_of(prompt: Any, text: str) -> Any:
 
 
 def per_completion(name: str, score_one: Callable[[str, str, str], float]) -> Reward:
-    """A reward called `name` from a function of (extracted answer, reference answer, question).
+    """A reward called `name` from a function of (answer, reference answer, question).
+
+    The answer is the whole completion after its reasoning for `math`, and for others what `answers.final_answer`
+    finds in it (`answers.extract` for a verifier, which may not read LaTeX).
 
     Whatever `score_one` raises, but for errors of midtune, and any score that is not a finite number, counts
     as 0.
@@ -60,8 +76,9 @@ def per_completion(name: str, score_one: Callable[[str, str, str], float]) -> Re
         for completion, reference, question in zip(completions, answer, questions, strict=True):
             reference = reference if name == "verifier" else reference_answer(reference)
             text = after_thinking(completion_text(completion))
-            found = text if name == "math" else extract(text, reference)
-            scores.append(_guarded(score_one, found, reference, question))
+            if name != "math":
+                text = (extract if name == "verifier" else final_answer)(text, reference)
+            scores.append(_guarded(score_one, text, reference, question))
         return scores
 
     return named(reward, name)
@@ -152,7 +169,15 @@ def _guarded(score_one: Callable[[str, str, str], float], found: str, reference:
 
 
 def _exact(found: str, reference: str, question: str) -> float:
-    return float(bool(normalise(reference)) and normalise(found) == normalise(reference))
+    return float(same_answer(found, reference, _same_text))
+
+
+def _same_text(found: str, reference: str) -> bool:
+    if normalise(found) == normalise(reference):
+        return True
+    if parse_number(reference) is None or is_two_numbers(reference):
+        return False
+    return written_number(found) == written_number(reference)
 
 
 def _numeric(found: str, reference: str, question: str) -> float:
@@ -160,8 +185,39 @@ def _numeric(found: str, reference: str, question: str) -> float:
 
 
 def _math(text: str, reference: str, question: str) -> float:
-    marked = marked_answer(text)
-    candidates = [text] if marked is None else [f"${marked.strip('$')}$", marked]
-    inner = last_boxed(reference) or reference
-    readable = [candidate for candidate in candidates if not is_huge(candidate)]
-    return float(_COMPARER.equal([f"${inner.strip('$')}$", reference], readable))
+    found = final_answer(text, reference)
+    if same_answer(found, reference, _same_in_math):
+        return 1.0
+    # An expression may end a text in LaTeX where no number does.
+    is_found = bool(found) or "$" not in text and "\\" not in text
+    if (
+        given_answer(text) is not None
+        or (read_number(reference) is not None and is_found)
+        or is_text(reference)
+    ):
+        return 0.0
+    if same_answer(without_lead(found), reference, _same_in_math):
+        return 1.0
+    # math-verify looks for an answer that has no mark; a cut within a line could part two dollar signs.
+    end = text if len(text) <= _SEARCHED else text[-_SEARCHED:].partition("\n")[2]
+    return float(not is_huge(end) and _COMPARER.equal(_in_latex(reference), [end]))
+
+
+def _same_in_math(found: str, reference: str) -> bool:
+    if normalise(found) == normalise(reference):
+        return True
+    if read_number(found, lead=True) is not None and read_number(reference) is not None:
+        return same_number(found, reference)
+    if len(found) > _LONGEST:
+        return False
+    # Of these math-verify makes sums, products and fractions that others have too.
+    if is_text(found) or is_text(reference) or units_differ(found, reference) or is_huge(found):
+        return False
+    return _COMPARER.equal(_in_latex(reference), _in_latex(found))
+
+
+def _in_latex(answer: str) -> list[str]:
+    """Ways in which math-verify may read an answer."""
+    answer = " ".join(answer.split()).rstrip(".,;: ")
+    answer = answer if answer.isascii() else undressed(answer)
+    return [f"${answer.strip('$')}$", answer, undressed(answer)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from midtune.tasks.answers import normalise, same_number
+from midtune.tasks.notation import normalise, same_number
 
 
 def majority(answers: Sequence[str]) -> int | None:

@@ -2,7 +2,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from midtune.tasks.answers import extract, last_boxed, parse_number, reference_answer, same_number
+from midtune.tasks.answers import extract, final_answer, last_boxed, reference_answer, same_answer
+from midtune.tasks.notation import normalise
 
 
 @pytest.mark.parametrize(
@@ -13,7 +14,8 @@ from midtune.tasks.answers import extract, last_boxed, parse_number, reference_a
         ("<answer>12 or \\boxed{7}", "3", "7"),
         ("<answer>4</answer> \\boxed{5} #### 6", "3", "4"),
         (r"\boxed{1} then \boxed{\frac{1}{2}} #### 9", "x", r"\frac{1}{2}"),
-        ("work #### 1\nmore #### 1,234\nbye 7", "3", "1234"),
+        ("work #### 1\nmore #### 1,234\n", "3", "1234"),
+        ("work #### 1\nbye 7", "3", "7"),
         ("The total is 1,234 apples.", "3", "1234"),
         ("3-5", "3", "5"),
         ("3 - 5", "3", "5"),
@@ -55,41 +57,80 @@ def test_last_boxed_skips_an_unclosed_box() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "value"),
+    ("text", "expected"),
     [
-        ("-5", -5.0),
-        ("+5", 5.0),
-        ("1,234.50", 1234.5),
-        ("$3", 3.0),
-        ("50%", 50.0),
-        ("3/4", 0.75),
-        ("12.", 12.0),
-        (".5", 0.5),
-        ("1/0", None),
-        ("nan", None),
-        ("inf", None),
-        ("1e999", None),
-        ("3 apples", None),
-        ("3-5", None),
-        ("", None),
+        (r"$x = \boxed{2}$ or $x = \boxed{3}$.", "2, 3"),
+        (r"$\boxed{1}, \boxed{2} \text{ and } \boxed{3}$", "1, 2, 3"),
+        (r"\boxed{2}, so again \boxed{3}", "3"),
+        (r"\boxed{2} and \boxed{2}", "2"),
+        (r"\boxed{1 + \boxed{2}}", "2"),
+        (r"\boxed{2}\boxed{3}", "3"),
     ],
 )
-def test_parse_number(text: str, value: float | None) -> None:
-    assert parse_number(text) == value
-
-
-def test_same_number_is_exact_for_whole_numbers_and_relative_for_others() -> None:
-    assert same_number("1,234", "1234.0")
-    assert same_number("3/4", "0.75")
-    assert same_number("0.3333333", "0.33333331")
-    assert not same_number("0.3333", "0.3333333")
-    assert not same_number("12345678", "12345679")
-    assert not same_number("", "0")
+def test_boxes_that_are_joined_are_one_answer(text: str, expected: str) -> None:
+    assert last_boxed(text) == expected
 
 
 def test_reference_answer_reads_a_worked_solution() -> None:
     assert reference_answer("She has 5 + 3 = 8.\n#### 1,008") == "1008"
     assert reference_answer("Paris, France") == "Paris, France"
+
+
+@pytest.mark.parametrize(
+    "gold", [r"-\frac{1}{8}", r"5\frac{1}{8}", r"\frac{1,000}{3}", "100,400", "+5", "1,234"]
+)
+def test_reference_answer_is_not_rewritten(gold: str) -> None:
+    assert reference_answer(gold) == gold
+    assert reference_answer(rf"So $x = \boxed{{{gold}}}$.") == gold
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("#### Step 1: compute\n6 * 7\n#### Paris", "Paris"),
+        ("#### Step 1: compute\nParis", "Paris"),
+        ("#### Answer\nParis", "Paris"),
+        ("##### Paris", "##### Paris"),
+        ("The answer is $Paris$.", "Paris"),
+        ("The answer is $$Paris$$", "Paris"),
+        ("The answer is St. Louis.", "St. Louis"),
+        ("The answer is Paris. It lies on the Seine.", "Paris"),
+        ("The answer is No, because 5 is odd.", "No"),
+        ("The answer to the question is: **Paris**", "Paris"),
+        ("**Answer:** Paris", "Paris"),
+        ("Answer:\nParis\n\nDone.", "Paris"),
+        ("It is the city of **Paris**.", "Paris"),
+        ("<answer>The answer is Paris.</answer>", "Paris"),
+        (r"<answer>\boxed{Paris}</answer>", "Paris"),
+        (r"\boxed {Paris}", "Paris"),
+        (r"\fbox{Paris}", "Paris"),
+        (r"\boxed{\left\{ 1 \right.}", r"\left\{ 1 \right."),
+    ],
+)
+def test_final_answer_finds_what_is_marked_or_stated(text: str, expected: str) -> None:
+    assert final_answer(text, "Rome") == expected
+
+
+@pytest.mark.parametrize(
+    ("found", "reference", "expected"),
+    [
+        ("(B)", "B", True),
+        ("B.", "B", True),
+        ("Option B", "B", True),
+        (r"\textbf{(B)}\ 42", "B", True),
+        (r"\textbf{(B)}\ 42", "42", True),
+        ("B", r"\textbf{(B)}\ 42", True),
+        ("42", r"\textbf{(B)}\ 42", True),
+        ("(B) 42", r"\textbf{(C)}\ 42", False),
+        ("(B) 43", r"\textbf{(B)}\ 42", False),
+        ("C", r"\textbf{(B)}\ 42", False),
+        ("A. 5, B. 6", "A", False),
+        ("A, C", "C", False),
+        ("", "", False),
+    ],
+)
+def test_a_choice_is_its_letter_or_what_it_says(found: str, reference: str, expected: bool) -> None:
+    assert same_answer(found, reference, lambda one, other: normalise(one) == normalise(other)) == expected
 
 
 @settings(max_examples=50, deadline=None)

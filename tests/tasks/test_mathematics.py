@@ -20,10 +20,39 @@ def comparer() -> Iterator[Comparer]:
 
 def test_equal_answers_are_found_however_they_are_written(comparer: Comparer) -> None:
     assert comparer.equal(["$0.5$"], [r"$\frac{1}{2}$"])
-    assert comparer.equal(["$x^2-1$"], ["$3$", "$(x-1)(x+1)$"])
+    assert comparer.equal(["$x^2-1$"], ["", "$(x-1)(x+1)$"])
+    # The first that can be read counts.
+    assert not comparer.equal(["$x^2-1$"], ["$3$", "$(x-1)(x+1)$"])
     assert comparer.equal(["", "$7$"], ["7"])
     assert not comparer.equal(["$0.5$"], [r"$\frac{1}{3}$"])
     assert not comparer.equal(["$1$"], [])
+
+
+@pytest.mark.parametrize(
+    ("reference", "candidate"),
+    [
+        # What math-verify leaves out: the repeated digits, the base, a name, a relation.
+        (r"0.\overline{3}", r"0.\overline{4}"),
+        ("120_5", "120_6"),
+        ("3c", "3"),
+        ("5", "< 5"),
+        # Equations that it cannot solve, or that have no solution.
+        (r"\frac{dy}{dx} = 2x", r"\frac{dy}{dx} = 3x"),
+        ("x^2 + 1 = 0", "x^2 + 2 = 0"),
+        # More decimals than it compares by itself.
+        ("(1.2345678, 2)", "(1.2345679, 2)"),
+    ],
+)
+def test_what_is_not_read_whole_is_not_equal(comparer: Comparer, reference: str, candidate: str) -> None:
+    assert not comparer.equal([f"${reference}$"], [f"${candidate}$"])
+
+
+def test_equations_and_sets_are_compared() -> None:
+    comparer = Comparer(limit_s=30.0)
+    assert comparer.equal(["$x^2 + y^2 = 1$"], ["$y^2 + x^2 = 1$"])
+    assert comparer.equal(["$2x + 4y - 3 = 0$"], [r"$y = -\frac{1}{2}x + \frac{3}{4}$"])
+    assert comparer.equal([r"$(-\infty, 3]$"], [r"$x \le 3$"])
+    comparer.close()
 
 
 def test_an_answer_that_takes_forever_ends_and_the_next_one_is_read(comparer: Comparer) -> None:
@@ -62,4 +91,4 @@ def test_one_that_never_starts_is_an_error_and_no_wrong_answer(monkeypatch: pyte
     monkeypatch.setattr(mathematics, "__file__", "/nowhere.py")
     monkeypatch.setattr(rewards, "_COMPARER", Comparer())
     with pytest.raises(MidtuneError, match="math-verify does not answer"):
-        rewards.built_in("math")(prompts=["?"], completions=["1"], answer=["1"])
+        rewards.built_in("math")(prompts=["?"], completions=["x"], answer=["y"])
