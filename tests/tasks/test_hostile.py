@@ -130,6 +130,7 @@ LONG = {
     "    try: os.mknod(f'/tmp/{os.getpid()}-{n}')\n    except OSError: pass",
     "file locks without end": "import fcntl\nf = open('/tmp/x', 'w')\nn = 0\nwhile True:\n    n += 2\n    fcntl.lockf(f, fcntl.LOCK_EX, 1, n)",
 }
+BOMBS = ("a fork bomb", "a fork bomb of short lives", "a thread bomb", "children in other sessions")
 
 
 @dataclass
@@ -254,9 +255,10 @@ def test_neighbours_of_a_bomb_do_not_wait(isolated: Sandbox) -> None:
 
         return min(sandbox.each(timed, [bomb, *[work] * 5])[1:])
 
-    alone_s = neighbour_s("import time; time.sleep(600)")
-    print(f"\n| beside | a neighbour takes |\n|---|---|\n| sleep | {alone_s:.2f} s |")
-    for name in ("a fork bomb", "a fork bomb of short lives", "a thread bomb", "children in other sessions"):
-        took_s = neighbour_s(LONG[name])
-        print(f"| {name} | {took_s:.2f} s |")
-        assert took_s < 1.5 * alone_s + 0.1, name
+    print("\n| beside | a neighbour takes |\n|---|---|")
+    took_s = {}
+    for name in ("sleep", "an endless loop", *BOMBS):
+        took_s[name] = neighbour_s(LONG[name])
+        print(f"| {name} | {took_s[name]:.2f} s |")
+    # As beside a program that is merely wrong; other work on this machine is the same for both.
+    assert max(took_s[name] for name in BOMBS) < 2 * took_s["an endless loop"]
