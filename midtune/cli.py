@@ -835,7 +835,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = 2
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "midtune"
-        _complain(f"{_one_line(error.format_message()).rstrip('.')}; see `{command} --help`.")
+        said = _one_line(error.format_message()).removeprefix("Got unexpected ").rstrip(".")
+        _complain(f"{said}; see `{command} --help`.")
     except Exception as error:  # noqa: BLE001 (a traceback is no message)
         if isinstance(error, BrokenPipeError) and not _is_read(sys.stdout):
             pass
