@@ -150,7 +150,10 @@ def compute_dtype_of(device: torch.device) -> torch.dtype:
 def _readable_errors(source: Source) -> Iterator[None]:
     try:
         yield
-    except (ValueError, OSError, KeyError) as error:
+    except (InputError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        # Files of others, read by libraries that raise as they please.
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise InputError(
             f"{source.name} cannot be loaded as a causal language model ({reason}); "
