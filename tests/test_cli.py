@@ -613,8 +613,8 @@ def test_arguments_that_are_no_paths_are_one_error(run: Run, arguments: list[str
     assert "unexpected" not in one_error(run(*arguments, word))
 
 
-@pytest.mark.parametrize("closed", ["1>&-", "2>&-", "0<&- 1>&- 2>&-", "| true", "2>&1 >/dev/null | true"])
-@pytest.mark.parametrize("arguments", ["tasks", "tasks --json", "--help", "eval " + "x" * 300])
+@pytest.mark.parametrize("closed", ["0<&- 1>&- 2>&-", "| true", "2>&1 >/dev/null | true"])
+@pytest.mark.parametrize("arguments", ["tasks", "--help", "eval " + "x" * 300])
 def test_nobody_has_to_read(arguments: str, closed: str) -> None:
     command = f"{{ {sys.executable} -m midtune {arguments}; echo $? >&9; }}"
     with tempfile.TemporaryFile() as codes:
