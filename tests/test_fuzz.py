@@ -22,7 +22,7 @@ from midtune.config import RunConfig, _keys, dump_config
 
 pytestmark = pytest.mark.slow
 
-DRAWN = 400
+DRAWN = 250
 LONGEST_S = 60
 WORDS = [
     *("", " ", "\t", "0", "1", "2", "-1", "-0", "1.5", "1e-5", "1e400", "nan", "inf", "9" * 30, "9" * 5000),

@@ -5,10 +5,11 @@ and mount namespaces of its own. It sees the standard library and the shared lib
 empty `/tmp` in memory that it can write to; no other file, process or network exists for it, and no
 `/proc`. An ordinary user's programs also get a user namespace, in which no further one can be made; those
 of root get a user id of their own, since the kernel does not count the processes of root. A filter closes
-the system calls that reach further (`syscalls.py`). The kernel limits CPU time, address space, processes,
-open files and the size of files and output from within, midtune wall time and the number of files from
-without, and when a program ends or is ended, so do all processes of its namespace. What runs beside it
-runs on other CPUs (`Sandbox.each`), so a program that takes all it can get slows down nobody else.
+the system calls that reach further (`syscalls.py`; on x86_64 and aarch64). The kernel limits CPU time,
+address space, processes, open files and the size of files and output from within, midtune wall time and
+the number of files from without, and when a program ends or is ended, so do all processes of its namespace.
+The programs of a job stay on one CPU (`Sandbox.each`), so that one which takes all it can get slows down
+none on the other CPUs.
 
 What is not guaranteed: a hole in the kernel is a way out; the limits of memory and CPU time hold for each
 process, so that they multiply by `processes`; and files are counted every 50 ms, so that a program can make
