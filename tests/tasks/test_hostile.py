@@ -213,6 +213,12 @@ def test_files_are_counted_where_functions_are_called(hostile: Sandbox) -> None:
     assert time.monotonic() - started < 1
 
 
+def test_the_programs_of_a_job_stay_on_one_cpu(hostile: Sandbox) -> None:
+    source = "import os\nprint(len(os.sched_getaffinity(0)))\nos.sched_setaffinity(0, range(64))"
+    found = hostile.each(hostile.run, [source] * 3)
+    assert [(result.output, result.exit_code) for result in found] == [(b"1\n", 1)] * 3
+
+
 @pytest.mark.slow
 def test_what_every_program_takes(hostile: Sandbox) -> None:
     tests = json.dumps(call_tests([], ["assert f(1) == 'a word that nobody knows'"]))
