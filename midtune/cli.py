@@ -24,6 +24,7 @@ from typer.core import TyperCommand
 
 from midtune import __version__
 from midtune.config import (
+    MOST_TOKENS,
     PLANNED_CARD,
     PLANNED_PROMPT_TOKENS,
     RunConfig,
@@ -33,7 +34,7 @@ from midtune.config import (
     setting,
 )
 from midtune.device import show_one_card
-from midtune.errors import InputError, MidtuneError
+from midtune.errors import InputError, MidtuneError, bounded, escaped, plain
 from midtune.network import go_offline
 from midtune.savings.cards import card_names
 
@@ -108,8 +109,10 @@ def _plain_option(flag: str, help: str, panel: str, metavar: str | None = None) 
     return typer.Option(flag, help=help, metavar=metavar, show_default=False, rich_help_panel=panel)
 
 
-def _count(flag: str, help: str, least: int = 1) -> Any:
-    return typer.Option(flag, help=help, metavar="N", min=least, show_default=False, rich_help_panel="Bench")
+def _count(flag: str, help: str, least: int = 1, panel: str = "Bench") -> Any:
+    return typer.Option(
+        flag, help=help, metavar="N", min=least, max=MOST_TOKENS, show_default=False, rich_help_panel=panel
+    )
 
 
 _model_setting = setting("model.name")
@@ -523,12 +526,10 @@ def plan(
     ] = PLANNED_CARD,
     prompt_tokens: Annotated[
         int,
-        typer.Option(
-            help=f"tokens of the longest prompt (default: {PLANNED_PROMPT_TOKENS})",
-            metavar="N",
-            min=1,
-            show_default=False,
-            rich_help_panel="Plan",
+        _count(
+            "--prompt-tokens",
+            f"tokens of the longest prompt (default: {PLANNED_PROMPT_TOKENS})",
+            panel="Plan",
         ),
     ] = PLANNED_PROMPT_TOKENS,
     max_new_tokens: Annotated[int | None, _option("max_new_tokens", "Plan", "--new-tokens")] = None,
@@ -702,7 +703,7 @@ def compare(
         list[Path], typer.Argument(metavar="PROBE", help="probe.json files, or run folders that hold one")
     ],
     top_k: Annotated[
-        int, _plain_option("--top-k", "best blocks whose overlap is counted (default: 5)", "Compare", "N")
+        int, _count("--top-k", "best blocks whose overlap is counted (default: 5)", panel="Compare")
     ] = 5,
     out: Annotated[
         Path | None,
@@ -826,6 +827,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     debug = "--debug" in arguments or os.environ.get("MIDTUNE_DEBUG", "") not in ("", "0")
+    _hold_streams()
     _quieten_libraries(debug)
     started = time.time()
     code = 1
@@ -841,15 +843,52 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = 2
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "midtune"
-        _complain(f"{_one_line(error.format_message()).rstrip('.')}; see `{command} --help`.")
+        said = _one_line(error.format_message()).removeprefix("Got unexpected ").rstrip(".")
+        _complain(f"{said}; see `{command} --help`.")
     except Exception as error:  # noqa: BLE001 (a traceback is no message)
-        folder = _latest_run(arguments, started)
-        where = f" (the run is in {folder})" if folder else ""
-        hint = "" if debug else "; run it again with --debug to see where."
-        _complain(f"unexpected {type(error).__name__}: {_one_line(str(error)) or 'no message'}{where}{hint}")
+        if isinstance(error, BrokenPipeError) and not _is_read(sys.stdout):
+            pass
+        elif isinstance(error, OSError) and error.filename is not None:
+            # A path that was given: too long, not to be read, a folder where a file should be.
+            code = 2
+            named = _one_line(str(error.filename))
+            _complain(f"{named} cannot be used: {error.strerror}; give another path or mend it.")
+        else:
+            folder = _latest_run(arguments, started)
+            where = f" (the run is in {folder})" if folder else ""
+            hint = "" if debug else "; run it again with --debug to see where."
+            said = _one_line(str(error)) or "no message"
+            _complain(f"unexpected {type(error).__name__}: {said}{where}{hint}")
         if debug:
-            traceback.print_exc()
+            _write(traceback.format_exc())
+    if not _is_read(sys.stdout):
+        code = code or 1
     sys.exit(code)
+
+
+def _hold_streams() -> None:
+    """Make sure that there are standard streams, and that no text fails to be written to them."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # Otherwise the first file to be opened would get the number, and what is meant for a person.
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _is_read(stream: Any) -> bool:
+    """Write what waits to be written; where nobody reads it, it goes nowhere from now on, without another error."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return False
+    return True
 
 
 def _quieten_libraries(debug: bool) -> None:
@@ -870,23 +909,31 @@ def _quieten_libraries(debug: bool) -> None:
 
 
 def _complain(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    _write(f"error: {bounded(message)}\n")
+
+
+def _write(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(plain(text))
+    _is_read(sys.stderr)
 
 
 def _one_line(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= 400 else line[:399] + "…"
+    return " ".join(bounded(text, 400).split())
 
 
 def _latest_run(arguments: Sequence[str], started: float) -> Path | None:
     """The run folder that a command begun at `started` was writing to, if there is one."""
     from midtune.runs import RUNS
 
-    named = [Path(argument.removeprefix("--out=")) for argument in arguments]
-    found = [path for path in [*named, *RUNS.glob("*")] if (path / "config.yaml").is_file()]
+    written: dict[Path, float] = {}
+    for path in [*(Path(argument.removeprefix("--out=")) for argument in arguments), *RUNS.glob("*")]:
+        # An argument that is no path, or is too long for one.
+        with contextlib.suppress(OSError, ValueError):
+            written[path] = (path / "config.yaml").stat().st_mtime
     # A second of grace, for file systems with coarse times.
-    written = [path for path in found if (path / "config.yaml").stat().st_mtime >= started - 1]
-    return max(written, key=lambda path: (path / "config.yaml").stat().st_mtime, default=None)
+    found = [path for path, when in written.items() if when >= started - 1]
+    return max(found, key=written.__getitem__, default=None)
 
 
 def _configure(ctx: typer.Context, target: str | None = None, task_needed: bool = True) -> RunConfig:
@@ -975,23 +1022,23 @@ def _imports() -> Iterator[None]:
 
 
 def _run(stage: Callable[[Terminal], dict[str, Any]], quiet: bool) -> dict[str, Any]:
-    from midtune.report.terminal import Terminal
+    from midtune.report.terminal import PlainStream, Terminal
 
     # Libraries and rewards that print must not get into the result.
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(PlainStream(sys.stderr)):
         return stage(Terminal(quiet=quiet))
 
 
 def _show(kind: str, result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         # JSON has no NaN.
-        plain = json.loads(json.dumps(result, default=str), parse_constant=lambda name: None)
-        print(json.dumps(plain, indent=2, ensure_ascii=False))
+        values = json.loads(json.dumps(result, default=str), parse_constant=lambda name: None)
+        print(escaped(json.dumps(values, indent=2, ensure_ascii=False)))
         return
-    from rich.console import Console
+    from midtune.report.terminal import PlainConsole
 
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
-    Console(width=width).print(_table(kind, result))
+    PlainConsole(width=width).print(_table(kind, result))
 
 
 def _table(kind: str, result: dict[str, Any]) -> RenderableType:

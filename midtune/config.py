@@ -21,13 +21,18 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 
-from midtune.errors import InputError
+from midtune.errors import InputError, bounded
 from midtune.published import CARDS, find_card
 
 BUNDLED_MODEL = "tiny"
 BUNDLED_RECIPE = Path(__file__).parent / "assets" / BUNDLED_MODEL / "recipe.yaml"
 # What is planned for where nothing is said: the card, and tokens of the longest prompt.
 PLANNED_CARD, PLANNED_PROMPT_TOKENS = "24GB", 512
+# Beyond any use of today: what is larger is a slip of the hand, and would end in memory or time without end.
+MOST_STEPS, MOST_PROBLEMS, MOST_TOKENS, MOST_COMPLETIONS = 1_000_000, 10_000_000, 1_000_000, 10_000
+MOST_SEED = 2**32 - 1  # NumPy's
+# Of a recipe: characters, and values after `*aliases` have been put in.
+_RECIPE_CHARACTERS, _RECIPE_VALUES = 1_000_000, 20_000
 
 
 class Part(BaseModel):
@@ -43,6 +48,14 @@ class Part(BaseModel):
         protected_namespaces=(),
     )
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _text(cls, value: Any) -> Any:
+        # Names of files and what is written to files can have neither.
+        if isinstance(value, str) and ("\0" in value or not _is_unicode(value)):
+            raise ValueError("must be text that UTF-8 can write, without the character NUL")
+        return value
+
 
 class ModelConfig(Part):
     """Which model, and how it is held in memory."""
@@ -56,7 +69,7 @@ class ModelConfig(Part):
         description="what activations are computed in; `auto`: bf16 on cards, fp16 on those without it, fp32 on CPUs",
     )
     adapter: Literal["full", "lora"] = Field("full", description="train whole blocks, or LoRA on them")
-    lora_rank: int = Field(16, ge=1, description="rank of the LoRA matrices")
+    lora_rank: int = Field(16, ge=1, le=65_536, description="rank of the LoRA matrices")
     unpack: Literal["auto", "never"] = Field(
         "auto", description="dequantize weights once a rollout where half the free memory holds them: faster"
     )
@@ -96,7 +109,7 @@ class TaskConfig(Part):
         "stop", description="refuse rows that cannot be used, or leave them out"
     )
     max_prompt_tokens: int | None = Field(
-        None, ge=1, description="longest prompt; longer ones are bad rows; default: any"
+        None, ge=1, le=MOST_TOKENS, description="longest prompt; longer ones are bad rows; default: any"
     )
     template: Literal["none", "boxed", "r1", "question"] = Field(
         "none",
@@ -114,16 +127,20 @@ class TaskConfig(Part):
     max_turns: int | None = Field(
         None,
         ge=1,
+        le=MOST_COMPLETIONS,
         description="actions after which an episode ends, where the task is played in turns; default: 10, of alfworld "
         "50",
     )
     turn_tokens: int | None = Field(
         None,
         ge=1,
+        le=MOST_TOKENS,
         description="most tokens of an action; default: what the episode has left of training.max_new_tokens",
     )
-    train_size: int = Field(4000, ge=1, description="most training problems to keep")
-    eval_size: int = Field(300, ge=2, description="held-out problems, never shared with training")
+    train_size: int = Field(4000, ge=1, le=MOST_PROBLEMS, description="most training problems to keep")
+    eval_size: int = Field(
+        300, ge=2, le=MOST_PROBLEMS, description="held-out problems, never shared with training"
+    )
 
     @field_validator("reward", mode="before")
     @classmethod
@@ -134,13 +151,13 @@ class TaskConfig(Part):
 class SandboxConfig(Part):
     """What a program that the model wrote may take, where the reward runs it."""
 
-    cpu_s: int = Field(3, ge=1, description="CPU seconds of each process")
+    cpu_s: int = Field(3, ge=1, le=86_400, description="CPU seconds of each process")
     wall_s: float = Field(
-        10.0, gt=0, description="seconds until a program, or all tests of its functions, end"
+        10.0, gt=0, le=86_400, description="seconds until a program, or all tests of its functions, end"
     )
-    memory_mib: int = Field(256, ge=64, description="address space of each process")
-    processes: int = Field(4, ge=1, description="processes and threads")
-    workers: int | None = Field(None, ge=1, description="programs at a time; default: one per CPU")
+    memory_mib: int = Field(256, ge=64, le=1_048_576, description="address space of each process")
+    processes: int = Field(4, ge=1, le=1024, description="processes and threads")
+    workers: int | None = Field(None, ge=1, le=1024, description="programs at a time; default: one per CPU")
     allow_weak: bool = Field(False, description="run programs without isolation where bubblewrap is missing")
 
 
@@ -148,7 +165,7 @@ class BlocksConfig(Part):
     """Which blocks to train."""
 
     layers: str | None = Field(None, description="`14`, `10-12`, `3,7`, or `middle`")
-    top_k: int = Field(1, ge=1, description="how many blocks to train")
+    top_k: int = Field(1, ge=1, le=1000, description="how many blocks to train")
     select: Literal["best", "middle", "worst", "boost"] = Field(
         "best",
         description="of a ranking the best, or as a control the worst; the middle; or all blocks, the best faster",
@@ -156,6 +173,7 @@ class BlocksConfig(Part):
     boost: float = Field(
         2.0,
         gt=0,
+        le=1000,
         description="by `boost`: how many times the learning rate of the others the best blocks get",
     )
     probe: Path | None = Field(None, description="a probe.json whose ranking chooses the blocks")
@@ -168,27 +186,32 @@ class TrainingConfig(Part):
         "grpo",
         description="how advantages and the loss are formed; `gigpo` is for tasks that are played in turns",
     )
-    gigpo_omega: float = Field(1.0, ge=0, description="weight of GiGPO's turn-level advantages")
+    gigpo_omega: float = Field(1.0, ge=0, le=1000, description="weight of GiGPO's turn-level advantages")
     gigpo_scale: bool = Field(
         True, description="divide GiGPO's differences from the mean by standard deviations"
     )
     gigpo_gamma: float = Field(0.95, gt=0, le=1, description="GiGPO's discount of later rewards")
-    steps: int = Field(100, ge=1, description="optimizer steps")
-    lr: float = Field(5e-6, gt=0, description="learning rate")
+    steps: int = Field(100, ge=1, le=MOST_STEPS, description="optimizer steps")
+    lr: float = Field(5e-6, gt=0, le=10, description="learning rate")
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises")
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    beta: float = Field(0.001, ge=0, description="weight of the KL term against the original blocks")
+    warmup_steps: int = Field(0, ge=0, le=MOST_STEPS, description="steps over which the learning rate rises")
+    weight_decay: float = Field(0.0, ge=0, le=10)
+    max_grad_norm: float = Field(1.0, gt=0, le=1e6)
+    beta: float = Field(0.001, ge=0, le=1000, description="weight of the KL term against the original blocks")
     epsilon: float | None = Field(
-        None, gt=0, description="clip range of the probability ratio; default: the algorithm's own (GRPO 0.2)"
+        None,
+        gt=0,
+        le=1000,
+        description="clip range of the probability ratio; default: the algorithm's own (GRPO 0.2)",
     )
-    prompts_per_step: int = Field(8, ge=1, description="different prompts a step; the study: 128")
-    group_size: int = Field(4, description="completions per prompt")
-    max_new_tokens: int = Field(512, ge=1, description="longest completion; the study: 3,072")
-    temperature: float = Field(1.0, gt=0, description="sampling temperature of training")
+    prompts_per_step: int = Field(
+        8, ge=1, le=MOST_COMPLETIONS, description="different prompts a step; the study: 128"
+    )
+    group_size: int = Field(4, le=MOST_COMPLETIONS, description="completions per prompt")
+    max_new_tokens: int = Field(512, ge=1, le=MOST_TOKENS, description="longest completion; the study: 3,072")
+    temperature: float = Field(1.0, gt=0, le=100, description="sampling temperature of training")
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0, description="sample among the k most likely tokens; 0: all")
+    top_k: int = Field(0, ge=0, le=MOST_TOKENS, description="sample among the k most likely tokens; 0: all")
     min_p: float = Field(
         0.0, ge=0, le=1, description="leave out tokens below this share of the likeliest one's probability"
     )
@@ -208,16 +231,22 @@ class TrainingConfig(Part):
     sampled_prompts: int = Field(
         0,
         ge=0,
+        le=MOST_COMPLETIONS,
         description="most prompts whose completions are sampled together: less memory, slower; 0: all",
     )
     vllm: str | None = Field(None, description="address of a vLLM server that samples in training")
     fit: str | None = Field(
         None, description="memory to stay within, such as 24GB: the fastest settings that fit are chosen"
     )
-    micro_batch_tokens: int = Field(16384, ge=1, description="most tokens in one backward pass")
-    checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints")
+    micro_batch_tokens: int = Field(
+        16384, ge=1, le=100 * MOST_TOKENS, description="most tokens in one backward pass"
+    )
+    checkpoint_every: int = Field(50, ge=1, le=MOST_STEPS, description="steps between checkpoints")
     stop_after_equal_rewards: int = Field(
-        10, ge=0, description="stop when no group had unequal rewards for this many first steps; 0: never"
+        10,
+        ge=0,
+        le=MOST_STEPS,
+        description="stop when no group had unequal rewards for this many first steps; 0: never",
     )
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = Field(
         "none", description="also log to a tracker"
@@ -236,8 +265,10 @@ class TrainingConfig(Part):
 class EvaluationConfig(Part):
     """Scoring on held-out problems, before and after."""
 
-    samples: int = Field(4, ge=0, description="completions per problem at the training temperature")
-    k: list[Annotated[int, Field(ge=1)]] | None = Field(
+    samples: int = Field(
+        4, ge=0, le=MOST_COMPLETIONS, description="completions per problem at the training temperature"
+    )
+    k: list[Annotated[int, Field(ge=1, le=MOST_COMPLETIONS)]] | None = Field(
         None,
         description="values of k for which `midtune eval` gives pass@k, such as `1,4`; at most `samples`",
     )
@@ -264,12 +295,12 @@ class ProbeConfig(Part):
     )
     budget: str = Field("20m", description="what a race may take: `90s`, `20m`, `2h` or `400 steps`")
     layers: str | None = Field(None, description="blocks to rank; default: all of them")
-    seeds: int = Field(1, ge=1, description="runs of each block in a sweep")
+    seeds: int = Field(1, ge=1, le=1000, description="runs of each block in a sweep")
     full_lr: float | None = Field(
-        None, gt=0, description="learning rate of a sweep's full training; default: that of the blocks"
+        None, gt=0, le=10, description="learning rate of a sweep's full training; default: that of the blocks"
     )
     objective: Literal["gain", "gain-per-second"] = Field("gain", description="what ranks the blocks")
-    prompts: int = Field(64, ge=4, description="prompts for the gradient method")
+    prompts: int = Field(64, ge=4, le=MOST_PROBLEMS, description="prompts for the gradient method")
 
     @field_validator("budget")
     @classmethod
@@ -288,7 +319,7 @@ class RunConfig(Part):
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     probe: ProbeConfig = Field(default_factory=ProbeConfig)
-    seed: int = Field(0, ge=0, description="fixes problems, split, sampling and data order")
+    seed: int = Field(0, ge=0, le=MOST_SEED, description="fixes problems, split, sampling and data order")
 
 
 @dataclass(frozen=True)
@@ -387,6 +418,8 @@ def parse_budget(text: str) -> tuple[float, Literal["seconds", "steps"]]:
             "must be a time such as `90s`, `20m` or `2h`, or a number of steps such as `400 steps`"
         )
     seconds = {"s": 1, "m": 60, "h": 3600}
+    if amount > MOST_STEPS:
+        raise ValueError(f"must be at most {MOST_STEPS:,} of its unit")
     return (amount * seconds[match[2]], "seconds") if match[2] in seconds else (amount, "steps")
 
 
@@ -428,7 +461,7 @@ def parse_value(text: str) -> Any:
     import yaml
 
     try:
-        value = yaml.safe_load(text)
+        value = _load_yaml(text)
     except yaml.YAMLError:
         return text
     if isinstance(value, str):
@@ -452,17 +485,61 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"recipe {path} does not exist; give the path of a YAML file.")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            data = _load_yaml(file.read(_RECIPE_CHARACTERS + 1))
     except yaml.YAMLError as error:
         mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
-        where = f" (line {mark.line + 1})" if mark else ""
-        raise InputError(f"recipe {path} is not valid YAML{where}; mend it.") from None
+        where = f" (line {mark.line + 1})" if mark else f" ({error})" if type(error) is yaml.YAMLError else ""
+        raise InputError(f"recipe {path} is not valid YAML{bounded(where, 200)}; mend it.") from None
     except UnicodeDecodeError:
         raise InputError(f"recipe {path} is not text; give the path of a YAML file.") from None
     if not isinstance(data, dict):
         raise InputError(f"recipe {path} holds no settings; it needs keys such as `model:` and `training:`.")
     # A heading whose keys are all commented out.
     return {str(key): value for key, value in data.items() if value is not None}
+
+
+def _load_yaml(text: str) -> Any:
+    """What a YAML text says.
+
+    Raises:
+        yaml.YAMLError: it is not valid, nests too deep, or its aliases stand for too much.
+    """
+    import yaml
+
+    if len(text) > _RECIPE_CHARACTERS:
+        raise yaml.YAMLError(f"it has {len(text):,} characters, and {_RECIPE_CHARACTERS:,} are read")
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _values_of(node, {}) > _RECIPE_VALUES:
+            raise yaml.YAMLError(f"its aliases stand for more than {_RECIPE_VALUES:,} values")
+        return loader.construct_document(node)
+    except RecursionError:
+        raise yaml.YAMLError("it nests too deep") from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # Of the constructors: an impossible date, a number of thousands of digits.
+        raise yaml.YAMLError(str(error)) from None
+
+
+def _values_of(node: Any, known: dict[int, float]) -> float:
+    """How many values a node of YAML stands for; endless where it holds itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        children = node.value if isinstance(node.value, list) else []
+        inner = [part for child in children for part in (child if isinstance(child, tuple) else [child])]
+        known[id(node)] = 1 + sum(_values_of(part, known) for part in inner)
+    return known[id(node)]
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _get(data: Mapping[str, Any], dotted: str) -> Any:
@@ -515,21 +592,26 @@ def _explain(error: ValidationError, recipe: Path | None, overrides: Mapping[str
         inner = f"{key}.{next(iter(value), '')}"
         return f"unknown key `{inner}` {source}; `{key}` is one value and has no keys of its own."
     if first["type"] == "extra_forbidden":
-        return f"unknown key `{key}` {source}; the nearest valid key is `{_nearest(key)}`."
+        return f"unknown key `{_short(key)}` {source}; the nearest valid key is `{_nearest(key)}`."
     if first["type"] in ("model_type", "model_attributes_type"):
         inside = [name for name in _keys(RunConfig) if name.startswith(f"{key}.")]
         return (
-            f"`{key}` {source} was given {value!r}, but it is a group of settings; "
+            f"`{key}` {source} was given {_short(repr(value))}, but it is a group of settings; "
             f"set one of {', '.join(f'`{name}`' for name in inside)}."
         )
     message = first["msg"].removeprefix("Input ").removeprefix("Value error, ").replace("should", "must")
     message = message.partition(", unable to parse")[0]
-    return f"`{key}` {source} was {value!r}, but it {message}; change it."
+    return f"`{_short(key)}` {source} was {_short(repr(value))}, but it {message}; change it."
+
+
+def _short(text: str) -> str:
+    return bounded(text, 200)
 
 
 def _nearest(key: str) -> str:
     import difflib
 
+    key = key[:100]  # what is longer is near to nothing, and takes long to compare
     keys = _keys(RunConfig)
     parts = [*dict.fromkeys(k.split(".")[0] for k in keys), *keys]
     last = key.rsplit(".", 1)[-1]

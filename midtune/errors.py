@@ -1,4 +1,30 @@
-"""The errors midtune raises on purpose. `cli.py` prints them; nothing else catches them."""
+"""The errors midtune raises on purpose, which `cli.py` alone catches and prints; and text that is safe to show."""
+
+from __future__ import annotations
+
+import re
+
+MOST_CHARACTERS = 4000
+# What a terminal would obey instead of showing: escape sequences, controls other than tab and line break, marks
+# that turn the direction of text, and halves of characters, which cannot be written.
+_OBEYED = re.compile(
+    r"\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def plain(text: str) -> str:
+    """Text of any origin as a terminal may get it: without what it would obey."""
+    return _OBEYED.sub("", text)
+
+
+def escaped(json_text: str) -> str:
+    """The same JSON, with what a terminal would obey written as `\\uXXXX`."""
+    return _OBEYED.sub(lambda found: "".join(f"\\u{ord(letter):04x}" for letter in found[0]), json_text)
+
+
+def bounded(text: str, most: int = MOST_CHARACTERS) -> str:
+    """The beginning of a text, and how much of it was left out."""
+    return text if len(text) <= most else f"{text[:most]}… ({len(text) - most:,} characters left out)"
 
 
 class MidtuneError(Exception):

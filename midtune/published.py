@@ -47,6 +47,9 @@ CARDS = [
     )
 ]
 
+# More than any card has; a larger amount is a slip of the hand.
+MOST_GIGABYTES = 100_000
+
 
 def card_named(text: str) -> PublishedCard:
     """`24GB`, or the name of a card (`RTX 4090`, `4090`); see `find_card`.
@@ -68,7 +71,7 @@ def find_card(text: str) -> PublishedCard | None:
     least as much.
     """
     size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GB|GIB|G)", text.strip().upper())
-    if size and float(size[1]) > 0:
+    if size and 0 < float(size[1]) <= MOST_GIGABYTES:
         memory = round(float(size[1]) * 2**30)
         like = next((card for card in CARDS if card.memory >= memory), CARDS[-1])
         return PublishedCard(f"{text.strip()} ({like.name})", memory, like.flops, like.bandwidth)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -557,3 +558,75 @@ def test_a_dry_run_trains_nothing(run: Run, stage: Stage) -> None:
     stage("dry_run", lambda config, *, out, resume: calls.append((config.model.name, out)) or {})  # type: ignore[func-returns-value]
     assert run("train", "m", "--task", "a.jsonl", "--dry-run", "--out", "runs/y", "--json").code == 0
     assert calls == [("m", Path("runs/y"))]
+
+
+# What is shown.
+
+HOSTILE = "a\x1b[31mred\x07\x9b2J\u202eback\x00\r\x1b]0;title\x07"
+
+
+def test_messages_of_errors_have_no_controls_and_an_end(run: Run, stage: Stage) -> None:
+    def fail(*_: Any, **__: Any) -> dict[str, Any]:
+        raise InputError(HOSTILE + "x" * 10**6)
+
+    stage("train", fail)
+    line = one_error(run("train"))
+    assert line.startswith("error: ared2Jback]0;titlexxx")
+    assert line.endswith("… (996,030 characters left out)")
+    assert len(line) < 4100
+
+
+def test_json_says_all_and_the_terminal_obeys_none_of_it(run: Run, stage: Stage) -> None:
+    stage("train", lambda *_, **__: {"note": HOSTILE + "\ud800é"})
+    result = run("train", "--json")
+    assert json.loads(result.out) == {"note": HOSTILE + "\ud800é"}
+    assert result.out.isprintable() or set(result.out) - set("\n") == {
+        letter for letter in result.out if letter.isprintable()
+    }
+
+
+def test_what_a_stage_reports_has_no_controls(run: Run, stage: Stage) -> None:
+    def report(terminal: Any, **_: Any) -> dict[str, Any]:
+        terminal.message(HOSTILE)
+        print(HOSTILE)
+        with terminal.training(1, HOSTILE):
+            pass
+        return {
+            "problems": 0,
+            "warnings": 0,
+            "checks": [{"status": "ok", "name": "a", "found": HOSTILE, "fix": ""}],
+        }
+
+    stage("doctor", report)
+    result = run("doctor")
+    assert result.code == 0
+    assert result.err == "ared2Jback]0;title\n" * 3
+    assert "ared2Jback]0;title" in result.out
+    assert not {"\x1b", "\x9b", "\x07", "\u202e", "\r"} & set(result.out)
+
+
+@pytest.mark.parametrize("word", ["x" * 300, "x" * 5000, "a/" * 3000, "\udcff\udcfe"])
+@pytest.mark.parametrize(
+    "arguments", [["merge", "--out", "o"], ["report"], ["eval"], ["train", "--recipe"], ["vote"], ["compare"]]
+)
+def test_arguments_that_are_no_paths_are_one_error(run: Run, arguments: list[str], word: str) -> None:
+    assert "unexpected" not in one_error(run(*arguments, word))
+
+
+@pytest.mark.parametrize("closed", ["0<&- 1>&- 2>&-", "| true", "2>&1 >/dev/null | true"])
+@pytest.mark.parametrize("arguments", ["tasks", "--help", "eval " + "x" * 300])
+def test_nobody_has_to_read(arguments: str, closed: str) -> None:
+    command = f"{{ {sys.executable} -m midtune {arguments}; echo $? >&9; }}"
+    with tempfile.TemporaryFile() as codes:
+        done = subprocess.run(
+            ["bash", "-c", f"exec 9>&{codes.fileno()}; {command} {closed}"],
+            capture_output=True,
+            text=True,
+            pass_fds=[codes.fileno()],
+            cwd=Path(midtune.__file__).parents[1],
+        )
+        codes.seek(0)
+        code = int(codes.read())
+    assert code in ((2,) if arguments.startswith("eval") else (0, 1))
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    assert "unexpected" not in done.stderr

@@ -193,8 +193,8 @@ def test_settings_come_from_the_fields() -> None:
 
 
 @given(
-    lr=st.floats(1e-12, 1e3),
-    steps=st.integers(1, 10**9),
+    lr=st.floats(1e-12, 10),
+    steps=st.integers(1, 10**6),
     name=st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1),
     args=st.dictionaries(
         st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1),
@@ -241,3 +241,62 @@ def test_memory_to_stay_within_is_read_with_the_configuration() -> None:
         InputError, match="`training.fit` on the command line was '24XB', but it must be memory, such"
     ):
         load_config(None, {"training.fit": "24XB"})
+
+
+# Nine lists of nine aliases each: 336 bytes, 3.5e9 values.
+ALIASES = "task:\n  args:\n    a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"    {b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (ALIASES, "its aliases stand for more than 20,000 values"),
+        ("task: &t\n  args: {a: *t}\n", "its aliases stand for more than 20,000 values"),
+        ("task: " + "[" * 5000 + "]" * 5000, "it nests too deep"),
+        ("seed: 2001-99-99\n", "must be in 1..12"),
+        ("seed: " + "9" * 5000 + "\n", "Exceeds the limit"),
+        ("{[a]: 1}: 2\n", "not valid YAML"),
+        ("# " + "x" * 1_000_000, "1,000,000 are read"),
+    ],
+)
+def test_a_recipe_that_would_not_end_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    said = message(recipe)
+    assert words in said
+    assert len(said) < 600
+
+
+def test_aliases_of_ordinary_recipes_are_read(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: &m {name: tiny}\nblocks: {layers: &n '3'}\nprobe: {layers: *n}\n")
+    assert load_config(recipe, {}).probe.layers == "3"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "most"),
+    [
+        ("training.steps", 10**6 + 1, "1000000"),
+        ("task.eval_size", 10**30, "10000000"),
+        ("seed", 2**32, "4294967295"),
+        ("training.group_size", 10**5, "10000"),
+        ("training.max_new_tokens", 10**9, "1000000"),
+    ],
+)
+def test_numbers_have_upper_bounds_that_are_said(key: str, value: int, most: str) -> None:
+    assert message(None, **{key.replace(".", "__"): value}).endswith(
+        f"was {value}, but it must be less than or equal to {most}; change it."
+    )
+
+
+def test_values_of_any_length_are_shown_in_part() -> None:
+    said = message(None, model__device=["x" * 10**6])
+    assert "characters left out)" in said
+    assert len(said) < 500
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\udcffb"])
+def test_text_that_no_file_can_hold_is_refused(name: str) -> None:
+    assert "must be text that UTF-8 can write" in message(None, model__name=name)

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from midtune.errors import InputError
-from midtune.model.sources import NAMES, SMOLLM2_HUB_ID, TINY
+from midtune.errors import InputError, bounded
+from midtune.model.sources import NAMES, SMOLLM2_HUB_ID, TINY, check_config
 from midtune.network import REACH_TIMEOUT_S, reason, within
 
 if TYPE_CHECKING:
@@ -32,7 +32,13 @@ def config_of(name: str, *, trust_remote_code: bool = False, network: bool = Tru
 
     folder = TINY if name == "tiny" else Path(name).expanduser()
     if (folder / "config.json").is_file():
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        check_config(folder / "config.json")
+        try:
+            config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except Exception as error:  # noqa: BLE001 (a file of others, read by libraries that raise as they please)
+            raise InputError(
+                f"{folder / 'config.json'} cannot be read ({bounded(reason(error), 200)}); fetch it again."
+            ) from None
         return config
     shipped: dict[str, dict[str, Any]] = json.loads(SHIPPED.read_text(encoding="utf-8"))
     wanted = SMOLLM2_HUB_ID if name == "smollm2-135m" else name

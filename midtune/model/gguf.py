@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from midtune.errors import InputError
+from midtune.errors import InputError, bounded
 from midtune.model.cache import Progress, build_once, cache_folder, tell
 
 MAGIC = b"GGUF"
@@ -37,6 +37,13 @@ _SCALARS = {
     12: "<d",
 }
 _STRING, _ARRAY = 8, 9
+# Larger than any: of a text, of all that stands before the tensors, and dimensions of one of them.
+_MOST_TEXT_BYTES, _MOST_HEADER_BYTES, _MOST_DIMENSIONS = 2**24, 2**29, 8
+# What a model is made by, none of which is larger than its largest tensor is long.
+_LENGTHS = (
+    *("embedding_length", "feed_forward_length", "vocab_size"),
+    *(f"attention.{name}" for name in ("head_count", "head_count_kv", "key_length", "value_length")),
+)
 _MIB = 1 << 20
 
 
@@ -73,27 +80,56 @@ def read_header(path: Path) -> Header:
                     f"{path} has GGUF version {version}, but 2 and 3 are read; convert it again."
                 )
             tensors, pairs = _unpack(file, "<QQ")
-            metadata = {}
+            metadata: dict[str, Any] = {}
             for _ in range(pairs):
                 key = _string(file)
                 value = _value(file, _unpack(file, "<I")[0])
                 if value is not None:
                     metadata[key] = value
-            parameters, last = 0, 0
+                if file.tell() > _MOST_HEADER_BYTES:
+                    raise ValueError("too long")
+            parameters, last, longest = 0, 0, 0
             for _ in range(tensors):
                 _string(file)
                 (dims,) = _unpack(file, "<I")
-                count = math.prod(_unpack(file, f"<{dims}Q"))
+                if dims > _MOST_DIMENSIONS:
+                    raise ValueError("too many dimensions")
+                shape = _unpack(file, f"<{dims}Q")
+                count = math.prod(shape)
                 kind, offset = _unpack(file, "<IQ")
                 block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
                 parameters += count
                 last = max(last, offset + count // block * block_bytes)
-        except (struct.error, ValueError, KeyError, OverflowError, MemoryError):
+                longest = max(longest, *shape, 0)
+            alignment = _whole(metadata, "general.alignment", 32)
+            parts = _whole(metadata, "split.count", 1)
+            architecture = metadata.get("general.architecture")
+            sizes = {name: _whole(metadata, f"{architecture}.{name}", 0) for name in _LENGTHS}
+            blocks = _whole(metadata, f"{architecture}.block_count", 0)
+            if alignment < 1 or (parts <= 1 and (blocks > tensors or max(sizes.values()) > longest)):
+                raise ValueError("sizes that its tensors do not have")
+            end_bytes = -(-file.tell() // alignment) * alignment + last
+        except (
+            struct.error,
+            ValueError,
+            KeyError,
+            TypeError,
+            OverflowError,
+            MemoryError,
+            RecursionError,
+            OSError,
+        ):
             raise InputError(
                 f"{path} is a damaged GGUF file: its header cannot be read; fetch it again."
             ) from None
-        alignment = int(metadata.get("general.alignment", 32))
-        return Header(metadata, parameters, -(-file.tell() // alignment) * alignment + last)
+        return Header(metadata, parameters, end_bytes)
+
+
+def _whole(metadata: dict[str, Any], key: str, default: int) -> int:
+    value = metadata.get(key, default)
+    if not isinstance(value, int):
+        raise ValueError(f"{key} is no whole number")
+    return value
 
 
 def cached_conversion(path: Path, progress: Progress | None = None) -> Path:
@@ -156,7 +192,10 @@ def convert(path: Path, out: Path, header: Header, progress: Progress | None = N
         with _transformers_reports(progress, message):
             tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
             loaded, info = auto.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
-    except (ValueError, NotImplementedError) as error:
+    except (MemoryError, OSError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        # A file of others, read by a library that raises as it pleases.
         kind = header.metadata.get("general.architecture", "unknown")
         raise InputError(
             f"{path} holds a `{kind}` model that transformers cannot read from GGUF ({_first_line(error)}); "
@@ -235,7 +274,7 @@ def _transformers_reports(progress: Progress | None, message: str) -> Iterator[N
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return bounded((str(error).strip().splitlines() or [type(error).__name__])[0].rstrip("."), 200)
 
 
 def _unpack(file: BinaryIO, form: str) -> tuple[Any, ...]:
@@ -244,6 +283,8 @@ def _unpack(file: BinaryIO, form: str) -> tuple[Any, ...]:
 
 def _string(file: BinaryIO) -> str:
     (length,) = _unpack(file, "<Q")
+    if length > _MOST_TEXT_BYTES:
+        raise ValueError("too long")
     text = file.read(length)
     if len(text) < length:
         raise ValueError("cut short")

@@ -17,7 +17,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from midtune.device import compute_dtype_of, resolve_device
-from midtune.errors import InputError
+from midtune.errors import InputError, bounded
 from midtune.model.blocks import check_tail, find_blocks
 from midtune.model.memory import freed_at_once
 from midtune.model.policy import Policy
@@ -104,8 +104,9 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTraine
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source.folder, trust_remote_code=trust_remote_code, padding_side="left"
         )
+        known = set(tokenizer.encode("a 1", add_special_tokens=False)) - set(tokenizer.all_special_ids)
     # Where the files are missing, transformers may hand back a tokenizer without a vocabulary.
-    if set(tokenizer.encode("a 1", add_special_tokens=False)) <= set(tokenizer.all_special_ids):
+    if not known:
         raise InputError(
             f"{source.name} has no tokenizer; put its files (tokenizer.json, tokenizer_config.json) beside config.json."
         )
@@ -124,8 +125,11 @@ PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endf
 def _readable_errors(source: Source) -> Iterator[None]:
     try:
         yield
-    except (ValueError, OSError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    except (InputError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        # Files of others, read by libraries that raise as they please.
+        reason = bounded(" ".join(str(error).split()), 200) or type(error).__name__
         raise InputError(
             f"{source.name} cannot be loaded as a causal language model ({reason}); "
             "use a decoder-only model in Hugging Face layout."

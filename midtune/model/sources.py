@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from midtune.errors import InputError
+from midtune.errors import InputError, bounded
 from midtune.model import gguf, hub
 from midtune.model.cache import Progress
 from midtune.network import Unavailable
@@ -22,6 +22,9 @@ NAMES = ("tiny", "smollm2-135m")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+# Larger than any: of files that are read as a whole, of the header of a safetensors file (safetensors' own limit),
+# and of what a configuration counts, such as blocks, heads and experts.
+_MOST_FILE_BYTES, _MOST_HEADER_BYTES, _MOST_COUNTED = 2**29, 100_000_000, 10_000
 _NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")
 
 
@@ -177,16 +180,52 @@ def _smollm2(revision: str | None, progress: Progress | None, offline: bool) -> 
 
 
 def _checked(folder: Path) -> Path:
-    judge({p.name for p in folder.iterdir()}, str(folder))
-    _read_json(folder / "config.json")
-    checkpoint_files(folder)
+    files = {path.name: path for path in folder.iterdir() if not path.is_dir()}
+    judge(files, str(folder))
+    for path in files.values():
+        if not path.is_file():
+            raise InputError(f"{path} is no regular file; put the file itself in its place.")
+        if not path.name.endswith((".safetensors", *_PICKLED)) and path.stat().st_size > _MOST_FILE_BYTES:
+            raise InputError(
+                f"{path} has {path.stat().st_size:,} bytes, and no model has one of more than {_MOST_FILE_BYTES:,}; "
+                "fetch it again."
+            )
+    blocks = check_config(folder / "config.json")
+    tensors = checkpoint_files(folder)
+    if blocks > len(tensors):
+        raise InputError(
+            f"{folder / 'config.json'} promises {blocks:,} blocks, but the weights beside it are {len(tensors):,} "
+            "tensors; fetch both again."
+        )
     return folder
+
+
+def check_config(path: Path) -> int:
+    """How many blocks a configuration promises at the most.
+
+    Raises:
+        InputError: it is not valid, or counts more of something than any model has.
+    """
+    blocks, parts = 0, [_read_json(path)]
+    while parts:
+        for key, value in parts.pop().items():
+            if isinstance(value, dict):
+                parts.append(value)
+            if not isinstance(value, int) or not key.startswith(("num_", "n_layer", "n_head")):
+                continue
+            if value > _MOST_COUNTED:
+                raise InputError(
+                    f"{path} has {key} {bounded(str(value), 40)}, and at most {_MOST_COUNTED:,} is possible; mend it."
+                )
+            blocks = max(blocks, value) if "layer" in key else blocks
+    return blocks
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        with path.open(encoding="utf-8") as file:
+            data = json.loads(file.read(_MOST_FILE_BYTES))
+    except (ValueError, RecursionError):
         data = None
     if not isinstance(data, dict):
         raise InputError(f"{path} is not valid JSON; fetch it again.")
@@ -204,12 +243,12 @@ def _header_names(path: Path, size_bytes: int, mtime_ns: int) -> frozenset[str]:
     damaged = InputError(f"{path} is a damaged safetensors file: its header cannot be read; fetch it again.")
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size_bytes < 8 or length > size_bytes - 8:
+        if size_bytes < 8 or length > min(size_bytes - 8, _MOST_HEADER_BYTES):
             raise damaged
         try:
             header = json.loads(file.read(length))
             ends = {k: int(v["data_offsets"][1]) for k, v in header.items() if k != "__metadata__"}
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
             raise damaged from None
     promised = 8 + length + max(ends.values(), default=0)
     if size_bytes != promised:

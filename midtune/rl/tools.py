@@ -24,6 +24,7 @@ from trl.chat_template_utils import (
 
 from midtune.errors import InputError
 from midtune.model.policy import Policy
+from midtune.model.template import rendering
 from midtune.tasks.environment import Match, tools_of
 
 
@@ -100,7 +101,8 @@ class ToolSpeech:
         return reply if action[-1] == end or end not in before else [end, *reply]
 
     def _ids(self, messages: list[dict[str, Any]], **arguments: Any) -> list[int]:
-        ids: list[int] = self.tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, **arguments
-        )["input_ids"]
+        with rendering():
+            ids: list[int] = self.tokenizer.apply_chat_template(
+                messages, tokenize=True, return_dict=True, **arguments
+            )["input_ids"]
         return ids

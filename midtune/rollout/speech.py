@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from midtune.model.policy import Policy
+from midtune.model.template import rendering
 from midtune.tasks.answers import after_thinking
 from midtune.tasks.environment import Game, Match
 from midtune.tasks.split import Row
@@ -66,11 +67,12 @@ class Text:
             said = self.tokenizer.decode(action, skip_special_tokens=True)
             return self._tokens(text if said.endswith("\n") else f"\n{text}")
         turns = [("user", "?"), ("assistant", _MARK), ("user", text)]
-        whole = self.tokenizer.apply_chat_template(
-            [{"role": role, "content": content} for role, content in turns],
-            tokenize=False,
-            add_generation_prompt=True,
-        )
+        with rendering():
+            whole = self.tokenizer.apply_chat_template(
+                [{"role": role, "content": content} for role, content in turns],
+                tokenize=False,
+                add_generation_prompt=True,
+            )
         ids = self._tokens(whole.partition(_MARK)[2])
         return ids[1:] if action[-1] in self.stop_ids and ids[:1] == action[-1:] else ids
 
@@ -84,9 +86,10 @@ def prompt_ids(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
     if isinstance(prompt, str):
         ids: list[int] = tokenizer(prompt)["input_ids"]
         return ids
-    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
-        "input_ids"
-    ]
+    with rendering():
+        ids = tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, tokenize=True, return_dict=True
+        )["input_ids"]
     return ids
 
 

@@ -41,6 +41,8 @@ ARMS = {
 }
 # Tokens that are computed again together at the least.
 LEAST_PACK = 512
+# Of a step: the study's has 2 million.
+MOST_STEP_TOKENS = 100_000_000
 # How far the search for the largest size goes.
 MOST = {"prompts": 64, "group_size": 256, "new_tokens": 131072}
 
@@ -353,8 +355,19 @@ def _leaner(work: Work, phase: str, phases: Phases, memory: int) -> Work | None:
 
 
 def work_of(config: RunConfig, prompt_tokens: int) -> Work:
-    """A configuration's step."""
+    """A configuration's step.
+
+    Raises:
+        InputError: it has more tokens than any step.
+    """
     training = config.training
+    completions = training.prompts_per_step * training.group_size
+    if (tokens := completions * (prompt_tokens + training.max_new_tokens)) > MOST_STEP_TOKENS:
+        raise InputError(
+            f"a step of {completions:,} completions with {prompt_tokens:,} tokens of a prompt and "
+            f"{training.max_new_tokens:,} new ones has {tokens:,} tokens, and at most {MOST_STEP_TOKENS:,} are "
+            "planned; ask for fewer prompts, smaller groups or shorter texts."
+        )
     return Work(
         prompts=training.prompts_per_step,
         group_size=training.group_size,

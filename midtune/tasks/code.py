@@ -26,7 +26,6 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
@@ -152,9 +151,8 @@ def code_reward(name: str, sandbox: Sandbox) -> Reward:
         ]
         jobs = list(zip(programs, tests, strict=True))
         different = list(dict.fromkeys(jobs))
-        with ThreadPoolExecutor(sandbox.workers) as pool:
-            scores = pool.map(lambda job: fraction_passed(sandbox, *job), different)
-            found = dict(zip(different, scores, strict=True))
+        scores = sandbox.each(lambda job: fraction_passed(sandbox, *job), different)
+        found = dict(zip(different, scores, strict=True))
         return [float(found[job] == 1) if all_or_nothing else found[job] for job in jobs]
 
     return named(reward, name)
@@ -213,7 +211,7 @@ def _calls_passed(sandbox: Sandbox, program: str, tests: dict[str, Any]) -> int:
                     fds=(calls[1], replies[0]),
                 )
             )
-        verdicts = checked(graded.wait()).output
+        verdicts = checked(graded.wait(beside=[served])).output
         checked(served.wait(0))
     return verdicts[: _count(tests)].count(b"1")
 

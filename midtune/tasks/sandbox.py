@@ -4,52 +4,65 @@ With bubblewrap (https://github.com/containers/bubblewrap) a program has process
 and mount namespaces of its own. It sees the standard library and the shared libraries, read-only, and an
 empty `/tmp` in memory that it can write to; no other file, process or network exists for it, and no
 `/proc`. An ordinary user's programs also get a user namespace, in which no further one can be made; those
-of root get a user id of their own, since the kernel does not count the processes of root. The kernel
-limits CPU time, address space, processes, open files and the size of files and output from within,
-midtune wall time from without, and when a program ends or is ended, so do all processes of its namespace.
+of root get a user id of their own, since the kernel does not count the processes of root. A filter closes
+the system calls that reach further (`syscalls.py`; on x86_64 and aarch64). The kernel limits CPU time,
+address space, processes, open files and the size of files and output from within, midtune wall time and
+the number of files from without, and when a program ends or is ended, so do all processes of its namespace.
+The programs of a job stay on one CPU (`Sandbox.each`), so that one which takes all it can get slows down
+none on the other CPUs.
 
 What is not guaranteed: a hole in the kernel is a way out; the limits of memory and CPU time hold for each
-process, so that they multiply by `processes`; and memory outside of any address space (System V segments,
-`memfd`) is bounded by wall time and open files alone.
+process, so that they multiply by `processes`; and files are counted every 50 ms, so that a program can make
+some ten thousand of them, at 1 KiB each, before it is ended.
 
 Without bubblewrap isolation is *weak*: the same limits, an empty environment and an empty folder to begin
 in, but the program can read and write what its user can, use the network, and leave processes behind.
-There is nothing in between, since no package for namespaces, Landlock or seccomp is both maintained and
-content with less than bubblewrap needs: pyseccomp is of 2021, landlock a development release that leaves
-processes alone, sandlock wants Linux 6.7.
+There is nothing in between, since no package for namespaces or Landlock is both maintained and content with
+less than bubblewrap needs: landlock is a development release that leaves processes alone, sandlock wants
+Linux 6.7.
 """
 
 from __future__ import annotations
 
+import itertools
 import marshal
 import os
 import secrets
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import CodeType, TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from midtune.errors import InputError, RunStopped
 from midtune.tasks import inside
+from midtune.tasks.syscalls import program_filter
 
 _OUTPUT_BYTES = 4 * 2**20
 _FOLDER_BYTES = 16 * 2**20
 _OPEN_FILES = 32
-# The ids that systemd keeps for services without a user; no person and no file has one of them.
-_PASSING_UIDS = range(61184, 65520)
+# Files in /tmp, and how often they are counted: bubblewrap sets no limit on them.
+_FILES, _COUNT_EVERY_S = 4096, 0.05
+# The ids that systemd keeps for services without a user; no person and no file has one of them. In turn, from
+# anywhere, so that two programs at a time do not have the same one: the kernel would count them together.
+_FIRST_PASSING_UID, _PASSING_UIDS = 61184, 4336
+_uids = itertools.count(secrets.randbelow(_PASSING_UIDS))
 _SHARED_LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache")
 # Sets are in the same order every time, so that a resumed run gives the rewards that it would have given.
 _ENVIRONMENT = {"LANG": "C.UTF-8", "PYTHONUTF8": "1", "PYTHONHASHSEED": "0"}
+_Job = TypeVar("_Job")
+_Found = TypeVar("_Found")
 _BOOT = """\
 import marshal, os, sys
 with os.fdopen(int(sys.argv[1]), "rb") as file:
@@ -112,28 +125,71 @@ class Result:
 class Running:
     """A program in its sandbox; leaving the `with` block ends it and all its processes."""
 
-    def __init__(self, process: subprocess.Popen[bytes], output: int, deadline: float, files: ExitStack):
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        output: int,
+        said: socket.socket,
+        deadline: float,
+        files: ExitStack,
+        isolated: bool,
+    ):
         self._process = process
         self._output = output
+        self._socket = said
         self._deadline = deadline
         self._files = files
+        self._isolated = isolated
+        self._said = b""
+        self._folder: int | None = None
 
-    def wait(self, most_s: float | None = None) -> Result:
+    def wait(self, most_s: float | None = None, *, beside: Sequence[Running] = ()) -> Result:
         """Let the program go on to its end or its deadline, and no longer.
 
         Args:
             most_s: let it go on for this long, in place of its deadline.
+            beside: other programs, which are ended where they make too many files meanwhile.
         """
-        left_s = self._deadline - time.monotonic() if most_s is None else most_s
-        ended = _ends(self._process.pid, max(left_s, 0.0))
+        deadline = self._deadline if most_s is None else time.monotonic() + most_s
+        ended = False
+        while self._process.returncode is None and not ended:
+            left_s = max(deadline - time.monotonic(), 0.0)
+            ended = _ends(self._process.pid, min(left_s, _COUNT_EVERY_S))
+            for running in (self, *beside):
+                if running._has_many_files():
+                    running._end()
+            if left_s == 0:
+                break
         self._end()
-        assert self._process.stderr is not None
-        os.set_blocking(self._process.stderr.fileno(), False)
-        said = self._process.stderr.read() or b""
-        broken = ended and not said.endswith(inside.STARTED)
-        why = said.decode(errors="replace").strip().rpartition("\n")[2] or "it said nothing"
+        self._listen()
+        broken = ended and not self._said.endswith(inside.STARTED)
+        why = self._said.decode(errors="replace").strip().rpartition("\n")[2] or "it said nothing"
         output = os.pread(self._output, _OUTPUT_BYTES, 0)
         return Result(output, self._process.returncode, why if broken else "")
+
+    def _has_many_files(self) -> bool:
+        if not self._isolated or self._process.returncode is not None:
+            return False
+        if self._folder is None:
+            self._listen()
+        if self._folder is None:
+            return False
+        counted = os.fstatvfs(self._folder)
+        return counted.f_files - counted.f_ffree > _FILES
+
+    def _listen(self) -> None:
+        """Take what was said so far, and the folder that comes with the word that the program starts."""
+        while True:
+            try:
+                said, fds, _, _ = socket.recv_fds(self._socket, 2**16, 1, socket.MSG_CMSG_CLOEXEC)
+            except (BlockingIOError, ConnectionResetError):
+                return
+            for fd in fds:
+                self._files.callback(os.close, fd)
+                self._folder = fd
+            if not said:
+                return
+            self._said += said
 
     def _end(self) -> None:
         # Before the process is reaped its id cannot be another's. Its group is bubblewrap, with which all of
@@ -183,7 +239,7 @@ class Sandbox:
             fds: file descriptors that it gets, under the same numbers.
             job: what the role needs.
         """
-        uid = secrets.choice(_PASSING_UIDS) if os.geteuid() == 0 else None
+        uid = _FIRST_PASSING_UID + next(_uids) % _PASSING_UIDS if os.geteuid() == 0 else None
         job |= {"role": role, "limits": self.limits.of_kernel(), "uid": uid}
         with ExitStack() as files:
             folder = "/tmp"
@@ -196,20 +252,31 @@ class Sandbox:
             given.write(stdin)
             for file in (handed, given):
                 file.seek(0)
-            process = subprocess.Popen(
-                [*self.isolation, *_interpreter(), "-c", _BOOT, str(handed.fileno())],
-                stdin=given,
-                stdout=output,
-                stderr=subprocess.PIPE,
-                env={**_ENVIRONMENT, "HOME": folder, "TMPDIR": folder},
-                cwd=folder,
-                pass_fds=(handed.fileno(), *fds),
-                start_new_session=True,
-            )
-            assert process.stderr is not None
-            files.callback(process.stderr.close)
+            isolation = self.isolation
+            passed = [handed.fileno(), *fds]
+            if isolation and (calls := program_filter()) is not None:
+                closed = files.enter_context(tempfile.TemporaryFile())
+                closed.write(calls)
+                closed.seek(0)
+                isolation = (isolation[0], "--seccomp", str(closed.fileno()), *isolation[1:])
+                passed.append(closed.fileno())
+            said, its_end = (files.enter_context(end) for end in socket.socketpair())
+            said.setblocking(False)
+            with its_end:
+                process = subprocess.Popen(
+                    [*isolation, *_interpreter(), "-c", _BOOT, str(handed.fileno())],
+                    stdin=given,
+                    stdout=output,
+                    stderr=its_end.fileno(),
+                    env={**_ENVIRONMENT, "HOME": folder, "TMPDIR": folder},
+                    cwd=folder,
+                    pass_fds=passed,
+                    start_new_session=True,
+                )
             deadline = time.monotonic() + self.limits.wall_s
-            return Running(process, output.fileno(), deadline, files.pop_all())
+            return Running(
+                process, output.fileno(), said, deadline, files.pop_all(), isolated=bool(self.isolation)
+            )
 
     def run(self, source: str, stdin: bytes = b"") -> Result:
         """Run a program to its end.
@@ -219,6 +286,17 @@ class Sandbox:
         """
         with self.start("run", sources=[source], stdin=stdin) as running:
             return checked(running.wait())
+
+    def each(self, work: Callable[[_Job], _Found], jobs: Iterable[_Job]) -> list[_Found]:
+        """What `work` gives for each job, `workers` of them at a time; the programs of each run on one CPU.
+
+        A program cannot leave its CPU, so that one that starts many processes keeps only its own tests waiting.
+        """
+        cpus = itertools.cycle(sorted(os.sched_getaffinity(0)))
+        with ThreadPoolExecutor(
+            self.workers, initializer=lambda: os.sched_setaffinity(0, {next(cpus)})
+        ) as pool:
+            return list(pool.map(work, jobs))
 
 
 def checked(result: Result) -> Result:

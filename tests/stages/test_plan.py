@@ -158,3 +158,11 @@ def test_a_run_stays_within_what_it_was_given(tmp_path: Any, monkeypatch: pytest
     with pytest.raises(InputError, match="whatever is made leaner; lower --max-new-tokens"):
         impossible = load_config(None, {**quick, "training.fit": "0.1GB"})
         train.run(impossible, out=tmp_path / "other", resume=None, terminal=Terminal(quiet=True))
+
+
+def test_a_step_beyond_any_is_refused() -> None:
+    config = load_config(None, {"training.group_size": 10_000, "training.prompts_per_step": 10_000})
+    with pytest.raises(
+        InputError, match="a step of 100,000,000 completions .* at most 100,000,000 are planned"
+    ):
+        work_of(config, 512)

@@ -1,0 +1,85 @@
+"""Rendering a model's chat template, a program that comes with the model: within limits of time and memory."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from midtune.errors import InputError, bounded
+
+# One conversation takes a millisecond and less.
+LONGEST_S = 5.0
+_MOST_BYTES = 4 * 2**30
+
+
+class _TooLong(BaseException):
+    """No Exception, since Jinja goes on after one that ends the folding of a constant."""
+
+
+@contextlib.contextmanager
+def rendering() -> Iterator[None]:
+    """Around a call of `apply_chat_template`.
+
+    Raises:
+        InputError: the template is wrong, does not end, or asks for memory without end.
+    """
+    from jinja2 import TemplateError
+
+    why = ""
+    try:
+        with _time_limit(), _memory_limit():
+            yield
+    except _TooLong:
+        why = f"it does not end within {LONGEST_S:g} s"
+    except MemoryError:
+        why = "it asks for more memory than any conversation takes"
+    except RecursionError:
+        why = "it calls itself without end"
+    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        why = bounded(" ".join(str(error).split()), 200) or type(error).__name__
+    if why:
+        raise InputError(
+            f"the model's chat template cannot be used ({why}); mend chat_template.jinja in its folder, or use "
+            "--prompt-format plain."
+        )
+
+
+@contextlib.contextmanager
+def _time_limit() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise _TooLong
+
+    handler = signal.signal(signal.SIGALRM, stop)
+    left_s, every_s = signal.setitimer(signal.ITIMER_REAL, LONGEST_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, left_s, every_s)
+
+
+@contextlib.contextmanager
+def _memory_limit() -> Iterator[None]:
+    if sys.platform != "linux":
+        yield
+        return
+    import resource
+
+    with open("/proc/self/statm") as file:
+        taken = int(file.read().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limits = [taken + _MOST_BYTES, *(limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY)]
+    resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
