@@ -543,7 +543,7 @@ def test_a_doctor_that_finds_problems_ends_with_exit_code_1(
 ) -> None:
     checks = [{"name": "trl", "status": "problem", "found": "not installed", "fix": "pip install trl"}]
     result = {"checks": checks * problems, "problems": problems, "warnings": 1}
-    stage("doctor", lambda terminal: result)
+    stage("doctor", lambda terminal, **asked: result)
     shown = run("doctor")
     assert (shown.code, shown.err) == (code, "")
     assert shown.out.count("not installed") == problems

@@ -21,7 +21,9 @@ def test_every_dependency_has_a_tested_version_within_its_range() -> None:
         assert version.operator == "==", pin
         tested[canonicalize_name(pin.name)] = version.version
     wrong = [
-        str(want) for want in asked if not want.specifier.contains(tested.get(canonicalize_name(want.name), "0"))
+        str(want)
+        for want in asked
+        if not want.specifier.contains(tested.get(canonicalize_name(want.name), "0"))
     ]
     assert wrong == []
 
