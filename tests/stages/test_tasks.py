@@ -22,7 +22,7 @@ def rows():
     return [{"prompt": f"{n} + 1?", "answer": n + 1, "level": "easy"} for n in range(12)]
 
 def reward(prompts, completions, answer, **columns):
-    return [float(c[-1]["content"] == a) for c, a in zip(completions, answer)]
+    return [float(c[-1]["content"] == str(a)) for c, a in zip(completions, answer)]
 """
 PROMPTS = [f"{n} + {n} = {'? ' * n}" for n in range(12)]
 
@@ -44,7 +44,7 @@ def test_a_sound_task_is_said_to_be_so(tmp_path: Path, terminal: Terminal) -> No
     found = tasks.run(of_file(tmp_path, TASK), terminal, check=True)
     assert found["checked"] == str(tmp_path / "mine.py")
     assert found["findings"][0] == "8 problems to train on and 4 to evaluate on, none of them in both"
-    assert "the reward also gets `level`" in found["findings"]
+    assert "the reward gets the columns `prompt`, `answer`, `level`" in found["findings"]
 
 
 def test_rows_that_change_from_call_to_call_are_refused(tmp_path: Path, terminal: Terminal) -> None:

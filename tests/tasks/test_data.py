@@ -13,7 +13,7 @@ import pytest
 from midtune import network
 from midtune.errors import InputError
 from midtune.network import HUB_OFFLINE, OFFLINE
-from midtune.tasks import check_reward, hub
+from midtune.tasks import check_reward, hub, reading
 from tests.tasks.toy_data import gsm8k, load, math, scores, write
 
 SPLITS = {"train": gsm8k(8), "test": gsm8k(4, start=20)}
@@ -79,11 +79,15 @@ def test_a_folder_keeps_training_and_test_files_apart(tmp_path: Path) -> None:
     write(tmp_path / "main/train-00001-of-00002.parquet", gsm8k(5, start=5))
     write(tmp_path / "main/test-00000-of-00001.parquet", gsm8k(4, start=50))
     write(tmp_path / "main/validation.jsonl", gsm8k(4, start=90))
-    (tmp_path / "dataset_infos.json").write_text("{}")
+    (tmp_path / "dataset_infos.json").write_text('{"main": {"splits": [{"name": "train"}]}}')
+    (tmp_path / "README.md").write_text("Problems.")
     task = load(tmp_path, eval_size=10)
     assert {row["question"] for row in task.train} == {row["question"] for row in gsm8k(10)}
     assert {row["question"] for row in task.held_out} == {row["question"] for row in gsm8k(4, start=50)}
-    assert task.note == f"of {tmp_path}, validation is not used."
+    assert task.note == (
+        f"{tmp_path}: left out README.md, dataset_infos.json, which have no rows. of {tmp_path}, validation "
+        "(main/validation.jsonl) is not used."
+    )
 
 
 def test_a_folder_without_a_test_file_is_split(tmp_path: Path) -> None:
@@ -91,7 +95,9 @@ def test_a_folder_without_a_test_file_is_split(tmp_path: Path) -> None:
     write(tmp_path / "b.jsonl", gsm8k(6, start=4))
     task = load(tmp_path)
     assert (len(task.train), len(task.held_out)) == (7, 3)
-    with pytest.raises(InputError, match="the folder .* has no jsonl, csv or parquet files"):
+    with pytest.raises(
+        InputError, match="the folder .* has no jsonl, json, csv, tsv, parquet or arrow files"
+    ):
         (tmp_path / "empty").mkdir()
         load(tmp_path / "empty")
 
@@ -151,7 +157,7 @@ def test_a_hub_dataset_gives_its_splits(monkeypatch: pytest.MonkeyPatch) -> None
     assert asked == [("openai/gsm8k", "main", False)]
     assert (len(task.train), len(task.held_out)) == (8, 3)
     assert {row["question"] for row in task.held_out} < {row["question"] for row in gsm8k(4, start=20)}
-    monkeypatch.setattr(hub, "MOST_ROWS", 4)
+    monkeypatch.setattr(reading, "MOST_ROWS", 4)
     thinned = load("openai/gsm8k:main")
     assert {row["question"] for row in thinned.train} == {f"Problem {n}?" for n in (0, 2, 4, 6)}
     assert thinned.note == "openai/gsm8k:main is long: one row in 2 of train is read."

@@ -19,7 +19,7 @@ def jsonl(folder: Path, rows: list[Any], name: str = "data.jsonl") -> Path:
 def test_jsonl_keeps_other_columns_and_gets_the_numeric_reward(tmp_path: Path) -> None:
     task = load(jsonl(tmp_path, ROWS))
     assert (len(task.train), len(task.held_out)) == (9, 3)
-    assert set(task.train[0]) == {"prompt", "question", "answer", "level"}
+    assert set(task.train[0]) == {"prompt", "question", "answer", "row"}
     assert task.train[0]["prompt"] == [{"role": "user", "content": task.train[0]["question"]}]
     assert isinstance(task.train[0]["answer"], str)
     assert task.reward.__name__ == "numeric"
@@ -34,7 +34,6 @@ def test_csv_gives_the_same_problems_as_jsonl(tmp_path: Path) -> None:
     same = load(jsonl(tmp_path, ROWS))
     assert [row["question"] for row in task.train] == [row["question"] for row in same.train]
     assert [row["answer"] for row in task.held_out] == [row["answer"] for row in same.held_out]
-    assert task.train[0]["a"] == task.train[0]["answer"]
 
 
 def test_chat_prompts_keep_their_turns_and_the_system_prompt_is_replaced(tmp_path: Path) -> None:
@@ -70,7 +69,8 @@ def test_the_fingerprint_changes_with_the_task_alone(tmp_path: Path) -> None:
     [
         ([""], "is empty"),
         ([{"prompt": "a", "answer": "b"}, "{oops"], "line 2 of .* is not valid JSON"),
-        (["[", "]"], "line 1 of .* one JSON array"),
+        (["[", '{"prompt": "a"},', "]"], "one JSON array, and it is not valid JSON .*line 3"),
+        (["[]"], "has brackets but no rows"),
         ([{"prompt": "a", "answer": "b"}, "", "3"], "line 3 of .* not a JSON object but a number"),
         (
             [{"text": "a", "answer": "b"}],
@@ -84,10 +84,6 @@ def test_the_fingerprint_changes_with_the_task_alone(tmp_path: Path) -> None:
         ([{"prompt": [{"text": "a"}], "answer": "b"}], "line 1 of .* neither a text nor a list of chat"),
         ([{"prompt": "a", "answer": None}], "line 1 of .* has no answer"),
         ([{"prompt": "a", "answer": "b"}] * 9, "only 1 different question,"),
-        (
-            [{"prompt": "a", "answer": "b", "x": 1}, {"prompt": "c", "answer": "d", "x": "e"}],
-            "`x` of .* mixes",
-        ),
     ],
 )
 def test_a_bad_file_is_one_sentence(tmp_path: Path, lines: list[Any], message: str) -> None:
