@@ -93,7 +93,9 @@ def problems_of(source: Source, lines: Sequence[Line], columns: Columns, first: 
     answer = columns.answer or next(filter(None, there), None)
     if columns.needs_answer or columns.answer not in (None, "answer"):
         # A conversation may hold the answer as its last turn.
-        known_answers = (*ANSWER_COLUMNS, prompt) if columns.cut else ANSWER_COLUMNS
+        turns = _messages(_value(known[0], prompt))
+        answered = bool(turns) and turns[-1]["role"] == "assistant"
+        known_answers = (*ANSWER_COLUMNS, prompt) if answered else ANSWER_COLUMNS
         answer = _column(source.name, known, names, columns.answer, known_answers, "answer")
     rows: list[Row] = []
     own: list[Row] = []

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import json
+import lzma
 import socket
 import time
 from pathlib import Path
@@ -199,3 +203,105 @@ def test_a_hub_that_cannot_be_reached_takes_seconds(monkeypatch: pytest.MonkeyPa
     with pytest.raises(InputError, match="and the hub cannot be reached"):
         load("openai/gsm8k:main")
     assert time.perf_counter() - started < 2.5
+
+
+ROWS = gsm8k(12)
+QUESTIONS = {row["question"] for row in ROWS}
+
+
+def delimited(delimiter: str) -> str:
+    return "".join(f"{row['question']}{delimiter}{row['answer'].split()[-1]}\n" for row in ROWS)
+
+
+LINES = "\n".join(map(json.dumps, ROWS)).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("array.json", json.dumps(ROWS, indent=2).encode()),
+        ("array.jsonl", json.dumps(ROWS).encode()),
+        ("lines.json", LINES),
+        ("key.json", json.dumps({"version": "1", "data": ROWS}).encode()),
+        ("columns.json", json.dumps({key: [row[key] for row in ROWS] for key in ROWS[0]}).encode()),
+        (
+            "pandas.json",
+            json.dumps({key: {str(n): row[key] for n, row in enumerate(ROWS)} for key in ROWS[0]}).encode(),
+        ),
+        ("data.jsonl.gz", gzip.compress(LINES)),
+        ("data.json.bz2", bz2.compress(LINES)),
+        ("data.JSONL.xz", lzma.compress(LINES)),
+        ("data.tsv", ("question\tanswer\n" + delimited("\t")).encode()),
+        ("data.csv.gz", gzip.compress(("question,answer\n" + delimited(",")).encode())),
+        ("excel.csv", ("\ufeffQUESTION;Answer \n" + delimited(";")).replace("\n", "\r\n").encode()),
+        ("named.csv", ("sep=;\nQuestion;Answer\n" + delimited(";")).encode()),
+        ("unicode.csv", ("Question\tAnswer\n" + delimited("\t")).encode("utf-16")),
+    ],
+)
+def test_published_forms_of_files_are_read(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    task = load(tmp_path / name)
+    assert {row["question"] for row in [*task.train, *task.held_out]} == QUESTIONS
+    assert task.reward.__name__ == "numeric"
+    assert scores(task, "So #### {n+1}") == [1.0, 1.0]
+    assert not hub.is_dataset(f"data/{name}")
+
+
+def test_what_datasets_saved_is_read(tmp_path: Path) -> None:
+    parts = {part: datasets.Dataset.from_list(rows) for part, rows in SPLITS.items()}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "both")
+    task = load(tmp_path / "both", eval_size=9)
+    assert {row["question"] for row in task.train} == {row["question"] for row in SPLITS["train"]}
+    assert {row["question"] for row in task.held_out} == {row["question"] for row in SPLITS["test"]}
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
+    (file,) = (tmp_path / "one").glob("*.arrow")
+    for path in (tmp_path / "one", file):
+        task = load(path)
+        assert {row["question"] for row in [*task.train, *task.held_out]} == QUESTIONS
+    (tmp_path / "both/dataset_dict.json").write_text("{}")
+    with pytest.raises(InputError, match="which `save_to_disk` wrote, cannot be read"):
+        load(tmp_path / "both")
+
+
+@pytest.mark.parametrize(
+    "name", ["test.json", "test.jsonl.gz", "test.tsv", "testing.csv", "data/test-00000.json"]
+)
+def test_a_folders_test_file_is_kept_apart_in_any_format(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "train.jsonl", gsm8k(6))
+    rows = gsm8k(4, start=50)
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    text = json.dumps(rows)
+    if path.suffix in (".tsv", ".csv"):
+        mark = "\t" if path.suffix == ".tsv" else ","
+        text = f"question{mark}answer\n" + "".join(f"{row['question']}{mark}1\n" for row in rows)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    task = load(tmp_path, eval_size=9)
+    assert {row["question"] for row in task.train} == {row["question"] for row in gsm8k(6)}
+    assert {row["question"] for row in task.held_out} == {row["question"] for row in rows}
+
+
+def test_maths_folders_have_a_problem_a_file(tmp_path: Path) -> None:
+    for part, start in (("train", 1), ("test", 50)):
+        for n, row in enumerate(math(6, start=start)):
+            path = tmp_path / part / "algebra" / f"{n}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(row, indent=2))
+    task = load(tmp_path, eval_size=9)
+    assert (len(task.train), len(task.held_out), task.note) == (6, 6, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("data.jsonl.gz", b"no gzip", "is not a .gz file that can be read"),
+        ("data.jsonl.gz", gzip.compress(LINES)[:-20], "is not a .gz file that can be read"),
+        ("data.json.xz", b"no", "is not a .xz file that can be read"),
+        ("data.arrow", b"no arrow at all", "is not an arrow file that can be read"),
+        ("data.csv", "Question;Answer\né;1\n".encode("latin-1"), "not UTF-8 text; save it as UTF-8"),
+    ],
+)
+def test_a_damaged_file_is_one_sentence(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        load(tmp_path / name)
