@@ -94,7 +94,7 @@ def problems_of(source: Source, lines: Sequence[Line], columns: Columns, first: 
     if columns.needs_answer or columns.answer not in (None, "answer"):
         # A conversation may hold the answer as its last turn.
         turns = _messages(_value(known[0], prompt))
-        answered = bool(turns) and turns[-1]["role"] == "assistant"
+        answered = turns is not None and turns[-1]["role"] == "assistant"
         known_answers = (*ANSWER_COLUMNS, prompt) if answered else ANSWER_COLUMNS
         answer = _column(source.name, known, names, columns.answer, known_answers, "answer")
     rows: list[Row] = []

@@ -159,7 +159,7 @@ def _folder(folder: Path) -> Source:
     if not parts:
         other = f" (it has {_listed(left_out)})" if left_out else ""
         raise InputError(f"the folder {folder} has no {FORMATS} files with rows{other}; give one that has.")
-    note = f"{folder}: left out {_listed(left_out)}, which have no rows." if left_out else ""
+    note = f"{folder}: left out {_listed(left_out)}, with no problems in {FORMATS}." if left_out else ""
     return by_part(str(folder), parts, digest.hexdigest(), note, names)
 
 
@@ -195,15 +195,21 @@ def by_part(
     Args:
         files: by the name of a split, the files it came from.
     """
+
+    def listed(parts: Sequence[str]) -> str:
+        return " and ".join(
+            (part or "what has no split") + (f" ({_listed(files[part])})" if files else "") for part in parts
+        )
+
     evaluation = next((part for part in EVALUATION if part in parts), None)
     if "train" not in parts or evaluation is None:
-        return Source(name, [line for lines in parts.values() for line in lines], None, digest, note)
+        if {*parts} - {"train"} and {*parts} != {""}:
+            missing = "evaluation" if "train" in parts else "train"
+            note = f"{note} {name} has no {missing} split, so {listed([*parts])} is split anew."
+        return Source(name, [line for lines in parts.values() for line in lines], None, digest, note.strip())
     unused = [part for part in parts if part not in ("train", evaluation)]
     if unused:
-        listed = [
-            (part or "what has no split") + (f" ({_listed(files[part])})" if files else "") for part in unused
-        ]
-        note = f"{note} of {name}, {' and '.join(listed)} is not used."
+        note = f"{note} of {name}, {listed(unused)} is not used."
     return Source(name, parts["train"], parts[evaluation], digest, note.strip())
 
 

@@ -89,8 +89,8 @@ def test_a_folder_keeps_training_and_test_files_apart(tmp_path: Path) -> None:
     assert {row["question"] for row in task.train} == {row["question"] for row in gsm8k(10)}
     assert {row["question"] for row in task.held_out} == {row["question"] for row in gsm8k(4, start=50)}
     assert task.note == (
-        f"{tmp_path}: left out README.md, dataset_infos.json, which have no rows. of {tmp_path}, validation "
-        "(main/validation.jsonl) is not used."
+        f"{tmp_path}: left out README.md, dataset_infos.json, with no problems in {reading.FORMATS}. of {tmp_path}, "
+        "validation (main/validation.jsonl) is not used."
     )
 
 
@@ -279,6 +279,16 @@ def test_a_folders_test_file_is_kept_apart_in_any_format(tmp_path: Path, name: s
     task = load(tmp_path, eval_size=9)
     assert {row["question"] for row in task.train} == {row["question"] for row in gsm8k(6)}
     assert {row["question"] for row in task.held_out} == {row["question"] for row in rows}
+
+
+def test_splits_that_are_put_together_are_named(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", gsm8k(6))
+    write(tmp_path / "heldout.jsonl", gsm8k(6, start=50))
+    note = load(tmp_path, train_size=9).note
+    assert note == (
+        f"{tmp_path} has no evaluation split, so what has no split (heldout.jsonl) and train (train.jsonl) is split "
+        "anew."
+    )
 
 
 def test_maths_folders_have_a_problem_a_file(tmp_path: Path) -> None:

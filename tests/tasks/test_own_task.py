@@ -178,7 +178,7 @@ def reward(completions, answer, day, question):
 @pytest.mark.parametrize(
     ("parameter", "message"),
     [
-        ("tokenizer", r"asks for `tokenizer`, .* they are `question`, .* AutoTokenizer.from_pretrained\.$"),
+        ("tokenizer", r"asks for `tokenizer`, .*they are `question`, .* AutoTokenizer.from_pretrained\.$"),
         ("processing_class", "asks for `processing_class`, .*load it in the reward's own file"),
         ("colour", "asks for `colour`, which is no column of the data .*take one of these"),
     ],
