@@ -199,7 +199,9 @@ def _problem(
             f"has a prompt that is neither a text nor a list of chat messages in column `{prompt_column}` (write "
             'them as {"role": "user", "content": "…"})'
         )
-    last_turn = messages.pop()["content"] if messages[-1]["role"] == "assistant" else None
+    last_turn = messages[-1]["content"] if messages[-1]["role"] == "assistant" else None
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
     if last_turn is not None and not columns.cut:
         return None, (
             f"has a conversation in column `{prompt_column}` that ends in the assistant's answer, which the model "

@@ -169,7 +169,7 @@ def _describes(name: str, content: bytes) -> bool:
         return False
     try:
         document = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return (
         isinstance(document, dict)
@@ -252,7 +252,7 @@ def _json(path: Path, text: str) -> dict[str, list[Line]]:
         return {"": _jsonl(path, text)}
     try:
         document = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if first.startswith("[") and not _is_json(first):
             raise InputError(
                 f"{path} is one JSON array, and it is not valid JSON ({error}); mend it, or write one JSON object a "
@@ -271,7 +271,7 @@ def _json(path: Path, text: str) -> dict[str, list[Line]]:
 def _is_json(text: str) -> bool:
     try:
         json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -308,7 +308,7 @@ def _jsonl(path: Path, text: str) -> list[Line]:
         place = f"line {number} of {path}"
         try:
             lines.append(_line(place, json.loads(line)))
-        except ValueError:
+        except (ValueError, RecursionError):
             lines.append(Line(place, None, "is not valid JSON"))
     return lines
 
@@ -330,7 +330,7 @@ def _csv(path: Path, text: str, delimiter: str | None) -> list[Line]:
     try:
         # Where Excel writes a decimal comma, it puts `;` between columns.
         chosen = delimiter or max(
-            ",;\t", key=lambda mark: len(next(csv.reader(io.StringIO(text), delimiter=mark)))
+            ",;\t", key=lambda mark: len(next(csv.reader(io.StringIO(text), delimiter=mark), []))
         )
         reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=chosen)
         for row in reader:
