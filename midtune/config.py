@@ -85,9 +85,9 @@ class TaskConfig(Part):
 
     name: str | None = Field(
         None,
-        description="`reasoning-gym:NAME`, `tiny-programs`, `frozen-lake`, `textworld`, `alfworld`, a jsonl, csv or "
-        "parquet file, a folder of them, a hub dataset (`org/name` or `org/name:CONFIGURATION`), or a task file in "
-        "Python",
+        description="`reasoning-gym:NAME`, `tiny-programs`, `frozen-lake`, `textworld`, `alfworld`, a jsonl, json, "
+        "csv, tsv, parquet or arrow file, a folder of them, a hub dataset (`org/name` or `org/name:CONFIGURATION`), "
+        "or a task file in Python",
     )
     args: dict[str, Any] = Field(
         default_factory=dict, description="parameters of a reasoning-gym dataset or a game"
@@ -99,14 +99,21 @@ class TaskConfig(Part):
     )
     prompt_column: str | None = Field(
         None,
-        description="column of the data that holds the prompt; default: prompt, question or problem",
+        description="column of the data that holds the prompt; default: prompt, question, problem, messages or "
+        "conversations",
     )
     answer_column: str | None = Field(
-        None, description="column of the data that holds the answer; default: answer or solution"
+        None,
+        description="column of the data that holds the answer, `a.b` for the key b of objects in a; default: answer, "
+        "solution, ground_truth or reward_model.ground_truth",
     )
     eval_file: str | None = Field(None, description="a file with the held-out problems")
     bad_rows: Literal["stop", "drop"] = Field(
         "stop", description="refuse rows that cannot be used, or leave them out"
+    )
+    last_turn: Literal["stop", "cut"] = Field(
+        "stop",
+        description="of a conversation that ends in the assistant's answer: refuse it, or leave that turn out",
     )
     max_prompt_tokens: int | None = Field(
         None, ge=1, le=MOST_TOKENS, description="longest prompt; longer ones are bad rows; default: any"

@@ -506,7 +506,7 @@ def test_one_s_own_task_is_shown_and_checked(run: Run, elsewhere: Path) -> None:
     (elsewhere.parent / "mine.py").write_text(
         "def rows(): return [{'prompt': f'{n}?', 'answer': n} for n in range(9)]\n"
         "def reward(completions, answer, **columns):\n"
-        "    return [float(c[-1]['content'] == a) for c, a in zip(completions, answer)]\n"
+        "    return [float(c[-1]['content'] == str(a)) for c, a in zip(completions, answer)]\n"
     )
     shown = run("tasks", "../mine.py")
     assert shown.code == 0, shown.err

@@ -63,6 +63,7 @@ def load_policy(
             )
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        _check_vocabulary(tokenizer, skeleton, source)
         stack_name, _ = find_blocks(skeleton)
         quantization = None
         if quantize == "nf4" and stored is None:
@@ -98,27 +99,65 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTraine
     """The model's tokenizer, padding on the left, with a padding token and a chat template.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or it cannot be read.
     """
-    with _quiet(), _readable_errors(source):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            source.folder, trust_remote_code=trust_remote_code, padding_side="left"
-        )
-        known = set(tokenizer.encode("a 1", add_special_tokens=False)) - set(tokenizer.all_special_ids)
-    # Where the files are missing, transformers may hand back a tokenizer without a vocabulary.
+    try:
+        with _quiet():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                source.folder, trust_remote_code=trust_remote_code, padding_side="left"
+            )
+            known = set(tokenizer.encode("a 1", add_special_tokens=False)) - set(tokenizer.all_special_ids)
+    except (MemoryError, InputError):
+        raise
+    except Exception as error:
+        # Where files are missing or damaged, transformers raises errors of many kinds, or hands back a tokenizer
+        # without a vocabulary.
+        reason = bounded(" ".join(str(error).split()), 200).rstrip(".") or type(error).__name__
+        raise InputError(_no_tokenizer(source, f"that can be read ({reason})")) from error
     if not known:
-        raise InputError(
-            f"{source.name} has no tokenizer; put its files (tokenizer.json, tokenizer_config.json) beside config.json."
-        )
+        raise InputError(_no_tokenizer(source))
     if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise InputError(
+                f"the tokenizer of {source.name} has neither a padding token nor one that ends a text; name one in its "
+                'tokenizer_config.json, such as "eos_token": "</s>".'
+            )
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:
-        tokenizer.chat_template = PLAIN_TEMPLATE
+        # A chat template writes its special tokens itself, and a tokenizer that puts BOS before texts does not do so
+        # for chats.
+        first = tokenizer("a 1")["input_ids"][:1]
+        adds_bos = tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
+        tokenizer.chat_template = "{{ bos_token }}" * adds_bos + PLAIN_TEMPLATE
     return tokenizer
 
 
 # Base models come without a chat template; their prompts are the plain text of the messages.
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+
+
+def _no_tokenizer(source: Source, which: str = "") -> str:
+    return (
+        f"{source.name} has no tokenizer {which}".rstrip()
+        + "; put its files (tokenizer.json, tokenizer_config.json) beside config.json."
+    )
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: nn.Module, source: Source) -> None:
+    """Check that each token has a row in the input embedding.
+
+    Raises:
+        InputError: the tokenizer has more.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    beyond = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= rows)
+    if beyond:
+        shown = ", ".join(f"{token!r}" for _, token in beyond[:3]) + ", …" * (len(beyond) > 3)
+        raise InputError(
+            f"the tokenizer of {source.name} has {len(beyond)} tokens ({shown}) beyond the {rows} that its embedding "
+            "has rows for; use the tokenizer that the checkpoint was saved with, or grow the model with "
+            "`resize_token_embeddings` and save it again."
+        )
 
 
 @contextlib.contextmanager

@@ -243,8 +243,9 @@ def tasks_text(result: Mapping[str, Any]) -> RenderableType:
     if "tasks" in result:
         return Text("\n".join(result["tasks"]))
     if "checked" in result:
-        findings = "\n".join(f"  {finding}" for finding in result["findings"])
-        return Group(Text(f"{result['checked']} can be trained on", style="bold"), Text(findings))
+        verdict = "can be read, but its reward is in doubt" if result["doubts"] else "can be trained on"
+        findings = "\n".join(f"  {finding}" for finding in [*result["doubts"], *result["findings"]])
+        return Group(Text(f"{result['checked']} {verdict}", style="bold"), Text(findings))
     arguments = [f"\n  {key}={value}" for key, value in result["arguments"].items()]
     parts: dict[str, str] = {"prompt": result["prompt"]}
     if result["answer"]:

@@ -41,6 +41,7 @@ def read_task(config: RunConfig, *, more: int = 0, thinking: Callable[[], bool] 
         template=None if settings.template == "none" else settings.template,
         eval_file=settings.eval_file,
         bad_rows=settings.bad_rows,
+        last_turn=settings.last_turn,
         prompt_format=settings.prompt_format,
         # More than a run can use would only cost time: some generators take seconds a problem.
         train_size=min(

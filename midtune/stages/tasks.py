@@ -26,7 +26,7 @@ def run(config: RunConfig | None, terminal: Terminal, *, check: bool = False) ->
     Returns:
         Without a configuration, `tasks`: the names as --task takes them. With one, `task`, `arguments` (key →
         value in force), `question`, `prompt` and `answer`, `reward`, and, where there is an answer, `right` and
-        `wrong` (a completion and its score). When checking, `checked` and `findings`, a sentence each.
+        `wrong` (a completion and its score). When checking, `checked`, and `findings` and `doubts`, a sentence each.
 
     Raises:
         InputError: there is no such task, an argument is wrong, or the check finds something wrong.
@@ -71,14 +71,14 @@ def _shown(config: RunConfig, terminal: Terminal) -> dict[str, Any]:
 def _checked(config: RunConfig, terminal: Terminal) -> dict[str, Any]:
     from midtune.stages.reading import read_task
     from midtune.stages.setup import open_task
-    from midtune.tasks import scored_samples
+    from midtune.tasks import doubts, scored_samples
 
     name = require_task(config)
     # All problems that a run of any length could use.
     config = with_settings(config, {"training.steps": config.task.train_size})
     task = open_task(config, terminal)
     again = read_task(config)
-    if (task.train, task.held_out) != (again.train, again.held_out):
+    if (task.fingerprint, task.train, task.held_out) != (again.fingerprint, again.train, again.held_out):
         raise InputError(
             f"{name} gives other rows when it is read again, so a run could not be resumed; seed what draws them."
         )
@@ -86,10 +86,11 @@ def _checked(config: RunConfig, terminal: Terminal) -> dict[str, Any]:
         f"{len(task.train)} problems to train on and {len(task.held_out)} to evaluate on, none of them in both",
         f"the longest question has {max(len(row['question']) for row in task.train)} characters",
     ]
-    if columns := sorted(task.train[0].keys() - {"prompt", "question", "answer"}):
-        findings.append(f"the reward also gets {', '.join(f'`{column}`' for column in columns)}")
+    if columns := task.columns:
+        findings.append(f"the reward gets the columns {', '.join(f'`{column}`' for column in columns)}")
     if task.game is not None:
-        return {"checked": name, "findings": [*findings, f"{task.game.name} begins as it did before"]}
+        findings.append(f"{task.game.name} begins as it did before")
+        return {"checked": name, "findings": findings, "doubts": []}
     findings.append(f"the reward `{task.reward.__name__}` gives one finite number for each completion")
     if (row := next((row for row in task.train if row["answer"]), None)) is not None:
         right, wrong = scored_samples(task, row)
@@ -97,4 +98,4 @@ def _checked(config: RunConfig, terminal: Terminal) -> dict[str, Any]:
             f"{right.completion[:60]!r} scores {right.score:g} and {wrong.completion[:60]!r} {wrong.score:g}, as "
             "answers to one problem"
         )
-    return {"checked": name, "findings": findings}
+    return {"checked": name, "findings": findings, "doubts": doubts(task)}

@@ -1,7 +1,7 @@
 """What to learn: prompts, rewards and splits."""
 
 from midtune.tasks import programs
-from midtune.tasks.check import check_reward, scored_samples
+from midtune.tasks.check import check_reward, doubts, scored_samples
 from midtune.tasks.environment import Game
 from midtune.tasks.games import GAMES
 from midtune.tasks.gym import list_tasks, task_arguments
@@ -19,6 +19,7 @@ __all__ = [
     "Task",
     "check_reward",
     "completion_of",
+    "doubts",
     "list_tasks",
     "load_task",
     "open_sandbox",

@@ -12,11 +12,12 @@ from midtune.tasks.answers import reference_answer
 from midtune.tasks.environment import check_game
 from midtune.tasks.notation import parse_number
 from midtune.tasks.own import is_task_file
-from midtune.tasks.rewards import Reward, completion_of, parts_of
+from midtune.tasks.rewards import BUILT_IN, Reward, completion_of, parts_of
 from midtune.tasks.split import Row
 from midtune.tasks.task import Task
 
 _ROWS = 4
+_ROWS_IN_DOUBT = 32
 _SHOWN = 200
 _WRONG = "I do not know."
 # How an answer may have to be marked for a person's own reward to find it.
@@ -66,7 +67,8 @@ def check_reward(task: Task) -> None:
         if known.score > wrong.score:
             return
     hint = (
-        "mend it, or give `answer` another name if it is no answer"
+        "mend it (it gets values as the rows have them, numbers as numbers), or give `answer` another name if it is no "
+        "answer"
         if task.own_reward
         else "choose another reward with --reward"
     )
@@ -74,6 +76,39 @@ def check_reward(task: Task) -> None:
         f"the reward `{task.reward.__name__}` gives right answers of "
         f"`{task.name}` no more than wrong ones, as on {_shown(rows[0])}; {hint}."
     )
+
+
+def doubts(task: Task) -> list[str]:
+    """What speaks against a person's own rewards: completions of many kinds, none of which scores above 0.
+
+    Raises:
+        InputError: one gives None for all of them.
+    """
+    rows = task.train[:: max(1, len(task.train) // _ROWS_IN_DOUBT)][:_ROWS_IN_DOUBT]
+    kinds = [[_WRONG] * len(rows), [""] * len(rows)]
+    if any(row["answer"] for row in rows):
+        answers = [reference_answer(row["answer"]) for row in rows]
+        kinds += [[row["answer"] for row in rows], [wrong_answer(answer) for answer in answers]]
+        kinds += [[form.format(answer) for answer in answers] for form in _FORMS]
+    found = []
+    for reward in parts_of(task.reward)[0]:
+        if reward.__name__ in BUILT_IN:
+            continue  # `check_reward` compares these, and `length` and `repetition` only punish
+        given = [value for texts in kinds for value in _call(reward, rows, texts, task)]
+        known = [value for value in given if value is not None]
+        tried = f"{len(given)} completions of {len(rows)} problems, right and wrong ones"
+        if not known:
+            raise InputError(
+                f"the reward `{reward.__name__}` of `{task.name}` gives None for all of {tried}, so there is nothing "
+                "to learn from; let it return numbers."
+            )
+        if max(known) <= 0:
+            scored = "0" if min(known) == max(known) == 0 else f"{min(known):g} to {max(known):g}"
+            found.append(
+                f"the reward `{reward.__name__}` never gave more than 0 for {tried} (it gave {scored}): see that it "
+                "finds the answer, and in which form it wants it"
+            )
+    return found
 
 
 def scored_samples(task: Task, row: Row) -> tuple[Scored, Scored]:
@@ -107,6 +142,8 @@ def _call(reward: Reward, rows: Sequence[Row], texts: Sequence[str], task: Task)
             completion_ids=[[0] * bool(text) for text in texts],
             **columns,
         )
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(
             f"{asked} raised {type(error).__name__}: {error}, on {_shown(rows[0])} with the completion "

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import datetime
+import enum
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from midtune.errors import InputError
 from midtune.tasks.answers import marked_answer, reference_answer
-from midtune.tasks.reading import SUFFIXES, Line, Source, kind
+from midtune.tasks.reading import ANSWER_COLUMNS, PROMPT_COLUMNS, Line, Source, data_suffix, kind
 from midtune.tasks.split import Row
 
-# As in GSM8K (question, answer), MATH and NuminaMath (problem, solution); the first that is there counts.
-PROMPT_COLUMNS = ("prompt", "question", "problem")
-ANSWER_COLUMNS = ("answer", "solution")
 DROP = "--set task.bad_rows=drop"
+CUT = "--set task.last_turn=cut"
 _SHOWN_FAULTS = 3
-# TRL reads these names as the model's own output.
-_TAKEN = ("completion", "completions", "completion_ids")
+# Of a problem, the place of its row among the file's own.
+PLACE = "row"
+# ShareGPT's names for roles.
+_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 @dataclass(frozen=True)
@@ -31,61 +36,85 @@ class Columns:
         answer: column with the right answer; None finds it.
         needs_answer: False lets answers be missing, for rewards that do not compare.
         prepare: from a row as it stands, and what messages call it, the row to read.
+        carried: other columns that a problem keeps, as a built-in reward reads them; None: all, for an environment.
         drop: leave out rows that cannot be used in place of refusing them.
+        cut: of a conversation that ends in the assistant's answer, leave that turn out in place of refusing it.
     """
 
     prompt: str | None = None
     answer: str | None = None
     needs_answer: bool = True
     prepare: Callable[[Row, str], Row] | None = None
+    carried: Sequence[str] | None = ()
     drop: bool = False
+    cut: bool = False
 
 
 @dataclass(frozen=True)
 class Problems:
-    """Rows with `prompt`, `question` and `answer`, and the columns these came from."""
+    """Problems from rows.
+
+    Args:
+        rows: each with `prompt`, `question` and `answer`, and, unless all columns are carried, `row`: its place in
+            `own`.
+        columns: those that the prompt and the answer came from.
+        own: the rows with all their columns as they stand in the file.
+        note: a remark for the person.
+    """
 
     rows: list[Row]
     columns: list[str]
+    own: list[Row] = field(default_factory=list)
     note: str = ""
 
 
 def is_file_name(name: str) -> bool:
     """Whether a task's name means a data file or a folder of them."""
-    return name.lower().endswith(SUFFIXES) or Path(name).expanduser().exists()
+    return bool(data_suffix(name)) or Path(name).expanduser().exists()
 
 
-def problems_of(source: Source, lines: Sequence[Line], columns: Columns) -> Problems:
-    """The problems in some rows of a source, in their order; other columns are kept.
+def problems_of(source: Source, lines: Sequence[Line], columns: Columns, first: int = 0) -> Problems:
+    """The problems in some rows of a source, in their order.
+
+    Args:
+        first: the place of the first problem among those of the whole source.
 
     Raises:
-        InputError: a column is missing or mixes kinds of value, rows cannot be used and are not to be left out,
-            or none can.
+        InputError: a column is missing, a carried one mixes kinds of value, rows cannot be used and are not to be
+            left out, or none can.
     """
     prepared = [_prepared(line, columns.prepare) for line in lines]
     known = [line.row for line in prepared if line.row is not None]
     if not known:
         _refuse(source.name, prepared, len(prepared))
     names = list(dict.fromkeys(key for row in known for key in row))
-    prompt = _column(source.name, names, columns.prompt, PROMPT_COLUMNS, "prompt")
-    answer = columns.answer or next((name for name in ANSWER_COLUMNS if name in names), None)
+    prompt = _column(source.name, known, names, columns.prompt, PROMPT_COLUMNS, "prompt")
+    there = (_found(name, known, names) for name in ANSWER_COLUMNS)
+    answer = columns.answer or next(filter(None, there), None)
     if columns.needs_answer or columns.answer not in (None, "answer"):
-        answer = _column(source.name, names, columns.answer, ANSWER_COLUMNS, "answer")
-    rows, faults = [], []
-    for line in prepared:
+        # A conversation may hold the answer as its last turn.
+        turns = _messages(_value(known[0], prompt))
+        answered = turns is not None and turns[-1]["role"] == "assistant"
+        known_answers = (*ANSWER_COLUMNS, prompt) if answered else ANSWER_COLUMNS
+        answer = _column(source.name, known, names, columns.answer, known_answers, "answer")
+    rows: list[Row] = []
+    own: list[Row] = []
+    faults = []
+    for line, original in zip(prepared, lines, strict=True):
         problem, fault = None, line.fault
         if line.row is not None:
             complete = {name: line.row.get(name) for name in names}
-            problem, fault = _problem(complete, prompt, answer, columns.needs_answer)
+            problem, fault = _problem(complete, prompt, answer, columns)
         if problem is not None:
-            rows.append(problem)
+            rows.append(problem if columns.carried is None else {**problem, PLACE: first + len(own)})
+            own.append(original.row or {})
         else:
             faults.append(Line(line.place, None, fault))
     if faults and not (columns.drop and rows):
         _refuse(source.name, faults, len(prepared))
     _check_tabular(source.name, rows)
     left_out = f"left out {len(faults)} of {len(prepared)} rows of {source.name}: {_listed(faults)}."
-    return Problems(rows, [prompt, answer or "answer"], left_out if faults else "")
+    return Problems(rows, [prompt, answer or "answer"], own, left_out if faults else "")
 
 
 def _prepared(line: Line, prepare: Callable[[Row, str], Row] | None) -> Line:
@@ -110,15 +139,24 @@ def _refuse(name: str, faults: Sequence[Line], total: int) -> None:
 
 
 def _listed(faults: Sequence[Line]) -> str:
-    shown = "; ".join(f"{line.place} {line.fault}" for line in faults[:_SHOWN_FAULTS])
-    return shown + "; …" * (len(faults) > _SHOWN_FAULTS)
+    """The first row of each fault, and how many others have it."""
+    by_fault: dict[str, list[str]] = {}
+    for line in faults:
+        by_fault.setdefault(line.fault, []).append(line.place)
+    shown = [
+        f"{place} {fault}" + (f" (and {len(more)} more)" if more else "")
+        for fault, (place, *more) in by_fault.items()
+    ]
+    return "; ".join(shown[:_SHOWN_FAULTS]) + "; …" * (len(shown) > _SHOWN_FAULTS)
 
 
-def _column(name: str, found: list[str], asked: str | None, known: Sequence[str], role: str) -> str:
+def _column(
+    name: str, rows: Sequence[Row], found: list[str], asked: str | None, known: Sequence[str], role: str
+) -> str:
     wanted = [asked] if asked is not None else known
     for column in wanted:
-        if column in found:
-            return column
+        if (there := _found(column, rows, found)) is not None:
+            return there
     listed = ", ".join(f"`{column}`" for column in found) or "none"
     raise InputError(
         f"{name} has no column {' or '.join(f'`{column}`' for column in wanted)} for the {role}; its columns are "
@@ -126,45 +164,153 @@ def _column(name: str, found: list[str], asked: str | None, known: Sequence[str]
     )
 
 
+def _found(column: str, rows: Sequence[Row], names: Sequence[str]) -> str | None:
+    """The column as the file writes it: headers in any case, and `a.b` for the key `b` of an object in `a`."""
+    same = [name for name in names if _plain(name) == _plain(column)]
+    if same:
+        return column if column in same else same[0]
+    head, dot, _ = column.rpartition(".")
+    outer = _found(head, rows, names) if dot else None
+    if outer is None:
+        return None
+    path = f"{outer}.{column.rpartition('.')[2]}"
+    return path if any(_value(row, path) is not None for row in rows) else None
+
+
+def _plain(name: str) -> str:
+    return str(name).strip().casefold()
+
+
+def _value(row: Row, column: str) -> Any:
+    if column in row:
+        return row[column]
+    head, _, key = column.rpartition(".")
+    inner = _bare(_value(row, head)) if head else None
+    return inner.get(key) if isinstance(inner, Mapping) else None
+
+
 def _problem(
-    row: Row, prompt_column: str, answer_column: str | None, needs_answer: bool
+    row: Row, prompt_column: str, answer_column: str | None, columns: Columns
 ) -> tuple[Row | None, str]:
     """A row as a problem, or what is wrong with it."""
-    messages = _messages(row[prompt_column])
+    messages = _messages(_value(row, prompt_column))
     if messages is None:
         return None, (
             f"has a prompt that is neither a text nor a list of chat messages in column `{prompt_column}` (write "
             'them as {"role": "user", "content": "…"})'
         )
+    last_turn = messages[-1]["content"] if messages[-1]["role"] == "assistant" else None
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if last_turn is not None and not columns.cut:
+        return None, (
+            f"has a conversation in column `{prompt_column}` that ends in the assistant's answer, which the model "
+            f"would be shown (leave such turns out with {CUT})"
+        )
     question = "\n".join(message["content"] for message in messages if message["role"] != "system").strip()
     if not question:
         return None, f"has a blank prompt in column `{prompt_column}`"
-    answer = _text(row.get(answer_column)) if answer_column is not None else ""
-    if needs_answer:
-        if not answer.strip():
-            return None, f"has no answer in column `{answer_column}`"
+    given = last_turn if answer_column == prompt_column else _value(row, answer_column or "answer")
+    answer, fault = _answer(given, answer_column or "answer")
+    if columns.needs_answer:
+        if fault or not answer.strip():
+            return None, fault or f"has no answer in column `{answer_column}`"
         # A worked solution, such as NuminaMath's proofs, need not end in an answer.
-        if answer_column == "solution" and marked_answer(answer) is None:
-            return None, "has no final answer (`\\boxed{}` or `####`) in column `solution`"
+        worked = _plain(answer_column or "") == "solution" or (
+            answer_column == prompt_column and "\n" in answer
+        )
+        if worked and marked_answer(answer) is None:
+            return None, f"has no final answer (`\\boxed{{}}` or `####`) in column `{answer_column}`"
         if not reference_answer(answer).strip():
             return None, f"marks a blank answer in column `{answer_column}`"
-    others = {key: value for key, value in row.items() if key not in _TAKEN}
+    others = {key: value for key, value in row.items() if columns.carried is None or key in columns.carried}
     return {**others, "prompt": messages, "question": question, "answer": answer}, ""
 
 
 def _messages(prompt: Any) -> list[dict[str, str]] | None:
-    if isinstance(prompt, list) and prompt:
-        good = all(
-            isinstance(message, dict)
-            and isinstance(message.get("role"), str)
-            and isinstance(message.get("content"), str)
-            for message in prompt
+    """A prompt as chat messages: a text, messages as TRL or as ShareGPT writes them; else None."""
+    prompt = _scalar(prompt)
+    if not isinstance(prompt, list):
+        plain = prompt is None or isinstance(prompt, str | numbers.Number)
+        return [{"role": "user", "content": "" if _is_missing(prompt) else str(prompt)}] if plain else None
+    messages = [_message(message) for message in prompt]
+    return [message for message in messages if message is not None] if messages and all(messages) else None
+
+
+def _message(message: Any) -> dict[str, str] | None:
+    if not isinstance(message, Mapping):
+        return None
+    role, content = message.get("role"), message.get("content")
+    if role is None and content is None:
+        role, content = message.get("from"), message.get("value")
+        role = _ROLES.get(role, role) if isinstance(role, str) else None
+    if isinstance(content, list) and all(
+        isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content
+    ):
+        content = "".join(part["text"] for part in content)
+    return {"role": role, "content": content} if isinstance(role, str) and isinstance(content, str) else None
+
+
+def _answer(value: Any, column: str) -> tuple[str, str]:
+    """The text of an answer, and what is wrong with it: one value, in whatever a file or Python keeps it."""
+    value = _bare(value)
+    if _is_missing(value) or value == []:
+        return "", ""
+    if isinstance(value, Mapping):
+        if (message := _message(value)) is not None:
+            return message["content"], ""
+        keys = ", ".join(f"{column}.{key}" for key in value)
+        return json.dumps(value, ensure_ascii=False, default=str), (
+            f"has an object as its answer in column `{column}`; name what it holds with --answer-column ({keys})"
         )
-        if good:
-            return [{"role": message["role"], "content": message["content"]} for message in prompt]
-    elif prompt is None or isinstance(prompt, (str, int, float)):
-        return [{"role": "user", "content": _text(prompt)}]
-    return None
+    if isinstance(value, list):
+        return json.dumps(value, ensure_ascii=False, default=str), (
+            f"has a list of {len(value)} answers in column `{column}`, and an answer is one value"
+        )
+    if isinstance(value, bool):
+        return json.dumps(value), ""
+    if isinstance(value, (float, Decimal)):
+        if not math.isfinite(value):
+            return str(value), ""
+        # 2.0, as pandas keeps whole numbers beside missing ones, and the decimal 2.00 are the number 2.
+        whole = abs(float(value)) < 1e15 and value == int(value)
+        return str(int(value)) if whole else str(value) if isinstance(value, float) else f"{value:f}", ""
+    if isinstance(value, datetime.datetime) and value.time() == datetime.time() and value.tzinfo is None:
+        value = value.date()
+    if isinstance(value, bytes):
+        try:
+            return value.decode(), ""
+        except UnicodeDecodeError:
+            return "", f"has an answer in column `{column}` that is bytes and no UTF-8 text"
+    return str(value), ""
+
+
+def _bare(value: Any) -> Any:
+    """The item of a list of one, whatever wraps it."""
+    value = _scalar(value)
+    return _bare(value[0]) if isinstance(value, list) and len(value) == 1 else value
+
+
+def _scalar(value: Any) -> Any:
+    """Plain Python for what numpy, pandas and torch keep: `tolist` of an array of no axes gives its one value."""
+    if type(value).__name__ == "datetime64":
+        value = value.astype("datetime64[us]")
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, bytearray | memoryview):
+        return bytes(value)
+    return list(value) if isinstance(value, tuple | set | frozenset) else value
+
+
+def _is_missing(value: Any) -> bool:
+    """None, and what pandas puts where there is no value."""
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):
+        return True
+    if isinstance(value, str):
+        return value.strip().casefold() in ("nan", "<na>")
+    return isinstance(value, float | Decimal) and math.isnan(value)
 
 
 def _check_tabular(name: str, rows: list[Row]) -> None:
@@ -180,9 +326,3 @@ def _check_tabular(name: str, rows: list[Row]) -> None:
                 f"column `{column}` of {name} mixes kinds of value ({', '.join(kinds)}), which a table cannot hold; "
                 "write all of its values as text, or drop the column."
             ) from None
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return ""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

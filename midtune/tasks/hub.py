@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from pathlib import Path
-from typing import Any
 
 from midtune.errors import InputError
 from midtune.network import REQUEST_TIMEOUT_S, Unreachable, ask_hub, hub_is_offline
-from midtune.tasks.reading import SUFFIXES, Line, Source, by_part
+from midtune.tasks.reading import FORMATS, Source, data_suffix, of_splits
 
-# Of a longer split, evenly spaced rows are read: no run uses more, and all in memory take gigabytes.
-MOST_ROWS = 100_000
 _ID = re.compile(r"[\w.-]+/[\w.-]+(?::[\w.-]+)?")
 
 
 def is_dataset(name: str) -> bool:
     """Whether a task's name has the form `org/name` or `org/name:CONFIGURATION` of a hub dataset."""
     path = Path(name).expanduser()
-    return _ID.fullmatch(name) is not None and path.suffix not in (*SUFFIXES, ".py") and not path.exists()
+    return (
+        _ID.fullmatch(name) is not None
+        and not name.endswith(".py")
+        and not data_suffix(name)
+        and not path.exists()
+    )
 
 
 def read_dataset(name: str) -> Source:
@@ -42,12 +42,11 @@ def read_dataset(name: str) -> Source:
     datasets.config.HF_HUB_OFFLINE = why is not None
     try:
         loaded = datasets.load_dataset(repository, configuration or None)
-        parts = {str(part): rows for part, rows in loaded.items()}
     except (OSError, ValueError, DatasetsError) as error:
         if why is not None:
             raise InputError(
                 f"{name} is neither a file or folder here nor in the cache of this machine, and {why}; go online "
-                "once, or give a jsonl, csv or parquet file or a folder of them."
+                f"once, or give a {FORMATS} file or a folder of them."
             ) from None
         # Of several configurations the message lists the names, on lines of their own.
         found = " ".join(str(error).split())[:300].rstrip(".")
@@ -57,14 +56,7 @@ def read_dataset(name: str) -> Source:
         ) from None
     finally:
         datasets.config.HF_HUB_OFFLINE = known
-    lines = {part: _lines(part, name, rows) for part, rows in parts.items()}
-    digest = hashlib.sha256()
-    for part, of_part in lines.items():
-        for line in of_part:
-            digest.update(f"{part} {json.dumps(line.row, sort_keys=True, default=str)}\n".encode())
-    thinned = [f"one row in {_step(rows)} of {part}" for part, rows in parts.items() if _step(rows) > 1]
-    note = f"{name} is long: {' and '.join(thinned)} is read." if thinned else ""
-    return by_part(name, lines, digest.hexdigest(), note)
+    return of_splits(name, loaded)
 
 
 def _unreachable(repository: str) -> str | None:
@@ -78,15 +70,3 @@ def _unreachable(repository: str) -> str | None:
     except Unreachable as error:
         return str(error)
     return None
-
-
-def _lines(part: str, name: str, rows: Any) -> list[Line]:
-    step = _step(rows)
-    chosen = rows if step == 1 else rows.select(range(0, len(rows), step))
-    return [
-        Line(f"row {place * step + 1} of {name}'s {part}", row) for place, row in enumerate(chosen.to_list())
-    ]
-
-
-def _step(rows: Any) -> int:
-    return -(-len(rows) // MOST_ROWS)

@@ -7,13 +7,17 @@ A task file defines:
   passed on to the reward. They have to be the same at each call, or a run cannot be resumed.
 - a class `Environment`, where the task is played in turns (`environment.py`).
 - `reward(prompts, completions, **columns) -> list[float]`, TRL's signature: `columns` has a list for each key
-  of the rows. It may be left out; then answers are compared as those of a data file are.
+  of the rows, whose values are as the rows have them. It may be left out; then answers are compared as those of a
+  data file are.
 
     def rows():
         return [{"prompt": f"What is {a} + {b}?", "answer": str(a + b)} for a in range(30) for b in range(30)]
 
     def reward(prompts, completions, answer, **columns):
         return [float(c[-1]["content"].strip() == a) for c, a in zip(completions, answer)]
+
+A reward beside a data file gets the file's columns alike. Where these have no `question` or `answer`, it gets what
+midtune read from the row under these names, as text.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ import hashlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -31,9 +35,21 @@ from typing import Any
 
 from midtune.errors import InputError
 from midtune.tasks.environment import CLASS
+from midtune.tasks.files import PLACE
 from midtune.tasks.reading import Line, Source, kind
 from midtune.tasks.rewards import Reward, named
+from midtune.tasks.split import Row
 
+# What TRL passes to a reward besides the columns of the data.
+TRL_NAMES = (
+    "prompts",
+    "completions",
+    "completion_ids",
+    "trainer_state",
+    "log_extra",
+    "log_metric",
+    "environments",
+)
 ROWS = "`rows()`, or `train_rows()` and `eval_rows()`"
 
 
@@ -141,9 +157,17 @@ def accepting(function: Callable[..., Any], name: str) -> Reward:
     parameters = inspect.signature(function).parameters.values()
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     taken = {parameter.name for parameter in parameters}
+    needed = [
+        parameter.name
+        for parameter in parameters
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+    ]
 
     def reward(**columns: Any) -> list[float]:
         available = {**_stand_ins(columns), **columns}
+        if missing := [parameter for parameter in needed if parameter not in available]:
+            raise InputError(_unavailable(name, missing[0], columns))
         passed = {key: value for key, value in available.items() if takes_all or key in taken}
         values = function(**passed)
         if inspect.isawaitable(values):
@@ -151,6 +175,39 @@ def accepting(function: Callable[..., Any], name: str) -> Reward:
         return values.tolist() if hasattr(values, "tolist") else values
 
     return named(reward, name)
+
+
+def _unavailable(name: str, parameter: str, columns: Mapping[str, Any]) -> str:
+    known = ", ".join(f"`{column}`" for column in columns if column not in TRL_NAMES) or "none"
+    models = ("tokenizer", "processing_class", "model", "processor")
+    hint = (
+        "load it in the reward's own file, such as with transformers' AutoTokenizer.from_pretrained"
+        if parameter in models
+        else "take one of these, or give it a default"
+    )
+    return (
+        f"the reward `{name}` asks for `{parameter}`, which is no column of the data (they are {known}), and TRL "
+        f"passes only {', '.join(f'`{passed}`' for passed in TRL_NAMES[:-1])} besides; {hint}."
+    )
+
+
+def with_own_columns(reward: Reward, rows: Sequence[Row]) -> Reward:
+    """A person's reward, which gets the columns of their rows as these stand in the file.
+
+    A problem says by `row` which row it came from: what trainers keep in tables changes types, and
+    `question` and `answer` are midtune's there.
+
+    Args:
+        rows: all rows that problems came from.
+    """
+    names = [name for name in dict.fromkeys(key for row in rows for key in row) if name not in TRL_NAMES]
+
+    def own(**columns: Any) -> list[float]:
+        places = columns.pop(PLACE)
+        given = {name: [rows[place].get(name) for place in places] for name in names}
+        return reward(**columns | given)
+
+    return named(own, reward.__name__)
 
 
 async def _awaited(values: Any) -> Any:

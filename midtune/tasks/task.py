@@ -16,9 +16,9 @@ from midtune.tasks.code import CODE, code_reward, code_row
 from midtune.tasks.environment import MAX_TURNS, Game, check_environment, reward_of, told_apart
 from midtune.tasks.files import Columns, Problems, is_file_name, problems_of
 from midtune.tasks.games import GAMES, draw_games, game_arguments
-from midtune.tasks.own import is_own, is_task_file, load_own_task, load_reward
+from midtune.tasks.own import TRL_NAMES, is_own, is_task_file, load_own_task, load_reward, with_own_columns
 from midtune.tasks.prompts import prompted
-from midtune.tasks.reading import Line, Source, read_path
+from midtune.tasks.reading import FORMATS, Line, Source, read_path
 from midtune.tasks.rewards import (
     BUILT_IN,
     SHAPING,
@@ -37,8 +37,8 @@ from midtune.tasks.split import Row, Split, given_split, split_rows
 class Task:
     """Problems to learn from, problems held out, and the functions that score completions.
 
-    Rows have `prompt` (chat messages, or a text to continue), `question` and `answer` (text); rows of a
-    file also have its other columns.
+    Rows have `prompt` (chat messages, or a text to continue), `question` and `answer` (text); what else they have is
+    for the rewards.
     """
 
     name: str
@@ -48,6 +48,7 @@ class Task:
     reward: Reward  # what training maximises
     score: Reward  # what evaluation reports, in [0, 1]; a person's own reward as it is
     own_reward: bool = False
+    columns: tuple[str, ...] = ()  # of the file, which a person's own reward gets
     game: Game | None = None  # how it is played, if in turns
     note: str | None = None  # a remark for the person, such as fewer problems than asked for
 
@@ -61,6 +62,7 @@ class _Problems:
     default: str
     identity: dict[str, Any]
     notes: Sequence[str] = ()
+    own: Sequence[Row] = ()  # the rows as they stand in the file
     environment: Any = None
     max_turns: int = MAX_TURNS
 
@@ -77,6 +79,7 @@ def load_task(
     prompt_format: str = "chat",
     eval_file: str | None = None,
     bad_rows: str = "stop",
+    last_turn: str = "stop",
     train_size: int,
     eval_size: int,
     seed: int,
@@ -89,8 +92,8 @@ def load_task(
     """The task called `name`, split into training and held-out problems.
 
     Args:
-        name: `reasoning-gym:NAME`, `tiny-programs`, `frozen-lake`, `textworld`, a jsonl, csv or parquet file, a folder
-            of them, a hub dataset (`org/name` or `org/name:CONFIGURATION`), or a task file in Python (`own.py`).
+        name: `reasoning-gym:NAME`, `tiny-programs`, `frozen-lake`, `textworld`, a data file (jsonl, csv, parquet …), a
+            folder of them, a hub dataset (`org/name` or `org/name:CONFIGURATION`), or a task file in Python (`own.py`).
         args: parameters of a reasoning-gym dataset or a game.
         reward: `exact`, `numeric`, `math`, `verifier`, `code`, `code-all`, `format`, `length`, `repetition` or
             `path/to/file.py:function`, each with `=WEIGHT` or without; several are added up. None: the default.
@@ -101,6 +104,7 @@ def load_task(
         prompt_format: `chat` for chat messages, `plain` for text that the model continues.
         eval_file: a file with the held-out problems.
         bad_rows: `stop` refuses rows that cannot be used, `drop` leaves them out.
+        last_turn: of a conversation that ends in the assistant's answer: `stop` refuses it, `cut` leaves that turn out.
         train_size: most training problems.
         eval_size: most held-out problems.
         seed: fixes the problems and the split.
@@ -126,7 +130,9 @@ def load_task(
         "answer" if is_code else answer_column,
         needs_answer=not own.keys() & judges[:1] and not is_code,
         prepare=partial(code_row, prompt_column=prompt_column or "prompt") if is_code else None,
+        carried=("tests",) if is_code else (),
         drop=bad_rows == "drop",
+        cut=last_turn == "cut",
     )
     sizes = {"train_size": train_size, "eval_size": eval_size, "seed": seed}
     found = _problems(name, args, columns, eval_file, judges, sizes, tools=tools is not None)
@@ -137,6 +143,8 @@ def load_task(
             f"the reward `verifier` exists for reasoning-gym tasks and task files with a `reward` only, and {name} "
             "is neither; use exact, numeric, math, code or path/to/file.py:function."
         )
+    if found.own:
+        own = {text: (with_own_columns(mine, found.own), digest) for text, (mine, digest) in own.items()}
     opened = sandbox() if sandbox is not None and weights.keys() & {*CODE} else None
     parts = {
         text: own[text][0] if text in own else _reward(text, found.verifier, opened, shaping)
@@ -157,6 +165,8 @@ def load_task(
     # Said only where it is so, that other tasks keep their fingerprints.
     if template is not None:
         identity["template"] = template
+    if columns.cut:
+        identity["last_turn"] = last_turn
     if whole is not parts[judge]:
         identity["rewards"] = [[digests.get(text, text), weight] for text, weight in weights.items()]
     game = None
@@ -168,7 +178,8 @@ def load_task(
         identity["turns"] = [turns, turn_tokens, *(["tools"] if tools else [])]
     put = partial(prompted, template=template, system_prompt=system_prompt, prompt_format=prompt_format)
     warning = None if opened is None else opened.warning
-    notes = [*found.notes, _note(found.split, train_size, eval_size), warning]
+    own_names = tuple(dict.fromkeys(key for row in found.own for key in row)) if own or is_own_reward else ()
+    notes = [*found.notes, _note(found.split, train_size, eval_size), _shadowed(own_names), warning]
     return Task(
         name=name,
         fingerprint=_fingerprint(identity),
@@ -177,6 +188,7 @@ def load_task(
         reward=whole,
         score=parts[judge] if is_own_reward else solved(parts[judge]),
         own_reward=is_own_reward,
+        columns=tuple(name for name in own_names if name not in TRL_NAMES),
         game=game,
         note=" ".join(filter(None, notes)) or None,
     )
@@ -217,7 +229,7 @@ def _problems(
         if mine.environment is not None:
             check_environment(mine.environment, name, tools=tools)
             judge = reward_of(mine.environment, name, judges, mine.reward)
-            asked = replace(columns, needs_answer=False)
+            asked = replace(columns, needs_answer=False, carried=None)
             found = _of_source(mine.source, asked, eval_file, sizes, judge, in_turns=True)
             return replace(found, environment=mine.environment)
         judged = mine.reward is not None and (not judges or judges[0] == "verifier")
@@ -237,14 +249,15 @@ def _of_source(
     verifier: Reward | None = None,
     in_turns: bool = False,
 ) -> _Problems:
-    def read(source: Source, lines: Sequence[Line]) -> Problems:
-        problems = problems_of(source, lines, columns)
+    def read(source: Source, lines: Sequence[Line], first: int = 0) -> Problems:
+        problems = problems_of(source, lines, columns, first)
         # Episodes with one prompt differ by the other columns, such as a seed.
         return replace(problems, rows=[told_apart(row) for row in problems.rows]) if in_turns else problems
 
     problems = read(source, source.lines)
     identity = {"file": source.digest, "columns": problems.columns}
     notes = [source.note, problems.note]
+    own = problems.own
     apart, evaluation = source, source.evaluation
     if eval_file is not None:
         apart = read_path(eval_file)
@@ -253,18 +266,21 @@ def _of_source(
     if evaluation is None:
         split = split_rows(problems.rows, **sizes)
     else:
-        held_out = read(apart, evaluation)
+        held_out = read(apart, evaluation, len(own))
+        own = [*own, *held_out.own]
         split, shared = given_split(problems.rows, held_out.rows, **sizes, drop=columns.drop)
         notes.append(held_out.note)
         if shared:
             notes.append(f"left out {shared} training questions that evaluation has too.")
     default = default_reward([row["answer"] for row in problems.rows])
+    own = [] if in_turns else own
     return _Problems(
         split,
-        verifier,
+        verifier and (with_own_columns(verifier, own) if own else verifier),
         default if verifier is None else "verifier",
         identity,
         [note for note in notes if note],
+        own,
     )
 
 
@@ -320,6 +336,16 @@ def _bare(split: Split) -> Split:
     )
 
 
+def _shadowed(names: Sequence[str]) -> str | None:
+    taken = [name for name in names if name in TRL_NAMES]
+    if not taken:
+        return None
+    return (
+        f"the reward does not get {', '.join(f'the column `{name}`' for name in taken)}: TRL passes its own under this "
+        "name; rename it to use it."
+    )
+
+
 def _note(split: Split, train_size: int, eval_size: int) -> str | None:
     short = len(split.train) < train_size or len(split.held_out) < eval_size
     if split.distinct is None or not short:
@@ -341,5 +367,5 @@ def _unknown(name: str) -> str:
     made = ", ".join(f"`{known}`" for known in (programs.NAME, *GAMES))
     return (
         f"the task `{name}` is {kind}; give `{gym.PREFIX}NAME`, {made}, a hub dataset (org/name), a task file in "
-        "Python, or a jsonl, csv or parquet file or a folder of them."
+        f"Python, or a {FORMATS} file or a folder of them."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -20,9 +22,10 @@ from transformers import (
 )
 
 from midtune.errors import InputError
-from midtune.model.loading import load_policy
+from midtune.model.loading import load_policy, load_tokenizer
 from midtune.model.policy import Policy
 from midtune.model.sources import resolve
+from midtune.rollout.speech import prompt_ids
 from tests.conftest import ARCHITECTURES
 from tests.model.toy_training import TOKENS, logits_of
 
@@ -111,8 +114,78 @@ def test_an_encoder_decoder_is_refused(random_checkpoint: Make, load: Load, tmp_
 @pytest.mark.parametrize("architecture", ["qwen3", "gemma3_text", "llama"])
 def test_a_model_without_a_tokenizer_is_refused(load: Load, tmp_path: Path, architecture: str) -> None:
     load(architecture, "none").model.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="has no tokenizer|Couldn't instantiate the backend tokenizer"):
+    with pytest.raises(InputError, match=r"has no tokenizer.*; put its files \(tokenizer.json"):
         load(tmp_path)
+
+
+def with_tokenizer(folder: Path, tmp_path: Path, change: Callable[[Any], None]) -> Path:
+    """A copy of a checkpoint whose tokenizer is changed."""
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    change(tokenizer)
+    for file in copy.glob("*token*"):
+        file.unlink()
+    (copy / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(copy)
+    return copy
+
+
+@pytest.mark.parametrize(
+    "template", [None, "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"]
+)
+def test_a_tokenizers_bos_is_put_before_a_prompt_once(
+    random_checkpoint: Make, tmp_path: Path, template: str | None
+) -> None:
+    def change(tokenizer: Any) -> None:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+        )
+        tokenizer.chat_template = template
+
+    tokenizer = load_tokenizer(resolve(str(with_tokenizer(random_checkpoint(), tmp_path, change))))
+    text = "Hi\n" if template is None else "Hi"
+    expected = [1, *tokenizer.encode(text, add_special_tokens=False)]
+    assert prompt_ids(tokenizer, [{"role": "user", "content": "Hi"}]) == expected
+    assert prompt_ids(tokenizer, text) == expected
+
+
+def test_a_tokenizer_that_adds_no_bos_gets_none(random_checkpoint: Make, tmp_path: Path) -> None:
+    def change(tokenizer: Any) -> None:
+        tokenizer.chat_template = None
+
+    tokenizer = load_tokenizer(resolve(str(with_tokenizer(random_checkpoint(), tmp_path, change))))
+    assert prompt_ids(tokenizer, [{"role": "user", "content": "Hi"}]) == prompt_ids(tokenizer, "Hi\n")
+    assert tokenizer.bos_token_id not in prompt_ids(tokenizer, "Hi\n")
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(
+    random_checkpoint: Make, load: Load, tmp_path: Path
+) -> None:
+    folder = with_tokenizer(
+        random_checkpoint(), tmp_path, lambda t: t.add_tokens([f"<x{n}>" for n in range(40)])
+    )
+    with pytest.raises(
+        InputError, match=r"tokens \('<x\d+>', .*, …\) beyond the \d+ that its embedding .*resize_tok"
+    ):
+        load(folder)
+
+
+@pytest.mark.parametrize("damaged", ["", "{", "[]", "null", '{"model": 3}'])
+def test_a_damaged_tokenizer_is_one_sentence(random_checkpoint: Make, tmp_path: Path, damaged: str) -> None:
+    folder = with_tokenizer(random_checkpoint(), tmp_path, lambda tokenizer: None)
+    (folder / "tokenizer.json").write_text(damaged)
+    with pytest.raises(InputError, match=r"has no tokenizer .*; put its files"):
+        load_tokenizer(resolve(str(folder)))
+
+
+def test_a_tokenizer_without_padding_and_end_is_refused(random_checkpoint: Make, tmp_path: Path) -> None:
+    def change(tokenizer: Any) -> None:
+        tokenizer.pad_token = tokenizer.eos_token = None
+
+    folder = with_tokenizer(random_checkpoint(), tmp_path, change)
+    with pytest.raises(InputError, match="neither a padding token nor one that ends a text"):
+        load_tokenizer(resolve(str(folder)))
 
 
 def test_the_tokenizer_pads_on_the_left(load: Load) -> None:

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from midtune.config import RunConfig, load_config
+from midtune.config import RunConfig, load_config, with_settings
 from midtune.errors import InputError
+from midtune.report.results import tasks_text
 from midtune.report.terminal import Terminal
 from midtune.stages import tasks, train
 from midtune.stages.setup import open_task
@@ -22,7 +24,7 @@ def rows():
     return [{"prompt": f"{n} + 1?", "answer": n + 1, "level": "easy"} for n in range(12)]
 
 def reward(prompts, completions, answer, **columns):
-    return [float(c[-1]["content"] == a) for c, a in zip(completions, answer)]
+    return [float(c[-1]["content"] == str(a)) for c, a in zip(completions, answer)]
 """
 PROMPTS = [f"{n} + {n} = {'? ' * n}" for n in range(12)]
 
@@ -44,7 +46,23 @@ def test_a_sound_task_is_said_to_be_so(tmp_path: Path, terminal: Terminal) -> No
     found = tasks.run(of_file(tmp_path, TASK), terminal, check=True)
     assert found["checked"] == str(tmp_path / "mine.py")
     assert found["findings"][0] == "8 problems to train on and 4 to evaluate on, none of them in both"
-    assert "the reward also gets `level`" in found["findings"]
+    assert "the reward gets the columns `prompt`, `answer`, `level`" in found["findings"]
+
+
+def test_a_reward_in_doubt_is_said_first(
+    tmp_path: Path, terminal: Terminal, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "zero.py").write_text("def zero(completions, **columns): return [0.0] * len(completions)")
+    rows = [json.dumps({"prompt": prompt, "answer": 1}) for prompt in PROMPTS]
+    (tmp_path / "data.jsonl").write_text("\n".join(rows))
+    settings = {"task.name": str(tmp_path / "data.jsonl"), "task.reward": f"{tmp_path / 'zero.py'}:zero"}
+    config = with_settings(of_file(tmp_path, TASK), settings)
+    found = tasks.run(config, terminal, check=True)
+    assert len(found["doubts"]) == 1
+    Console(width=300).print(tasks_text(found))
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first.endswith("data.jsonl can be read, but its reward is in doubt")
+    assert second.strip().startswith("the reward `zero` never gave more than 0 for")
 
 
 def test_rows_that_change_from_call_to_call_are_refused(tmp_path: Path, terminal: Terminal) -> None:

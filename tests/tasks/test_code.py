@@ -347,7 +347,7 @@ def test_a_file_of_problems_becomes_a_task(sandbox: Sandbox, tmp_path: Path) -> 
     rows = [{**MBPP, "text": f"Problem {n}"} for n in range(6)]
     path.write_text("\n".join(map(json.dumps, rows)))
     task = load(path, sandbox)
-    assert set(task.train[0]) == {"task_id", "prompt", "question", "answer", "tests"}
+    assert set(task.train[0]) == {"prompt", "question", "answer", "tests", "row"}
     assert task.reward.__name__ == "code"
     check_reward(task)
     right = f"```python\n{MBPP['code']}\n```"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import json
+import lzma
 import socket
 import time
 from pathlib import Path
@@ -13,7 +17,7 @@ import pytest
 from midtune import network
 from midtune.errors import InputError
 from midtune.network import HUB_OFFLINE, OFFLINE
-from midtune.tasks import check_reward, hub
+from midtune.tasks import check_reward, hub, reading
 from tests.tasks.toy_data import gsm8k, load, math, scores, write
 
 SPLITS = {"train": gsm8k(8), "test": gsm8k(4, start=20)}
@@ -79,11 +83,15 @@ def test_a_folder_keeps_training_and_test_files_apart(tmp_path: Path) -> None:
     write(tmp_path / "main/train-00001-of-00002.parquet", gsm8k(5, start=5))
     write(tmp_path / "main/test-00000-of-00001.parquet", gsm8k(4, start=50))
     write(tmp_path / "main/validation.jsonl", gsm8k(4, start=90))
-    (tmp_path / "dataset_infos.json").write_text("{}")
+    (tmp_path / "dataset_infos.json").write_text('{"main": {"splits": [{"name": "train"}]}}')
+    (tmp_path / "README.md").write_text("Problems.")
     task = load(tmp_path, eval_size=10)
     assert {row["question"] for row in task.train} == {row["question"] for row in gsm8k(10)}
     assert {row["question"] for row in task.held_out} == {row["question"] for row in gsm8k(4, start=50)}
-    assert task.note == f"of {tmp_path}, validation is not used."
+    assert task.note == (
+        f"{tmp_path}: left out README.md, dataset_infos.json, with no problems in {reading.FORMATS}. of {tmp_path}, "
+        "validation (main/validation.jsonl) is not used."
+    )
 
 
 def test_a_folder_without_a_test_file_is_split(tmp_path: Path) -> None:
@@ -91,7 +99,9 @@ def test_a_folder_without_a_test_file_is_split(tmp_path: Path) -> None:
     write(tmp_path / "b.jsonl", gsm8k(6, start=4))
     task = load(tmp_path)
     assert (len(task.train), len(task.held_out)) == (7, 3)
-    with pytest.raises(InputError, match="the folder .* has no jsonl, csv or parquet files"):
+    with pytest.raises(
+        InputError, match="the folder .* has no jsonl, json, csv, tsv, parquet or arrow files"
+    ):
         (tmp_path / "empty").mkdir()
         load(tmp_path / "empty")
 
@@ -151,7 +161,7 @@ def test_a_hub_dataset_gives_its_splits(monkeypatch: pytest.MonkeyPatch) -> None
     assert asked == [("openai/gsm8k", "main", False)]
     assert (len(task.train), len(task.held_out)) == (8, 3)
     assert {row["question"] for row in task.held_out} < {row["question"] for row in gsm8k(4, start=20)}
-    monkeypatch.setattr(hub, "MOST_ROWS", 4)
+    monkeypatch.setattr(reading, "MOST_ROWS", 4)
     thinned = load("openai/gsm8k:main")
     assert {row["question"] for row in thinned.train} == {f"Problem {n}?" for n in (0, 2, 4, 6)}
     assert thinned.note == "openai/gsm8k:main is long: one row in 2 of train is read."
@@ -193,3 +203,115 @@ def test_a_hub_that_cannot_be_reached_takes_seconds(monkeypatch: pytest.MonkeyPa
     with pytest.raises(InputError, match="and the hub cannot be reached"):
         load("openai/gsm8k:main")
     assert time.perf_counter() - started < 2.5
+
+
+ROWS = gsm8k(12)
+QUESTIONS = {row["question"] for row in ROWS}
+
+
+def delimited(delimiter: str) -> str:
+    return "".join(f"{row['question']}{delimiter}{row['answer'].split()[-1]}\n" for row in ROWS)
+
+
+LINES = "\n".join(map(json.dumps, ROWS)).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("array.json", json.dumps(ROWS, indent=2).encode()),
+        ("array.jsonl", json.dumps(ROWS).encode()),
+        ("lines.json", LINES),
+        ("key.json", json.dumps({"version": "1", "data": ROWS}).encode()),
+        ("columns.json", json.dumps({key: [row[key] for row in ROWS] for key in ROWS[0]}).encode()),
+        (
+            "pandas.json",
+            json.dumps({key: {str(n): row[key] for n, row in enumerate(ROWS)} for key in ROWS[0]}).encode(),
+        ),
+        ("data.jsonl.gz", gzip.compress(LINES)),
+        ("data.json.bz2", bz2.compress(LINES)),
+        ("data.JSONL.xz", lzma.compress(LINES)),
+        ("data.tsv", ("question\tanswer\n" + delimited("\t")).encode()),
+        ("data.csv.gz", gzip.compress(("question,answer\n" + delimited(",")).encode())),
+        ("excel.csv", ("\ufeffQUESTION;Answer \n" + delimited(";")).replace("\n", "\r\n").encode()),
+        ("named.csv", ("sep=;\nQuestion;Answer\n" + delimited(";")).encode()),
+        ("unicode.csv", ("Question\tAnswer\n" + delimited("\t")).encode("utf-16")),
+    ],
+)
+def test_published_forms_of_files_are_read(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    task = load(tmp_path / name)
+    assert {row["question"] for row in [*task.train, *task.held_out]} == QUESTIONS
+    assert task.reward.__name__ == "numeric"
+    assert scores(task, "So #### {n+1}") == [1.0, 1.0]
+    assert not hub.is_dataset(f"data/{name}")
+
+
+def test_what_datasets_saved_is_read(tmp_path: Path) -> None:
+    parts = {part: datasets.Dataset.from_list(rows) for part, rows in SPLITS.items()}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "both")
+    task = load(tmp_path / "both", eval_size=9)
+    assert {row["question"] for row in task.train} == {row["question"] for row in SPLITS["train"]}
+    assert {row["question"] for row in task.held_out} == {row["question"] for row in SPLITS["test"]}
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
+    (file,) = (tmp_path / "one").glob("*.arrow")
+    for path in (tmp_path / "one", file):
+        task = load(path)
+        assert {row["question"] for row in [*task.train, *task.held_out]} == QUESTIONS
+    (tmp_path / "both/dataset_dict.json").write_text("{}")
+    with pytest.raises(InputError, match="which `save_to_disk` wrote, cannot be read"):
+        load(tmp_path / "both")
+
+
+@pytest.mark.parametrize(
+    "name", ["test.json", "test.jsonl.gz", "test.tsv", "testing.csv", "data/test-00000.json"]
+)
+def test_a_folders_test_file_is_kept_apart_in_any_format(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "train.jsonl", gsm8k(6))
+    rows = gsm8k(4, start=50)
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    text = json.dumps(rows)
+    if path.suffix in (".tsv", ".csv"):
+        mark = "\t" if path.suffix == ".tsv" else ","
+        text = f"question{mark}answer\n" + "".join(f"{row['question']}{mark}1\n" for row in rows)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    task = load(tmp_path, eval_size=9)
+    assert {row["question"] for row in task.train} == {row["question"] for row in gsm8k(6)}
+    assert {row["question"] for row in task.held_out} == {row["question"] for row in rows}
+
+
+def test_splits_that_are_put_together_are_named(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", gsm8k(6))
+    write(tmp_path / "heldout.jsonl", gsm8k(6, start=50))
+    note = load(tmp_path, train_size=9).note
+    assert note == (
+        f"{tmp_path} has no evaluation split, so what has no split (heldout.jsonl) and train (train.jsonl) is split "
+        "anew."
+    )
+
+
+def test_maths_folders_have_a_problem_a_file(tmp_path: Path) -> None:
+    for part, start in (("train", 1), ("test", 50)):
+        for n, row in enumerate(math(6, start=start)):
+            path = tmp_path / part / "algebra" / f"{n}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(row, indent=2))
+    task = load(tmp_path, eval_size=9)
+    assert (len(task.train), len(task.held_out), task.note) == (6, 6, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("data.jsonl.gz", b"no gzip", "is not a .gz file that can be read"),
+        ("data.jsonl.gz", gzip.compress(LINES)[:-20], "is not a .gz file that can be read"),
+        ("data.json.xz", b"no", "is not a .xz file that can be read"),
+        ("data.arrow", b"no arrow at all", "is not an arrow file that can be read"),
+        ("data.csv", "Question;Answer\né;1\n".encode("latin-1"), "not UTF-8 text; save it as UTF-8"),
+    ],
+)
+def test_a_damaged_file_is_one_sentence(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        load(tmp_path / name)

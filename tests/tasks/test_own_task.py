@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from midtune.errors import InputError
-from midtune.tasks import check_reward, scored_samples
+from midtune.tasks import Task, check_reward, doubts, scored_samples
 from tests.tasks.toy_data import load
 
 ROWS = """
@@ -106,3 +108,105 @@ def test_a_wrong_reward_is_found_before_the_run(tmp_path: Path, code: str, messa
 def test_a_missing_file() -> None:
     with pytest.raises(InputError, match=r"task file none.py does not exist; .* defines `rows\(\)`"):
         load("none.py")
+
+
+SEES = """
+seen = []
+
+def sees(prompts, completions, **columns):
+    seen.append({key: values for key, values in columns.items() if isinstance(values, list)})
+    return [1.0 if prompt else 0.0 for prompt in prompts]
+"""
+
+
+def test_a_reward_gets_the_columns_of_its_file_as_they_are(tmp_path: Path) -> None:
+    rows = [
+        {
+            "prompt": f"Briefly: {n}?",
+            "question": n,
+            "answer": f"long {n}",
+            "solution": f"\\boxed{{{n}}}",
+            "mixed": n if n % 2 else [str(n)],
+            "prompts": "mine",
+            "completions": ["mine"],
+            "completion": 1.5,
+        }
+        for n in range(8)
+    ]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "reward.py").write_text(SEES)
+    reward = f"{tmp_path / 'reward.py'}:sees"
+    task = load(tmp_path / "data.jsonl", reward=reward, answer_column="solution")
+    assert task.columns == ("prompt", "question", "answer", "solution", "mixed", "completion")
+    assert task.note is not None
+    assert (
+        "the reward does not get the column `prompts`, the column `completions`: TRL passes its own"
+        in task.note
+    )
+    row = task.held_out[0]
+    columns = {key: [row[key]] for key in row if key != "prompt"}
+    assert task.reward(prompts=[row["prompt"]], completions=["x"], completion_ids=[[1]], **columns) == [1.0]
+    (module,) = (
+        m for m in [*sys.modules.values()] if getattr(m, "__file__", None) == str(tmp_path / "reward.py")
+    )
+    found = module.seen[-1]
+    own = rows[found["question"][0]]
+    assert found == {"completion_ids": [[1]], **{key: [own[key]] for key in task.columns}}
+    assert row["question"] == own["prompt"]
+    assert row["answer"] == own["solution"]
+
+
+def test_types_of_a_task_file_reach_its_reward(tmp_path: Path) -> None:
+    code = """
+from datetime import date
+from fractions import Fraction
+
+def rows():
+    return [{"prompt": f"1/{n}?", "answer": Fraction(1, n), "day": date(2024, 1, n)} for n in range(2, 12)]
+
+def reward(completions, answer, day, question):
+    assert all(type(a) is Fraction and type(d) is date for a, d in zip(answer, day))
+    assert all(q == f"1/{a.denominator}?" for q, a in zip(question, answer))
+    return [float(c[-1]["content"] == str(a)) for c, a in zip(completions, answer)]
+"""
+    task = load(written(tmp_path, code))
+    check_reward(task)
+    right, wrong = scored_samples(task, task.train[0])
+    assert (right.score, wrong.score) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "message"),
+    [
+        ("tokenizer", r"asks for `tokenizer`, .*they are `question`, .* AutoTokenizer.from_pretrained\.$"),
+        ("processing_class", "asks for `processing_class`, .*load it in the reward's own file"),
+        ("colour", "asks for `colour`, which is no column of the data .*take one of these"),
+    ],
+)
+def test_what_a_reward_asks_for_and_nobody_passes_is_named(
+    tmp_path: Path, parameter: str, message: str
+) -> None:
+    code = f"def reward(completions, {parameter}, **columns): return [1.0] * len(completions)"
+    with pytest.raises(InputError, match=message):
+        check_reward(load(written(tmp_path, ROWS + code)))
+
+
+def test_a_reward_that_never_pays_is_doubted(tmp_path: Path) -> None:
+    def task(value: str) -> Task:
+        return load(
+            written(tmp_path, ROWS.replace("answer", "a") + f"def reward(completions): return {value}")
+        )
+
+    with pytest.raises(InputError, match="`reward` of .* gives None for all of 18 completions of 9 problems"):
+        doubts(task("[None for _ in completions]"))
+    (doubt,) = doubts(task("[0 for _ in completions]"))
+    assert (
+        "never gave more than 0 for 18 completions of 9 problems, right and wrong ones (it gave 0)" in doubt
+    )
+    (doubt,) = doubts(task("[-len(c[0]['content']) for c in completions]"))
+    assert "(it gave -14 to 0)" in doubt
+    assert doubts(task("[len(c[0]['content']) for c in completions]")) == []
+    rewarded = (
+        ROWS + "def reward(completions, answer): return [c[0]['content'] == f'#### {a}' for c, a in zip("
+    )
+    assert doubts(load(written(tmp_path, rewarded + "completions, answer)]"))) == []
