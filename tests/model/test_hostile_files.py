@@ -73,7 +73,7 @@ FILES: dict[str, tuple[Change, str]] = {
     "a model type that is a list": (config(model_type=["a"]), "unhashable"),
     "a type of numbers": (config(dtype="float999"), "float999"),
     "rope": (config(rope_parameters=[1]), "rope_parameters"),
-    "quantization": (config(quantization_config="x"), "cannot be loaded"),
+    "quantization": (config(quantization_config="x"), "that can be read"),
     "code": (config(model_type="evil", auto_map={"AutoConfig": "evil.Config"}), "custom code"),
     "deep configuration": (text("config.json", DEEP), "config.json is not valid JSON"),
     "a configuration of digits": (text("config.json", '{"a":' + "9" * 9999 + "}"), "not valid JSON"),
@@ -108,10 +108,10 @@ FILES: dict[str, tuple[Change, str]] = {
     "shape": (tensors(shape=[2**62, 2**62]), "overflow"),
     "kind of number": (tensors(dtype="X9"), "unknown variant `X9`"),
     "deep tokenizer": (text("tokenizer.json", "[" * 200_000), "recursion"),
-    "empty tokenizer": (text("tokenizer.json", "{}"), "cannot be loaded"),
-    "tokenizer of a list": (text("tokenizer_config.json", "[]"), "cannot be loaded"),
-    "longest text": (text("tokenizer_config.json", '{"model_max_length": "x"}'), "cannot be loaded"),
-    "end token": (text("tokenizer_config.json", '{"eos_token": 5}'), "cannot be loaded"),
+    "empty tokenizer": (text("tokenizer.json", "{}"), "that can be read"),
+    "tokenizer of a list": (text("tokenizer_config.json", "[]"), "that can be read"),
+    "longest text": (text("tokenizer_config.json", '{"model_max_length": "x"}'), "that can be read"),
+    "end token": (text("tokenizer_config.json", '{"eos_token": 5}'), "that can be read"),
     "deep generation settings": (text("generation_config.json", DEEP), "recursion"),
 }
 
