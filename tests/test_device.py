@@ -1,5 +1,7 @@
 import os
 import platform
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -162,3 +164,16 @@ def test_what_torch_freed_on_a_card_counts_as_free() -> None:
     assert torch.cuda.memory_reserved(target) >= 2**28
     # Other processes may have taken or given back some.
     assert abs(free_bytes(target) - before) < 2**26
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_process_sees_the_card_it_was_told_to_use() -> None:
+    last = torch.cuda.device_count() - 1
+    code = (
+        "from midtune.device import resolve_device, show_one_card; from midtune.savings.cards import card_names; "
+        f"show_one_card('cuda:{last}', len(card_names())); device = resolve_device('cuda:{last}'); import torch; "
+        "torch.zeros(1, device=device); print(torch.cuda.device_count(), torch.cuda.get_device_properties(device).uuid)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert shown.split() == ["1", str(torch.cuda.get_device_properties(last).uuid)]

@@ -119,6 +119,14 @@ def test_the_hosts_allocator_runs_out_of_memory_too() -> None:
     assert is_out_of_memory(caught.value)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_card_runs_out_of_memory_too() -> None:
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        torch.empty(2**50, device="cuda")
+    assert is_out_of_memory(caught.value)
+
+
 @pytest.mark.parametrize(
     ("error", "expected"),
     [

@@ -1,5 +1,6 @@
 import mmap
 import os
+import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable
@@ -300,6 +301,15 @@ def test_peaks_of_phases_on_a_card() -> None:
     assert found == {"rollout": 64 * 2**20, "update": 16 * 2**20}
     assert meter.peaks["update"]["reserved_bytes"] >= meter.peaks["update"]["peak_bytes"]
     assert meter.peak_bytes() - base == 64 * 2**20
+
+
+@pytest.mark.gpu
+def test_a_peak_is_reset_before_anything_else_is_done_on_a_card() -> None:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
+    code = "from midtune.savings.meter import Meter; assert Meter('cuda:0').reset_peak()"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.gpu
