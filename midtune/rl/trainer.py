@@ -167,9 +167,11 @@ class LayerGRPOTrainer(GRPOTrainer):
             halves=self.accelerator.num_processes == 1,
             others=policy.sampling_rows.others,
         )
-        if self.accelerator.device != policy.device and policy.device.index is not None:
+        # accelerate says `cuda` of the current card, without its number; a tensor there has one.
+        computes_on = torch.empty(0, device=self.accelerator.device).device
+        if computes_on != policy.device:
             raise MidtuneError(
-                f"the model is on {policy.device}, but the trainer computes on {self.accelerator.device}; choose a "
+                f"the model is on {policy.device}, but the trainer computes on {computes_on}; choose a "
                 "card with --device, or with CUDA_VISIBLE_DEVICES before Python starts."
             )
         check_trainable(policy)

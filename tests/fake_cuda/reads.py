@@ -1,0 +1,185 @@
+"""Where the host reads what the card has computed, and so waits until the card has done all it was given.
+
+Every such read is an error in `steps.py` but those that are listed here. Who takes one out of the code strikes it here.
+"""
+
+from __future__ import annotations
+
+import linecache
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import midtune
+
+MIDTUNE = Path(midtune.__file__).parent
+
+
+class Read(NamedTuple):
+    """A read that is wanted.
+
+    Attributes:
+        function: of midtune, `file:qualified name`.
+        code: part of the line that is running there.
+        why: the reason.
+        library: the function of a library that reads on midtune's behalf, `package/file:qualified name`.
+    """
+
+    function: str
+    code: str
+    why: str
+    library: str = ""
+
+
+class Site(NamedTuple):
+    """Where a read has happened; see `Read`."""
+
+    function: str
+    line: str
+    library: str
+
+    def is_of(self, read: Read) -> bool:
+        return (
+            self.function == read.function
+            and read.code in self.line
+            and self.library.startswith(read.library)
+        ) and bool(self.library) == bool(read.library)
+
+
+class UnwantedRead(Exception):
+    """The card's data was read where the list has nothing."""
+
+
+class Reads:
+    """Takes note of reads."""
+
+    def __init__(self) -> None:
+        self.seen: set[Read] = set()
+
+    def __call__(self, func: Any) -> None:
+        site = site_of(sys._getframe(1))
+        wanted = [read for read in WANTED if site.is_of(read)]
+        if not wanted:
+            raise UnwantedRead(
+                f"{func} reads the card's data in {site.function}, at `{site.line}`"
+                + (f", by {site.library}" if site.library else "")
+                + "; keep it on the card, or list it in tests/fake_cuda/reads.py with the reason"
+            )
+        self.seen.update(wanted)
+
+
+def site_of(frame: FrameType | None) -> Site:
+    """The innermost function of midtune that is running, and of a library that it has called."""
+    library = ""
+    while frame is not None:
+        path, name = Path(frame.f_code.co_filename), frame.f_code.co_qualname
+        if path.is_relative_to(MIDTUNE):
+            line = linecache.getline(str(path), frame.f_lineno).strip()
+            return Site(f"{path.relative_to(MIDTUNE).as_posix()}:{name}", line, library)
+        _, found, inside = path.as_posix().rpartition("/site-packages/")
+        if found and not library and not inside.startswith("torch/"):
+            library = f"{inside}:{name}"
+        frame = frame.f_back
+    return Site("", "", library)
+
+
+MASKS = "transformers/masking_utils.py:_ignore_causal_mask_sdpa"
+NO_MASK = "Transformers drops a mask that masks nothing, for a faster kernel"
+TRL_LOGS = "TRL logs means, each by itself"
+
+WANTED = [
+    # Once a sampled token.
+    Read("rollout/sampler.py:_sample_together", "output = policy.model(", NO_MASK, MASKS),
+    Read("rollout/sampler.py:_sample_together", "not going.any()", "sampling ends when every row has ended"),
+    Read("rollout/sampler.py:_sample_together", "if not going.all()", "rows that have ended leave the batch"),
+    Read("rollout/stream.py:Stream._said", "self.policy.model(", NO_MASK, MASKS),
+    Read(
+        "rollout/stream.py:Stream.draw",
+        "held[going, step] = values[going]",
+        "rows that have ended keep theirs",
+    ),
+    Read("rollout/stream.py:Stream.draw", "if not going.any()", "drawing ends when every row has ended"),
+    # Whenever rows leave, and once a block where keys and values move.
+    Read(
+        "rollout/keys_values.py:closed_up",
+        "count = int(going.sum())",
+        "the batch has so many rows from then on",
+    ),
+    Read("rollout/keys_values.py:closed_up", "kept[~going[:count]] =", "the places that become free"),
+    Read(
+        "rollout/keys_values.py:RoomyLayer.batch_select_indices",
+        ".nonzero()",
+        "only rows that move are copied",
+    ),
+    # Once a rollout, or a turn of one.
+    Read(
+        "rollout/sampler.py:_sample_together",
+        "longest = int(lengths.max())",
+        "completions are cut to the longest",
+    ),
+    Read("rollout/sampler.py:Rollout.completions", "self.completion_ids.tolist()", "rewards read text"),
+    Read("rollout/stream.py:Stream.draw", "kept = zip(ids.tolist()", "environments read text"),
+    Read(
+        "rollout/stream.py:Stream._close_up", "self._mask.sum(1).max()", "columns without tokens are dropped"
+    ),
+    Read("rollout/boundary.py:_below.<locals>.below", "policy.model(", NO_MASK, MASKS),
+    # Once a step.
+    Read(
+        "rl/trainer.py:LayerGRPOTrainer._prepare_inputs",
+        "self._generate_and_score_completions(",
+        "TRL logs lengths, rewards and completions, and pads anew what it got as lists",
+        "trl/",
+    ),
+    Read(
+        "rl/trainer.py:LayerGRPOTrainer._calculate_rewards", "super()._calculate_rewards(", TRL_LOGS, "trl/"
+    ),
+    Read(
+        "rl/trainer.py:LayerGRPOTrainer._calculate_rewards",
+        ".double().cpu()",
+        "advantages are formed in NumPy",
+    ),
+    Read(
+        "rl/trainer.py:LayerGRPOTrainer._cut_share", "return float(", "the share of cut completions is shown"
+    ),
+    Read("rl/training.py:train_blocks", "trainer.train(", "Trainer logs the loss", "transformers/trainer.py"),
+    Read(
+        "rl/training.py:train_blocks",
+        "trainer.train(",
+        "fp16 leaves out a step whose gradients overflow",
+        "accelerate/optimizer.py",
+    ),
+    # Once a micro-batch.
+    Read("rl/trainer.py:LayerGRPOTrainer._take_gradient", "super()._compute_loss(", TRL_LOGS, "trl/"),
+    Read(
+        "rl/trainer.py:LayerGRPOTrainer._share",
+        "return float(",
+        "a piece's share of its micro-batch's tokens",
+    ),
+    Read(
+        "rl/trainer.py:LayerGRPOTrainer._scored_for_update", "needed.all()", "are there groups to leave out"
+    ),
+    Read(
+        "rl/trainer.py:LayerGRPOTrainer._scored_for_update", "needed.nonzero()", "which groups are left out"
+    ),
+    Read(
+        "rl/tail.py:completion_log_probs", "rollout.prompt_mask.argmax(1).min()", "padding of all is cut off"
+    ),
+    Read("rl/tail.py:completion_log_probs.<locals>.prompts", "tail(", NO_MASK, MASKS),
+    Read("rl/tail.py:completion_log_probs", "prompt_of_row[scored]", "first tokens that have log-probs"),
+    Read("rl/tail.py:completion_log_probs", "scored.nonzero()", "first tokens that have log-probs"),
+    Read("rl/tail.py:completion_log_probs", "(lengths - 1).tolist()", "packs are of like length"),
+    # Once a pack.
+    Read("rl/tail.py:completion_log_probs", "int(lengths[pack].max())", "a pack is cut to its longest row"),
+    Read("rl/tail.py:completion_log_probs", "kept.nonzero()", "tokens that have log-probs"),
+    Read("rl/tail.py:completion_log_probs.<locals>.completions", "tail(", NO_MASK, MASKS),
+    # Once a run, or a checkpoint.
+    Read("rl/trainer.py:compare_log_probs", "difference =", "the update has to compute what the sampler did"),
+    Read("rl/trainer.py:_checksum", "return int(", "no frozen tensor may move"),
+    Read("rl/trainer.py:LayerGRPOTrainer._save", "save_file(", "a checkpoint is a file", "safetensors/"),
+    # With model.embeddings=host.
+    Read("model/host.py:move_out", 'value.detach().to("cpu")', "it leaves the card, once"),
+    Read(
+        "model/host.py:move_out.<locals>.<lambda>", 'args[0].to("cpu")', "the host looks up each token's row"
+    ),
+]
