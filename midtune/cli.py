@@ -32,7 +32,7 @@ from midtune.config import (
     require_task,
     setting,
 )
-from midtune.errors import InputError, MidtuneError
+from midtune.errors import InputError, MidtuneError, RunStopped, lack_of
 from midtune.network import go_offline
 
 if TYPE_CHECKING:
@@ -835,6 +835,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command = context.command_path if context is not None else "midtune"
         _complain(f"{_one_line(error.format_message()).rstrip('.')}; see `{command} --help`.")
     except Exception as error:  # noqa: BLE001 (a traceback is no message)
+        if not debug and (lack := lack_of(error)) is not None:
+            _complain(f"midtune could not go on because {lack}; make room, then do it again.")
+            sys.exit(RunStopped.exit_code)
         folder = _latest_run(arguments, started)
         where = f" (the run is in {folder})" if folder else ""
         hint = "" if debug else "; run it again with --debug to see where."
@@ -907,10 +910,12 @@ def _task_argument(text: str) -> tuple[str, Any]:
 
 def _own_recipe(target: Path) -> Path | None:
     """The settings of the run that `target` is, or is the patch of."""
+    from midtune.runs import RunFolder
+
     for folder in (target, target.absolute().parent):
         is_run = (folder / "config.yaml").is_file()
         if is_run and (folder == target or (target / "patch.json").is_file()):
-            return folder / "config.yaml"
+            return RunFolder.open(folder).config
     return None
 
 
