@@ -130,9 +130,9 @@ def _run(
         folder.write_json(folder.start, {"choice": choice, "ranking": ranking})
         # From here on there is something to resume.
         folder.write_config(dump_config(config))
-    known = (
-        folder.read_json(folder.start) if folder.start.exists() else {"choice": choice, "ranking": ranking}
-    )
+    known: dict[str, Any] = {"choice": choice, "ranking": ranking}
+    if folder.start.exists():
+        known = folder.read_json(folder.start)
     choice = known["choice"]
     if "greedy" in known:
         before = _scores_of(known)
