@@ -8,6 +8,8 @@ that they fall into loading, scoring, steps, the writing of checkpoints and of t
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -23,8 +25,9 @@ from typing import Any
 import yaml
 
 SMALL = ["--eval-size", "8", "--samples", "1", "--prompts-per-step", "2", "--seed", "3", "--quiet"]
+UNDEPLOYED = ["--set", "evaluation.deployed=false"]
 COMMANDS = {
-    "train": ["train", "--top-k", "1", "--steps", "5", "--set", "evaluation.deployed=false", *SMALL],
+    "train": ["train", "--top-k", "1", "--steps", "5", "--baseline", "estimated", *UNDEPLOYED, *SMALL],
     "race": ["probe", "--layers", "4,5", "--steps", "4", "--budget", "6 steps", *SMALL],
     "sweep": ["probe", "--method", "sweep", "--quantize", "none", "--layers", "4,5", "--steps", "3", *SMALL],
 }
@@ -187,7 +190,13 @@ def ready() -> None:
     import torch
 
     torch.set_num_threads(1)
+    import matplotlib.backends.backend_svg  # noqa: F401
+    from midtune.cli import main
     from midtune.stages import probe, train  # noqa: F401
+
+    # No gradients are taken here, whose threads a fork would not have.
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+        main(["eval", "tiny", "--eval-size", "8", "--quiet"])
 
 
 

@@ -117,10 +117,6 @@ def read_patch(folder: Path) -> Patch:
     Raises:
         InputError: there is no complete patch, or it is not what was written.
     """
-    # Patches of earlier versions have no manifest.
-    wrong = damage(folder) if (folder / MANIFEST).exists() else None
-    if wrong is not None:
-        raise InputError(f"the patch {folder} is damaged ({wrong}); train again or restore it.")
     try:
         data = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         patch = Patch(**data)
@@ -133,6 +129,10 @@ def read_patch(folder: Path) -> Patch:
     weights = folder / (TENSORS if patch.adapter == "full" else "adapter_model.safetensors")
     if not weights.is_file():
         raise InputError(f"{folder} lacks {weights.name}; train again or restore the file.")
+    # Patches of earlier versions have no manifest.
+    wrong = damage(folder) if (folder / MANIFEST).exists() else None
+    if wrong is not None:
+        raise InputError(f"{folder} is damaged ({wrong}); train again or restore the file.")
     return patch
 
 
