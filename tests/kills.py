@@ -191,13 +191,13 @@ def ready() -> None:
 
     torch.set_num_threads(1)
     import matplotlib.backends.backend_svg  # noqa: F401
+
     from midtune.cli import main
     from midtune.stages import probe, train  # noqa: F401
 
     # No gradients are taken here, whose threads a fork would not have.
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
         main(["eval", "tiny", "--eval-size", "8", "--quiet"])
-
 
 
 def main() -> None:

@@ -393,7 +393,9 @@ def test_a_failure_keeps_the_folder_resumable(
 
     with monkeypatch.context() as patched:
         patched.setattr(train, "save_patch", fail)
-        with pytest.raises(RunStopped, match="memory ran out; make room, then go on with `midtune train --resume"):
+        with pytest.raises(
+            RunStopped, match="memory ran out; make room, then go on with `midtune train --resume"
+        ):
             go(config, tmp_path / "run", terminal)
     go(load_config(tmp_path / "run/config.yaml", {}), None, terminal, resume=tmp_path / "run")
     assert trajectory(tmp_path / "run") == trajectory(tmp_path / "whole")
@@ -515,7 +517,9 @@ def test_a_full_disk_ends_a_run_in_a_sentence_and_it_goes_on_with_room(
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
-        with pytest.raises(RunStopped, match="the disk is full; make room, then go on with `midtune train --re"):
+        with pytest.raises(
+            RunStopped, match="the disk is full; make room, then go on with `midtune train --re"
+        ):
             go(config, run, terminal)
     assert not list(run.rglob(".*"))
     assert all(damage(path) is None for path in (run / "checkpoints").glob("*"))
