@@ -836,7 +836,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _complain(f"{_one_line(error.format_message()).rstrip('.')}; see `{command} --help`.")
     except Exception as error:  # noqa: BLE001 (a traceback is no message)
         if not debug and (lack := lack_of(error)) is not None:
-            _complain(f"midtune could not go on because {lack}; make room, then do it again.")
+            _complain(f"midtune could not go on because {lack}, then do it again.")
             sys.exit(RunStopped.exit_code)
         folder = _latest_run(arguments, started)
         where = f" (the run is in {folder})" if folder else ""

@@ -2,13 +2,14 @@
 
 import errno
 
+NO_MEMORY = "memory ran out; make room"
 LACKS = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EROFS: "the file system is read-only",
-    errno.EACCES: "it may not be written to",
-    errno.EPERM: "it may not be written to",
-    errno.EIO: "the disk fails",
+    errno.ENOSPC: ("the disk is full", "make room"),
+    errno.EDQUOT: ("the disk quota is used up", "make room"),
+    errno.EROFS: ("the file system is read-only", "make it writable"),
+    errno.EACCES: ("access is denied", "allow it"),
+    errno.EPERM: ("access is denied", "allow it"),
+    errno.EIO: ("the disk fails", "mend it"),
 }
 
 
@@ -35,10 +36,10 @@ class Interrupted(MidtuneError):
 
 
 def lack_of(error: BaseException) -> str | None:
-    """What the machine lacks, of an error that says so: room on a disk, leave to write, memory; else None."""
+    """What the machine lacks and what to do, where an error says so: room, leave to write, memory; else None."""
     if isinstance(error, MemoryError):
-        return "memory ran out"
+        return NO_MEMORY
     if not isinstance(error, OSError) or error.errno not in LACKS:
         return None
-    where = f" ({error.filename})" if error.filename else ""
-    return LACKS[error.errno] + where
+    lack, remedy = LACKS[error.errno]
+    return f"{lack}{f' ({error.filename})' if error.filename else ''}; {remedy}"

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from midtune.errors import Interrupted, RunStopped, lack_of
+from midtune.errors import NO_MEMORY, Interrupted, RunStopped, lack_of
 from midtune.model.memory import is_out_of_memory
 from midtune.runs import RunFolder
 
@@ -61,13 +61,13 @@ def at_work(folder: RunFolder, command: str) -> Iterator[Stop]:
             raise
         raise Interrupted(f"stopped; {go_on}.") from None
     except Exception as error:
-        lack = "memory ran out" if is_out_of_memory(error) else lack_of(error)
+        lack = NO_MEMORY if is_out_of_memory(error) else lack_of(error)
         if isinstance(error, OSError) and folder.is_gone():
             raise RunStopped(f"{folder} was removed while it was worked in; start again.") from error
         if lack is None:
             raise
         then = go_on if folder.config.is_file() else "start again"
-        raise RunStopped(f"{folder} could not be finished because {lack}; make room, then {then}.") from error
+        raise RunStopped(f"{folder} could not be finished because {lack}, then {then}.") from error
 
 
 @contextmanager

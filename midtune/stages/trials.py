@@ -94,7 +94,7 @@ class Trials:
             )
         # Where frozen weights are what a thawed block computes with, all runs of a seed begin alike.
         self._first: dict[int, FirstRollout] = {}
-        if self._earlier:
+        if self._earlier or damaged:
             # Whole lines only, so that what comes next has a line of its own.
             lines = [json.dumps(sealed(asdict(trial))) + "\n" for trial in self._earlier]
             self.folder.write_text(self.folder.trials, "".join(lines))
