@@ -15,6 +15,11 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from midtune.errors import InputError
+from midtune.model.patch import read_patch
+from midtune.probe.selection import read_probe
+from midtune.runs import RunFolder
+from midtune.stages.report import read_run
 from tests import kills
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
@@ -30,15 +35,15 @@ def _flipped(content: bytes) -> bytes:
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
-def damages(folder: Path) -> tuple[Counter[str], list[str]]:
-    """Damage what a training run, a race and a finished run hold; returns outcomes, and what is wrong."""
+def damages(folder: Path, names: list[str]) -> tuple[Counter[str], list[str]]:
+    """Damage what a training run and a race hold, and what they end with; returns outcomes, and what is wrong."""
     found: Counter[str] = Counter()
     wrong: list[str] = []
 
     def every(name: str, begun: Path, whole: Path, command: list[str]) -> None:
         expected = kills.result(whole)
-        # A page is drawn from figures, which are looked at below; nothing is read from pictures.
-        files = [file for file in sorted(begun.rglob("*")) if file.is_file() and file.name != ".lock"]
+        # What had been begun when the process was killed goes in any case.
+        files = [file for file in sorted(begun.rglob("*")) if file.is_file() and "/." not in str(file)]
         for file in files:
             for damage, act in DAMAGES.items():
                 one = folder / "one"
@@ -58,27 +63,55 @@ def damages(folder: Path) -> tuple[Counter[str], list[str]]:
                     found["accepted" if code == 0 else "unexpected"] += 1
                     wrong.append(f"{what}: {code}, {sorted(apart)} differ, {kills.said(one)}")
 
+    def read(name: str, file: Path, act: Callable[[Path], object], content: Callable[[], object]) -> None:
+        kept, expected = file.read_bytes(), content()
+        act(file)
+        try:
+            same = content() == expected
+            found["harmless" if same else "accepted"] += 1
+            if not same:
+                wrong.append(f"{name}: {file.name} {act}")
+        except InputError:
+            found["detected"] += 1
+        file.write_bytes(kept)
+
     for name, moment, go_on in (
         ("train", 0.62, ["train", "--resume", "RUN", "--quiet"]),
         ("race", 0.7, ["probe", "--resume", "RUN", "--quiet"]),
     ):
+        if name not in names:
+            continue
         whole, begun, log = folder / name, folder / f"{name}-begun", folder / f"{name}.moments"
         assert kills.run([*kills.COMMANDS[name], "--out", str(whole)], whole, counted=log) == 0
         at = int(moment * len(log.read_text().splitlines()))
         kills.run([*kills.COMMANDS[name], "--out", str(begun)], begun, kill_at=at)
         every(name, begun, whole, go_on)
+        for act in DAMAGES.values():
+            if name == "race":
+                read(name, whole / "probe.json", act, lambda: read_probe(folder / "race"))
+                continue
+            for file in sorted((whole / "patch").iterdir()):
+                read(name, file, act, lambda: _patch(folder / "train/patch"))
+            read(name, whole / "report.json", act, lambda: read_run(RunFolder.open(folder / "train")).report)
     return found, wrong
+
+
+def _patch(folder: Path) -> object:
+    patch = read_patch(folder)
+    return patch, (folder / "patch.safetensors").read_bytes()
 
 
 def main() -> None:
     """Damage every file and print what came of it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=None)
-    folder = parser.parse_args().folder or Path(tempfile.mkdtemp(prefix="midtune-damages-"))
+    parser.add_argument("--runs", nargs="+", choices=["train", "race"], default=["train", "race"])
+    asked = parser.parse_args()
+    folder = asked.folder or Path(tempfile.mkdtemp(prefix="midtune-damages-"))
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["HF_HUB_OFFLINE"] = "1"
     kills.ready()
-    found, wrong = damages(folder)
+    found, wrong = damages(folder, asked.runs)
     print(f"{found.total()} damaged files: {dict(found)}")
     print(*wrong, sep="\n")
     sys.exit(1 if wrong else 0)
