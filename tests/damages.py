@@ -56,11 +56,14 @@ def damages(folder: Path, names: list[str]) -> tuple[Counter[str], list[str]]:
                 # What a run does not write again may stay as it was damaged.
                 apart = {key for key, content in expected.items() if result.get(key) != content}
                 if code in REFUSED:
-                    found["detected"] += 1
+                    outcome = "detected"
                 elif code == 0 and not apart - {"environment.json", "metrics.jsonl", "samples.jsonl"}:
-                    found["harmless"] += 1
+                    outcome = "harmless"
                 else:
-                    found["accepted" if code == 0 else "unexpected"] += 1
+                    outcome = "accepted" if code == 0 else "unexpected"
+                found[outcome] += 1
+                print(f"{what}: {outcome}", flush=True)
+                if outcome in ("accepted", "unexpected"):
                     wrong.append(f"{what}: {code}, {sorted(apart)} differ, {kills.said(one)}")
 
     def read(name: str, file: Path, act: Callable[[Path], object], content: Callable[[], object]) -> None:

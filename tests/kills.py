@@ -165,7 +165,8 @@ def result(folder: Path) -> dict[str, Any]:
         if file.suffix == ".jsonl":
             found[name] = [_plain(json.loads(line)) for line in file.read_text().splitlines()]
         elif file.suffix == ".json" and file.name not in ("manifest.json", "trainer_state.json"):
-            found[name] = _plain(json.loads(file.read_text()))
+            with contextlib.suppress(ValueError):
+                found[name] = _plain(json.loads(file.read_text()))
         elif file.suffix == ".yaml":
             found[name] = yaml.safe_load(file.read_text())
         elif name and file.suffix in (".safetensors", ".pt", ".pth"):
