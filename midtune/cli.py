@@ -34,7 +34,7 @@ from midtune.config import (
     setting,
 )
 from midtune.device import show_one_card
-from midtune.errors import InputError, MidtuneError, bounded, escaped, plain
+from midtune.errors import InputError, MidtuneError, RunStopped, bounded, escaped, lack_of, plain
 from midtune.network import go_offline
 from midtune.savings.cards import card_names
 
@@ -848,6 +848,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:  # noqa: BLE001 (a traceback is no message)
         if isinstance(error, BrokenPipeError) and not _is_read(sys.stdout):
             pass
+        elif not isinstance(error, PermissionError) and (lack := lack_of(error)) is not None:
+            code = RunStopped.exit_code
+            _complain(f"midtune could not go on because {lack}, then do it again.")
         elif isinstance(error, OSError) and error.filename is not None:
             # A path that was given: too long, not to be read, a folder where a file should be.
             code = 2
@@ -970,10 +973,12 @@ def _task_argument(text: str) -> tuple[str, Any]:
 
 def _own_recipe(target: Path) -> Path | None:
     """The settings of the run that `target` is, or is the patch of."""
+    from midtune.runs import RunFolder
+
     for folder in (target, target.absolute().parent):
         is_run = (folder / "config.yaml").is_file()
         if is_run and (folder == target or (target / "patch.json").is_file()):
-            return folder / "config.yaml"
+            return RunFolder.open(folder).config
     return None
 
 

@@ -27,6 +27,19 @@ def bounded(text: str, most: int = MOST_CHARACTERS) -> str:
     return text if len(text) <= most else f"{text[:most]}… ({len(text) - most:,} characters left out)"
 
 
+import errno
+
+NO_MEMORY = "memory ran out; make room"
+LACKS = {
+    errno.ENOSPC: ("the disk is full", "make room"),
+    errno.EDQUOT: ("the disk quota is used up", "make room"),
+    errno.EROFS: ("the file system is read-only", "make it writable"),
+    errno.EACCES: ("access is denied", "allow it"),
+    errno.EPERM: ("access is denied", "allow it"),
+    errno.EIO: ("the disk fails", "mend it"),
+}
+
+
 class MidtuneError(Exception):
     """A problem a person can act on: one sentence with what was asked, what exists and what to do."""
 
@@ -44,6 +57,16 @@ class RunStopped(MidtuneError):
 
 
 class Interrupted(MidtuneError):
-    """The run was stopped from outside (Ctrl-C, SIGTERM) after saving a checkpoint."""
+    """The run was stopped from outside (Ctrl-C, SIGTERM, SIGHUP) after saving a checkpoint."""
 
     exit_code = 130
+
+
+def lack_of(error: BaseException) -> str | None:
+    """What the machine lacks and what to do, where an error says so: room, leave to write, memory; else None."""
+    if isinstance(error, MemoryError):
+        return NO_MEMORY
+    if not isinstance(error, OSError) or error.errno not in LACKS:
+        return None
+    lack, remedy = LACKS[error.errno]
+    return f"{lack}{f' ({error.filename})' if error.filename else ''}; {remedy}"

@@ -9,16 +9,27 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from midtune.errors import InputError
+from midtune.errors import InputError, RunStopped
+from midtune.whole import damage, digest, remove_leftovers, write_bytes
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 RUNS = Path("runs")
 GIB = 2**30
+# Held while a process works in the folder.
+LOCK = ".lock"
+# A lock of a process that was killed goes a moment later where a child of it still ends.
+LOCK_WAIT_S = 3
+# What a run writes before its config.yaml, with which it begins.
+BEFORE_CONFIG = {LOCK, "start.json", "environment.json"}
 REPORTED_PACKAGES = ("midtune", "torch", "transformers", "trl", "peft", "bitsandbytes")
 
 
@@ -35,6 +46,9 @@ class RunFolder:
 
     path: Path
     _unwritten: bool = field(default=False, repr=False, compare=False)
+    _locking: bool = field(default=False, repr=False, compare=False)
+    _lock: FileLock | None = field(default=None, repr=False, compare=False)
+    _identity: tuple[int, int] | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def create(cls, path: Path | None, default_stem: str, *, need_bytes: int = 0) -> RunFolder:
@@ -49,7 +63,7 @@ class RunFolder:
             InputError: `path` is a file or holds files, cannot be written, or the disk is too full.
         """
         run = cls((_free_name(default_stem) if path is None else path).absolute(), _unwritten=True)
-        if run.path.is_dir() and any(run.path.iterdir()):
+        if run.path.is_dir() and run._holds_files():
             what = "holds another run" if run.config.exists() else "is not empty"
             raise InputError(
                 f"{run} {what}; choose another folder with --out, or continue a run with --resume."
@@ -70,11 +84,20 @@ class RunFolder:
         """The folder of a run that has already started.
 
         Raises:
-            InputError: `path` is no run folder; the message says what it is.
+            InputError: `path` is no run folder, the message says what it is; or its settings are not those
+                that the run wrote.
         """
         run = cls(path.absolute())
         if not run.config.is_file():
             raise InputError(f"{run} is not a run folder: {_what_is(run.path)}.")
+        text = run.config.read_text(encoding="utf-8", errors="replace")
+        sealed = re.match(r"# digest ([0-9a-f]{16})\n", text)
+        settings = text[sealed.end() :] if sealed else text
+        if not settings.strip() or (sealed and digest(settings) != sealed[1]):
+            raise InputError(
+                f"config.yaml in {run} is not what the run wrote; restore it, or give other settings to a new run "
+                "with --recipe."
+            )
         return run
 
     def __str__(self) -> str:
@@ -165,42 +188,96 @@ class RunFolder:
                 "free some, or choose another disk with --out."
             )
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from working in the folder; a new one is locked when it is made.
+
+        Raises:
+            InputError: another process works in it.
+            RunStopped: as `make`.
+        """
+        self._locking = True
+        try:
+            if not self._unwritten:
+                self._hold()
+            yield
+        finally:
+            self._locking = False
+            if self._lock is not None:
+                if not self.is_gone():
+                    (self.path / LOCK).unlink(missing_ok=True)
+                self._lock.release()
+                self._lock = None
+
+    def _hold(self) -> None:
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self.path / LOCK)
+        try:
+            lock.acquire(timeout=LOCK_WAIT_S)
+        except Timeout:
+            raise InputError(
+                f"another midtune is at work in {self}; wait until it ends, or choose another folder with --out."
+            ) from None
+        self._lock, self._identity = lock, _identity(self.path)
+        remove_leftovers(self.path)
+
+    def is_gone(self) -> bool:
+        """Whether the folder that was locked is not there any more."""
+        return self._identity is not None and _identity(self.path) != self._identity
+
     def make(self) -> None:
-        """Make the folder if it is not there.
+        """Make the folder if it is new.
 
         Raises:
             InputError: another run took the name since `create`, while this one was getting ready.
+            RunStopped: the folder was removed while it was worked in.
         """
+        if self.is_gone():
+            raise RunStopped(f"{self} was removed while it was worked in; start again.")
+        if self._lock is not None:
+            return
         self.path.mkdir(parents=True, exist_ok=True)
-        if self._unwritten and any(self.path.iterdir()):
-            raise InputError(
-                f"{self} was taken by a run that started meanwhile; choose another name with --out."
-            )
+        if self._unwritten:
+            if self._locking:
+                self._hold()
+            if self._holds_files():
+                raise InputError(
+                    f"{self} was taken by a run that started meanwhile; choose another name with --out."
+                )
         self._unwritten = False
 
+    def _holds_files(self) -> bool:
+        """Whether anything is in the folder but what a run that was killed at its very beginning leaves."""
+        names = {path.name for path in self.path.iterdir() if not re.fullmatch(r"\..*\.tmp", path.name)}
+        return bool(names - BEFORE_CONFIG)
+
+    @property
+    def is_training(self) -> bool:
+        """Whether `midtune train` made the folder, not `midtune probe`."""
+        return any(path.exists() for path in (self.start, self.metrics, self.checkpoints))
+
     def write_text(self, path: Path, text: str) -> None:
-        """Put `text` into a file of this run: afterwards it holds all of it, or what it held before."""
+        """Put `text` into a file of this run, as `write_bytes` does."""
         self.make()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("w", encoding="utf-8", errors="replace") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_bytes(path, text.encode("utf-8", "replace"))
+
+    def write_config(self, text: str) -> None:
+        """Write config.yaml, with which a run can be gone on with; `open` sees whether it is damaged."""
+        self.write_text(self.config, f"# digest {digest(text)}\n{text}")
 
     def write_json(self, path: Path, data: Mapping[str, Any]) -> None:
-        """Put `data` into a file of this run, as `write_text` does; infinities and NaN become null."""
-        self.write_text(path, json.dumps(_plain(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        """Put `data` and its digest into a file of this run; infinities and NaN become null."""
+        self.write_text(path, _dumps(sealed(_plain(data)), indent=2) + "\n")
 
     def append_jsonl(self, path: Path, data: Mapping[str, Any]) -> None:
-        """Add one line to a file of this run; infinities and NaN become null."""
+        """Add one line, `data` and its digest, to a file of this run; infinities and NaN become null."""
         self.make()
         with path.open("a", encoding="utf-8", errors="replace") as file:
-            file.write(json.dumps(_plain(data), ensure_ascii=False, allow_nan=False) + "\n")
+            file.write(_dumps(sealed(_plain(data))) + "\n")
+            file.flush()
+            # A checkpoint is on the disk at once, and what is known of its steps should be too.
+            os.fsync(file.fileno())
 
     def read_json(self, path: Path) -> dict[str, Any]:
         """The object in a JSON file of this run.
@@ -212,43 +289,104 @@ class RunFolder:
         if not path.is_file():
             raise InputError(f"{self} has no {name}; the run has not come that far.")
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            data = None
-        if not isinstance(data, dict):
-            raise InputError(
-                f"{name} in {self} is damaged: it is not a JSON object; remove it and run again."
-            )
-        return data
+            return unsealed(path.read_bytes())
+        except ValueError as error:
+            raise InputError(f"{name} in {self} is damaged: {error}; remove it and run again.") from None
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, one a step; none where no step has been done."""
+        """The lines of metrics.jsonl, one a step; none where no step has been done.
+
+        Raises:
+            ValueError: a line is damaged.
+        """
         if not self.metrics.is_file():
             return []
-        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+        return [unsealed(line) for line in self.metrics.read_bytes().split(b"\n") if line]
 
-    def latest_checkpoint(self) -> Path | None:
-        """The complete checkpoint of the highest step, or None."""
-        found = {
-            int(name[1]): folder
-            for folder in self.checkpoints.glob("checkpoint-*")
-            if (name := re.fullmatch(r"checkpoint-(\d+)", folder.name))
-            and (folder / "trainer_state.json").is_file()
-        }
-        return found[max(found)] if found else None
+    def latest_checkpoint(self, on_message: Callable[[str], None] | None = None) -> Path | None:
+        """The whole checkpoint of the highest step, or None where there is no checkpoint.
 
-    def truncate_metrics(self, step: int) -> None:
-        """Forget what metrics.jsonl and samples.jsonl say about steps after `step`.
+        Args:
+            on_message: told which ones are damaged.
 
-        A run resumed from the checkpoint of `step` does those steps again. A last line that a crash
-        cut short goes too.
+        Raises:
+            InputError: there are checkpoints, and all of them are damaged.
+        """
+        found = checkpoints_in(self.checkpoints)
+        for step in sorted(found, reverse=True):
+            wrong = damage(found[step])
+            if wrong is None:
+                return found[step]
+            if on_message is not None:
+                on_message(f"{found[step].name} of {self} is damaged ({wrong}); looking for an older one")
+        if found:
+            raise InputError(
+                f"{self} has no whole checkpoint to resume from: {wrong} in {found[max(found)].name}; restore it, or "
+                "start the run again with another --out."
+            )
+        return None
+
+    def truncate_metrics(self, step: int) -> list[int]:
+        """Forget what metrics.jsonl and samples.jsonl say about steps after `step`, and lines that are damaged.
+
+        A run resumed from the checkpoint of `step` does those steps again.
+
+        Returns:
+            The steps up to `step` that metrics.jsonl does not have.
         """
         for path in (self.metrics, self.samples):
             if path.is_file():
-                text = path.read_text(encoding="utf-8", errors="replace")
-                kept = "".join(line + "\n" for line in text.split("\n") if _step_of(line) <= step)
-                if kept != text:
-                    self.write_text(path, kept)
+                content = path.read_bytes()
+                kept = b"".join(line + b"\n" for line in content.split(b"\n") if _step_of(line) <= step)
+                if kept != content:
+                    self.make()
+                    write_bytes(path, kept)
+        known = {line["step"] for line in self.read_metrics()}
+        return [number for number in range(1, step + 1) if number not in known]
+
+
+def checkpoints_in(folder: Path) -> dict[int, Path]:
+    """Step → checkpoint, of those in a folder."""
+    return {
+        int(name[1]): path
+        for path in folder.glob("checkpoint-*")
+        if (name := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    }
+
+
+def sealed(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain data with its digest, which `unsealed` checks and takes off."""
+    return {**data, "digest": digest(_dumps(data))}
+
+
+def unsealed(content: bytes) -> dict[str, Any]:
+    """The object in a JSON text; one without a digest is taken as it is.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        data = json.loads(content.decode("utf-8"))
+    except ValueError:
+        data = None
+    if not isinstance(data, dict):
+        raise ValueError("it is not a JSON object")
+    expected = data.pop("digest", None)
+    if expected is not None and digest(_dumps(data)) != expected:
+        raise ValueError("it is not what was written")
+    return data
+
+
+def _dumps(data: Mapping[str, Any], indent: int | None = None) -> str:
+    return json.dumps(data, indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def describe_environment(device: str, seed: int) -> dict[str, Any]:
@@ -315,9 +453,9 @@ def _what_is(path: Path) -> str:
     return "it has no config.yaml; give the folder that `midtune train` made"
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     try:
-        return float(json.loads(line)["step"])
+        return float(unsealed(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf
 

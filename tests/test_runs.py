@@ -1,14 +1,17 @@
 import json
 import os
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from midtune import runs
-from midtune.errors import InputError
+from midtune.errors import InputError, RunStopped
 from midtune.runs import RunFolder, describe_environment
+from midtune.whole import written_whole
 
 
 @pytest.fixture
@@ -132,12 +135,19 @@ def test_latest_checkpoint_is_the_highest_complete_one(here: Path) -> None:
     assert run.latest_checkpoint() is None
     for step in (9, 50, 100):
         (run.checkpoints / f"checkpoint-{step}").mkdir(parents=True)
-    assert run.latest_checkpoint() is None
-    (run.checkpoints / "checkpoint-9" / "trainer_state.json").touch()
-    (run.checkpoints / "checkpoint-50" / "trainer_state.json").touch()
-    (run.checkpoints / "checkpoint-100.tmp").mkdir()
-    (run.checkpoints / "checkpoint-100.tmp" / "trainer_state.json").touch()
-    assert run.latest_checkpoint() == run.checkpoints / "checkpoint-50"
+    with pytest.raises(InputError, match=r"no whole checkpoint to resume from: manifest\.json is missing"):
+        run.latest_checkpoint()
+    for step in (9, 50):
+        with written_whole(run.checkpoints / f"checkpoint-{step}") as folder:
+            (folder / "a").write_text("1")
+    (run.checkpoints / ".checkpoint-200.1.tmp" / "checkpoint-200").mkdir(parents=True)
+    said: list[str] = []
+    assert run.latest_checkpoint(said.append) == run.checkpoints / "checkpoint-50"
+    (run.checkpoints / "checkpoint-50" / "a").write_text("2")
+    assert run.latest_checkpoint(said.append) == run.checkpoints / "checkpoint-9"
+    assert said[-1] == (
+        "checkpoint-50 of run is damaged (a does not have its checksum); looking for an older one"
+    )
 
 
 def test_truncate_metrics_keeps_a_line_a_step(here: Path) -> None:
@@ -148,9 +158,100 @@ def test_truncate_metrics_keeps_a_line_a_step(here: Path) -> None:
         run.append_jsonl(run.samples, {"step": step, "text": "two\nlines\u2028and a separator, é"})
     with run.metrics.open("a") as file:
         file.write('{"step": 2, "lo')
-    run.truncate_metrics(2)
-    assert run.metrics.read_text() == '{"step": 1, "loss": null}\n{"step": 2, "loss": null}\n'
+    assert run.truncate_metrics(2) == []
+    assert run.read_metrics() == [{"step": 1, "loss": None}, {"step": 2, "loss": None}]
     assert [json.loads(line)["step"] for line in run.samples.read_text().split("\n")[:-1]] == [1, 2]
+
+
+def test_a_damaged_line_of_metrics_goes_and_is_told(here: Path) -> None:
+    run = started(here / "run")
+    for step in (1, 2, 3):
+        run.append_jsonl(run.metrics, {"step": step, "loss": 0.25})
+    run.metrics.write_text(run.metrics.read_text().replace("0.25", "0.75", 1))
+    with pytest.raises(ValueError, match="not what was written"):
+        run.read_metrics()
+    assert run.truncate_metrics(3) == [1]
+    assert [line["step"] for line in run.read_metrics()] == [2, 3]
+
+
+@pytest.mark.parametrize("damage", ["seed: 1\n", "", "se"])
+def test_a_config_that_is_not_what_the_run_wrote_is_refused(here: Path, damage: str) -> None:
+    run = RunFolder.create(Path("run"), "x")
+    run.write_config("seed: 0\n")
+    assert RunFolder.open(Path("run")) == run
+    run.config.write_text(run.config.read_text().replace("seed: 0\n", damage))
+    with pytest.raises(InputError, match="config.yaml in run is not what the run wrote; restore it"):
+        RunFolder.open(Path("run"))
+    run.config.write_text("")
+    with pytest.raises(InputError, match="config.yaml in run is not what the run wrote; restore it"):
+        RunFolder.open(Path("run"))
+
+
+def test_every_flip_in_a_json_file_is_seen_or_changes_nothing(here: Path) -> None:
+    run = started(here / "run")
+    run.write_json(run.start, {"choice": "é", "greedy": [0.0, 1.0, 0.25], "sampled": None})
+    whole, known = run.start.read_bytes(), run.read_json(run.start)
+    for place in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        run.start.write_bytes(damaged)
+        try:
+            found = run.read_json(run.start)
+        except InputError:
+            continue
+        assert {key: found[key] for key in known} == known
+
+
+def test_a_folder_is_worked_in_by_one_process_and_free_when_it_dies(here: Path) -> None:
+    run = started(here / "run")
+    code = "\n".join(
+        [
+            "import sys, time, pathlib",
+            "from midtune.runs import RunFolder",
+            "with RunFolder.open(pathlib.Path('run')).locked():",
+            "    print('held', flush=True)",
+            "    time.sleep(60)",
+        ]
+    )
+    path = os.pathsep.join(sys.path)
+    other = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert other.stdout is not None and other.stdout.readline() == b"held\n"
+    with pytest.raises(InputError, match="another midtune is at work in run"), run.locked():
+        pass
+    other.kill()
+    other.wait()
+    (run.path / ".metrics.jsonl.7.tmp").touch()
+    (run.path / ".patch.7.tmp" / "patch").mkdir(parents=True)
+    with run.locked():
+        assert sorted(file.name for file in run.path.iterdir()) == [".lock", "config.yaml"]
+    assert [file.name for file in run.path.iterdir()] == ["config.yaml"]
+
+
+def test_a_folder_that_vanishes_is_not_made_again(here: Path) -> None:
+    run = RunFolder.create(Path("run"), "x")
+    with run.locked():
+        run.write_config("seed: 0\n")
+        shutil.rmtree(run.path)
+        with pytest.raises(RunStopped, match="run was removed while it was worked in"):
+            run.append_jsonl(run.metrics, {"step": 1})
+        assert not run.path.exists()
+        # Another that took its name is not written to.
+        other = started(here / "run")
+        with pytest.raises(RunStopped, match="run was removed while it was worked in"):
+            run.write_json(run.report, {})
+        assert [file.name for file in other.path.iterdir()] == ["config.yaml"]
+
+
+def test_a_run_killed_at_its_very_beginning_leaves_its_name_free(here: Path) -> None:
+    (here / "run").mkdir()
+    for name in (".lock", ".config.yaml.7.tmp", "start.json", "environment.json"):
+        (here / "run" / name).touch()
+    run = RunFolder.create(Path("run"), "x")
+    with run.locked():
+        run.write_config("seed: 0\n")
+    assert RunFolder.open(Path("run")).config.is_file()
 
 
 def test_environment(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,11 +7,10 @@ patch is PEFT's own adapter folder.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from midtune.errors import InputError
 from midtune.model.loading import load_policy
 from midtune.model.policy import Policy
 from midtune.model.sources import Source, checkpoint_files
+from midtune.whole import MANIFEST, damage, written_whole
 
 TENSORS = "patch.safetensors"
 DESCRIPTION = "patch.json"
@@ -58,27 +58,13 @@ def save_patch(policy: Policy, folder: Path) -> int:
         adapter="full" if policy.adapter is None else "lora",
         base_digest=base_digest(policy.source, replaced_names(policy)),
     )
-    with _written_whole(folder) as scratch:
+    with written_whole(folder) as scratch:
         if policy.adapter is not None:
             policy.adapter.save_pretrained(scratch)
         else:
             save_file(block_tensors(policy), scratch / TENSORS)
         (scratch / DESCRIPTION).write_text(json.dumps(asdict(patch), indent=1) + "\n", encoding="utf-8")
     return sum(file.stat().st_size for file in folder.iterdir())
-
-
-@contextlib.contextmanager
-def _written_whole(folder: Path) -> Iterator[Path]:
-    """A scratch folder that becomes `folder` at the end, and is removed if that is not reached."""
-    scratch = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
-        yield scratch
-        shutil.rmtree(folder, ignore_errors=True)
-        scratch.rename(folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def block_tensors(policy: Policy) -> dict[str, torch.Tensor]:
@@ -129,7 +115,7 @@ def read_patch(folder: Path) -> Patch:
     """What the patch in `folder` says of itself.
 
     Raises:
-        InputError: there is no complete patch.
+        InputError: there is no complete patch, or it is not what was written.
     """
     try:
         data = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
@@ -143,6 +129,10 @@ def read_patch(folder: Path) -> Patch:
     weights = folder / (TENSORS if patch.adapter == "full" else "adapter_model.safetensors")
     if not weights.is_file():
         raise InputError(f"{folder} lacks {weights.name}; train again or restore the file.")
+    # Patches of earlier versions have no manifest.
+    wrong = damage(folder) if (folder / MANIFEST).exists() else None
+    if wrong is not None:
+        raise InputError(f"{folder} is damaged ({wrong}); train again or restore the file.")
     return patch
 
 
@@ -208,7 +198,9 @@ def merge_patch(source: Source, tensors: dict[str, torch.Tensor], out: Path) -> 
             f"the merged model needs {need / 2**30:.2f} GiB and {anchor} has {free / 2**30:.2f} GiB free; "
             "choose another --out."
         )
-    with _written_whole(out) as scratch:
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    # Programs that load the checkpoint expect their own files alone.
+    with written_whole(out.absolute(), sealed=False) as scratch:
         for file in sorted(source.folder.iterdir()):
             if file.is_file() and not file.name.endswith(WEIGHTS):
                 shutil.copy(file, scratch / file.name)

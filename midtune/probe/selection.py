@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from midtune.errors import InputError
-from midtune.runs import RunFolder
+from midtune.runs import RunFolder, unsealed
 
 _RANGE = re.compile(r"(\d{1,9})(?:\s*-\s*(\d{1,9}))?")
 
@@ -103,7 +102,7 @@ def read_probe(path: Path) -> dict[str, Any]:
     """
     file = RunFolder(path).probe if path.is_dir() else path
     try:
-        probe: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        probe = unsealed(file.read_bytes())
         probe["method"], probe["blocks"][0]
         [(row["block"], row["score"], row["rank"]) for row in probe["blocks"]]
     except (OSError, ValueError, LookupError, TypeError):

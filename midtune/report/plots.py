@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from midtune.report.depth import (
     score_name,
     value_name,
 )
+from midtune.whole import write_bytes
 
 # The mean over this share of a run smooths the reward of single steps, which is mostly the luck of its prompts.
 SMOOTHED_SHARE = 0.1
@@ -222,4 +224,6 @@ def _save(figure: Any, file: Path) -> None:
 
     date = "CreationDate" if file.suffix.lower() == ".pdf" else "Date"
     with matplotlib.rc_context({"svg.hashsalt": "midtune"}):
-        figure.savefig(file, metadata={date: None})
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format=file.suffix.lower().removeprefix("."), metadata={date: None})
+    write_bytes(file, drawn.getvalue())

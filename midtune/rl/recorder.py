@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from midtune.rl.trainer import LayerGRPOTrainer
 
 SAMPLES_PER_STEP = 2
+# A checkpoint follows the last one after so many times the seconds that it took: 2% of the time goes into them.
+CHECKPOINT_SPACING = 50
+# What a killed process may lose of training, at most, if steps are shorter.
+MOST_LOST_S = 120.0
 FIELDS = {
     "reward": "reward",
     "reward_std": "reward_std",
@@ -79,7 +83,7 @@ class StepRecorder(TrainerCallback):
         self.stop_after_equal_rewards = stop_after_equal_rewards
         self.rows_per_step = rows_per_step
         self.max_new_tokens = max_new_tokens
-        self._started = time.perf_counter()
+        self._started = self._saved = time.perf_counter()
         self._phases: dict[str, float] = {}
         self._peaks: dict[str, int] = {}
         self._only_equal = True
@@ -96,6 +100,7 @@ class StepRecorder(TrainerCallback):
         known = [log for log in state.log_history if "reward" in log]
         self._rewards = [log["reward"] for log in known]
         self._equal_groups = [log["frac_reward_zero_std"] for log in known]
+        self._saved = time.perf_counter()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -132,8 +137,19 @@ class StepRecorder(TrainerCallback):
         if self.stop_requested() or state.global_step == self.stop_after:
             control.should_training_stop = True
         ended = control.should_training_stop or state.global_step >= state.max_steps
-        if ended and args.save_strategy != "no":
+        if args.save_strategy != "no" and (ended or self._checkpoint_is_due(step_s)):
             control.should_save = True
+
+    def _checkpoint_is_due(self, step_s: float) -> bool:
+        """Whether time asks for a checkpoint; the first step does, which tells what one takes."""
+        assert self.trainer is not None
+        since, takes_s = time.perf_counter() - self._saved, self.trainer.checkpoint_s
+        return since >= CHECKPOINT_SPACING * takes_s or since + step_s + takes_s > MOST_LOST_S
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._saved = time.perf_counter()
 
     def on_log(
         self,

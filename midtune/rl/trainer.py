@@ -4,8 +4,8 @@ Losses, advantages, logging, schedules, trackers and the loop stay TRL's and Tra
 `_generate_single_turn` (midtune's sampler; `rollout_func` where a task is played in turns), `_prepare_inputs`
 (micro-batches of whole groups, so that a prompt is computed once; advantages that TRL does not know),
 `_compute_loss` (a micro-batch in slices where memory ran out), `_get_per_token_logps_and_entropies` (the tail from
-boundary states), the reference model (the original blocks in place of a second model) and what a checkpoint holds
-(trained tensors only). These are private methods of
+boundary states), the reference model (the original blocks in place of a second model), what a checkpoint holds
+(trained tensors only) and that it is whole. These are private methods of
 TRL 1.16; a parity test guards them.
 """
 
@@ -14,6 +14,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,8 +41,10 @@ from midtune.rollout.boundary import recompute
 from midtune.rollout.episodes import Episode, play, rollout_of, with_common_prompts
 from midtune.rollout.sampler import Rollout, Sampling, sample, sampled_elsewhere
 from midtune.rollout.vllm import VLLMServer
+from midtune.runs import checkpoints_in
 from midtune.savings.meter import Meter
 from midtune.tasks import Game
+from midtune.whole import written_whole
 
 TRAINED_TENSORS = "trained.safetensors"
 # What the loss is multiplied by in fp16, where gradients of single tokens would vanish; halved when gradients overflow,
@@ -130,6 +134,8 @@ class LayerGRPOTrainer(GRPOTrainer):
         self._episodes: list[Episode] = []
         self.environments: list[Any] | None
         self._compared = False
+        # Seconds that the last checkpoint took; none has been written.
+        self.checkpoint_s = 0.0
         # Of the last rollout's completions.
         self.cut_share = 0.0
         self._buffered_inputs: list[dict[str, Any]] | None = None
@@ -439,6 +445,24 @@ class LayerGRPOTrainer(GRPOTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """A checkpoint of a few blocks is no model to publish a card for."""
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """A checkpoint, which is there when it is whole; the two newest are kept."""
+        started = time.perf_counter()
+        step, kept = self.state.global_step, Path(self.args.output_dir)
+        with written_whole(kept / f"checkpoint-{step}") as folder:
+            # Where Transformers makes a folder of this name.
+            self.args.output_dir = str(folder.parent)
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.output_dir = str(kept)
+        found = checkpoints_in(kept)
+        newest = sorted(known for known in found if known <= step)[-(self.args.save_total_limit or 1) :]
+        for known in found.keys() - newest:
+            # Of later steps are those that were damaged when the run went on from here.
+            shutil.rmtree(found[known], ignore_errors=True)
+        self.checkpoint_s = time.perf_counter() - started
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -446,10 +470,15 @@ class LayerGRPOTrainer(GRPOTrainer):
         save_file(tensors, folder / TRAINED_TENSORS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        tensors = load_file(Path(resume_from_checkpoint) / TRAINED_TENSORS)
-        with torch.no_grad():
-            for name, parameter in self.policy.trained_parameters().items():
-                parameter.copy_(tensors[name])
+        load_trained(self.policy, Path(resume_from_checkpoint))
+
+
+def load_trained(policy: Policy, checkpoint: Path) -> None:
+    """Give the trained parameters of a policy what they were when a checkpoint was written."""
+    tensors = load_file(checkpoint / TRAINED_TENSORS)
+    with torch.no_grad():
+        for name, parameter in policy.trained_parameters().items():
+            parameter.copy_(tensors[name])
 
 
 def groups_of(batch: dict[str, Any], groups: slice) -> dict[str, Any]:

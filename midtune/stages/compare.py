@@ -14,6 +14,7 @@ from midtune.probe.selection import read_probe
 from midtune.report.depth import depth_of, finite, points, value_name
 from midtune.report.plots import rankings_curve
 from midtune.report.terminal import Terminal
+from midtune.whole import require_regular
 
 FEWEST_BLOCKS = 3
 PICTURES = (".svg", ".png", ".pdf")
@@ -172,6 +173,7 @@ def _check_picture(out: Path | None) -> None:
             f"{out} was to be a picture, but its name ends in none of {', '.join(PICTURES)}; "
             "choose such a name with --out."
         )
+    require_regular(out)
     if not out.absolute().parent.is_dir():
         raise InputError(
             f"{out} cannot be written because there is no folder {out.parent}; "

@@ -26,6 +26,7 @@ from midtune.rollout.harness import harness_scores, require_harness
 from midtune.stages.setup import open_policy, open_source, open_task, score_policy, with_model
 from midtune.tasks import Task
 from midtune.tasks.rewards import SOLVED
+from midtune.whole import require_regular, write_bytes
 
 PerProblem = dict[str, NDArray[np.float64]]
 
@@ -63,6 +64,8 @@ def run(
         require_harness()
     if results is not None and not results.parent.is_dir():
         raise InputError(f"{results} was asked for, but {results.parent} is no folder; make it first.")
+    if results is not None:
+        require_regular(results)
     patch_folder = patch_of(target)
     if patch_folder is not None:
         patch = read_patch(patch_folder)
@@ -94,12 +97,13 @@ def run(
     after = score("scoring")
     if results is not None:
         arms = {"after": after[0]} if before is None else {"before": before[0], "after": after[0]}
-        with results.open("w", encoding="utf-8") as file:
-            for arm, found in arms.items():
-                for task, each in zip(tasks, found, strict=True):
-                    file.writelines(
-                        json.dumps(line, ensure_ascii=False) + "\n" for line in problem_lines(task, arm, each)
-                    )
+        lines = [
+            json.dumps(line, ensure_ascii=False) + "\n"
+            for arm, found in arms.items()
+            for task, each in zip(tasks, found, strict=True)
+            for line in problem_lines(task, arm, each)
+        ]
+        write_bytes(results, "".join(lines).encode("utf-8", "replace"))
 
     def kinds(config: RunConfig, found: Evaluation) -> PerProblem:
         return scores_by_kind(found, config.evaluation.k or [])

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from midtune.config import RunConfig, dump_config
 from midtune.device import cuda_devices
-from midtune.errors import InputError, Interrupted
+from midtune.errors import InputError
 from midtune.model.policy import Policy
 from midtune.probe.selection import best, middle, parse_layers
 from midtune.report.plots import contribution_curve
 from midtune.report.terminal import Terminal
 from midtune.runs import RunFolder, describe_environment
+from midtune.stages.at_work import at_work
 from midtune.stages.ranking import by_gradient, by_race, by_sweep, check_race
 from midtune.stages.setup import open_policy, open_source, open_task
 from midtune.tasks import Task
@@ -38,8 +36,8 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
 
     Raises:
         InputError: something asked for does not exist; nothing has been written.
-        RunStopped: the rewards do not tell completions apart.
-        Interrupted: Ctrl-C or SIGTERM; the trials that had ended are kept.
+        RunStopped: the rewards do not tell completions apart, or there was no room to go on.
+        Interrupted: Ctrl-C, SIGTERM or SIGHUP; what the trials have reached is kept.
     """
     method = config.probe.method
     if method == "sweep" and config.model.quantize != "none":
@@ -51,6 +49,19 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
     task = open_task(config, terminal, more=config.task.eval_size if method == "race" else 0)
     name = f"probe-{Path(config.model.name).name}-{Path(task.name.rpartition(':')[2]).stem}"
     folder = RunFolder.open(resume) if resume is not None else RunFolder.create(out, name)
+    if resume is not None and folder.is_training:
+        raise InputError(
+            f"{folder} was made by `midtune train`, not by `midtune probe`; go on with "
+            f"`midtune train --resume {folder}`."
+        )
+    with at_work(folder, "probe"):
+        return _run(config, task, folder, resume is not None, terminal)
+
+
+def _run(
+    config: RunConfig, task: Task, folder: RunFolder, resumed: bool, terminal: Terminal
+) -> dict[str, Any]:
+    method = config.probe.method
     policy = open_policy(config, open_source(config, terminal), terminal)
     blocks = (
         parse_layers(config.probe.layers, policy.num_blocks, config.blocks.top_k)
@@ -60,18 +71,10 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
     best(blocks, policy.num_blocks, config.blocks.top_k)
     if method == "race":
         check_race(policy, task, config, blocks, folder)
-    if resume is None and method != "gradient":
+    if not resumed and method != "gradient":
         # From here on there is something to resume.
         _describe(folder, config, policy)
-    try:
-        with _termination_interrupts():
-            probe = probe_blocks(policy, task, config, blocks, folder, terminal)
-    except KeyboardInterrupt:
-        if method == "gradient":
-            raise
-        raise Interrupted(
-            f"stopped; the trials that had ended are kept, go on with `midtune probe --resume {folder}`."
-        ) from None
+    probe = probe_blocks(policy, task, config, blocks, folder, terminal)
     if method == "gradient":
         _describe(folder, config, policy)
     folder.write_json(folder.probe, probe)
@@ -80,22 +83,9 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
     return probe
 
 
-@contextlib.contextmanager
-def _termination_interrupts() -> Iterator[None]:
-    """Lets SIGTERM do what Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
 def _describe(folder: RunFolder, config: RunConfig, policy: Policy) -> None:
-    folder.write_text(folder.config, dump_config(config))
     folder.write_json(folder.environment, describe_environment(str(policy.device), config.seed))
+    folder.write_config(dump_config(config))
 
 
 def probe_blocks(

@@ -46,8 +46,9 @@ MEMORY_FACTOR = 3
 PASSES = 8
 # What a race's first trial does to find out what a step costs.
 FIRST_STEPS = 2
-# A block's trained tensors and two Adam moments in fp32, in the two checkpoints that are kept.
-CHECKPOINT_BYTES_PER_PARAMETER = 2 * 3 * 4
+# A block's trained tensors and two Adam moments in fp32, in the two checkpoints that are kept and the one being
+# written.
+CHECKPOINT_BYTES_PER_PARAMETER = 3 * 3 * 4
 
 
 @dataclass(frozen=True)

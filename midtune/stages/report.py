@@ -13,6 +13,7 @@ from midtune.probe.selection import read_probe
 from midtune.report.page import GENERATOR, Run, comparison_page, run_page
 from midtune.report.summary import SCHEMA
 from midtune.runs import RunFolder
+from midtune.whole import require_regular, write_bytes
 
 COMPARISON = Path("comparison.html")
 
@@ -35,7 +36,8 @@ def run(folders: Sequence[Path], *, out: Path | None) -> dict[str, Any]:
     alone = len(runs) == 1
     file = out or (folders[0] / opened[0].page.name if alone else COMPARISON)
     _check_page(file)
-    opened[0].write_text(file.absolute(), run_page(runs[0]) if alone else comparison_page(runs))
+    page = run_page(runs[0]) if alone else comparison_page(runs)
+    write_bytes(file, page.encode("utf-8", "replace"))
     return {"page": str(file), "runs": [str(folder) for folder in opened]}
 
 
@@ -115,8 +117,7 @@ def _metrics(folder: RunFolder) -> list[dict[str, Any]]:
 
 def _check_page(file: Path) -> None:
     parent = file.absolute().parent
-    if file.is_dir():
-        raise InputError(f"{file} is a folder, but a page is a file; choose another name with --out.")
+    require_regular(file)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         why = "may not be written to" if parent.is_dir() else "is no folder"
         raise InputError(f"{file} cannot be written because {parent} {why}; choose another name with --out.")

@@ -7,12 +7,7 @@ consumer card needs. The learning rate of a single block is the study's, unless 
 
 from __future__ import annotations
 
-import signal
 import statistics
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +31,7 @@ from midtune.runs import RunFolder, describe_environment
 from midtune.savings.meter import Meter
 from midtune.stages import baseline
 from midtune.stages.alternatives import Alternatives
+from midtune.stages.at_work import Stop, at_work
 from midtune.stages.choose import choose_blocks
 from midtune.stages.plan import fitted, run_stem
 from midtune.stages.report import write_page
@@ -52,8 +48,8 @@ from midtune.tasks.rewards import completion_text
 
 # Held-out problems whose completions are kept.
 SHOWN_PROBLEMS = 4
-# Trained tensors in fp32 and two Adam moments, in the two checkpoints that are kept.
-CHECKPOINT_BYTES_PER_PARAMETER = 2 * 3 * 4
+# Trained tensors in fp32 and two Adam moments, in the two checkpoints that are kept and the one being written.
+CHECKPOINT_BYTES_PER_PARAMETER = 3 * 3 * 4
 
 
 def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: Terminal) -> dict[str, Any]:
@@ -66,16 +62,30 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
 
     Raises:
         InputError: anything asked for is wrong or missing; nothing has been written.
-        RunStopped: there was nothing to learn from.
-        Interrupted: Ctrl-C or SIGTERM, after a checkpoint.
+        RunStopped: there was nothing to learn from, or no room to go on.
+        Interrupted: Ctrl-C, SIGTERM or SIGHUP.
     """
-    if resume is not None:
-        folder = RunFolder.open(resume)
-        checkpoint = folder.latest_checkpoint()
-        if checkpoint is None:
-            raise InputError(f"{folder} has no checkpoint to resume from; start it again with another --out.")
-    else:
-        folder, checkpoint = RunFolder.create(out, run_stem(config)), None
+    folder = RunFolder.create(out, run_stem(config)) if resume is None else RunFolder.open(resume)
+    if resume is not None and not folder.is_training:
+        raise InputError(
+            f"{folder} was made by `midtune probe`, not by `midtune train`; go on with "
+            f"`midtune probe --resume {folder}`."
+        )
+    with at_work(folder, "train") as stop:
+        return _run(config, folder, resume is not None, stop, terminal)
+
+
+def _run(
+    config: RunConfig, folder: RunFolder, resumed: bool, stop: Stop, terminal: Terminal
+) -> dict[str, Any]:
+    checkpoint = folder.latest_checkpoint(terminal.message) if resumed else None
+    if checkpoint is not None:
+        step = int(checkpoint.name.rpartition("-")[2])
+        _rewind(folder, step, terminal)
+        terminal.message(f"resuming {folder} after step {step}")
+    elif resumed:
+        folder.truncate_metrics(0)
+        terminal.message(f"{folder} has no checkpoint yet; beginning with its first step")
 
     if config.blocks.select == "boost":
         if config.model.adapter == "lora":
@@ -113,11 +123,20 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
     boosted = config.blocks.select == "boost"
     blocks = list(range(policy.num_blocks)) if boosted else chosen
 
-    if checkpoint is None:
+    if not resumed:
         trained = len(blocks) * sum(p.numel() for p in policy.blocks[blocks[0]].parameters())
         folder.require_free(trained * CHECKPOINT_BYTES_PER_PARAMETER)
-        folder.write_text(folder.config, dump_config(config))
         folder.write_json(folder.environment, describe_environment(str(policy.device), config.seed))
+        folder.write_json(folder.start, {"choice": choice, "ranking": ranking})
+        # From here on there is something to resume.
+        folder.write_config(dump_config(config))
+    known: dict[str, Any] = {"choice": choice, "ranking": ranking}
+    if folder.start.exists():
+        known = folder.read_json(folder.start)
+    choice = known["choice"]
+    if "greedy" in known:
+        before = _scores_of(known)
+    else:
         before = score_policy(
             policy,
             task,
@@ -127,12 +146,7 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
             "scoring before training",
             config.evaluation.samples,
         )
-        _write_start(folder, before, choice, ranking)
-    else:
-        step = int(checkpoint.name.rpartition("-")[2])
-        folder.truncate_metrics(step)
-        before, choice = _read_start(folder)
-        terminal.message(f"resuming {folder} after step {step}")
+        _write_start(folder, before, choice, known["ranking"])
 
     if config.model.adapter == "lora":
         policy.add_lora(blocks, config.model.lora_rank)
@@ -141,7 +155,7 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
             policy.thaw(block)
     trainable = sum(p.numel() for p in policy.trained_parameters().values())
     faster = dict.fromkeys(chosen, config.blocks.boost) if boosted else {}
-    peak_bytes = _train(config, policy, task, folder, checkpoint, meter, faster, terminal)
+    peak_bytes = _train(config, policy, task, folder, checkpoint, meter, faster, stop, terminal)
 
     after = score_policy(
         policy, task, task.held_out, config, terminal, "scoring after training", config.evaluation.samples
@@ -225,6 +239,7 @@ def _train(
     checkpoint: Path | None,
     meter: Meter,
     faster: dict[int, float],
+    stop: Stop,
     terminal: Terminal,
 ) -> int:
     """The training itself; returns its peak bytes."""
@@ -235,7 +250,7 @@ def _train(
     # Where memory ran out before, what fitted then is where a resumed run starts.
     last_step = (folder.read_metrics() or [{}])[-1]
     policy.sampling_rows.rows = last_step.get("sampling_rows", policy.sampling_rows.rows)
-    with _signals() as stop, terminal.training(config.training.steps, title) as display:
+    with stop.after_the_step(), terminal.training(config.training.steps, title) as display:
 
         def on_step(metrics: dict[str, Any]) -> None:
             folder.append_jsonl(folder.metrics, metrics)
@@ -261,38 +276,11 @@ def _train(
             update_rows=last_step.get("update_rows"),
             game=task.game,
         )
-    if last < config.training.steps:
+    if stop.asked:
         raise Interrupted(
             f"stopped after step {last} of {config.training.steps}; go on with `midtune train --resume {folder}`."
         )
     return meter.peak_bytes()
-
-
-@dataclass
-class _Stop:
-    asked: bool = False
-    said: bool = False
-
-
-@contextmanager
-def _signals() -> Iterator[_Stop]:
-    """The first Ctrl-C or SIGTERM asks for a stop after the step; the second stops at once."""
-    stop = _Stop()
-
-    def ask(number: int, frame: Any) -> None:
-        if stop.asked:
-            raise KeyboardInterrupt
-        stop.asked = True
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _score_deployed(
@@ -323,7 +311,22 @@ def _time(config: RunConfig, steps: list[dict[str, Any]]) -> dict[str, Any]:
     return means
 
 
-def _write_start(folder: RunFolder, before: Evaluation, choice: str, ranking: Path | None) -> None:
+def _rewind(folder: RunFolder, step: int, terminal: Terminal) -> None:
+    """Go back to what was known after `step`, and say what is not known any more."""
+    missing = folder.truncate_metrics(step)
+    if len(missing) == step:
+        raise InputError(
+            f"metrics.jsonl in {folder} has none of its {step} steps, whose times the report needs; restore it, or "
+            "start the run again with another --out."
+        )
+    if missing:
+        terminal.message(
+            f"metrics.jsonl in {folder} was damaged and lost steps {', '.join(map(str, missing))}; the report goes "
+            "without them"
+        )
+
+
+def _write_start(folder: RunFolder, before: Evaluation, choice: str, ranking: Path | str | None) -> None:
     folder.write_json(
         folder.start,
         {
@@ -336,12 +339,12 @@ def _write_start(folder: RunFolder, before: Evaluation, choice: str, ranking: Pa
     )
 
 
-def _read_start(folder: RunFolder) -> tuple[Evaluation, str]:
+def _scores_of(data: dict[str, Any]) -> Evaluation:
+    """The scores in start.json."""
     import numpy as np
 
-    data = folder.read_json(folder.start)
     sampled = None if data["sampled"] is None else np.array(data["sampled"])
-    return Evaluation(np.array(data["greedy"]), sampled, data.get("completions", [])), data["choice"]
+    return Evaluation(np.array(data["greedy"]), sampled, data.get("completions", []))
 
 
 def _write_before_after(folder: RunFolder, task: Task, before: Evaluation, after: Evaluation) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import statistics
@@ -15,12 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from midtune.config import RunConfig
+from midtune.errors import InputError
 from midtune.model.memory import give_back
 from midtune.model.policy import Policy
 from midtune.report.terminal import Terminal
-from midtune.rl.trainer import FirstRollout
+from midtune.rl.trainer import FirstRollout, load_trained
 from midtune.rl.training import train_blocks
-from midtune.runs import RunFolder
+from midtune.runs import RunFolder, sealed, unsealed
 from midtune.savings.meter import Meter
 from midtune.stages.setup import score_policy
 from midtune.tasks import Row, Task
@@ -64,7 +66,7 @@ class Trials:
         rows: problems to train on.
         problems: what trials are scored on, in the same order each time.
         folder: keeps trials.jsonl; what it has already is not run again.
-        continued: keep checkpoints, so that a trial can go on from where it ended.
+        continued: keep checkpoints of trials that have ended, so that they can go on for more steps.
         total: trials that are planned, for the person who watches; None: not known.
 
     Attributes:
@@ -85,12 +87,16 @@ class Trials:
 
     def __post_init__(self) -> None:
         self.done = []
-        self._earlier = _recorded(self.folder.trials)
+        self._earlier, damaged = _recorded(self.folder.trials)
+        if damaged:
+            self.terminal.message(
+                f"{damaged} damaged lines of {self.folder.trials.name} are left out, and their trials run again"
+            )
         # Where frozen weights are what a thawed block computes with, all runs of a seed begin alike.
         self._first: dict[int, FirstRollout] = {}
-        if self._earlier:
+        if self._earlier or damaged:
             # Whole lines only, so that what comes next has a line of its own.
-            lines = [json.dumps(asdict(trial)) + "\n" for trial in self._earlier]
+            lines = [json.dumps(sealed(asdict(trial))) + "\n" for trial in self._earlier]
             self.folder.write_text(self.folder.trials, "".join(lines))
             self.terminal.message(f"{len(self._earlier)} records are known from an earlier session")
 
@@ -136,7 +142,7 @@ class Trials:
     ) -> Trial:
         """Train a block, or `full`, for so many steps in all, and score it on the first `share` of the problems.
 
-        A trial of fewer steps is continued, exactly, if its checkpoint is there.
+        A trial of fewer steps, or one that a crash has cut short, is continued, exactly, if its checkpoint is there.
         """
         seed = self.config.seed if seed is None else seed
         problems = self.problems[: max(FEWEST_PROBLEMS, round(share * len(self.problems)))]
@@ -151,7 +157,10 @@ class Trials:
             what = "all parameters" if trained == "full" else f"block {trained}"
             step_s, train_s = self._train(trained, steps, seed, lr, what)
             what = f"scoring {what}"
-            return self._keep(self._scored(trained, seed, steps, what, problems, step_s, train_s))
+            found = self._keep(self._scored(trained, seed, steps, what, problems, step_s, train_s))
+            if not self.continued:
+                shutil.rmtree(self._folder(trained, seed).path, ignore_errors=True)
+            return found
         finally:
             self.policy.freeze_all()
             give_back()
@@ -164,6 +173,9 @@ class Trials:
     def _checkpoints(self) -> Path:
         return self.folder.path / "trials"
 
+    def _folder(self, trained: int | str, seed: int) -> RunFolder:
+        return RunFolder(self._checkpoints / f"{trained}-{seed}")
+
     def _train(
         self, trained: int | str, steps: int, seed: int, lr: float | None, what: str
     ) -> tuple[float, float]:
@@ -171,14 +183,18 @@ class Trials:
         settings = self.config.training.model_copy(
             update={"report_to": "none", "lr": lr or self.config.training.lr}
         )
-        own = RunFolder(self._checkpoints / f"{trained}-{seed}")
-        reached = own.latest_checkpoint()
-        before = int(reached.name.rpartition("-")[2]) if reached is not None else 0
-        if before >= steps:
-            # It was trained and not scored: there is no record of what its steps cost.
-            shutil.rmtree(own.path)
-            reached, before = None, 0
-        seconds: list[float] = []
+        own = self._folder(trained, seed)
+        reached, before = self._reached(own, steps)
+        recorded = [trial.steps for trial in self.done if (trial.trained, trial.seed) == (trained, seed)]
+        # Of the steps since the last record, those that a process before this one did.
+        seconds = [
+            line["step_s"] for line in own.read_metrics() if max(recorded, default=0) < line["step"] <= before
+        ]
+        earlier_s = sum(seconds)
+        if before == steps:
+            assert reached is not None
+            load_trained(self.policy, reached)
+            return statistics.median(seconds), earlier_s
         number = f"trial {len(self.done)}{f' of {self.total}' if self.total else ''}"
         first = None if self.policy.quantized else self._first.setdefault(seed, FirstRollout())
         started = time.perf_counter()
@@ -186,6 +202,8 @@ class Trials:
 
             def on_step(metrics: dict[str, Any]) -> None:
                 seconds.append(metrics["step_s"])
+                self.folder.make()
+                own.append_jsonl(own.metrics, metrics)
                 advance(1)
 
             train_blocks(
@@ -198,12 +216,23 @@ class Trials:
                 meter=Meter(self.policy.device),
                 on_step=on_step,
                 stop_after=steps,
-                checkpoints=self.continued,
                 resume_from=reached,
                 first=first,
                 game=self.task.game,
             )
-        return statistics.median(seconds), time.perf_counter() - started
+        return statistics.median(seconds), earlier_s + time.perf_counter() - started
+
+    def _reached(self, own: RunFolder, steps: int) -> tuple[Path | None, int]:
+        """The checkpoint that a trial of so many steps goes on from, and its step; a damaged trial begins again."""
+        reached = None
+        with contextlib.suppress(InputError):
+            reached = own.latest_checkpoint(self.terminal.message)
+        before = int(reached.name.rpartition("-")[2]) if reached is not None else 0
+        missing = own.truncate_metrics(before)
+        if reached is None or missing or before > steps:
+            shutil.rmtree(own.path, ignore_errors=True)
+            return None, 0
+        return reached, before
 
     def _scored(
         self,
@@ -240,12 +269,13 @@ class Trials:
         return None
 
 
-def _recorded(file: Path) -> list[Trial]:
-    """The trials of a trials.jsonl; a last line that a crash cut short is left out."""
-    found = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
-        try:
-            found.append(Trial(**json.loads(line)))
-        except (ValueError, TypeError):
-            break
-    return found
+def _recorded(file: Path) -> tuple[list[Trial], int]:
+    """The trials of a trials.jsonl, and how many lines are damaged, such as a last one that a crash cut short."""
+    found, damaged = [], 0
+    for line in file.read_bytes().split(b"\n") if file.is_file() else []:
+        if line:
+            try:
+                found.append(Trial(**unsealed(line)))
+            except (ValueError, TypeError):
+                damaged += 1
+    return found, damaged

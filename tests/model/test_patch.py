@@ -203,8 +203,25 @@ def test_damaged_tensors_are_named(patch: Path, load: Load, damage: str) -> None
         file.write_bytes(file.read_bytes()[:-100])
     else:
         save_file({f"other.{name}": tensor for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(InputError, match=r"patch is damaged \(patch\.safetensors (has|does not have)"):
+        apply_patch(load(), patch)
+    # Patches of earlier versions have no manifest.
+    (patch / "manifest.json").unlink()
     with pytest.raises(InputError, match=r"patch\.safetensors is damaged"):
         apply_patch(load(), patch)
+
+
+def test_a_patch_with_one_bit_flipped_is_refused_and_one_without_a_manifest_is_not(patch: Path) -> None:
+    tensors = patch / "patch.safetensors"
+    content = bytearray(tensors.read_bytes())
+    content[-5] ^= 1
+    whole = tensors.read_bytes()
+    tensors.write_bytes(content)
+    with pytest.raises(InputError, match="patch.safetensors does not have its checksum"):
+        read_patch(patch)
+    tensors.write_bytes(whole)
+    (patch / "manifest.json").unlink()
+    assert read_patch(patch).blocks == [1, 2]
 
 
 def test_a_missing_adapter_is_named(load: Load, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from midtune.errors import InputError, Interrupted, RunStopped
 from midtune.probe.selection import matching_probe
 from midtune.report.terminal import Terminal
 from midtune.rl import trainer
+from midtune.runs import unsealed
 from midtune.stages import probe, trials
 from midtune.stages.probe import run
 
@@ -74,7 +75,7 @@ def test_gradient_probe_of_every_block(
     found = run(config, out=tmp_path / "run", resume=None, terminal=terminal)
 
     assert torch.equal(torch.get_rng_state(), state)
-    assert json.loads((tmp_path / "run" / "probe.json").read_text()) == found
+    assert unsealed((tmp_path / "run" / "probe.json").read_bytes()) == found
     assert load_config(tmp_path / "run" / "config.yaml", {}) == config
     assert (tmp_path / "run" / "environment.json").is_file()
     rows = found["blocks"]

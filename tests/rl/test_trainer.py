@@ -31,6 +31,7 @@ Load = Callable[..., Policy]
 # TRL has no other way to the advantages of the rest.
 TRLS = [name for name in ALGORITHMS if own_advantages(name, omega=1, gamma=1) is None]
 CHECKPOINT_FILES = {
+    "manifest.json",
     TRAINED_TENSORS,
     "optimizer.pt",
     "rng_state.pth",

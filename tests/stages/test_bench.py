@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from midtune.model.loading import load_tokenizer
 from midtune.model.sources import resolve
 from midtune.report.results import bench_table
 from midtune.report.terminal import Terminal
+from midtune.runs import unsealed
 from midtune.stages import bench
 from midtune.stages.alone import in_own_process
 
@@ -38,7 +38,7 @@ def test_arms_run_in_their_own_processes_and_are_compared(
 ) -> None:
     checkpoint = random_checkpoint("qwen3")
     found = go(checkpoint, tmp_path / "bench", terminal, arms=["midtune", "trl-full"])
-    assert json.loads((tmp_path / "bench/bench.json").read_text()) == found
+    assert unsealed((tmp_path / "bench/bench.json").read_bytes()) == found
     first, full = found["arms"]
     assert first["ratios"]["step"] == 1
     assert full["ratios"]["update"] == pytest.approx(full["update"]["median"] / first["update"]["median"])
@@ -127,7 +127,7 @@ def test_an_arm_that_fails_does_not_cost_the_others(
     found = go(random_checkpoint("qwen3"), tmp_path / "bench", terminal, arms=arms)
     assert [arm["arm"] for arm in found["arms"]] == ["midtune", "trl-block"]
     assert list(found["failed"]) == ["trl-full"]
-    assert json.loads((tmp_path / "bench/bench.json").read_text()) == found
+    assert unsealed((tmp_path / "bench/bench.json").read_bytes()) == found
     console = Console(file=io.StringIO(), width=80)
     console.print(bench_table(found))
     assert "The arm trl-full failed (no memory)" in console.file.getvalue()  # type: ignore[attr-defined]

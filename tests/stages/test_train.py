@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import pytest
 import torch
 
 from midtune.config import RunConfig, dump_config, load_config
-from midtune.errors import InputError, RunStopped
+from midtune.errors import InputError, Interrupted, RunStopped
 from midtune.model.loading import load_policy
 from midtune.model.patch import apply_patch
 from midtune.model.policy import Policy
@@ -22,6 +24,7 @@ from midtune.report.terminal import Terminal
 from midtune.savings.meter import Meter
 from midtune.stages import evaluate, merge, probe, train
 from midtune.stages.setup import open_task
+from midtune.whole import damage
 from tests.stages.conftest import Configured
 
 
@@ -46,7 +49,9 @@ def test_a_run_leaves_what_the_house_says(finished: tuple[Path, dict[str, Any]])
         *("config.yaml", "environment.json", "start.json", "metrics.jsonl", "samples.jsonl"),
         *("checkpoints", "patch", "before_after.json", "report.json", "curve.svg", "report.html"),
     }
-    assert {path.name for path in (run / "patch").iterdir()} == {"patch.safetensors", "patch.json"}
+    assert {path.name for path in (run / "patch").iterdir()} == {
+        *("patch.safetensors", "patch.json", "manifest.json")
+    }
     assert [line["step"] for line in metrics(run)] == [1, 2, 3]
     assert {"reward", "equal_groups", "completion_length", "rollout_s", "update_s", "memory_bytes"} <= set(
         metrics(run)[0]
@@ -56,6 +61,7 @@ def test_a_run_leaves_what_the_house_says(finished: tuple[Path, dict[str, Any]])
 def test_the_report_is_what_was_returned(finished: tuple[Path, dict[str, Any]]) -> None:
     run, report = finished
     written = json.loads((run / "report.json").read_text())
+    assert len(written.pop("digest")) == 16
     assert written == {key: value for key, value in report.items() if key != "run"}
     assert (written["schema"], written["blocks"]) == (1, [2])
     assert written["patch_bytes"] == sum(f.stat().st_size for f in (run / "patch").iterdir())
@@ -334,11 +340,11 @@ def test_resume_with_nothing_to_resume(configured: Configured, tmp_path: Path, t
     config = configured()
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.yaml").write_text(dump_config(config))
-    with pytest.raises(InputError, match="no checkpoint to resume from"):
+    with pytest.raises(InputError, match="was made by `midtune probe`.*midtune probe --resume"):
         go(config, None, terminal, resume=tmp_path / "run")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_run_stopped_by_a_signal_goes_on_exactly(
     configured: Configured, tmp_path: Path, terminal: Terminal, number: int
 ) -> None:
@@ -387,7 +393,9 @@ def test_a_failure_keeps_the_folder_resumable(
 
     with monkeypatch.context() as patched:
         patched.setattr(train, "save_patch", fail)
-        with pytest.raises(MemoryError):
+        with pytest.raises(
+            RunStopped, match="memory ran out; make room, then go on with `midtune train --resume"
+        ):
             go(config, tmp_path / "run", terminal)
     go(load_config(tmp_path / "run/config.yaml", {}), None, terminal, resume=tmp_path / "run")
     assert trajectory(tmp_path / "run") == trajectory(tmp_path / "whole")
@@ -424,3 +432,113 @@ def test_a_run_that_ends_for_want_of_memory_goes_on_from_what_fitted(
     assert [line["sampling_rows"] for line in metrics(run)] == [8] * 4
     for found, expected in zip(trajectory(run), trajectory(tmp_path / "whole"), strict=True):
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+def test_a_stop_while_scoring_says_how_to_go_on(
+    configured: Configured, tmp_path: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, run = configured(training__steps=2), tmp_path / "run"
+    go(config, tmp_path / "whole", terminal)
+    score_policy = train.score_policy
+
+    def interrupted(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGHUP)
+        return score_policy(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "score_policy", interrupted)
+        for resume in (None, run):
+            with pytest.raises(Interrupted, match=f"stopped; go on with `midtune train --resume {run}`"):
+                go(config, run, terminal, resume=resume)
+    go(load_config(run / "config.yaml", {}), None, terminal, resume=run)
+    assert trajectory(run) == trajectory(tmp_path / "whole")
+    assert (run / "start.json").read_bytes() == (tmp_path / "whole/start.json").read_bytes()
+
+
+def test_an_older_checkpoint_takes_the_place_of_a_damaged_one(
+    configured: Configured, tmp_path: Path, terminal: Terminal
+) -> None:
+    config, run = configured(training__steps=4, training__checkpoint_every=1), tmp_path / "run"
+    go(config, run, terminal)
+    whole, patch = trajectory(run), (run / "patch/patch.safetensors").read_bytes()
+    rng = run / "checkpoints/checkpoint-4/rng_state.pth"
+    rng.write_bytes(rng.read_bytes()[:-1] + b"!")
+    go(load_config(run / "config.yaml", {}), None, terminal, resume=run)
+    shown = terminal.console.file.getvalue()  # type: ignore[attr-defined]
+    assert "checkpoint-4 of" in shown and "rng_state.pth does not have its checksum" in shown
+    assert "resuming" in shown and "after step 3" in shown
+    assert trajectory(run) == whole
+    assert (run / "patch/patch.safetensors").read_bytes() == patch
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"checkpoint-3", "checkpoint-4"}
+
+
+def test_the_first_step_has_a_checkpoint_and_the_next_come_by_time(
+    configured: Configured, tmp_path: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from midtune.rl.recorder import StepRecorder
+    from midtune.rl.trainer import LayerGRPOTrainer
+
+    saved: list[int] = []
+    save = LayerGRPOTrainer._save_checkpoint
+
+    def noted(self: LayerGRPOTrainer, *arguments: Any) -> None:
+        save(self, *arguments)
+        saved.append(self.state.global_step)
+        self.checkpoint_s = 1e6 if len(saved) == 1 else 0.0
+
+    clock = iter([0.0, 1.0, 1e7, 1e8])
+    due = StepRecorder._checkpoint_is_due
+    monkeypatch.setattr(LayerGRPOTrainer, "_save_checkpoint", noted)
+    monkeypatch.setattr("midtune.rl.recorder.MOST_LOST_S", 1e9)
+
+    def at(self: StepRecorder, step_s: float) -> bool:
+        self._saved = time.perf_counter() - next(clock)
+        return due(self, step_s)
+
+    monkeypatch.setattr(StepRecorder, "_checkpoint_is_due", at)
+    go(configured(training__steps=5), tmp_path / "run", terminal)
+    # A checkpoint of 10⁶ s is followed by one after 5·10⁷ s; the last step has one in any case.
+    assert saved == [1, 4, 5]
+
+
+@pytest.mark.parametrize("where", ["start", "checkpoint", "metrics", "patch"])
+def test_a_full_disk_ends_a_run_in_a_sentence_and_it_goes_on_with_room(
+    configured: Configured, tmp_path: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    config, run = configured(training__steps=2), tmp_path / "run"
+    go(config, tmp_path / "whole", terminal)
+    fsync, writing = os.fsync, {"start": "start.json", "metrics": "metrics.jsonl"}.get(where, f".{where}")
+
+    def full(descriptor: int) -> None:
+        name = os.readlink(f"/proc/self/fd/{descriptor}").removeprefix(str(run))
+        if f"/{writing}" in name.replace("/.start", "/start") and (run / "config.yaml").exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(
+            RunStopped, match="the disk is full; make room, then go on with `midtune train --re"
+        ):
+            go(config, run, terminal)
+    assert not list(run.rglob(".*"))
+    assert all(damage(path) is None for path in (run / "checkpoints").glob("*"))
+    go(load_config(run / "config.yaml", {}), None, terminal, resume=run)
+    assert trajectory(run) == trajectory(tmp_path / "whole")
+    for file in ("start.json", "before_after.json", "patch/patch.safetensors"):
+        assert (run / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def test_a_folder_that_vanishes_ends_the_run(
+    configured: Configured, tmp_path: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    truth = train.train_blocks
+
+    def vanished(*arguments: Any, **settings: Any) -> int:
+        shutil.rmtree(run)
+        return truth(*arguments, **settings)
+
+    monkeypatch.setattr(train, "train_blocks", vanished)
+    with pytest.raises(RunStopped, match=f"{run} was removed while it was worked in; start again"):
+        go(configured(), run, terminal)

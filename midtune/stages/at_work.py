@@ -1,0 +1,90 @@
+"""What a stage that works in a run folder stands under: its lock, signals, and a sentence where it cannot go on."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from midtune.errors import NO_MEMORY, Interrupted, RunStopped, lack_of
+from midtune.model.memory import is_out_of_memory
+from midtune.runs import RunFolder
+
+SIGNALS = [
+    number for name in ("SIGINT", "SIGTERM", "SIGHUP") if (number := getattr(signal, name, None)) is not None
+]
+
+
+@dataclass
+class Stop:
+    """Whether Ctrl-C, SIGTERM or SIGHUP has asked for an end.
+
+    Attributes:
+        asked: it was asked for while `waits`.
+        said: the person who watches knows.
+        waits: the first request waits for the end of a step; otherwise, and the second, ends at once.
+    """
+
+    asked: bool = False
+    said: bool = False
+    waits: bool = False
+
+    @contextmanager
+    def after_the_step(self) -> Iterator[None]:
+        """Lets the first request wait for the end of a step, which asks for `asked`."""
+        self.waits = True
+        try:
+            yield
+        finally:
+            self.waits = False
+
+
+@contextmanager
+def at_work(folder: RunFolder, command: str) -> Iterator[Stop]:
+    """Hold the folder's lock while `midtune COMMAND` works in it.
+
+    Raises:
+        InputError: another process works in it.
+        Interrupted: a signal asked for an end, and there is something to go on from.
+        RunStopped: the disk or the memory has no more room, or the folder cannot be written or is gone.
+    """
+    stop = Stop()
+    go_on = f"go on with `midtune {command} --resume {folder}`"
+    try:
+        with _signals(stop), folder.locked():
+            yield stop
+    except KeyboardInterrupt:
+        if not folder.config.is_file():
+            raise
+        raise Interrupted(f"stopped; {go_on}.") from None
+    except Exception as error:
+        lack = NO_MEMORY if is_out_of_memory(error) else lack_of(error)
+        if isinstance(error, OSError) and folder.is_gone():
+            raise RunStopped(f"{folder} was removed while it was worked in; start again.") from error
+        if lack is None:
+            raise
+        then = go_on if folder.config.is_file() else "start again"
+        raise RunStopped(f"{folder} could not be finished because {lack}, then {then}.") from error
+
+
+@contextmanager
+def _signals(stop: Stop) -> Iterator[None]:
+    def ask(number: int, frame: Any) -> None:
+        if not stop.waits or stop.asked:
+            raise KeyboardInterrupt
+        stop.asked = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # What is ignored, as SIGHUP is under nohup, stays so.
+    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, ask) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

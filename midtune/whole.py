@@ -1,0 +1,163 @@
+"""Files and folders that are whole or do not exist: written beside their place, checked, and put there at once."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from midtune.errors import InputError
+
+MANIFEST = "manifest.json"
+# A disk with less than this left could not take what was being written.
+FULL_BYTES = 2**16
+
+
+@contextlib.contextmanager
+def written_whole(folder: Path, *, sealed: bool = True) -> Iterator[Path]:
+    """A folder of the same name to write into; it takes the place of `folder` at the end, or goes.
+
+    Args:
+        folder: its parent exists.
+        sealed: leave a manifest in it, with which `damage` can check it.
+
+    Raises:
+        OSError: it could not be written; what was at `folder` before is still there.
+    """
+    scratch = _temporary(folder)
+    made = scratch / folder.name
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        scratch.mkdir()
+        made.mkdir()
+        yield made
+        _sync(made, sealed)
+        if folder.exists():
+            folder.rename(scratch / "before")
+        made.rename(folder)
+        _sync_entry(folder.parent)
+    except Exception as error:
+        if isinstance(error, OSError) or not _disk_is_full(folder.parent, error):
+            raise
+        # Libraries that write each say so in their own way.
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a folder that was written whole, such as `a.pt is missing`; None if nothing is."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        expected = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return f"{MANIFEST} is damaged"
+    for name, (size, sha256) in expected.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes, not {size}"
+        if _sha256(file) != sha256:
+            return f"{name} does not have its checksum"
+    return None
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Put `content` into a file: afterwards it holds all of it, or what it held before.
+
+    Raises:
+        InputError: `path` is something else than a regular file, such as a device.
+        OSError: it could not be written.
+    """
+    require_regular(path)
+    # A link stays, and what it points to is written.
+    path = path.resolve()
+    temporary = _temporary(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_entry(path.parent)
+    finally:
+        # The folder may be gone, or no folder any more.
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def require_regular(path: Path) -> None:
+    """Check that a file can be written at `path` without replacing anything but a file.
+
+    Raises:
+        InputError: it is a folder, a device, a pipe or a socket.
+    """
+    if path.exists() and not path.is_file():
+        what = "is a folder" if path.is_dir() else "is a device or a pipe"
+        raise InputError(f"{path} {what}, and only files are written; choose another name.")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes that were killed had begun to write in `folder`; none may be writing there now."""
+    for path in [*folder.rglob(".*.tmp")]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def digest(text: str) -> str:
+    """Enough of a text's sha256 to tell that it was damaged."""
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _sync(folder: Path, sealed: bool) -> None:
+    """Have the disk hold all that is in a folder, and its manifest."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    if sealed:
+        entries = {
+            str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+            for file in files
+        }
+        manifest = folder / MANIFEST
+        manifest.write_text(json.dumps({"files": entries}, indent=1) + "\n", encoding="utf-8")
+        files.append(manifest)
+    for file in files:
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+    _sync_entry(folder)
+
+
+def _sync_entry(folder: Path) -> None:
+    """Have the disk hold the names in a folder, where the system can be asked for it."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        # Some network file systems cannot.
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _disk_is_full(folder: Path, error: Exception) -> bool:
+    said = f"os error {errno.ENOSPC}" in str(error) or os.strerror(errno.ENOSPC) in str(error)
+    return said or (folder.is_dir() and shutil.disk_usage(folder).free < FULL_BYTES)
