@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import re
 
+NO_MEMORY = "memory ran out; make room"
+LACKS = {
+    errno.ENOSPC: ("the disk is full", "make room"),
+    errno.EDQUOT: ("the disk quota is used up", "make room"),
+    errno.EROFS: ("the file system is read-only", "make it writable"),
+    errno.EACCES: ("access is denied", "allow it"),
+    errno.EPERM: ("access is denied", "allow it"),
+    errno.EIO: ("the disk fails", "mend it"),
+}
 MOST_CHARACTERS = 4000
 # What a terminal would obey instead of showing: escape sequences, controls other than tab and line break, marks
 # that turn the direction of text, and halves of characters, which cannot be written.
@@ -25,19 +35,6 @@ def escaped(json_text: str) -> str:
 def bounded(text: str, most: int = MOST_CHARACTERS) -> str:
     """The beginning of a text, and how much of it was left out."""
     return text if len(text) <= most else f"{text[:most]}… ({len(text) - most:,} characters left out)"
-
-
-import errno
-
-NO_MEMORY = "memory ran out; make room"
-LACKS = {
-    errno.ENOSPC: ("the disk is full", "make room"),
-    errno.EDQUOT: ("the disk quota is used up", "make room"),
-    errno.EROFS: ("the file system is read-only", "make it writable"),
-    errno.EACCES: ("access is denied", "allow it"),
-    errno.EPERM: ("access is denied", "allow it"),
-    errno.EIO: ("the disk fails", "mend it"),
-}
 
 
 class MidtuneError(Exception):
