@@ -393,7 +393,7 @@ def describe_environment(device: str, seed: int) -> dict[str, Any]:
     """What environment.json holds: versions, machine, device, seed and git commit. Never fails.
 
     Args:
-        device: the device as the run uses it, such as `cuda:0 (NVIDIA L4)`.
+        device: the device as the run uses it, such as `cuda:0 in bfloat16`.
         seed: the run's seed.
     """
     versions: dict[str, str | None] = {"python": platform.python_version()}

@@ -64,6 +64,10 @@ def check_run(folder: Path) -> None:
     tensors = load_file(next(folder.glob("checkpoints/checkpoint-2/trained.safetensors")))
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     assert all(tensor.isfinite().all() for tensor in tensors.values())
+    assert json.loads((folder / "environment.json").read_text())["device"] in (
+        "cpu in bfloat16",
+        "cpu in float16",
+    )
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,11 @@ class Policy:
         return self.model.device
 
     @property
+    def computes(self) -> str:
+        """Where and in what, for people: `cuda:0 in bfloat16`."""
+        return f"{self.device} in {str(self.compute_dtype).removeprefix('torch.')}"
+
+    @property
     def num_blocks(self) -> int:
         return len(self.blocks)
 

@@ -84,7 +84,7 @@ def _run(
 
 
 def _describe(folder: RunFolder, config: RunConfig, policy: Policy) -> None:
-    folder.write_json(folder.environment, describe_environment(str(policy.device), config.seed))
+    folder.write_json(folder.environment, describe_environment(policy.computes, config.seed))
     folder.write_config(dump_config(config))
 
 

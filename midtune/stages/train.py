@@ -126,7 +126,7 @@ def _run(
     if not resumed:
         trained = len(blocks) * sum(p.numel() for p in policy.blocks[blocks[0]].parameters())
         folder.require_free(trained * CHECKPOINT_BYTES_PER_PARAMETER)
-        folder.write_json(folder.environment, describe_environment(str(policy.device), config.seed))
+        folder.write_json(folder.environment, describe_environment(policy.computes, config.seed))
         folder.write_json(folder.start, {"choice": choice, "ranking": ranking})
         # From here on there is something to resume.
         folder.write_config(dump_config(config))
