@@ -236,10 +236,7 @@ def _step(device: str, dtype: str) -> Iterator[Check]:
     before = [parameter.detach().clone() for parameter in trained]
     (-log_probs.sum() / rollout.completion_mask.sum()).backward()
     torch.optim.AdamW(trained, lr=1e-3).step()
-    name = str(policy.compute_dtype).removeprefix("torch.")
-    found = (
-        f"the bundled model on {policy.device} in {name}: {tokens_per_s:,.0f} tokens/s sampled, then updated"
-    )
+    found = f"the bundled model on {policy.computes}: {tokens_per_s:,.0f} tokens/s sampled, then updated"
     whole = all(parameter.isfinite().all() for parameter in trained)
     if whole and not all(map(torch.equal, before, trained)):
         yield Check("a step", "ok", found)
