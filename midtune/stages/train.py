@@ -16,7 +16,7 @@ from midtune.device import resolve_device
 from midtune.errors import InputError, Interrupted
 from midtune.model.memory import give_back
 from midtune.model.patch import apply_patch, save_patch
-from midtune.model.policy import Policy
+from midtune.model.policy import Policy, count_parameters
 from midtune.model.sources import Source
 from midtune.probe.selection import parse_layers
 from midtune.report.plots import learning_curve
@@ -124,7 +124,7 @@ def _run(
     blocks = list(range(policy.num_blocks)) if boosted else chosen
 
     if not resumed:
-        trained = len(blocks) * sum(p.numel() for p in policy.blocks[blocks[0]].parameters())
+        trained = len(blocks) * count_parameters(policy.blocks[blocks[0]])
         folder.require_free(trained * CHECKPOINT_BYTES_PER_PARAMETER)
         folder.write_json(folder.environment, describe_environment(policy.computes, config.seed))
         folder.write_json(folder.start, {"choice": choice, "ranking": ranking})

@@ -19,6 +19,8 @@ _BRACE = re.compile(r"\\f?box(?:ed)?\s*\{|\\?[{}]")
 _JOINED = re.compile(
     r"[\s$]*(?:[,;]|[,;]?[\s$]*(?:\\text\s*\{\s*)?\b(?:and|or)\b\s*\}?)[\s$]*(?:[a-zA-Z]\s*=\s*)?[\s$]*"
 )
+# A minus before a box belongs to the answer; at the start of a line, with a space behind it, it makes a list.
+_NEGATED = re.compile(r"(?:[=(${~]|\\approx|\\[(\[])\s*[-\u2212]\s*$|(?<!\S)[-\u2212]$")
 _TAG = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL | re.IGNORECASE)
 _HASHES = re.compile(r"(?<!#)####(?!#)")
 _STATED = re.compile(
@@ -113,7 +115,7 @@ def marked_answer(text: str) -> str | None:
 def last_boxed(text: str) -> str | None:
     """What stands in the last complete `\\boxed{…}`, nested braces included, or None.
 
-    Boxes that a comma, `and` or `or` joins are one answer: `\\boxed{2}$ or $x = \\boxed{3}` gives `2, 3`.
+    A minus before the box is part of the answer. Boxes that a comma, `and` or `or` joins are one answer: `\\boxed{2}$ or $x = \\boxed{3}` gives `2, 3`.
     """
     open_braces: list[re.Match[str]] = []
     boxes: list[tuple[int, str, int]] = []
@@ -129,6 +131,8 @@ def last_boxed(text: str) -> str | None:
     start = len(text)
     while boxes and (not found or _JOINED.fullmatch(text, boxes[-1][2], start)):
         start, content, _ = boxes.pop()
+        if content and _NEGATED.search(text[max(0, start - 20) : start]):
+            content = f"-{content}"
         found[:0] = [] if content in found else [content]
     return ", ".join(found) if found else None
 

@@ -144,3 +144,18 @@ def test_a_number_at_the_end_is_read_back_after_any_text(number: int, before: st
 def test_extraction_never_fails(text: str, reference: str) -> None:
     assert isinstance(extract(text, reference), str)
     assert isinstance(reference_answer(text), str)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (r"x = -\boxed{7}", "-7"),
+        (r"$x = - \boxed{7}$", "-7"),
+        (r"so it is -\boxed{\frac{1}{8}}.", r"-\frac{1}{8}"),
+        ("\u2212\\boxed{7}", "-7"),
+        (r"- \boxed{7}", "7"),
+        (r"$3-\boxed{7}$", "7"),
+    ],
+)
+def test_a_minus_before_a_box_is_part_of_the_answer(text: str, expected: str) -> None:
+    assert last_boxed(text) == expected
