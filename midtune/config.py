@@ -203,7 +203,7 @@ class TrainingConfig(Part):
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = Field(0, ge=0, le=MOST_STEPS, description="steps over which the learning rate rises")
     weight_decay: float = Field(0.0, ge=0, le=10)
-    max_grad_norm: float = Field(1.0, gt=0, le=1e6)
+    max_grad_norm: float = Field(1.0, gt=0, le=1e9)
     beta: float = Field(0.001, ge=0, le=1000, description="weight of the KL term against the original blocks")
     epsilon: float | None = Field(
         None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from midtune.model.policy import Policy
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Under nohup or in a shell's background they are ignored, and what is ignored stays so in runs that are tested.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 COMMON = {
     "vocab_size": 260,

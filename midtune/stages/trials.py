@@ -186,15 +186,15 @@ class Trials:
         own = self._folder(trained, seed)
         reached, before = self._reached(own, steps)
         recorded = [trial.steps for trial in self.done if (trial.trained, trial.seed) == (trained, seed)]
+        done = {line["step"]: line["step_s"] for line in own.read_metrics() if line["step"] <= before}
         # Of the steps since the last record, those that a process before this one did.
-        seconds = [
-            line["step_s"] for line in own.read_metrics() if max(recorded, default=0) < line["step"] <= before
-        ]
+        seconds = [step_s for step, step_s in done.items() if step > max(recorded, default=0)]
         earlier_s = sum(seconds)
         if before == steps:
             assert reached is not None
             load_trained(self.policy, reached)
-            return statistics.median(seconds), earlier_s
+            # None where it is only scored on more problems.
+            return statistics.median(seconds or done.values()), earlier_s
         number = f"trial {len(self.done)}{f' of {self.total}' if self.total else ''}"
         first = None if self.policy.quantized else self._first.setdefault(seed, FirstRollout())
         started = time.perf_counter()

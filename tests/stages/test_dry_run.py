@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from midtune.config import load_config
+from midtune.config import dump_config, load_config
 from midtune.errors import InputError
 from midtune.report.plans import dry_run_text
 from midtune.stages import dry_run
@@ -73,7 +73,7 @@ def test_the_folder_is_the_one_that_a_run_would_get(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
     taken = tmp_path / "runs" / "tiny-chain_sum"
     taken.mkdir(parents=True)
-    (taken / "config.yaml").touch()
+    (taken / "config.yaml").write_text(dump_config(config))
     assert dry_run.run(config, out=None)["out"] == "runs/tiny-chain_sum-2"
     assert dry_run.run(config, out=None, resume=taken)["out"] == "runs/tiny-chain_sum"
     with pytest.raises(InputError, match="holds another run"):

@@ -178,6 +178,8 @@ def test_bad_input_is_one_sentence_and_nothing_is_scored(
         shutil.copytree(run / "patch", tmp_path / name)
         said = json.loads((run / "patch/patch.json").read_text())
         (tmp_path / name / "patch.json").write_text(json.dumps({**said, **changes}))
+        # As patches of earlier versions, which no manifest holds against.
+        (tmp_path / name / "manifest.json").unlink()
     monkeypatch.setattr(vote, "score_policy", stopped)
     targets = [str(run), *(other.format(run=run, tmp=tmp_path) for other in others)]
     with pytest.raises(InputError, match=words) as caught:
