@@ -78,6 +78,10 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
 def _run(
     config: RunConfig, folder: RunFolder, resumed: bool, stop: Stop, terminal: Terminal
 ) -> dict[str, Any]:
+    if resumed and not folder.start.is_file():
+        raise InputError(
+            f"{folder} lacks start.json, which says how it began; restore it, or start again with another --out."
+        )
     checkpoint = folder.latest_checkpoint(terminal.message) if resumed else None
     if checkpoint is not None:
         step = int(checkpoint.name.rpartition("-")[2])
@@ -130,9 +134,7 @@ def _run(
         folder.write_json(folder.start, {"choice": choice, "ranking": ranking})
         # From here on there is something to resume.
         folder.write_config(dump_config(config))
-    known: dict[str, Any] = {"choice": choice, "ranking": ranking}
-    if folder.start.exists():
-        known = folder.read_json(folder.start)
+    known = folder.read_json(folder.start)
     choice = known["choice"]
     if "greedy" in known:
         before = _scores_of(known)

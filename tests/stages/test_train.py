@@ -434,6 +434,16 @@ def test_a_run_that_ends_for_want_of_memory_goes_on_from_what_fitted(
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
+def test_a_run_that_lost_how_it_began_is_not_resumed(
+    finished: tuple[Path, Any], tmp_path: Path, terminal: Terminal
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    (run / "start.json").unlink()
+    with pytest.raises(InputError, match="lacks start.json"):
+        go(load_config(run / "config.yaml", {}), None, terminal, resume=run)
+
+
 def test_a_stop_while_scoring_says_how_to_go_on(
     configured: Configured, tmp_path: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
