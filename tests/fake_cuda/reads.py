@@ -177,6 +177,12 @@ WANTED = [
     Read("rl/trainer.py:compare_log_probs", "difference =", "the update has to compute what the sampler did"),
     Read("rl/trainer.py:_checksum", "return int(", "no frozen tensor may move"),
     Read("rl/trainer.py:LayerGRPOTrainer._save", "save_file(", "a checkpoint is a file", "safetensors/"),
+    Read(
+        "rl/trainer.py:LayerGRPOTrainer._save_checkpoint",
+        "super()._save_checkpoint(",
+        "so is fp16's loss scale",
+        "transformers/trainer.py",
+    ),
     # With model.embeddings=host.
     Read("model/host.py:move_out", 'value.detach().to("cpu")', "it leaves the card, once"),
     Read(
