@@ -35,8 +35,8 @@ from midtune.config import (
 )
 from midtune.device import show_one_card
 from midtune.errors import InputError, MidtuneError, RunStopped, bounded, escaped, lack_of, plain
+from midtune.measure.cards import card_names
 from midtune.network import go_offline
-from midtune.savings.cards import card_names
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

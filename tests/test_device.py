@@ -171,7 +171,7 @@ def test_what_torch_freed_on_a_card_counts_as_free() -> None:
 def test_a_process_sees_the_card_it_was_told_to_use() -> None:
     last = torch.cuda.device_count() - 1
     code = (
-        "from midtune.device import resolve_device, show_one_card; from midtune.savings.cards import card_names; "
+        "from midtune.device import resolve_device, show_one_card; from midtune.measure.cards import card_names; "
         f"show_one_card('cuda:{last}', len(card_names())); device = resolve_device('cuda:{last}'); import torch; "
         "torch.zeros(1, device=device); print(torch.cuda.device_count(), torch.cuda.get_device_properties(device).uuid)"
     )

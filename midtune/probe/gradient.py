@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from midtune.errors import RunStopped
+from midtune.measure.meter import Meter
 from midtune.model.policy import Policy
 from midtune.rl.tail import completion_log_probs
 from midtune.rollout.boundary import positions
 from midtune.rollout.sampler import Rollout, Sampling, sample
-from midtune.savings.meter import Meter
 
 # Of the mean square of a layer's gradients, added to each weight's.
 SMALLEST_SHARE = 1e-3

@@ -8,11 +8,11 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from midtune.measure.meter import Meter
 from midtune.model.policy import Policy
 from midtune.rl.tail import completion_log_probs
 from midtune.rollout.boundary import recompute
 from midtune.rollout.sampler import Rollout
-from midtune.savings.meter import Meter
 
 
 def update_seconds(

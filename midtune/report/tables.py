@@ -11,8 +11,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from midtune.measure.cards import Card, CardProcess
 from midtune.report.depth import finite
-from midtune.savings.cards import Card, CardProcess
 
 MEMORY_SOURCES = {"cuda_allocated": "CUDA tensors", "resident": "process"}
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from midtune.errors import RunStopped
+from midtune.measure.meter import OUTSIDE, Meter
 from midtune.rl.collapse import find_collapse
-from midtune.savings.meter import OUTSIDE, Meter
 from midtune.tasks.rewards import completion_text
 
 if TYPE_CHECKING:

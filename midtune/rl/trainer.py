@@ -30,6 +30,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from midtune.device import random_state, set_random_state
 from midtune.errors import MidtuneError, RunStopped
+from midtune.measure.meter import Meter
 from midtune.model.memory import RowLimit, slices
 from midtune.model.policy import Policy
 from midtune.rl.advantages import Values
@@ -42,7 +43,6 @@ from midtune.rollout.episodes import Episode, play, rollout_of, with_common_prom
 from midtune.rollout.sampler import Rollout, Sampling, sample, sampled_elsewhere
 from midtune.rollout.vllm import VLLMServer
 from midtune.runs import checkpoints_in
-from midtune.savings.meter import Meter
 from midtune.tasks import Game
 from midtune.whole import written_whole
 

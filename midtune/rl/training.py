@@ -17,6 +17,7 @@ from trl import GRPOConfig
 
 from midtune.config import TrainingConfig
 from midtune.errors import InputError
+from midtune.measure.meter import Meter
 from midtune.model.policy import Policy
 from midtune.rl.algorithms import algorithm_arguments, groups_per_micro_batch, own_advantages
 from midtune.rl.gradients import Bf16Gradients
@@ -24,7 +25,6 @@ from midtune.rl.recorder import StepRecorder
 from midtune.rl.trainer import FirstRollout, LayerGRPOTrainer, check_trainable, sampling_of
 from midtune.rollout.speech import prompt_lengths
 from midtune.rollout.vllm import VLLMServer
-from midtune.savings.meter import Meter
 from midtune.tasks import Game, Reward, Row, parts_of
 
 OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit"}

@@ -9,10 +9,10 @@ from typing import Any
 
 from midtune.config import RunConfig
 from midtune.model.policy import Policy
-from midtune.rl.footprint import Work
+from midtune.planning.budget import peak
+from midtune.planning.estimate import StepShape, estimate_phases
+from midtune.planning.step_size import Work
 from midtune.rollout.speech import prompt_lengths
-from midtune.savings.budget import peak
-from midtune.savings.estimate import StepShape, estimate_phases
 from midtune.stages.plan import Planner, planner_for
 from midtune.tasks import Task
 

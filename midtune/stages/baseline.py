@@ -25,10 +25,10 @@ def measure(config_file: Path) -> dict[str, Any]:
 
 def main(config_file: Path) -> None:
     """Measure here and print the figures as one line of JSON."""
+    from midtune.bench.baselines import full_training
     from midtune.config import load_config
     from midtune.device import compute_dtype_of, dtype_named, resolve_device
     from midtune.report.terminal import Terminal
-    from midtune.rl.baselines import full_training
     from midtune.stages.setup import open_source, open_task
 
     terminal = Terminal(quiet=True)

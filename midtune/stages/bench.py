@@ -41,7 +41,7 @@ def run(
 
     Args:
         config: names the model, the device and the dtype; `blocks.layers` may name the block.
-        arms: see `midtune.rl.arms.ARMS`.
+        arms: see `midtune.bench.arms.ARMS`.
         steps: counted steps of each arm, after one that warms up.
         micro_batch_tokens: most tokens in one backward pass of any arm; None: as in training.
         profile: profile one more step of the first arm.
@@ -60,8 +60,8 @@ def run(
     """
     from transformers import AutoConfig
 
+    from midtune.bench.arms import ARMS, Workload
     from midtune.model.loading import load_tokenizer
-    from midtune.rl.arms import ARMS, Workload
 
     unknown = [arm for arm in arms if arm not in ARMS]
     if unknown or not arms:
@@ -188,8 +188,8 @@ def _run_alone(task: dict[str, Any]) -> dict[str, Any]:
 
 def main(file: Path) -> None:
     """Run the arm that `file` describes and print its figures as one line of JSON."""
+    from midtune.bench.arms import Workload, run_arm
     from midtune.model.sources import resolve
-    from midtune.rl.arms import Workload, run_arm
 
     task = json.loads(file.read_text(encoding="utf-8"))
     source = resolve(task["model"], task["revision"])

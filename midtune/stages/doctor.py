@@ -25,14 +25,14 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from midtune.device import compute_dtype_of, cuda_devices, dtype_named, resolve_device
+from midtune.measure.cards import card_names
+from midtune.measure.meter import card_of
 from midtune.model.cache import cache_folder
 from midtune.model.hub import PACKAGE
 from midtune.network import within
 from midtune.report.tables import bytes_text, card_text
 from midtune.report.terminal import Terminal
 from midtune.runs import RUNS
-from midtune.savings.cards import card_names
-from midtune.savings.meter import card_of
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
 REQUEST_TIMEOUT_S = 3.0

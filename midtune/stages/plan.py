@@ -1,7 +1,7 @@
 """`midtune plan`: what training would hold in memory and take at least, before anything is loaded.
 
 Weights, gradients and optimizer states follow from the configuration alone. Activations, keys and values come from
-running the code that trains on tensors without data (see `midtune.rl.trace`).
+running the code that trains on tensors without data (see `midtune.planning.trace`).
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from typing import Any
 
 import torch
 
+from midtune.bench.arms import ARMS as TRAINED_ARMS
 from midtune.config import RunConfig, with_settings
 from midtune.device import total_bytes
 from midtune.errors import InputError
+from midtune.measure.meter import Meter
 from midtune.model.configs import config_of
 from midtune.model.policy import Policy
+from midtune.planning.budget import CONTEXT_BYTES, Phases, Sizes, peak
+from midtune.planning.skeleton import sizes_of
+from midtune.planning.speed import step_seconds
+from midtune.planning.step_size import Work, midtune_phases, trl_phases
+from midtune.planning.trace import Loaded
 from midtune.probe.selection import middle, parse_layers
 from midtune.published import PublishedCard, card_named
 from midtune.report.tables import bytes_text
 from midtune.report.terminal import Terminal
-from midtune.rl.arms import ARMS as TRAINED_ARMS
-from midtune.rl.footprint import Work, midtune_phases, trl_phases
-from midtune.rl.skeleton import sizes_of
-from midtune.rl.trace import Loaded
 from midtune.rollout.speech import prompt_lengths
-from midtune.savings.bounds import step_seconds
-from midtune.savings.budget import CONTEXT_BYTES, Phases, Sizes, peak
-from midtune.savings.meter import Meter
 from midtune.stages.beside import beside
 from midtune.tasks import Task
 from midtune.tasks.hub import is_dataset

@@ -11,12 +11,12 @@ from midtune.config import RunConfig, dump_config
 from midtune.device import cuda_devices
 from midtune.errors import InputError
 from midtune.model.policy import Policy
+from midtune.probe.methods import by_gradient, by_race, by_sweep, check_race
 from midtune.probe.selection import best, middle, parse_layers
 from midtune.report.plots import contribution_curve
 from midtune.report.terminal import Terminal
 from midtune.runs import RunFolder, describe_environment
 from midtune.stages.at_work import at_work
-from midtune.stages.ranking import by_gradient, by_race, by_sweep, check_race
 from midtune.stages.setup import open_policy, open_source, open_task
 from midtune.tasks import Task
 

@@ -10,6 +10,8 @@ from functools import partial
 from midtune.config import RunConfig, TrainingConfig
 from midtune.device import dtype_named, resolve_device
 from midtune.errors import InputError
+from midtune.measure.cards import other_processes
+from midtune.measure.meter import card_of
 from midtune.model.host import embed_on_host
 from midtune.model.loading import load_policy, load_tokenizer
 from midtune.model.policy import Policy
@@ -20,8 +22,6 @@ from midtune.report.terminal import Terminal
 from midtune.rollout.evaluation import Evaluation, evaluate
 from midtune.rollout.sampler import Sampling
 from midtune.rollout.speech import prompt_ids
-from midtune.savings.cards import other_processes
-from midtune.savings.meter import card_of
 from midtune.stages.reading import read_task
 from midtune.tasks import Row, Task, check_reward
 

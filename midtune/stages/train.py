@@ -14,6 +14,7 @@ from typing import Any
 from midtune.config import RunConfig, dump_config
 from midtune.device import resolve_device
 from midtune.errors import InputError, Interrupted
+from midtune.measure.meter import Meter
 from midtune.model.memory import give_back
 from midtune.model.patch import apply_patch, save_patch
 from midtune.model.policy import Policy, count_parameters
@@ -28,7 +29,6 @@ from midtune.rl.training import require_one_process, require_tracker, train_bloc
 from midtune.rollout.evaluation import Evaluation
 from midtune.rollout.vllm import require_server
 from midtune.runs import RunFolder, describe_environment
-from midtune.savings.meter import Meter
 from midtune.stages import baseline
 from midtune.stages.alternatives import Alternatives
 from midtune.stages.at_work import Stop, at_work

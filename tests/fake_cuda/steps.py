@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from trl import GRPOTrainer
 
+from midtune.measure.meter import Meter
 from midtune.model.host import embed_on_host, is_here
 from midtune.model.loading import load_policy
 from midtune.model.policy import Policy
@@ -21,7 +22,6 @@ from midtune.rl import trainer as trainer_module
 from midtune.rl.training import train_blocks
 from midtune.rollout.evaluation import evaluate
 from midtune.rollout.sampler import Rollout, Sampling
-from midtune.savings.meter import Meter
 from tests.fake_cuda.card import CARD, card, move
 from tests.fake_cuda.reads import WANTED, Reads, UnwantedRead
 from tests.plain import stop_early

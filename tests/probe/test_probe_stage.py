@@ -14,11 +14,12 @@ from rich.console import Console
 
 from midtune.config import RunConfig, load_config
 from midtune.errors import InputError, Interrupted, RunStopped
+from midtune.probe import trials
 from midtune.probe.selection import matching_probe
 from midtune.report.terminal import Terminal
 from midtune.rl import trainer
 from midtune.runs import unsealed
-from midtune.stages import probe, trials
+from midtune.stages import probe
 from midtune.stages.probe import run
 
 REWARD = """

@@ -117,7 +117,7 @@ def test_the_peak_of_a_phase_is_the_most_of_any_step() -> None:
 def test_the_report_does_not_import_torch() -> None:
     check = (
         "import sys, midtune.runs, midtune.report.summary, midtune.report.tables, midtune.report.display\n"
-        "import midtune.savings.meter, midtune.savings.estimate\n"
+        "import midtune.measure.meter, midtune.planning.estimate\n"
         "sys.exit('torch' in sys.modules or 'scipy' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", check]).returncode == 0

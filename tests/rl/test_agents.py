@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from midtune.measure.meter import Meter
 from midtune.model.policy import Policy
 from midtune.rl.advantages import gigpo, group_relative
 from midtune.rl.trainer import LayerGRPOTrainer
 from midtune.rl.training import train_blocks
 from midtune.rl.turns import turns_of
 from midtune.rollout.episodes import Episode, Turn
-from midtune.savings.meter import Meter
 from midtune.tasks.environment import Game, reward_of
 from tests.plain import plain_log_probs
 from tests.rl.test_trainer import changed, contents, settings_of, thawed, trained

@@ -14,6 +14,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from midtune.config import TrainingConfig
 from midtune.errors import MidtuneError, RunStopped
+from midtune.measure.meter import Meter
 from midtune.model.loading import load_policy
 from midtune.model.policy import Policy
 from midtune.model.sources import resolve
@@ -23,7 +24,6 @@ from midtune.rl.tail import completion_log_probs
 from midtune.rl.trainer import TRAINED_TENSORS, LayerGRPOTrainer, check_trainable, compare_log_probs
 from midtune.rl.training import in_order, train_blocks, trl_arguments
 from midtune.rollout.sampler import Rollout, Sampling, sample
-from midtune.savings.meter import Meter
 from midtune.tasks import Row
 from tests.plain import stop_early
 

@@ -19,11 +19,11 @@ import torch
 from huggingface_hub import constants
 from rich.console import Console
 
+from midtune.measure import meter
+from midtune.measure.cards import CardProcess
 from midtune.model import hub, quantize
 from midtune.report.terminal import Terminal
 from midtune.rollout import sampler
-from midtune.savings import meter
-from midtune.savings.cards import CardProcess
 from midtune.stages import doctor
 from midtune.stages.doctor import Check
 

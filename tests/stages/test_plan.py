@@ -11,9 +11,9 @@ import pytest
 from midtune.cli import main
 from midtune.config import RunConfig, load_config
 from midtune.errors import InputError
+from midtune.planning.budget import peak
+from midtune.planning.step_size import Work
 from midtune.report.plans import plan_table
-from midtune.rl.footprint import Work
-from midtune.savings.budget import peak
 from midtune.stages import plan
 from midtune.stages.plan import planner_of, settings_of, work_of
 from tests.report.printed import rendered

@@ -16,12 +16,12 @@ import torch
 
 from midtune.config import RunConfig, dump_config, load_config
 from midtune.errors import InputError, Interrupted, RunStopped
+from midtune.measure.meter import Meter
 from midtune.model.loading import load_policy
 from midtune.model.patch import apply_patch
 from midtune.model.policy import Policy
 from midtune.model.sources import resolve
 from midtune.report.terminal import Terminal
-from midtune.savings.meter import Meter
 from midtune.stages import evaluate, merge, probe, train
 from midtune.stages.setup import open_task
 from midtune.whole import damage

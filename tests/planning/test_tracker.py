@@ -2,7 +2,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from midtune.rl.tracker import Tracker
+from midtune.planning.tracker import Tracker
 
 
 def test_what_is_freed_counts_no_longer() -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from midtune.savings import meter as meter_room
-from midtune.savings.cards import card_names
-from midtune.savings.meter import OUTSIDE, Meter, card_of
+from midtune.measure import meter as meter_room
+from midtune.measure.cards import card_names
+from midtune.measure.meter import OUTSIDE, Meter, card_of
 
 
 class Clock:
@@ -308,7 +308,7 @@ def test_a_peak_is_reset_before_anything_else_is_done_on_a_card() -> None:
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("needs CUDA")
-    code = "from midtune.savings.meter import Meter; assert Meter('cuda:0').reset_peak()"
+    code = "from midtune.measure.meter import Meter; assert Meter('cuda:0').reset_peak()"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

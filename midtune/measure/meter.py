@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from midtune import device as devices
-from midtune.savings.cards import Card, other_processes
+from midtune.measure.cards import Card, other_processes
 
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")

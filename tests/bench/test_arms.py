@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from midtune.bench.arms import ARMS, Workload, run_arm
 from midtune.model.sources import resolve
 from midtune.rl import trainer
-from midtune.rl.arms import ARMS, Workload, run_arm
 
 WORK = Workload(
     prompts=["3 + 4 = 7. 5 + 6", "1 + 1"],

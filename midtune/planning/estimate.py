@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from midtune.savings.budget import Sizes
+from midtune.planning.budget import Sizes
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from midtune.model.memory import MAPPED_AT_MOST
-from midtune.savings.budget import Held
+from midtune.planning.budget import Held
 
 
 class Tracker(TorchDispatchMode):

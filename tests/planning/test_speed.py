@@ -3,9 +3,9 @@ import math
 import pytest
 
 from midtune.errors import InputError
+from midtune.planning.budget import Sizes
+from midtune.planning.speed import step_seconds
 from midtune.published import CARDS, PublishedCard, card_named
-from midtune.savings.bounds import step_seconds
-from midtune.savings.budget import Sizes
 
 
 def test_a_card_by_its_memory_or_by_its_name() -> None:

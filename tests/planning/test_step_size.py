@@ -12,13 +12,13 @@ from midtune.model.blocks import config_from
 from midtune.model.configs import config_of
 from midtune.model.loading import load_policy
 from midtune.model.sources import resolve
-from midtune.rl import trace
-from midtune.rl.skeleton import sizes_of
+from midtune.planning import trace
+from midtune.planning.budget import Held
+from midtune.planning.skeleton import sizes_of
+from midtune.planning.trace import Batch, Loaded, block_update, sampling, whole_update
+from midtune.planning.tracker import Tracker
 from midtune.rl.tail import completion_log_probs
-from midtune.rl.trace import Batch, Loaded, block_update, sampling, whole_update
-from midtune.rl.tracker import Tracker
 from midtune.rollout.sampler import Rollout, Sampling, sample
-from midtune.savings.budget import Held
 
 BATCH = Batch(prompts=2, group_size=3, prompt_tokens=20, new_tokens=12)
 
@@ -149,5 +149,5 @@ def test_masks_without_data_make_almost_no_difference(monkeypatch: pytest.Monkey
         return block_update(model, Batch(1, 4, 60, 100), tail_blocks=4, trained=1)
 
     written = held()
-    monkeypatch.setattr("midtune.rl.skeleton.LARGE_MASK", 0)
+    monkeypatch.setattr("midtune.planning.skeleton.LARGE_MASK", 0)
     assert held().peak == pytest.approx(written.peak, rel=0.02)

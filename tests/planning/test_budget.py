@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from midtune.savings.budget import (
+from midtune.planning.budget import (
     Held,
     Sizes,
     Standing,

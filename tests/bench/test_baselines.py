@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from midtune.bench.baselines import full_training
 from midtune.config import TrainingConfig
 from midtune.model.sources import resolve
-from midtune.rl.baselines import full_training
 from midtune.rl.training import in_order
 
 

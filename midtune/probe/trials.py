@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 
 from midtune.config import RunConfig
 from midtune.errors import InputError
+from midtune.measure.meter import Meter
 from midtune.model.memory import give_back
 from midtune.model.policy import Policy
 from midtune.report.terminal import Terminal
 from midtune.rl.trainer import FirstRollout, load_trained
 from midtune.rl.training import train_blocks
 from midtune.runs import RunFolder, sealed, unsealed
-from midtune.savings.meter import Meter
 from midtune.stages.setup import score_policy
 from midtune.tasks import Row, Task
 

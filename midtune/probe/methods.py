@@ -11,6 +11,7 @@ import numpy as np
 
 from midtune.config import RunConfig, parse_budget
 from midtune.errors import InputError
+from midtune.measure.meter import Meter
 from midtune.model.policy import Policy
 from midtune.probe.agreement import Correlation
 from midtune.probe.contribution import (
@@ -26,14 +27,13 @@ from midtune.probe.contribution import (
 )
 from midtune.probe.race import Budget, race
 from midtune.probe.selection import from_the_middle
+from midtune.probe.trials import Trial, Trials
 from midtune.report.statistics import score_interval
 from midtune.report.terminal import Terminal
 from midtune.rollout.evaluation import score_completions
 from midtune.rollout.speech import prompt_ids
 from midtune.runs import RunFolder
-from midtune.savings.meter import Meter
 from midtune.stages.setup import require_one_turn, sampling_of
-from midtune.stages.trials import Trial, Trials
 from midtune.tasks import Task
 
 if TYPE_CHECKING:

@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 from trl import GRPOTrainer
 
 from midtune.config import TrainingConfig
+from midtune.measure.meter import Meter
 from midtune.model.loading import load_tokenizer
 from midtune.model.sources import Source
 from midtune.rl.training import in_order, trl_arguments
 from midtune.rollout.speech import prompt_ids
-from midtune.savings.meter import Meter
 from midtune.tasks import Reward, Row
 
 

@@ -20,17 +20,17 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 from trl import GRPOTrainer
 
+from midtune.bench.baselines import StepClock
+from midtune.bench.profile import Profile, peak_flops_per_s, product_flops
 from midtune.config import TrainingConfig
+from midtune.measure.meter import Meter
 from midtune.model.loading import load_policy, load_tokenizer
 from midtune.model.policy import count_parameters
 from midtune.model.quantize import forbid_cpu_packing, nf4_config
 from midtune.model.sources import Source
-from midtune.rl.baselines import StepClock
-from midtune.rl.profile import Profile, peak_flops_per_s, product_flops
 from midtune.rl.trainer import LayerGRPOTrainer
 from midtune.rl.training import trl_arguments
 from midtune.rollout.speech import prompt_ids
-from midtune.savings.meter import Meter
 
 ARMS = {
     "midtune": "midtune",

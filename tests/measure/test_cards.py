@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import pytest
 
-from midtune.savings.cards import CardProcess, card_names, other_processes
+from midtune.measure.cards import CardProcess, card_names, other_processes
 
 
 class NVMLError(Exception):

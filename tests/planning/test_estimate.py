@@ -1,7 +1,7 @@
 import pytest
 
-from midtune.savings.budget import Sizes
-from midtune.savings.estimate import StepShape, block_update_work, estimate_phases, whole_update_work
+from midtune.planning.budget import Sizes
+from midtune.planning.estimate import StepShape, block_update_work, estimate_phases, whole_update_work
 
 # 10 blocks of 100 parameters, hidden 4, a vocabulary of 20 (head 80), tied: 1,080 in all.
 SIZES = Sizes(blocks=10, linear=90, rest=10, widths=40, embedding=80, head=0, outside=0, hidden=4)

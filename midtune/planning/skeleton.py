@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from midtune.model.blocks import config_from, find_blocks
 from midtune.model.policy import Policy
-from midtune.savings.budget import Sizes, packed_bytes
+from midtune.planning.budget import Sizes, packed_bytes
 
 # Values of a mask, all rows by all tokens by all tokens, that are too many to write.
 LARGE_MASK = 2**28

@@ -20,15 +20,15 @@ from transformers import DynamicCache, LogitsProcessorList, PretrainedConfig
 from trl.kernels import chunked_logprob
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
+from midtune.bench.arms import qlora
 from midtune.model.blocks import find_blocks
+from midtune.planning.budget import Held
+from midtune.planning.skeleton import SkeletonPolicy, blocks_of, skeleton
+from midtune.planning.tracker import Tracker
 from midtune.rl import tail
-from midtune.rl.arms import qlora
-from midtune.rl.skeleton import SkeletonPolicy, blocks_of, skeleton
-from midtune.rl.tracker import Tracker
 from midtune.rollout.boundary import BoundaryStates, positions
 from midtune.rollout.keys_values import shared_prompts
 from midtune.rollout.sampler import ROOM, Rollout, choose
-from midtune.savings.budget import Held
 
 # Chunks of the head that a trace runs: they are all alike.
 FEW_CHUNKS = 4

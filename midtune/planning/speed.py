@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from midtune.planning.budget import Sizes, packed_bytes
 from midtune.published import PublishedCard
-from midtune.savings.budget import Sizes, packed_bytes
 
 
 def step_seconds(

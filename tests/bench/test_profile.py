@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from midtune.rl.profile import BETWEEN, Profile, kind_of, product_flops, seconds_by_kind
+from midtune.bench.profile import BETWEEN, Profile, kind_of, product_flops, seconds_by_kind
 
 
 def test_operators_have_kinds() -> None:

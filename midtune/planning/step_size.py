@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 
+from midtune.bench.arms import LORA_RANK
+from midtune.planning.budget import Phases, Sizes, block_phases, standing, unpacked_bytes, whole_phases
+from midtune.planning.trace import Batch, Loaded, block_update, sampling, whole_update
 from midtune.rl.algorithms import groups_per_micro_batch
-from midtune.rl.arms import LORA_RANK
-from midtune.rl.trace import Batch, Loaded, block_update, sampling, whole_update
-from midtune.savings.budget import Phases, Sizes, block_phases, standing, unpacked_bytes, whole_phases
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""The same work through midtune and through TRL, side by side."""

@@ -1,0 +1,1 @@
+"""What a step would take: memory and time, worked out from a model's configuration alone."""

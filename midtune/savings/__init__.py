@@ -1,1 +1,0 @@
-"""What a run saves: memory and time, measured and estimated."""
