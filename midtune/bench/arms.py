@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,9 @@ from midtune.model.quantize import forbid_cpu_packing, nf4_config
 from midtune.model.sources import Source
 from midtune.rl.trainer import LayerGRPOTrainer
 from midtune.rl.training import trl_arguments
+from midtune.rollout.sampling import Sampling, SamplingLimits
 from midtune.rollout.speech import prompt_ids
+from midtune.rollout.text import TextSampler
 
 ARMS = {
     "midtune": "midtune",
@@ -191,28 +193,34 @@ class _Forced:
     profile: Profile | None = None
     after_rollout: Any = None
 
-    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+    def _decide(self, sample: Callable[..., Any], *args: Any) -> Any:
         watched = self.profile.phase("rollout") if self.profile else contextlib.nullcontext()
         with self.meter.phase("rollout"), _decided(self.model, self.forced), watched:
-            found = super()._generate_single_turn(*args, **kwargs)  # type: ignore[misc]
+            found = sample(*args)
         if self.profile:
             self.after_rollout()
         return found
 
 
 class _Midtune(_Forced, LayerGRPOTrainer):
+    def _sample(self, *args: Any) -> Any:
+        return self._decide(super()._sample, *args)
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # A decided token has the probability 1 while it is sampled, and another one in the update.
         self._compared = True
         # An arm does all of the work together, or fails.
-        self.policy.sampling_rows.halves = self.update_rows.halves = False
+        self.sampler.limits.rows.halves = self.update_rows.halves = False
 
 
 class _Stock(_Forced, GRPOTrainer):
     def __init__(self, *args: Any, meter: Meter, **kwargs: Any) -> None:
         self.meter = meter
         super().__init__(*args, **kwargs)
+
+    def _generate_single_turn(self, *args: Any) -> Any:
+        return self._decide(super()._generate_single_turn, *args)
 
 
 def _trainer(
@@ -230,7 +238,8 @@ def _trainer(
         policy = load_policy(source, device=str(device), dtype=dtype)
         policy.thaw(work.block)
         if arm == "midtune":
-            return _Midtune(policy, args, [reward], rows, meter=meter)
+            sampler = TextSampler(policy, SamplingLimits())
+            return _Midtune(sampler, Sampling(work.new_tokens), args, [reward], rows, meter=meter)
         model = policy.model
     else:
         model = AutoModelForCausalLM.from_pretrained(

@@ -32,13 +32,11 @@ def load_policy(
     device: str = "auto",
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
-    unpack: bool = True,
 ) -> Policy:
     """Load a model with every parameter frozen.
 
     With `quantize="nf4"` the linear layers of the blocks are quantized one by one while the checkpoint is
     read, so a full-precision copy of the model never exists. Embeddings, norms and head stay as stored.
-    `unpack` is the policy's.
 
     Args:
         dtype: what activations are computed in; None: see `compute_dtype_of`.
@@ -91,7 +89,6 @@ def load_policy(
         source,
         compute_dtype=compute_dtype,
         stored_quantized=stored is not None,
-        unpack=unpack,
     )
 
 

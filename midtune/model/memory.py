@@ -44,7 +44,7 @@ class RowLimit:
         rows: the most that may go together; None: no limit has been met.
         on_message: receives a sentence for the person who watches.
         halves: False: memory that runs out is an error like others.
-        others: asked when memory runs out for a sentence on what else takes it; it may be empty.
+        on_oom_hint: asked when memory runs out for a sentence on what else takes it; it may be empty.
     """
 
     work: str
@@ -52,7 +52,7 @@ class RowLimit:
     rows: int | None = None
     on_message: Callable[[str], None] | None = None
     halves: bool = True
-    others: Callable[[], str] = str
+    on_oom_hint: Callable[[], str] = str
 
     def fitting(self, groups: int, group_size: int, run: Callable[[int], T]) -> T:
         """The result of `run`, which is called again with half the groups each time memory runs out.
@@ -77,12 +77,12 @@ class RowLimit:
             if together == 1:
                 alone = "completion" if group_size == 1 else f"group of {group_size} completions"
                 why = f"memory ran out in {self.work} with a single {alone}; {self.instead}."
-                raise RunStopped(f"{why} {self.others()}".rstrip())
+                raise RunStopped(f"{why} {self.on_oom_hint()}".rstrip())
             self.rows = together // 2 * group_size
             if self.on_message is not None:
                 self.on_message(
                     f"memory ran out in {self.work} with {together * group_size} completions together; "
-                    f"from now on at most {self.rows} go together. {self.others()}".rstrip()
+                    f"from now on at most {self.rows} go together. {self.on_oom_hint()}".rstrip()
                 )
 
 

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from midtune.errors import InputError
 from midtune.model.blocks import find_blocks, tail_of
 from midtune.model.host import is_here
-from midtune.model.memory import RowLimit
 from midtune.model.quantize import is_quantized, thawed
 from midtune.model.sources import Source, checkpoint_files
 
@@ -33,10 +32,6 @@ class Policy:
         source: where it came from; original tensors are read from there when a block is thawed.
         compute_dtype: the dtype of activations; parameters of trained blocks are always fp32.
         stored_quantized: the checkpoint itself is in 4-bit, so there are no original tensors to read.
-        unpack: sampling may hold dequantized weights, where memory has room.
-
-    Attributes:
-        sampling_rows: how many completions are sampled together.
     """
 
     def __init__(
@@ -47,18 +42,12 @@ class Policy:
         *,
         compute_dtype: torch.dtype,
         stored_quantized: bool = False,
-        unpack: bool = True,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.source = source
         self.compute_dtype = compute_dtype
         self.stored_quantized = stored_quantized
-        self.unpack = unpack
-        self.sampling_rows = RowLimit(
-            "sampling",
-            "lower --max-new-tokens, --group-size or --samples, or add --set model.unpack=never",
-        )
         self.stack_name, self.blocks = find_blocks(model)
         # As they are without LoRA, which renames them.
         self._parameter_names = [{name for name, _ in block.named_parameters()} for block in self.blocks]

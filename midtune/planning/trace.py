@@ -27,8 +27,9 @@ from midtune.planning.skeleton import SkeletonPolicy, blocks_of, skeleton
 from midtune.planning.tracker import Tracker
 from midtune.rl import tail
 from midtune.rollout.boundary import BoundaryStates, positions
+from midtune.rollout.decoding import ROOM, choose
 from midtune.rollout.keys_values import shared_prompts
-from midtune.rollout.sampler import ROOM, Rollout, choose
+from midtune.rollout.sampling import Rollout
 
 # Chunks of the head that a trace runs: they are all alike.
 FEW_CHUNKS = 4
@@ -109,6 +110,7 @@ def _block_update(model: Loaded, batch: Batch, depth: int, trained: int, recompu
         completion_mask,
         torch.zeros(completion_mask.shape),
         torch.zeros(completion_mask.shape),
+        torch.zeros(batch.rows, dtype=torch.bool),
         BoundaryStates(0, *states),
     )
     _give_gradients(policy.model)

@@ -221,7 +221,7 @@ class StepRecorder(TrainerCallback):
     def _limits(self) -> dict[str, int]:
         assert self.trainer is not None
         known = {
-            "sampling_rows": self.trainer.policy.sampling_rows.rows,
+            "sampling_rows": self.trainer.sampler.limits.rows.rows,
             "update_rows": self.trainer.update_rows.rows,
         }
         return {name: rows for name, rows in known.items() if rows is not None}

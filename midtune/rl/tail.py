@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from midtune.model.blocks import TailCache
 from midtune.model.policy import Policy, full_precision
 from midtune.rollout.boundary import positions
-from midtune.rollout.sampler import Rollout
+from midtune.rollout.sampling import Rollout
 
 # Logits of one chunk in fp32 take this many values: 64 MiB. More is slower on a CPU, which has to be given new
 # pages for every tensor, and no faster elsewhere.

@@ -1,11 +1,10 @@
 """TRL's GRPOTrainer, with the seams replaced that make training one block different.
 
-Losses, advantages, logging, schedules, trackers and the loop stay TRL's and Transformers'. Replaced are:
-`_generate_single_turn` (midtune's sampler; `rollout_func` where a task is played in turns), `_prepare_inputs`
-(micro-batches of whole groups, so that a prompt is computed once; advantages that TRL does not know),
-`_compute_loss` (a micro-batch in slices where memory ran out), `_get_per_token_logps_and_entropies` (the tail from
-boundary states), the reference model (the original blocks in place of a second model), what a checkpoint holds
-(trained tensors only) and that it is whole. These are private methods of
+Losses, advantages, logging, schedules, trackers and the loop stay TRL's and Transformers'. A sampler of midtune's is
+TRL's `rollout_func`. Replaced are: `_prepare_inputs` (micro-batches of whole groups, so that a prompt is computed once;
+advantages that TRL does not know), `_compute_loss` (a micro-batch in slices where memory ran out),
+`_get_per_token_logps_and_entropies` (the tail from boundary states), the reference model (the original blocks in place
+of a second model), what a checkpoint holds (trained tensors only) and that it is whole. These are private methods of
 TRL 1.16; a parity test guards them.
 """
 
@@ -17,7 +16,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from midtune.device import random_state, set_random_state
 from midtune.errors import MidtuneError, RunStopped
 from midtune.measure.meter import Meter
 from midtune.model.memory import RowLimit, slices
@@ -38,12 +36,8 @@ from midtune.rl.algorithms import Advantages
 from midtune.rl.gradients import Bf16Gradients
 from midtune.rl.tail import completion_log_probs
 from midtune.rl.turns import figures_of, token_advantages, turns_of
-from midtune.rollout.boundary import recompute
-from midtune.rollout.episodes import Episode, play, rollout_of, with_common_prompts
-from midtune.rollout.sampler import Rollout, Sampling, sample, sampled_elsewhere
-from midtune.rollout.vllm import VLLMServer
+from midtune.rollout.sampling import Rollout, Sampler, Sampling
 from midtune.runs import checkpoints_in
-from midtune.tasks import Game
 from midtune.whole import written_whole
 
 TRAINED_TENSORS = "trained.safetensors"
@@ -54,49 +48,22 @@ FIRST_LOSS_SCALE, SCALE_GROWS_AFTER = 2.0**12, 200
 MOST_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
 
-@dataclass
-class FirstRollout:
-    """The first rollout of runs that begin alike: same policy, prompts and random state.
-
-    Policies are alike as long as nothing is trained and what is thawed computes what was frozen, so not
-    where frozen blocks are in 4-bit.
-    """
-
-    rollout: Rollout | None = None
-    random_state: torch.Tensor | None = None
-
-    def resumed(self, policy: Policy) -> Rollout:
-        """The rollout for the blocks that `policy` trains; leaves the random state as sampling it did."""
-        assert self.rollout is not None and self.random_state is not None
-        set_random_state(policy.device, self.random_state)
-        held = self.rollout
-        ids = held.prompt_ids, held.prompt_mask, held.completion_ids, held.completion_mask
-        return replace(held, boundary=recompute(policy, policy.trained[0], *ids))
-
-    def keep(self, policy: Policy, rollout: Rollout) -> None:
-        """Remember a rollout that has just been sampled."""
-        self.rollout = replace(rollout, boundary=None)
-        self.random_state = random_state(policy.device)
-
-
 class LayerGRPOTrainer(GRPOTrainer):
     """GRPO on the trained blocks of a policy.
 
     Under a distributed launcher every process holds the policy and computes its own groups.
 
     Args:
-        policy: what is trained, its blocks already thawed or given LoRA.
+        sampler: draws the completions. Its policy is what is trained, its blocks already thawed or given LoRA.
+        sampling: how they are drawn.
         args: TRL's settings; `beta > 0` compares with the blocks as they are now.
         rewards: TRL reward functions.
         rows: training rows in the order they are used, one per prompt, each once.
         meter: receives the phases `rollout` and `reward`.
-        faster: trained block → how many times the learning rate it gets.
-        first: see `FirstRollout`.
+        lr_multipliers: trained block → how many times the learning rate it gets.
         recompute_tokens: see `completion_log_probs`.
-        vllm: samples in place of the policy; TRL corrects for what its log-probs differ.
         update_rows: most completions that go through an update together; None: as many as a micro-batch has.
         advantages: forms them in TRL's place.
-        game: how the task is played, if in turns; rows are then those of its environment.
         bf16_gradients: keeps gradients until a step's last micro-batch; None: they stay where they are.
         on_message: receives a sentence for the person who watches.
     """
@@ -105,34 +72,31 @@ class LayerGRPOTrainer(GRPOTrainer):
 
     def __init__(
         self,
-        policy: Policy,
+        sampler: Sampler,
+        sampling: Sampling,
         args: GRPOConfig,
         rewards: list[Callable[..., list[float]]],
         rows: list[dict[str, Any]],
         *,
         meter: Meter,
         callbacks: list[TrainerCallback] | None = None,
-        faster: Mapping[int, float] | None = None,
-        first: FirstRollout | None = None,
+        lr_multipliers: Mapping[int, float] | None = None,
         recompute_tokens: int = 0,
-        vllm: VLLMServer | None = None,
         update_rows: int | None = None,
         advantages: Advantages | None = None,
-        game: Game | None = None,
         bf16_gradients: Bf16Gradients | None = None,
         on_message: Callable[[str], None] | None = None,
     ) -> None:
-        self.policy = policy
-        self.faster = faster or {}
-        self.first = first
+        self.sampler, self.sampling = sampler, sampling
+        self.policy = policy = sampler.policy
+        self.lr_multipliers = lr_multipliers or {}
         self.recompute_tokens = recompute_tokens
         self.meter = meter
         self.own_advantages = advantages
-        self.game = game
         self.bf16_gradients = bf16_gradients
-        self._rollout: Rollout | None = None
-        self._episodes: list[Episode] = []
         self.environments: list[Any] | None
+        # What is worked on: TRL's inputs of some groups, and as `rollout` where they came from.
+        self._piece: dict[str, Any] = {}
         self._compared = False
         # Seconds that the last checkpoint took; none has been written.
         self.checkpoint_s = 0.0
@@ -158,12 +122,11 @@ class LayerGRPOTrainer(GRPOTrainer):
         if beta > 0:
             policy.keep_reference()
             self.ref_model = policy.reference  # only ever handed back to the log-prob method below
-        if vllm is not None:
-            # TRL's vLLM mode, with a server that needs neither vLLM nor CUDA here.
-            self.use_vllm, self.vllm_mode, self.vllm_generation = True, "server", vllm
+        self.rollout_func = self._sample
+        if not sampler.is_policy:
+            # TRL then asks it to `sync_weights`, and corrects for what its log-probs differ.
+            self.use_vllm, self.vllm_mode, self.vllm_generation = True, "server", sampler
             self._last_loaded_step = -1
-        if game is not None:
-            self.rollout_func = self._play
         self.update_rows = RowLimit(
             "the update",
             "lower --max-new-tokens or --group-size, or add --set training.recompute=true",
@@ -171,7 +134,7 @@ class LayerGRPOTrainer(GRPOTrainer):
             on_message,
             # Processes that work together take means together, so they have to do the same passes.
             halves=self.accelerator.num_processes == 1,
-            others=policy.sampling_rows.others,
+            on_oom_hint=sampler.limits.rows.on_oom_hint,
         )
         # accelerate says `cuda` of the current card, without its number; a tensor there has one.
         computes_on = torch.empty(0, device=self.accelerator.device).device
@@ -200,7 +163,11 @@ class LayerGRPOTrainer(GRPOTrainer):
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
         if made:
             return optimizer
-        times = {id(p): times for k, times in self.faster.items() for p in self.policy.blocks[k].parameters()}
+        times = {
+            id(p): times
+            for k, times in self.lr_multipliers.items()
+            for p in self.policy.blocks[k].parameters()
+        }
         groups = []
         for group in optimizer.param_groups:
             for factor in sorted({times.get(id(p), 1.0) for p in group["params"]}):
@@ -210,58 +177,26 @@ class LayerGRPOTrainer(GRPOTrainer):
         optimizer.param_groups[:] = groups
         return optimizer
 
-    def _generate_single_turn(
-        self,
-        prompt_ids: list[list[int]],
-        images: Any,
-        multimodal_fields: Any,
-        num_generations: int,
-        has_tool_images: bool = False,
-    ) -> tuple[list[list[int]], list[list[float]] | None]:
+    def _sample(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
+        """Completions of the prompts of a step, as TRL's `rollout_func` returns them."""
         # The last step's states have done their work; there should not be two sets of them.
-        self._rollout = self._buffered_inputs = None
+        self._piece, self._buffered_inputs = {}, None
         with self.meter.phase("rollout"):
-            if self.use_vllm:
-                ids, log_probs = super()._generate_single_turn(
-                    prompt_ids, images, multimodal_fields, num_generations
-                )
-                prompts = prompt_ids[::num_generations]
-                block = self.policy.trained[0]
-                self._rollout = sampled_elsewhere(self.policy, prompts, ids, log_probs, block)
-                return ids, log_probs
-            first = self.first if self.state.global_step == 0 else None
-            if first is not None and first.rollout is not None:
-                self._rollout = first.resumed(self.policy)
-                return self._rollout.completions(), None
-            self._rollout = sample(
-                self.policy,
-                prompt_ids[::num_generations],
-                sampling_of(self.args),
-                group_size=num_generations,
+            rollout = self.sampler.sample(
+                prompts,
+                self.sampling,
+                group_size=self.num_generations,
                 boundary_block=self.policy.trained[0],
             )
-            if first is not None:
-                first.keep(self.policy, self._rollout)
-        return self._rollout.completions(), None
-
-    def _play(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
-        """Episodes of the environments that `_prepare_inputs` has reset, as TRL's `rollout_func` returns them."""
-        assert self.game is not None
-        self._rollout = self._buffered_inputs = None
-        with self.meter.phase("rollout"):
-            episodes = play(
-                self.policy, self.game, prompts, sampling_of(self.args), group_size=self.num_generations
-            )
-            self._episodes = with_common_prompts(episodes, self.num_generations)
-            self._rollout = rollout_of(
-                self.policy, self._episodes, self.num_generations, self.policy.trained[0]
-            )
-        return {
-            "prompt_ids": [episode.prompt for episode in self._episodes],
-            "completion_ids": [episode.ids for episode in self._episodes],
-            "env_mask": [episode.drawn for episode in self._episodes],
-            "logprobs": None,
+        self._piece["rollout"] = rollout
+        found: dict[str, Any] = {
+            "prompt_ids": [ids for ids in rollout.prompts() for _ in range(self.num_generations)],
+            "completion_ids": rollout.completions(),
+            "logprobs": None if self.sampler.is_policy else rollout.unpadded(rollout.log_probs),
         }
+        if rollout.drawn is not None:
+            found["env_mask"] = rollout.unpadded(rollout.drawn)
+        return found
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -276,8 +211,7 @@ class LayerGRPOTrainer(GRPOTrainer):
         return loss
 
     def _calculate_rewards(self, *args: Any) -> torch.Tensor:
-        if self.game is not None:
-            self.environments = [match.environment for match in self.game.matches(len(args[1]))]
+        self.environments = self._piece["rollout"].environments
         with self.meter.phase("reward"):
             rewards = super()._calculate_rewards(*args)
         weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
@@ -290,49 +224,34 @@ class LayerGRPOTrainer(GRPOTrainer):
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         parts = self.args.steps_per_generation
         if self._buffered_inputs is None or self._step % (parts * self.num_iterations) == 0:
-            if self.game is not None:
-                # TRL would reset environments that it knows of.
-                self.environments = None
-                generation_batch = self.game.begin(generation_batch)
-            batch = self._generate_and_score_completions(generation_batch)
-            if self.game is not None:
-                self._log_episodes()
-            groups = len(batch["completion_ids"]) // self.num_generations
-            batch["rollout"] = self._rollout
-            self.cut_share = self._cut_share()
+            # TRL would reset environments that it knows of.
+            self.environments = None
+            batch = self._generate_and_score_completions(self.sampler.begin(generation_batch))
+            rollout = batch["rollout"] = self._piece["rollout"]
+            for name, value in figures_of(rollout.episodes).items():
+                self._metrics["train"][name].append(value)
+            # TRL counts completions that a stop text ended, too.
+            self.cut_share = float(rollout.cut.float().mean())
             if self.own_advantages is not None:
-                batch["advantages"] = self._form_advantages(self.own_advantages).to(batch["advantages"])
+                advantages = self._form_advantages(self.own_advantages, rollout)
+                batch["advantages"] = advantages.to(batch["advantages"])
+            groups = len(rollout.prompt_ids)
             self._buffered_inputs = [
                 groups_of(batch, slice(part * groups // parts, (part + 1) * groups // parts))
                 for part in range(parts)
             ]
         return self._buffered_inputs[self._step % parts]
 
-    def _cut_share(self) -> float:
-        """Share of completions that the limit has cut: TRL counts those that a stop text ended, too."""
-        assert self._rollout is not None
-        if self.game is not None:
-            return sum(episode.cut for episode in self._episodes) / len(self._episodes)
-        ids, lengths = self._rollout.completion_ids, self._rollout.completion_mask.sum(1)
-        last = ids.gather(1, (lengths[:, None] - 1).clamp(min=0))[:, 0]
-        ended = torch.isin(last, torch.tensor(self.policy.stop_token_ids, device=ids.device))
-        return float(((lengths >= self.args.max_completion_length) & ~ended).float().mean())
-
-    def _form_advantages(self, form: Advantages) -> torch.Tensor:
+    def _form_advantages(self, form: Advantages, rollout: Rollout) -> torch.Tensor:
         """Advantages of what was just scored: of completions [N·G], or of the tokens of episodes [N·G, C]."""
         turns = [
-            turns_of(episode, reward) for episode, reward in zip(self._episodes, self._rewards, strict=False)
+            turns_of(episode, reward)
+            for episode, reward in zip(rollout.episodes, self._rewards, strict=False)
         ]
         found = form(self._rewards.reshape(-1, self.num_generations), turns)
         if isinstance(found, np.ndarray):
             return torch.from_numpy(found).flatten()
-        assert self._rollout is not None
-        return token_advantages(self._episodes, found, self._rollout.completion_ids.size(1))
-
-    def _log_episodes(self) -> None:
-        """What TRL cannot know of episodes."""
-        for name, value in figures_of(self._episodes).items():
-            self._metrics["train"][name].append(value)
+        return token_advantages(rollout.episodes, found, rollout.completion_ids.size(1))
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """The loss of a micro-batch, whose gradient is taken here, so that what is returned has none left."""
@@ -361,8 +280,7 @@ class LayerGRPOTrainer(GRPOTrainer):
         """Add the gradient of a micro-batch, so many groups at a time, to what there is; returns its loss."""
         total = torch.zeros((), device=self.accelerator.device)
         for part in slices(len(inputs["rollout"].prompt_ids), groups):
-            piece = groups_of(inputs, part)
-            self._rollout, self._advantages = piece["rollout"], piece["advantages"]
+            piece = self._piece = groups_of(inputs, part)
             loss = super()._compute_loss(model, piece) * self._share(piece, inputs)
             self.accelerator.backward(loss)
             total += loss.detach()
@@ -382,9 +300,8 @@ class LayerGRPOTrainer(GRPOTrainer):
         weighs them: no KL term, no entropy bonus and no choice of tokens by entropy. TRL still counts them
         where it normalises.
         """
-        assert self._rollout is not None
-        rollout = self._rollout
-        needed = self._advantages.reshape(len(rollout.prompt_ids), -1).any(1)
+        rollout: Rollout = self._piece["rollout"]
+        needed = self._piece["advantages"].reshape(len(rollout.prompt_ids), -1).any(1)
         weighed_otherwise = self.beta > 0 or self.top_entropy_quantile < 1 or self._entropy_bonus_enabled
         if weighed_otherwise or bool(needed.all()):
             return self._scored(rollout)
@@ -431,15 +348,14 @@ class LayerGRPOTrainer(GRPOTrainer):
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor, None]:
-        assert self._rollout is not None
         reference = model is self.ref_model and self.ref_model is not None
         with self.policy.reference() if reference else contextlib.nullcontext():
             if torch.is_grad_enabled():
                 return *self._scored_for_update(), None
-            log_probs, entropies = self._scored_in_slices(self._rollout)
+            log_probs, entropies = self._scored_in_slices(self._piece["rollout"])
         if self.use_vllm and not reference:
             # What is known of the rollout so far is vLLM's.
-            self._rollout = replace(self._rollout, log_probs=log_probs, entropies=entropies)
+            self._piece["rollout"] = replace(self._piece["rollout"], log_probs=log_probs, entropies=entropies)
         return log_probs, entropies, None
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -495,18 +411,6 @@ def groups_of(batch: dict[str, Any], groups: slice) -> dict[str, Any]:
     }
     part["rollout"] = rollout.groups(groups.start, groups.stop)
     return part
-
-
-def sampling_of(args: GRPOConfig) -> Sampling:
-    """How TRL's settings ask for completions to be drawn."""
-    return Sampling(
-        max_new_tokens=args.max_completion_length,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        min_p=args.min_p or 0.0,
-        stop_strings=tuple((args.generation_kwargs or {}).get("stop_strings", ())),
-    )
 
 
 def check_trainable(policy: Policy) -> None:

@@ -18,14 +18,13 @@ from trl import GRPOConfig
 from midtune.config import TrainingConfig
 from midtune.errors import InputError
 from midtune.measure.meter import Meter
-from midtune.model.policy import Policy
 from midtune.rl.algorithms import algorithm_arguments, groups_per_micro_batch, own_advantages
 from midtune.rl.gradients import Bf16Gradients
 from midtune.rl.recorder import StepRecorder
-from midtune.rl.trainer import FirstRollout, LayerGRPOTrainer, check_trainable, sampling_of
-from midtune.rollout.speech import prompt_lengths
-from midtune.rollout.vllm import VLLMServer
-from midtune.tasks import Game, Reward, Row, parts_of
+from midtune.rl.trainer import LayerGRPOTrainer, check_trainable
+from midtune.rollout.sampling import Sampler, Sampling
+from midtune.rollout.vllm import VLLMSampler
+from midtune.tasks import Reward, Row, parts_of
 
 OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit"}
 
@@ -33,11 +32,11 @@ logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
 
 
 def ignore(*_: Any) -> None:
-    """Takes a report that nobody waits for."""
+    """Default callback: do nothing."""
 
 
 def train_blocks(
-    policy: Policy,
+    sampler: Sampler,
     rows: Sequence[Row],
     reward: Reward,
     settings: TrainingConfig,
@@ -45,7 +44,7 @@ def train_blocks(
     folder: Path,
     seed: int,
     meter: Meter,
-    faster: Mapping[int, float] | None = None,
+    lr_multipliers: Mapping[int, float] | None = None,
     on_step: Callable[[dict[str, Any]], None] = ignore,
     on_sample: Callable[[dict[str, Any]], None] = ignore,
     on_message: Callable[[str], None] = ignore,
@@ -53,23 +52,20 @@ def train_blocks(
     stop_after: int | None = None,
     checkpoints: bool = True,
     resume_from: Path | None = None,
-    first: FirstRollout | None = None,
     update_rows: int | None = None,
-    game: Game | None = None,
 ) -> int:
     """Train the policy's chosen blocks for `settings.steps` steps.
 
     Args:
-        policy: blocks already thawed, or LoRA added; changed in place.
+        sampler: its policy's blocks are already thawed, or LoRA added; they are changed in place. Where
+            `settings.vllm` names a server, that samples in its place.
         rows: training problems; used in an order fixed by `seed`, all of them before any comes again.
         reward: what is maximised; TRL gets the parts of a weighted sum one by one, and logs each.
         folder: where TRL keeps its files and checkpoints go.
-        faster: trained block → how many times the learning rate it gets; others get it once.
+        lr_multipliers: trained block → how many times the learning rate it gets; others get it once.
         stop_after: end after this step, with a checkpoint; schedules still run to `settings.steps`.
         resume_from: a checkpoint to go on from, exactly.
-        first: what the first step sampled in a run that began as this one does, or room for it.
         update_rows: most completions that go through an update together, where memory has run out before.
-        game: how the task is played, if in turns.
 
     Returns:
         The number of the last step; less than `settings.steps` if `stop_requested` or `stop_after` said so.
@@ -79,7 +75,10 @@ def train_blocks(
     """
     ordered = in_order(rows, settings.steps * settings.prompts_per_step, seed)
     different = [*{row["question"]: row for row in ordered}.values()]
-    longest = max(prompt_lengths(policy.tokenizer, different, game))
+    policy, sampling = sampler.policy, sampling_of(settings)
+    longest = max(sampler.prompt_lengths(different))
+    if settings.vllm is not None:
+        sampler = VLLMSampler(settings.vllm, policy, sampler.limits, folder / "vllm")
     args = trl_arguments(
         settings,
         group_tokens=settings.group_size * (longest + settings.max_new_tokens),
@@ -104,19 +103,15 @@ def train_blocks(
     parameters = policy.trained_parameters().values()
     bf16_gradients = Bf16Gradients(parameters) if settings.gradients == "bf16" else None
     trainer = LayerGRPOTrainer(
-        policy,
+        sampler,
+        sampling,
         args,
         rewards,
         ordered,
         meter=meter,
         callbacks=[recorder],
-        faster=faster or {},
-        # Episodes are not held, as they belong to their environments.
-        first=first if game is None else None,
+        lr_multipliers=lr_multipliers,
         recompute_tokens=settings.micro_batch_tokens if settings.recompute else 0,
-        vllm=(
-            VLLMServer(settings.vllm, policy, sampling_of(args), folder / "vllm") if settings.vllm else None
-        ),
         update_rows=update_rows,
         advantages=own_advantages(
             settings.algorithm,
@@ -124,7 +119,6 @@ def train_blocks(
             gamma=settings.gigpo_gamma,
             scaled=settings.gigpo_scale,
         ),
-        game=game,
         bf16_gradients=bf16_gradients,
         on_message=on_message,
     )
@@ -139,6 +133,18 @@ def train_blocks(
         policy.model.eval()
     check_trainable(policy)
     return int(trainer.state.global_step)
+
+
+def sampling_of(settings: TrainingConfig) -> Sampling:
+    """How completions are drawn, in training and where a score is taken."""
+    return Sampling(
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        min_p=settings.min_p,
+        stop_strings=tuple(settings.stop_strings),
+    )
 
 
 def require_one_process() -> None:

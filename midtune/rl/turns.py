@@ -37,7 +37,9 @@ def token_advantages(episodes: Sequence[Episode], advantages: Sequence[Values], 
 
 
 def figures_of(episodes: Sequence[Episode]) -> dict[str, float]:
-    """Means over episodes: `turns`, and `shown_length` (tokens not drawn)."""
+    """Means over episodes: `turns`, and `shown_length` (tokens not drawn); of none, nothing."""
+    if not episodes:
+        return {}
     shown = sum(len(episode.drawn) - sum(episode.drawn) for episode in episodes)
     return {
         "turns": sum(len(episode.turns) for episode in episodes) / len(episodes),

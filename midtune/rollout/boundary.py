@@ -14,7 +14,7 @@ import torch
 from transformers import DynamicCache
 
 from midtune.device import free_bytes
-from midtune.model.memory import slices
+from midtune.model.memory import RowLimit, slices
 from midtune.model.policy import Policy
 
 
@@ -27,7 +27,7 @@ class BoundaryStates:
         completion: [N·G, C, H]; the state of a completion's last token is never needed and is zero when
             the states were captured while sampling.
 
-    Both may lie on the host while the policy is on a CUDA device; see `home_of`.
+    Both may lie on the host while the policy is on a CUDA device; see `storage_device`.
     """
 
     block: int
@@ -53,8 +53,8 @@ class _Reached(Exception):
     """Ends a forward pass at the boundary."""
 
 
-def home_of(policy: Policy, tokens: int) -> torch.device:
-    """Where the states of so many tokens are kept: the policy's device, or the host if they would crowd it."""
+def storage_device(policy: Policy, tokens: int) -> torch.device:
+    """Where to keep the states of so many tokens: on the policy's device, or on the host if they would crowd it."""
     state_bytes = policy.model.config.get_text_config().hidden_size * policy.compute_dtype.itemsize
     crowded = tokens * state_bytes > free_bytes(policy.device) // 4
     return torch.device("cpu") if crowded else policy.device
@@ -62,7 +62,7 @@ def home_of(policy: Policy, tokens: int) -> torch.device:
 
 @contextlib.contextmanager
 def captured(
-    policy: Policy, block: int | None, *, stop: bool = False, home: torch.device | None = None
+    policy: Policy, block: int | None, *, stop: bool = False, storage: torch.device | None = None
 ) -> Iterator[list[torch.Tensor]]:
     """Collects the states [B, T, H] that enter `block` in each forward pass inside the context.
 
@@ -70,7 +70,7 @@ def captured(
         policy: the policy whose model is run inside the context.
         block: the block to watch; None collects nothing.
         stop: end each forward pass there, by an exception.
-        home: where the states are put; default: where they are.
+        storage: where to put the states; default: where they are.
     """
     states: list[torch.Tensor] = []
 
@@ -78,7 +78,7 @@ def captured(
         module: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]
     ) -> None:
         state = args[0] if args else kwargs["hidden_states"]
-        states.append(state if home is None else state.to(home))
+        states.append(state if storage is None else state.to(storage))
         if stop:
             raise _Reached
 
@@ -100,6 +100,8 @@ def recompute(
     prompt_mask: torch.Tensor,
     completion_ids: torch.Tensor,
     completion_mask: torch.Tensor,
+    *,
+    limit: RowLimit,
 ) -> BoundaryStates:
     """The boundary states of sequences that were sampled elsewhere, by one pass through the blocks below.
 
@@ -109,9 +111,10 @@ def recompute(
     Args:
         prompt_ids, prompt_mask: [N, P], left-padded.
         completion_ids, completion_mask: [N·G, C], right-padded, the G completions of a prompt adjacent.
+        limit: how many completions may go together.
     """
     group_size = completion_ids.size(0) // prompt_ids.size(0)
-    home = home_of(policy, completion_ids.numel())
+    storage = storage_device(policy, completion_ids.numel())
 
     def run(groups: int) -> BoundaryStates:
         found = []
@@ -125,10 +128,10 @@ def recompute(
                 completion_ids[rows],
                 completion_mask[rows],
             )
-            found.append(BoundaryStates(block, *(state.to(home) for state in states)))
+            found.append(BoundaryStates(block, *(state.to(storage) for state in states)))
         return BoundaryStates.joined(found)
 
-    return policy.sampling_rows.fitting(len(prompt_ids), group_size, run)
+    return limit.fitting(len(prompt_ids), group_size, run)
 
 
 def _below(

@@ -15,11 +15,15 @@ import torch
 from midtune.errors import InputError
 from midtune.model.memory import slices
 from midtune.model.policy import Policy
-from midtune.rollout.boundary import recompute
-from midtune.rollout.sampler import Rollout, Sampling, padded, ready_to_sample
-from midtune.rollout.speech import Speech, Text
-from midtune.rollout.stream import Drawn, Stream
+from midtune.rollout.decoding import Decoder, ready_to_sample
+from midtune.rollout.sampling import Rollout, Sampling, SamplingLimits, padded
+from midtune.rollout.speech import Speech, Text, prompt_ids
+from midtune.rollout.text import with_boundary
+from midtune.tasks import Row
 from midtune.tasks.environment import Game, Match
+
+# Episodes begun to see how long their prompts are.
+EPISODES_READ = 16
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,11 @@ class Episode:
         drawn: [C] 1 for tokens that the policy sampled, 0 for others.
         log_probs, entropies: [C] of sampled tokens; 0 for others.
         cut: whether it ended because it had no tokens left.
+        environment: what it is played in.
     """
 
     prompt: list[int]
+    environment: Any = None
     ids: list[int] = field(default_factory=list)
     drawn: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
@@ -56,13 +62,20 @@ class Episode:
     turns: list[Turn] = field(default_factory=list)
     cut: bool = False
 
-    def acted(self, action: Drawn, state: Hashable, reward: float) -> None:
+    def acted(
+        self,
+        ids: list[int],
+        log_probs: list[float],
+        entropies: list[float],
+        state: Hashable,
+        reward: float,
+    ) -> None:
         """Append an action."""
         start = len(self.ids)
-        self.ids += action.ids
-        self.drawn += [1] * len(action.ids)
-        self.log_probs += action.log_probs
-        self.entropies += action.entropies
+        self.ids += ids
+        self.drawn += [1] * len(ids)
+        self.log_probs += log_probs
+        self.entropies += entropies
         self.turns.append(Turn(start, len(self.ids), state, reward))
 
     def shown(self, ids: list[int]) -> None:
@@ -75,7 +88,7 @@ class Episode:
     def begin_at(self, start: int) -> Episode:
         """The same episode with a prompt of `start` tokens; the rest of it opens the completion, as shown."""
         rest = self.prompt[start:]
-        found = Episode(self.prompt[:start], cut=self.cut)
+        found = Episode(self.prompt[:start], self.environment, cut=self.cut)
         found.shown(rest)
         found.ids += self.ids
         found.drawn += self.drawn
@@ -87,8 +100,44 @@ class Episode:
         return found
 
 
+@dataclass
+class EpisodeSampler:
+    """The policy plays an episode in an environment for each prompt; see `Sampler`."""
+
+    policy: Policy
+    limits: SamplingLimits
+    game: Game
+    is_policy: bool = True
+
+    def begin(self, rows: Sequence[Row]) -> Sequence[Row]:
+        return self.game.begin(rows)
+
+    def prompt_lengths(self, rows: Sequence[Row]) -> list[int]:
+        (match,) = self.game.matches(1)
+        begun = [match.reset(row) for row in rows[:EPISODES_READ]]
+        return [len(prompt_ids(self.policy.tokenizer, row["prompt"])) for row in begun]
+
+    def sample(
+        self,
+        prompts: Sequence[Any],
+        sampling: Sampling,
+        *,
+        group_size: int = 1,
+        boundary_block: int | None = None,
+    ) -> Rollout:
+        episodes = play(self.policy, self.game, prompts, sampling, group_size=group_size, limits=self.limits)
+        rollout = rollout_of(self.policy, with_common_prompts(episodes, group_size), group_size)
+        return with_boundary(self, rollout, boundary_block)
+
+
 def play(
-    policy: Policy, game: Game, prompts: Sequence[Any], sampling: Sampling, *, group_size: int = 1
+    policy: Policy,
+    game: Game,
+    prompts: Sequence[Any],
+    sampling: Sampling,
+    *,
+    group_size: int = 1,
+    limits: SamplingLimits | None = None,
 ) -> list[Episode]:
     """Play an episode in every match of the game, all together or as many as memory holds, a turn at a time.
 
@@ -98,84 +147,96 @@ def play(
         game: its matches are already reset.
         prompts: texts or chat messages that each begins with; the `group_size` of a group are adjacent.
         sampling: `max_new_tokens` are those of a whole episode, with what environments show.
+        limits: what memory allows.
 
     Raises:
         InputError: the environment or the model cannot do what they are to do.
         RunStopped: a single group does not fit into memory.
     """
+    limits = limits or SamplingLimits()
     chat = not isinstance(prompts[0], str)
     speech = game.speech(policy) if game.speech else Text(policy, sampling.stop_strings, chat=chat)
     matches, ids = game.matches(len(prompts)), [speech.prompt_ids(prompt) for prompt in prompts]
     most = min(game.turn_tokens or sampling.max_new_tokens, sampling.max_new_tokens)
-    drawn = sampling.temperature > 0
-    luck = torch.rand(game.max_turns, most, len(prompts), device=policy.device) if drawn else None
+    uniforms = (
+        torch.rand(game.max_turns, most, len(prompts), device=policy.device)
+        if sampling.temperature > 0
+        else None
+    )
 
     def run(groups: int) -> list[Episode]:
         rows = groups * group_size
-        with torch.no_grad(), ready_to_sample(policy, rows):
+        with ready_to_sample(policy, rows, unpack=limits.unpack):
             return [
                 episode
                 for part in slices(len(prompts), rows)
                 for episode in _play_together(
-                    policy,
                     speech,
                     matches[part],
-                    ids[part],
+                    _decoder(policy, ids[part], group_size),
+                    [
+                        Episode([*prompt], match.environment)
+                        for prompt, match in zip(ids[part], matches[part], strict=True)
+                    ],
                     replace(sampling, max_new_tokens=most),
-                    sampling.max_new_tokens,
-                    None if luck is None else luck[:, :, part],
-                    group_size,
-                    game.max_turns,
+                    None if uniforms is None else uniforms[:, :, part],
+                    max_turns=game.max_turns,
+                    episode_tokens=sampling.max_new_tokens,
                 )
             ]
 
-    return policy.sampling_rows.fitting(len(prompts) // group_size, group_size, run)
+    return limits.rows.fitting(len(prompts) // group_size, group_size, run)
+
+
+def _decoder(policy: Policy, prompts: Sequence[list[int]], group_size: int) -> Decoder:
+    """A decoder for episodes, whose prompts pass once a group where they are alike."""
+    alike = all(prompt == prompts[i - i % group_size] for i, prompt in enumerate(prompts))
+    shared = group_size if alike else 1
+    return Decoder(policy, *padded(policy, prompts[::shared], "left"), shared)
 
 
 def _play_together(
-    policy: Policy,
     speech: Speech,
     matches: Sequence[Match],
-    prompts: Sequence[list[int]],
+    decoder: Decoder,
+    episodes: list[Episode],
     sampling: Sampling,
-    most: int,
-    luck: torch.Tensor | None,
-    group_size: int,
+    uniforms: torch.Tensor | None,
+    *,
     max_turns: int,
+    episode_tokens: int,
 ) -> list[Episode]:
-    """Play whole groups.
+    """Play whole groups to their end.
 
     Args:
+        decoder: has a row for each of the episodes.
         sampling: of an action.
-        most: tokens of an episode.
-        luck: [turns, T, B].
+        uniforms: [turns, T, B], one U(0, 1) per token; None when greedy.
     """
     for match in matches:
         match.rewind()
-    episodes = [Episode(list(prompt)) for prompt in prompts]
-    alike = all(prompt == prompts[i - i % group_size] for i, prompt in enumerate(prompts))
-    shared = group_size if alike else 1
-    stream = Stream(policy, prompts[::shared], shared)
     live = list(range(len(episodes)))
     for turn in range(max_turns):
-        left = [min(sampling.max_new_tokens, most - len(episodes[i].ids)) for i in live]
+        left = [min(sampling.max_new_tokens, episode_tokens - len(episodes[i].ids)) for i in live]
         states = [matches[i].state for i in live]
-        actions = stream.draw(sampling, left, None if luck is None else luck[turn][:, live])
+        drawn = decoder.draw(
+            sampling, left, None if uniforms is None else uniforms[turn][:, live], leave=False
+        )
         going, said = [], []
-        for row, (i, state, action) in enumerate(zip(live, states, actions, strict=True)):
+        for row, (i, state, action) in enumerate(zip(live, states, drawn.rows(), strict=True)):
             episode = episodes[i]
-            reply, reward = speech.answer(matches[i], episode.prompt + episode.ids, action.ids)
-            episode.acted(action, state, reward)
+            reply, reward = speech.answer(matches[i], episode.prompt + episode.ids, action[0])
+            episode.acted(*action, state, reward)
             if reply is None or turn + 1 == max_turns:
                 continue
-            episode.cut = len(episode.ids) + len(reply) >= most
+            episode.cut = len(episode.ids) + len(reply) >= episode_tokens
             if not episode.cut:
                 episode.shown(reply)
                 going.append(row)
-                said.append([action.ids[-1], *reply])
+                said.append([action[0][-1], *reply])
         if not going:
             break
-        stream.go_on(going, said)
+        decoder.follow(going, said)
         live = [live[row] for row in going]
     return episodes
 
@@ -200,8 +261,8 @@ def with_common_prompts(episodes: Sequence[Episode], group_size: int) -> list[Ep
 
 
 @torch.no_grad()
-def rollout_of(policy: Policy, episodes: Sequence[Episode], group_size: int, block: int) -> Rollout:
-    """Whole groups of episodes as one rollout, with boundary states by one pass through the blocks below.
+def rollout_of(policy: Policy, episodes: Sequence[Episode], group_size: int) -> Rollout:
+    """Whole groups of episodes as one rollout, without boundary states.
 
     Args:
         episodes: the members of a group have one prompt.
@@ -215,5 +276,7 @@ def rollout_of(policy: Policy, episodes: Sequence[Episode], group_size: int, blo
         drawn[row, place] = drawn.new_tensor(episode.drawn)
         log_probs[row, place] = log_probs.new_tensor(episode.log_probs)
         entropies[row, place] = entropies.new_tensor(episode.entropies)
-    boundary = recompute(policy, block, prompt_ids, prompt_mask, ids, mask)
-    return Rollout(prompt_ids, prompt_mask, ids, mask, log_probs, entropies, boundary, drawn)
+    cut = torch.tensor([episode.cut for episode in episodes], device=ids.device)
+    return Rollout(
+        prompt_ids, prompt_mask, ids, mask, log_probs, entropies, cut, drawn=drawn, episodes=episodes
+    )

@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 
 from midtune.device import cuda_devices, free_bytes
 from midtune.model.policy import Policy
-from midtune.rollout.episodes import play
-from midtune.rollout.sampler import Sampling, sample
+from midtune.rollout.sampling import Sampler, Sampling
 from midtune.rollout.speech import prompt_ids
-from midtune.tasks import Game, Reward, Row, completion_of
+from midtune.tasks import Reward, Row, completion_of
 
 # Beyond this a CPU gains nothing from more rows and a GPU little.
 MOST_ROWS = 256
@@ -39,7 +38,7 @@ class Evaluation:
 
 
 def evaluate(
-    policy: Policy,
+    sampler: Sampler,
     rows: Sequence[Row],
     score: Reward,
     sampling: Sampling,
@@ -47,9 +46,8 @@ def evaluate(
     samples: int,
     seed: int = 0,
     on_problems: Callable[[int, int], None] | None = None,
-    game: Game | None = None,
 ) -> Evaluation:
-    """Score `policy` on `rows`.
+    """Score the policy of `sampler` on `rows`.
 
     Args:
         score: TRL reward signature; called on all completions of a batch of problems.
@@ -57,27 +55,26 @@ def evaluate(
         samples: completions per problem; 0 draws none.
         seed: of the samples; the caller's random state is left as it was.
         on_problems: called with the completions finished since the last call and the tokens they took.
-        game: how the task is played, if in turns; completions are then whole episodes.
     """
-    prompts = [prompt_ids(policy.tokenizer, row["prompt"]) for row in rows]
+    policy = sampler.policy
+    lengths = [len(prompt_ids(policy.tokenizer, row["prompt"])) for row in rows]
     # Problems of like length share a batch, so that little of it is padding.
-    order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
+    order = sorted(range(len(rows)), key=lengths.__getitem__)
 
     def run(draws: int, how: Sampling) -> tuple[NDArray[np.float64], list[str]]:
         scores = np.zeros((len(rows), draws))
         texts = [""] * len(rows)
         start = 0
         while start < len(order):
-            longest = len(prompts[order[min(start + MOST_ROWS, len(order)) - 1]]) + how.max_new_tokens
+            longest = lengths[order[min(start + MOST_ROWS, len(order)) - 1]] + how.max_new_tokens
             count = max(1, rows_that_fit(policy, longest) // draws)
             batch = order[start : start + count]
             start += count
             repeated = [rows[i] for i in batch for _ in range(draws)]
-            if game is None:
-                ids = sample(policy, [prompts[i] for i in batch], how, group_size=draws).completions()
-                seen: dict[str, Any] = {}
-            else:
-                ids, seen = played(policy, repeated, how, game, draws)
+            prompts = [row["prompt"] for row in sampler.begin(repeated)]
+            rollout = sampler.sample(prompts, how, group_size=draws)
+            ids = rollout.completions()
+            seen = {} if rollout.environments is None else {"environments": rollout.environments}
             decoded = policy.tokenizer.batch_decode(ids, skip_special_tokens=True)
             found = score_completions(score, repeated, decoded, ids, **seen)
             for place, i in enumerate(batch):
@@ -94,20 +91,6 @@ def evaluate(
             torch.manual_seed(seed)
             drawn, _ = run(samples, sampling)
     return Evaluation(greedy[:, 0], None if drawn is None else drawn.mean(axis=1), completions, drawn)
-
-
-def played(
-    policy: Policy, rows: Sequence[Row], sampling: Sampling, game: Game, group_size: int
-) -> tuple[list[list[int]], dict[str, Any]]:
-    """Play an episode of every row; returns the token ids of each, and the `environments` for a reward.
-
-    Args:
-        rows: those of a group are adjacent and equal.
-    """
-    prompts = [row["prompt"] for row in game.begin(rows)]
-    episodes = play(policy, game, prompts, sampling, group_size=group_size)
-    environments = [match.environment for match in game.matches(len(rows))]
-    return [episode.ids for episode in episodes], {"environments": environments}
 
 
 def score_completions(

@@ -8,13 +8,9 @@ from typing import Any, Protocol
 from midtune.model.policy import Policy
 from midtune.model.template import rendering
 from midtune.tasks.answers import after_thinking
-from midtune.tasks.environment import Game, Match
-from midtune.tasks.split import Row
+from midtune.tasks.environment import Match
 
 _MARK = "midtune-acts-here"
-
-# Episodes begun to see how long their prompts are.
-GAMES_READ = 16
 
 
 class Speech(Protocol):
@@ -91,11 +87,3 @@ def prompt_ids(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
             prompt, add_generation_prompt=True, tokenize=True, return_dict=True
         )["input_ids"]
     return ids
-
-
-def prompt_lengths(tokenizer: Any, rows: Sequence[Row], game: Game | None) -> list[int]:
-    """Tokens of the prompt of each row; where they are played in turns, of the first few episodes as they begin."""
-    if game is not None:
-        (match,) = game.matches(1)
-        rows = [match.reset(row) for row in rows[:GAMES_READ]]
-    return [len(prompt_ids(tokenizer, row["prompt"])) for row in rows]

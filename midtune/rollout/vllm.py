@@ -8,15 +8,19 @@ never in 4-bit, and asks for them to be loaded. Works with vLLM 0.31, its develo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import requests
+import torch
 from safetensors.torch import save_file
 
 from midtune.errors import InputError, MidtuneError
 from midtune.model.policy import Policy
-from midtune.rollout.sampler import Sampling
+from midtune.rollout.sampling import Rollout, Sampling, SamplingLimits, padded
+from midtune.rollout.speech import prompt_ids
+from midtune.rollout.text import TextSampler, with_boundary
 
 START = "VLLM_SERVER_DEV_MODE=1 vllm serve {model} --logprobs-mode processed_logprobs"
 
@@ -44,23 +48,24 @@ def require_server(url: str, model: Path) -> str:
     return served
 
 
-class VLLMServer:
-    """A running server that serves the policy's model; TRL's trainer uses it as its `vllm_generation`.
+class VLLMSampler(TextSampler):
+    """A running server completes the prompts in the policy's place; see `Sampler`.
+
+    The server holds the frozen weights as the checkpoint has them, so a policy that holds them in 4-bit differs
+    from it a little.
 
     Args:
         url: its address.
-        policy: what it samples for. It holds the frozen weights as the checkpoint has them, so a policy that
-            holds them in 4-bit differs from it a little.
+        policy: what it samples for.
         folder: gets the trained blocks; the server reads it under the same path.
 
     Raises:
         InputError: there is no server at `url`, or one that cannot be sent weights.
     """
 
-    def __init__(self, url: str, policy: Policy, sampling: Sampling, folder: Path) -> None:
+    def __init__(self, url: str, policy: Policy, limits: SamplingLimits, folder: Path) -> None:
+        super().__init__(policy, limits, is_policy=False)
         self.url = url.rstrip("/")
-        self.policy = policy
-        self.sampling = sampling
         self.folder = folder.absolute()
         self.model = require_server(self.url, policy.source.folder)
         # An earlier run may have left its blocks there.
@@ -72,27 +77,28 @@ class VLLMServer:
         save_file(self.policy.deployed_blocks(), self.folder / "model.safetensors")
         self._load(self.folder)
 
-    def generate(
-        self, prompts: list[list[int]], *, num_generations: int, **_: Any
-    ) -> tuple[list[list[int]], list[list[int]], list[list[list[float]]], None]:
-        """Completions of prompts that are given `num_generations` times each, as TRL asks for them.
-
-        Returns:
-            The prompts; the completions' token ids; the log-prob of each token, in a list of its own; None.
-        """
-        how = self.sampling
+    def sample(
+        self,
+        prompts: Sequence[Any],
+        sampling: Sampling,
+        *,
+        group_size: int = 1,
+        boundary_block: int | None = None,
+    ) -> Rollout:
+        """Completions by the blocks as they were sent last; entropies are not known, and zero."""
+        asked = [prompt_ids(self.policy.tokenizer, prompt) for prompt in prompts[::group_size]]
         answer = self._post(
             "/v1/completions",
             {
                 "model": self.model,
-                "prompt": prompts[::num_generations],
-                "n": num_generations,
-                "max_tokens": how.max_new_tokens,
-                "temperature": how.temperature,
-                "top_p": how.top_p,
-                "top_k": how.top_k,
-                "min_p": how.min_p,
-                "stop": list(how.stop_strings),
+                "prompt": asked,
+                "n": group_size,
+                "max_tokens": sampling.max_new_tokens,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "top_k": sampling.top_k,
+                "min_p": sampling.min_p,
+                "stop": list(sampling.stop_strings),
                 "stop_token_ids": self.policy.stop_token_ids,
                 "include_stop_str_in_output": True,
                 "logprobs": 0,
@@ -100,9 +106,14 @@ class VLLMServer:
             },
         )
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-        ids = [choice["token_ids"] for choice in choices]
-        log_probs = [[[value] for value in choice["logprobs"]["token_logprobs"]] for choice in choices]
-        return prompts, ids, log_probs, None
+        ids, mask = padded(self.policy, [choice["token_ids"] for choice in choices], "right")
+        log_probs = torch.zeros(ids.shape, device=ids.device)
+        known = [value for choice in choices for value in choice["logprobs"]["token_logprobs"]]
+        log_probs[mask.bool()] = torch.tensor(known, device=ids.device)
+        cut = torch.tensor([choice["finish_reason"] == "length" for choice in choices], device=ids.device)
+        entropies = torch.zeros_like(log_probs)
+        rollout = Rollout(*padded(self.policy, asked, "left"), ids, mask, log_probs, entropies, cut)
+        return with_boundary(self, rollout, boundary_block)
 
     def _load(self, folder: Path) -> None:
         self._post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})

@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from midtune.config import RunConfig
-from midtune.model.policy import Policy
 from midtune.planning.budget import peak
 from midtune.planning.estimate import StepShape, estimate_phases
 from midtune.planning.step_size import Work
-from midtune.rollout.speech import prompt_lengths
+from midtune.rollout.sampling import Sampler
 from midtune.stages.plan import Planner, planner_for
 from midtune.tasks import Task
 
@@ -23,7 +22,7 @@ class Alternatives:
     """Full training and QLoRA of the model that a run trained.
 
     Args:
-        policy: as it was trained; not kept.
+        sampler: of the policy as it was trained; not kept.
         steps: the run's lines of metrics.jsonl.
         process_bytes: resident memory of the process before the model was loaded; on a CPU peaks count it.
     """
@@ -31,11 +30,12 @@ class Alternatives:
     def __init__(
         self,
         config: RunConfig,
-        policy: Policy,
+        sampler: Sampler,
         task: Task,
         steps: Sequence[Mapping[str, Any]],
         process_bytes: int,
     ) -> None:
+        policy = sampler.policy
         self._blocks = policy.trained
         self._planner: Planner = planner_for(policy, self._blocks, process_bytes)
         self._reference = config.training.beta > 0
@@ -46,7 +46,7 @@ class Alternatives:
         self._shape = StepShape(
             prompts=config.training.prompts_per_step,
             group_size=config.training.group_size,
-            prompt_tokens=statistics.fmean(prompt_lengths(policy.tokenizer, task.train[:64], task.game)),
+            prompt_tokens=statistics.fmean(sampler.prompt_lengths(task.train[:64])),
             # Of episodes, with what their environments showed.
             completion_tokens=statistics.fmean(
                 step["completion_length"] + step.get("shown_length", 0) for step in steps

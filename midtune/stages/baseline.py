@@ -29,14 +29,14 @@ def main(config_file: Path) -> None:
     from midtune.config import load_config
     from midtune.device import compute_dtype_of, dtype_named, resolve_device
     from midtune.report.terminal import Terminal
-    from midtune.stages.setup import open_source, open_task
+    from midtune.stages.opening import Opened
 
-    terminal = Terminal(quiet=True)
     config = load_config(config_file, {})
-    task = open_task(config, terminal)
+    opened = Opened(config, Terminal(quiet=True))
+    task = opened.task
     device = resolve_device(config.model.device)
     figures = full_training(
-        open_source(config, terminal),
+        opened.source,
         task.train,
         task.reward,
         config.training,

@@ -18,7 +18,7 @@ from midtune.probe.selection import middle
 from midtune.report.terminal import Terminal
 from midtune.runs import RunFolder, describe_environment
 from midtune.stages.alone import in_own_process
-from midtune.stages.setup import open_source
+from midtune.stages.opening import Opened
 
 MICRO_BATCH_TOKENS = RunConfig().training.micro_batch_tokens
 
@@ -67,7 +67,7 @@ def run(
     if unknown or not arms:
         asked = f"arm {unknown[0]} is not known" if unknown else "no arm was named"
         raise InputError(f"{asked}; choose among {', '.join(ARMS)}.")
-    source = open_source(config, terminal)
+    source = Opened(config, terminal).source
     blocks = AutoConfig.from_pretrained(source.folder).get_text_config().num_hidden_layers
     block = middle(blocks, 1)[0] if config.blocks.layers is None else _block(config.blocks.layers, blocks)
     folder = RunFolder.create(out, f"bench-{Path(config.model.name).stem}")

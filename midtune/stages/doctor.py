@@ -214,7 +214,8 @@ def _step(device: str, dtype: str) -> Iterator[Check]:
     from midtune.model.sources import resolve
     from midtune.rl.tail import completion_log_probs
     from midtune.rl.trainer import compare_log_probs
-    from midtune.rollout.sampler import Sampling, sample
+    from midtune.rollout.sampling import Sampling
+    from midtune.rollout.text import sample
 
     policy = load_policy(resolve(BUNDLED_MODEL), device=device, dtype=dtype_named(dtype))
     block = policy.num_blocks // 2

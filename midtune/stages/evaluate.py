@@ -23,7 +23,7 @@ from midtune.report.statistics import paired_gain, pass_at_k, score_interval
 from midtune.report.terminal import Terminal
 from midtune.rollout.evaluation import Evaluation
 from midtune.rollout.harness import harness_scores, require_harness
-from midtune.stages.setup import open_policy, open_source, open_task, score_policy, with_model
+from midtune.stages.opening import Opened, score, with_model
 from midtune.tasks import Task
 from midtune.tasks.rewards import SOLVED
 from midtune.whole import require_regular, write_bytes
@@ -74,27 +74,20 @@ def run(
         name, revision = target, configs[0].model.revision
     configs = [with_model(config, name, revision) for config in configs]
     named = [config for config in configs if config.task.name is not None]
-    tasks = [open_task(config, terminal) for config in named]
-    policy = open_policy(configs[0], open_source(configs[0], terminal), terminal)
+    opened = Opened(configs[0], terminal)
+    tasks = [Opened(config, terminal).task for config in named]
+    policy = opened.policy()
 
-    def score(what: str) -> tuple[list[Evaluation], dict[str, PerProblem]]:
+    def score_all(what: str) -> tuple[list[Evaluation], dict[str, PerProblem]]:
         found = [
-            score_policy(
-                policy,
-                task,
-                task.held_out,
-                config,
-                terminal,
-                f"{what} on {task.name}",
-                config.evaluation.samples,
-            )
+            score(opened.sampler(policy, task), task, config, terminal, f"{what} on {task.name}")
             for task, config in zip(tasks, named, strict=True)
         ]
         return found, _harness(policy, lm_eval, lm_eval_path, configs[0], terminal)
 
-    before = score("scoring the base") if patch_folder is not None else None
+    before = score_all("scoring the base") if patch_folder is not None else None
     blocks = apply_patch(policy, patch_folder).blocks if patch_folder is not None else None
-    after = score("scoring")
+    after = score_all("scoring")
     if results is not None:
         arms = {"after": after[0]} if before is None else {"before": before[0], "after": after[0]}
         lines = [

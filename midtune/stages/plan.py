@@ -29,7 +29,7 @@ from midtune.probe.selection import middle, parse_layers
 from midtune.published import PublishedCard, card_named
 from midtune.report.tables import bytes_text
 from midtune.report.terminal import Terminal
-from midtune.rollout.speech import prompt_lengths
+from midtune.rollout.sampling import Sampler
 from midtune.stages.beside import beside
 from midtune.tasks import Task
 from midtune.tasks.hub import is_dataset
@@ -282,13 +282,19 @@ def planner_for(policy: Policy, blocks: list[int], process_bytes: int) -> Planne
 
 
 def fitted(
-    config: RunConfig, policy: Policy, task: Task, process_bytes: int, terminal: Terminal
+    config: RunConfig,
+    sampler: Sampler,
+    task: Task,
+    blocks: list[int],
+    process_bytes: int,
+    terminal: Terminal,
 ) -> RunConfig:
     """The configuration of a run with the cheapest changes that keep it within `training.fit`.
 
     Args:
         config: says in `training.fit` what to stay within.
-        policy: the loaded model.
+        sampler: of the loaded model.
+        blocks: the trained ones.
         process_bytes: resident memory of this process before the model was loaded.
 
     Raises:
@@ -297,9 +303,9 @@ def fitted(
     fit = config.training.fit
     if fit is None:
         return config
-    blocks = parse_layers(config.blocks.layers or "", policy.num_blocks, config.blocks.top_k)
+    policy = sampler.policy
     planner = replace(planner_for(policy, blocks, process_bytes), card=card_named(fit))
-    longest = max(prompt_lengths(policy.tokenizer, [*task.train, *task.held_out], task.game))
+    longest = max(sampler.prompt_lengths([*task.train, *task.held_out]))
     work = work_of(config, longest)
     found = planner.fitting(work)
     if found is None:

@@ -42,7 +42,7 @@ def run(config: RunConfig | None, terminal: Terminal, *, check: bool = False) ->
 
 
 def _shown(config: RunConfig, terminal: Terminal) -> dict[str, Any]:
-    from midtune.stages.reading import read_task
+    from midtune.stages.opening import read_task
     from midtune.tasks import scored_samples, task_arguments
 
     name = require_task(config)
@@ -69,14 +69,13 @@ def _shown(config: RunConfig, terminal: Terminal) -> dict[str, Any]:
 
 
 def _checked(config: RunConfig, terminal: Terminal) -> dict[str, Any]:
-    from midtune.stages.reading import read_task
-    from midtune.stages.setup import open_task
+    from midtune.stages.opening import Opened, read_task
     from midtune.tasks import doubts, scored_samples
 
     name = require_task(config)
     # All problems that a run of any length could use.
     config = with_settings(config, {"training.steps": config.task.train_size})
-    task = open_task(config, terminal)
+    task = Opened(config, terminal).task
     again = read_task(config)
     if (task.fingerprint, task.train, task.held_out) != (again.fingerprint, again.train, again.held_out):
         raise InputError(

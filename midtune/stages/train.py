@@ -11,15 +11,14 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from midtune.config import RunConfig, dump_config
+from midtune.config import RunConfig, dump_config, with_settings
 from midtune.device import resolve_device
 from midtune.errors import InputError, Interrupted
 from midtune.measure.meter import Meter
+from midtune.model.host import embed_on_host
 from midtune.model.memory import give_back
 from midtune.model.patch import apply_patch, save_patch
 from midtune.model.policy import Policy, count_parameters
-from midtune.model.sources import Source
-from midtune.probe.selection import parse_layers
 from midtune.report.plots import learning_curve
 from midtune.report.statistics import compare
 from midtune.report.summary import PHASES, MemoryReport, Report, TimeReport, phase_peaks
@@ -27,22 +26,15 @@ from midtune.report.terminal import Terminal
 from midtune.rl.collapse import find_collapse
 from midtune.rl.training import require_one_process, require_tracker, train_blocks
 from midtune.rollout.evaluation import Evaluation
+from midtune.rollout.sampling import Sampler
 from midtune.rollout.vllm import require_server
 from midtune.runs import RunFolder, describe_environment
 from midtune.stages import baseline
 from midtune.stages.alternatives import Alternatives
 from midtune.stages.at_work import Stop, at_work
-from midtune.stages.choose import choose_blocks
-from midtune.stages.plan import fitted, run_stem
+from midtune.stages.opening import Opened, choose_blocks, score
+from midtune.stages.plan import run_stem
 from midtune.stages.report import write_page
-from midtune.stages.setup import (
-    open_policy,
-    open_source,
-    open_task,
-    place_embedding,
-    require_one_turn,
-    score_policy,
-)
 from midtune.tasks import Task
 from midtune.tasks.rewards import completion_text
 
@@ -78,77 +70,46 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
 def _run(
     config: RunConfig, folder: RunFolder, resumed: bool, stop: Stop, terminal: Terminal
 ) -> dict[str, Any]:
-    if resumed and not folder.start.is_file():
-        raise InputError(
-            f"{folder} lacks start.json, which says how it began; restore it, or start again with another --out."
-        )
-    checkpoint = folder.latest_checkpoint(terminal.message) if resumed else None
-    if checkpoint is not None:
-        step = int(checkpoint.name.rpartition("-")[2])
-        _rewind(folder, step, terminal)
-        terminal.message(f"resuming {folder} after step {step}")
-    elif resumed:
-        folder.truncate_metrics(0)
-        terminal.message(f"{folder} has no checkpoint yet; beginning with its first step")
-
-    if config.blocks.select == "boost":
-        if config.model.adapter == "lora":
-            raise InputError("--select boost trains all blocks whole; leave out --adapter lora.")
-        # Every block is trained, so none is left to keep in 4-bit.
-        unquantized = config.model.model_copy(update={"quantize": "none"})
-        config = config.model_copy(update={"model": unquantized})
-    require_one_process()
-    require_tracker(config.training.report_to)
-    task = open_task(config, terminal)
+    checkpoint = _checkpoint(folder, terminal) if resumed else None
+    config = _checked(config)
+    opened = Opened(config, terminal)
+    task, source = opened.task, opened.source
     if config.evaluation.baseline == "measured":
-        require_one_turn(task, "--baseline measured")
-    source = open_source(config, terminal)
+        task.require_one_turn("--baseline measured")
     if config.training.vllm is not None:
         require_server(config.training.vllm, source.folder)
     meter = Meter(resolve_device(config.model.device))
     # On a CPU peaks count the whole process, so full training's estimate has to begin there too.
     process_bytes = meter.current_bytes()
-    policy = open_policy(config, source, terminal)
-    if policy.stored_quantized:
-        terminal.message(
-            f"{source.name} is stored in 4-bit: the trained block starts from dequantized weights."
-        )
-        if config.training.vllm is not None:
-            raise InputError(
-                f"{source.name} is stored in 4-bit, so a vLLM server cannot be sent its trained block; leave "
-                "training.vllm out, or use the unquantized checkpoint."
-            )
-    config, choice, ranking = choose_blocks(config, policy, task, terminal)
-    chosen = parse_layers(config.blocks.layers or "", policy.num_blocks, config.blocks.top_k)
-    config = fitted(config, policy, task, process_bytes, terminal)
-    place_embedding(config, policy)
-    policy.unpack = config.model.unpack == "auto"
-    policy.sampling_rows.rows = config.training.sampled_prompts * config.training.group_size or None
+    policy = opened.policy(embeddings="device")
+    _check_stored(policy, config, terminal)
+    choice = choose_blocks(config.blocks, policy, task, terminal)
+    config = choice.written_into(config)
+    sampler = opened.sampler(policy)
+    if config.training.fit is not None:
+        from midtune.stages.plan import fitted
+
+        config = fitted(config, sampler, task, choice.blocks, process_bytes, terminal)
+    if config.model.embeddings == "host":
+        embed_on_host(policy.model, source.name)
+    sampler.limits.unpack = config.model.unpack == "auto"
+    sampler.limits.rows.rows = config.training.sampled_prompts * config.training.group_size or None
     boosted = config.blocks.select == "boost"
-    blocks = list(range(policy.num_blocks)) if boosted else chosen
+    blocks = list(range(policy.num_blocks)) if boosted else choice.blocks
 
     if not resumed:
         trained = len(blocks) * count_parameters(policy.blocks[blocks[0]])
         folder.require_free(trained * CHECKPOINT_BYTES_PER_PARAMETER)
         folder.write_json(folder.environment, describe_environment(policy.computes, config.seed))
-        folder.write_json(folder.start, {"choice": choice, "ranking": ranking})
+        folder.write_json(folder.start, {"choice": choice.how, "ranking": choice.ranking})
         # From here on there is something to resume.
         folder.write_config(dump_config(config))
     known = folder.read_json(folder.start)
-    choice = known["choice"]
     if "greedy" in known:
         before = _scores_of(known)
     else:
-        before = score_policy(
-            policy,
-            task,
-            task.held_out,
-            config,
-            terminal,
-            "scoring before training",
-            config.evaluation.samples,
-        )
-        _write_start(folder, before, choice, known["ranking"])
+        before = score(sampler, task, config, terminal, "scoring before training")
+        folder.write_json(folder.start, {**known, **_as_json(before)})
 
     if config.model.adapter == "lora":
         policy.add_lora(blocks, config.model.lora_rank)
@@ -156,23 +117,21 @@ def _run(
         for block in blocks:
             policy.thaw(block)
     trainable = sum(p.numel() for p in policy.trained_parameters().values())
-    faster = dict.fromkeys(chosen, config.blocks.boost) if boosted else {}
-    peak_bytes = _train(config, policy, task, folder, checkpoint, meter, faster, stop, terminal)
+    multipliers = dict.fromkeys(choice.blocks, config.blocks.boost) if boosted else {}
+    peak_bytes = _train(config, sampler, task, folder, checkpoint, meter, multipliers, stop, terminal)
 
-    after = score_policy(
-        policy, task, task.held_out, config, terminal, "scoring after training", config.evaluation.samples
-    )
+    after = score(sampler, task, config, terminal, "scoring after training")
     patch_bytes = save_patch(policy, folder.patch)
     _write_before_after(folder, task, before, after)
     steps = folder.read_metrics()
-    alternatives = Alternatives(config, policy, task, steps, process_bytes)
+    alternatives = Alternatives(config, sampler, task, steps, process_bytes)
     total_parameters, stored_quantized = policy.total_parameters, policy.stored_quantized
-    del policy
+    del policy, sampler
     give_back()
 
     deployed = None
     if config.evaluation.deployed and not stored_quantized:
-        deployed = _score_deployed(config, source, task, folder, terminal)
+        deployed = _score_deployed(opened, folder)
     time = _time(config, steps)
     if config.evaluation.baseline == "measured":
         terminal.message(f"measuring full training: {baseline.STEPS} steps in a process of its own")
@@ -215,7 +174,7 @@ def _run(
         trainable_parameters=trainable,
         total_parameters=total_parameters,
         patch_bytes=patch_bytes,
-        probe=choice,
+        probe=known["choice"],
         seed=config.seed,
         notes=_notes(steps),
     ).to_dict()
@@ -233,14 +192,66 @@ def _notes(steps: list[dict[str, Any]]) -> tuple[str, ...]:
     return (f"{said[:1].upper()}{said[1:]}.",) if said else ()
 
 
+def _checkpoint(folder: RunFolder, terminal: Terminal) -> Path | None:
+    """The checkpoint to go on from, if there is one; what is known of later steps is forgotten."""
+    if not folder.start.is_file():
+        raise InputError(
+            f"{folder} lacks start.json, which says how it began; restore it, or start again with another --out."
+        )
+    checkpoint = folder.latest_checkpoint(terminal.message)
+    if checkpoint is None:
+        folder.truncate_metrics(0)
+        terminal.message(f"{folder} has no checkpoint yet; beginning with its first step")
+        return None
+    step = int(checkpoint.name.rpartition("-")[2])
+    missing = folder.truncate_metrics(step)
+    if len(missing) == step:
+        raise InputError(
+            f"metrics.jsonl in {folder} has none of its {step} steps, whose times the report needs; restore it, or "
+            "start the run again with another --out."
+        )
+    if missing:
+        terminal.message(
+            f"metrics.jsonl in {folder} was damaged and lost steps {', '.join(map(str, missing))}; the report goes "
+            "without them"
+        )
+    terminal.message(f"resuming {folder} after step {step}")
+    return checkpoint
+
+
+def _checked(config: RunConfig) -> RunConfig:
+    """The configuration of a run that can be made here; with `boost`, its model unquantized."""
+    require_one_process()
+    require_tracker(config.training.report_to)
+    if config.blocks.select != "boost":
+        return config
+    if config.model.adapter == "lora":
+        raise InputError("--select boost trains all blocks whole; leave out --adapter lora.")
+    # Every block is trained, so none is left to keep in 4-bit.
+    return with_settings(config, {"model.quantize": "none"})
+
+
+def _check_stored(policy: Policy, config: RunConfig, terminal: Terminal) -> None:
+    """Say what it means that a checkpoint is itself in 4-bit."""
+    if not policy.stored_quantized:
+        return
+    name = policy.source.name
+    terminal.message(f"{name} is stored in 4-bit: the trained block starts from dequantized weights.")
+    if config.training.vllm is not None:
+        raise InputError(
+            f"{name} is stored in 4-bit, so a vLLM server cannot be sent its trained block; leave training.vllm "
+            "out, or use the unquantized checkpoint."
+        )
+
+
 def _train(
     config: RunConfig,
-    policy: Policy,
+    sampler: Sampler,
     task: Task,
     folder: RunFolder,
     checkpoint: Path | None,
     meter: Meter,
-    faster: dict[int, float],
+    lr_multipliers: dict[int, float],
     stop: Stop,
     terminal: Terminal,
 ) -> int:
@@ -248,10 +259,11 @@ def _train(
     # What scoring has left behind is no part of it.
     give_back()
     meter.reset_peak()
+    policy, rows = sampler.policy, sampler.limits.rows
     title = f"{policy.source.name}, {task.name}, blocks {', '.join(map(str, policy.trained))}"
     # Where memory ran out before, what fitted then is where a resumed run starts.
     last_step = (folder.read_metrics() or [{}])[-1]
-    policy.sampling_rows.rows = last_step.get("sampling_rows", policy.sampling_rows.rows)
+    rows.rows = last_step.get("sampling_rows", rows.rows)
     with stop.after_the_step(), terminal.training(config.training.steps, title) as display:
 
         def on_step(metrics: dict[str, Any]) -> None:
@@ -262,21 +274,20 @@ def _train(
                 display.message("stopping after this step; its checkpoint is being saved")
 
         last = train_blocks(
-            policy,
+            sampler,
             task.train,
             task.reward,
             config.training,
             folder=folder.checkpoints,
             seed=config.seed,
             meter=meter,
-            faster=faster,
+            lr_multipliers=lr_multipliers,
             on_step=on_step,
             on_sample=lambda sample: folder.append_jsonl(folder.samples, sample),
             on_message=display.message,
             stop_requested=lambda: stop.asked,
             resume_from=checkpoint,
             update_rows=last_step.get("update_rows"),
-            game=task.game,
         )
     if stop.asked:
         raise Interrupted(
@@ -285,15 +296,15 @@ def _train(
     return meter.peak_bytes()
 
 
-def _score_deployed(
-    config: RunConfig, source: Source, task: Task, folder: RunFolder, terminal: Terminal
-) -> tuple[Evaluation, Evaluation]:
+def _score_deployed(opened: Opened, folder: RunFolder) -> tuple[Evaluation, Evaluation]:
     """Greedy scores of the unquantized model without and with the patch that was written."""
-    policy = open_policy(config, source, terminal, quantize="none")
-    before = score_policy(policy, task, task.held_out, config, terminal, "scoring the unquantized model", 0)
+    policy = opened.policy(quantize="none")
+    sampler, task = opened.sampler(policy), opened.task
+    how = opened.config, opened.terminal
+    before = score(sampler, task, *how, "scoring the unquantized model", samples=0)
     apply_patch(policy, folder.patch)
-    after = score_policy(policy, task, task.held_out, config, terminal, "scoring it with the patch", 0)
-    del policy
+    after = score(sampler, task, *how, "scoring it with the patch", samples=0)
+    del policy, sampler
     give_back()
     return before, after
 
@@ -313,32 +324,12 @@ def _time(config: RunConfig, steps: list[dict[str, Any]]) -> dict[str, Any]:
     return means
 
 
-def _rewind(folder: RunFolder, step: int, terminal: Terminal) -> None:
-    """Go back to what was known after `step`, and say what is not known any more."""
-    missing = folder.truncate_metrics(step)
-    if len(missing) == step:
-        raise InputError(
-            f"metrics.jsonl in {folder} has none of its {step} steps, whose times the report needs; restore it, or "
-            "start the run again with another --out."
-        )
-    if missing:
-        terminal.message(
-            f"metrics.jsonl in {folder} was damaged and lost steps {', '.join(map(str, missing))}; the report goes "
-            "without them"
-        )
-
-
-def _write_start(folder: RunFolder, before: Evaluation, choice: str, ranking: Path | str | None) -> None:
-    folder.write_json(
-        folder.start,
-        {
-            "choice": choice,
-            "ranking": ranking,
-            "completions": before.completions[:SHOWN_PROBLEMS],
-            "greedy": before.greedy.tolist(),
-            "sampled": None if before.sampled is None else before.sampled.tolist(),
-        },
-    )
+def _as_json(before: Evaluation) -> dict[str, Any]:
+    return {
+        "completions": before.completions[:SHOWN_PROBLEMS],
+        "greedy": before.greedy.tolist(),
+        "sampled": None if before.sampled is None else before.sampled.tolist(),
+    }
 
 
 def _scores_of(data: dict[str, Any]) -> Evaluation:

@@ -22,14 +22,7 @@ from midtune.report.statistics import jaccard, paired_gain, score_interval
 from midtune.report.terminal import Terminal
 from midtune.rollout.evaluation import Evaluation
 from midtune.stages.evaluate import patch_of
-from midtune.stages.setup import (
-    open_policy,
-    open_source,
-    open_task,
-    require_one_turn,
-    score_policy,
-    with_model,
-)
+from midtune.stages.opening import Opened, score, with_model
 from midtune.tasks import Row
 from midtune.tasks.answers import extract, reference_answer
 from midtune.tasks.rewards import SOLVED
@@ -57,10 +50,12 @@ def run(targets: Sequence[str], config: RunConfig, *, terminal: Terminal) -> dic
     patches = [read_patch(folder) for folder in folders]
     _check_one_base(targets, patches)
     config = with_model(config, patches[0].base_model, patches[0].revision)
-    task = open_task(config, terminal)
-    require_one_turn(task, "`midtune vote`")
+    opened = Opened(config, terminal)
+    task = opened.task
+    task.require_one_turn("`midtune vote`")
     _mention_known_problems(targets, folders, config, terminal)
-    policy = open_policy(config, open_source(config, terminal), terminal)
+    policy = opened.policy()
+    sampler = opened.sampler(policy)
     # A patch that does not fit is found before any time goes into scoring.
     with terminal.progress("trying the patches", len(folders)) as advance:
         for folder in folders:
@@ -68,14 +63,12 @@ def run(targets: Sequence[str], config: RunConfig, *, terminal: Terminal) -> dic
             remove_patch(policy)
             advance()
 
-    base = score_policy(policy, task, task.held_out, config, terminal, "scoring the base model", 0)
+    base = score(sampler, task, config, terminal, "scoring the base model", samples=0)
     found = []
     for number, folder in enumerate(folders, start=1):
         apply_patch(policy, folder)
         what = f"scoring run {number} of {len(folders)}"
-        found.append(
-            score_policy(policy, task, task.held_out, config, terminal, what, config.evaluation.samples)
-        )
+        found.append(score(sampler, task, config, terminal, what))
         remove_patch(policy)
 
     vote = vote_scores(task.held_out, found)

@@ -52,6 +52,18 @@ class Task:
     game: Game | None = None  # how it is played, if in turns
     note: str | None = None  # a remark for the person, such as fewer problems than asked for
 
+    def require_one_turn(self, what: str) -> None:
+        """Check that the task is answered in one turn.
+
+        Args:
+            what: the command or option that can do nothing else, for the message.
+
+        Raises:
+            InputError: it is played in turns.
+        """
+        if self.game is not None:
+            raise InputError(f"{self.name} is played in turns, and {what} knows tasks of one turn only.")
+
 
 @dataclass(frozen=True)
 class _Problems:

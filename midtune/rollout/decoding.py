@@ -1,0 +1,257 @@
+"""The decode step: one token for every row in flight, over keys and values that are never computed again.
+
+Each prompt is prefilled once and its cache is shared by its group. Rows that end either leave the batch, or wait
+behind a gap until an environment has answered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import LogitsProcessorList, StopStringCriteria
+
+from midtune.device import free_bytes
+from midtune.model.policy import Policy, full_precision
+from midtune.model.quantize import unpacked
+from midtune.rollout.boundary import positions
+from midtune.rollout.keys_values import closed_up, shared_prompts
+from midtune.rollout.sampling import Sampling, padded
+
+# Tokens that keys and values have room for beyond those they hold.
+ROOM = 128
+
+
+@dataclass
+class Drawn:
+    """Tokens drawn in one go for B rows.
+
+    Attributes:
+        ids, log_probs, entropies: [B, T]; what lies behind a row's last token means nothing where rows wait,
+            and is padding where they leave.
+        lengths: [B]
+        cut: [B] bool, rows that their limit ended.
+    """
+
+    ids: torch.Tensor
+    log_probs: torch.Tensor
+    entropies: torch.Tensor
+    lengths: torch.Tensor
+    cut: torch.Tensor
+
+    def rows(self) -> list[tuple[list[int], list[float], list[float]]]:
+        """The ids, log-probs and entropies of each row, up to its length."""
+        columns = (self.ids, self.log_probs, self.entropies)
+        rows = zip(*(values.tolist() for values in columns), self.lengths.tolist(), strict=True)
+        return [(ids[:n], log_probs[:n], entropies[:n]) for ids, log_probs, entropies, n in rows]
+
+
+class Decoder:
+    """Rows of tokens that grow together.
+
+    Args:
+        policy: its model is in evaluation mode as long as the decoder is used.
+        prompt_ids, prompt_mask: [N, P], left-padded.
+        group_size: rows of each prompt, adjacent.
+        room: tokens that keys and values have room for beyond those they hold.
+
+    Attributes:
+        fed: for each pass after the prompts', the numbers of the rows in it.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        prompt_ids: torch.Tensor,
+        prompt_mask: torch.Tensor,
+        group_size: int,
+        room: int = ROOM,
+    ) -> None:
+        self.policy = policy
+        self.fed: list[torch.Tensor] = []
+        self._cache = shared_prompts(room)
+        self._mask = prompt_mask
+        self._logits = self._forward(prompt_ids, positions(prompt_mask)).repeat_interleave(group_size, 0)
+        self._cache.batch_repeat_interleave(group_size)
+        self._mask = prompt_mask.repeat_interleave(group_size, 0)
+
+    def draw(
+        self,
+        sampling: Sampling,
+        limits: Sequence[int],
+        uniforms: torch.Tensor | None,
+        *,
+        leave: bool,
+        on_tokens: Callable[[int], None] | None = None,
+    ) -> Drawn:
+        """Draw tokens for every row until it ends or reaches its limit; its last token is not fed yet.
+
+        Args:
+            limits: [B], most tokens of each row.
+            uniforms: [T, B], one U(0, 1) per token; None when greedy.
+            leave: rows that end leave the batch; otherwise they wait for `follow`.
+            on_tokens: called with the number of new tokens after every step.
+        """
+        rows, longest, device = len(limits), max(limits), self._mask.device
+        ids = torch.full((rows, longest), self.policy.tokenizer.pad_token_id, device=device)
+        log_probs = torch.zeros(rows, longest, device=device)
+        entropies = torch.zeros_like(log_probs)
+        most = torch.tensor(limits, device=device)
+        lengths = torch.zeros_like(most)
+        ended = torch.zeros_like(most, dtype=torch.bool)
+        ends, warpers = ends_of(self.policy, sampling), sampling.warpers()
+        live, going = torch.arange(rows, device=device), ~ended
+        position = self._mask.sum(1, keepdim=True)
+        for step in range(longest):
+            tokens, log_probs[live, step], entropies[live, step] = choose(
+                self._logits,
+                sampling.temperature,
+                warpers,
+                None if uniforms is None else uniforms[step, live],
+            )
+            ids[live, step] = tokens
+            lengths[live] += going
+            if on_tokens is not None:
+                on_tokens(len(live))
+            stopped = going & ends(ids[live, : step + 1])
+            ended[live] |= stopped
+            going = going & ~stopped & (lengths[live] < most[live])
+            if not going.any():
+                break
+            if leave and not going.all():
+                kept = closed_up(going)
+                self._cache.batch_select_indices(kept)
+                live, tokens, position = live[kept], tokens[kept], position[kept]
+                self._mask, going = self._mask[kept], going[kept]
+            self._mask = torch.cat([self._mask, going[:, None].to(self._mask)], 1)
+            self._logits = self._forward(tokens[:, None], position)
+            position = position + going[:, None]
+            self.fed.append(live)
+        return Drawn(ids, log_probs, entropies, lengths, ~ended)
+
+    def follow(self, rows: Sequence[int], said: Sequence[list[int]]) -> None:
+        """Keep some rows, and feed them tokens that were not drawn, after the last one that was.
+
+        Args:
+            rows: their numbers, rising.
+            said: at least one token for each of them.
+        """
+        kept = torch.tensor(rows, device=self._mask.device)
+        self._cache.batch_select_indices(kept)
+        self._mask = self._mask[kept]
+        self._close_up()
+        if max(map(len, said)) > 1:
+            self._feed([tokens[:-1] for tokens in said])
+            self._close_up()
+        # The last tokens by themselves: only their logits are wanted.
+        self._logits = self._feed([tokens[-1:] for tokens in said])
+
+    def _feed(self, said: Sequence[list[int]]) -> torch.Tensor:
+        ids, mask = padded(self.policy, said, "right")
+        self._mask = torch.cat([self._mask, mask], 1)
+        return self._forward(ids, positions(self._mask)[:, -ids.size(1) :])
+
+    def _forward(self, ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """Feed the tokens [B, T] of the last columns of the mask; returns the logits [B, V] of the last one."""
+        logits: torch.Tensor = self.policy.model(
+            input_ids=ids,
+            attention_mask=self._mask,
+            position_ids=position_ids,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
+        return logits[:, -1]
+
+    def _close_up(self) -> None:
+        """Move every row's tokens to the right, in their order, so that windows reach as far back as they should."""
+        order = self._mask.argsort(dim=1, stable=True)[:, -int(self._mask.sum(1).max()) :]
+        self._mask = self._mask.gather(1, order)
+        for layer in self._cache.layers:
+            layer.select_tokens(order)
+
+
+def choose(
+    logits: torch.Tensor,
+    temperature: float,
+    warpers: LogitsProcessorList,
+    uniforms: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Draw a token from each row of logits [B, V] → token ids, their log-probs and the entropies, all [B].
+
+    Log-probs and entropies are fp32, of the full distribution at the temperature (1 where it is 0, greedy).
+
+    Args:
+        uniforms: [B], one U(0, 1) per row; None when greedy.
+    """
+    with full_precision(logits.device):
+        logits = logits.float()
+        log_probs = (logits / temperature if temperature not in (0, 1) else logits).log_softmax(-1)
+        probs = log_probs.exp()
+        if uniforms is None:
+            tokens = log_probs.argmax(-1)
+        elif warpers:
+            # They look at scores alone.
+            tokens = _inverse_cdf(warpers(None, log_probs).softmax(-1), uniforms)
+        else:
+            tokens = _inverse_cdf(probs, uniforms)
+        chosen = log_probs.gather(-1, tokens[:, None])[:, 0]
+        # 0 · log 0 is 0.
+        return (
+            tokens,
+            chosen,
+            -torch.linalg.vecdot(probs, log_probs.clamp_(min=torch.finfo(torch.float32).min)),
+        )
+
+
+def _inverse_cdf(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """The token of each row of probabilities [B, V] on whose stretch of their sums its number [B] falls → [B].
+
+    Multinomial draws a random number for every token of the vocabulary, which on a CPU takes longer than the
+    whole head.
+    """
+    # A CPU adds fp32 numbers up in double precision and in order; a GPU needs to be told.
+    sums = probs.cumsum(-1) if probs.device.type == "cpu" else probs.cumsum(-1, dtype=torch.float64)
+    total = sums[:, -1:]
+    aim = torch.minimum(uniforms[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(sums, aim, right=True)[:, 0]
+
+
+def ends_of(policy: Policy, sampling: Sampling) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function: completions so far [B, T] → which of them end with their last token, [B] bool."""
+    stop_ids = torch.tensor(policy.stop_token_ids, device=policy.device)
+    if not sampling.stop_strings:
+        return lambda completions: torch.isin(completions[:, -1], stop_ids)
+    texts = StopStringCriteria(policy.tokenizer, list(sampling.stop_strings))
+    return lambda completions: torch.isin(completions[:, -1], stop_ids) | texts(completions, None)
+
+
+@contextlib.contextmanager
+def ready_to_sample(policy: Policy, rows: int, *, unpack: bool = True) -> Iterator[None]:
+    """Without dropout or gradients, and with weights unpacked if that pays for so many rows and memory has room.
+
+    Args:
+        unpack: into at most half the free memory; False: never.
+    """
+    room = free_bytes(policy.device) // 2 if unpack else 0
+    with (
+        torch.no_grad(),
+        _evaluating(policy.model),
+        unpacked(policy.model, policy.compute_dtype, rows=rows, most_bytes=room),
+        policy.autocast(),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout inside, and as it was afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,0 +1,183 @@
+"""Completions of one turn: all rows in flight together, or what memory holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from midtune.device import random_state, set_random_state
+from midtune.model.memory import slices
+from midtune.model.policy import Policy
+from midtune.rollout.boundary import BoundaryStates, captured, recompute, storage_device
+from midtune.rollout.decoding import ROOM, Decoder, ready_to_sample
+from midtune.rollout.sampling import Rollout, Sampler, Sampling, SamplingLimits, padded
+from midtune.rollout.speech import prompt_ids
+from midtune.tasks import Row
+
+
+@dataclass
+class TextSampler:
+    """The policy completes each prompt; see `Sampler`."""
+
+    policy: Policy
+    limits: SamplingLimits
+    is_policy: bool = True
+
+    def begin(self, rows: Sequence[Row]) -> Sequence[Row]:
+        return rows
+
+    def prompt_lengths(self, rows: Sequence[Row]) -> list[int]:
+        return [len(prompt_ids(self.policy.tokenizer, row["prompt"])) for row in rows]
+
+    def sample(
+        self,
+        prompts: Sequence[Any],
+        sampling: Sampling,
+        *,
+        group_size: int = 1,
+        boundary_block: int | None = None,
+    ) -> Rollout:
+        ids = [prompt_ids(self.policy.tokenizer, prompt) for prompt in prompts[::group_size]]
+        return sample(
+            self.policy,
+            ids,
+            sampling,
+            group_size=group_size,
+            boundary_block=boundary_block,
+            limits=self.limits,
+        )
+
+
+def sample(
+    policy: Policy,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    *,
+    group_size: int = 1,
+    boundary_block: int | None = None,
+    limits: SamplingLimits | None = None,
+    on_tokens: Callable[[int], None] | None = None,
+) -> Rollout:
+    """Sample `group_size` completions for every prompt.
+
+    Every token has a random number of its own, drawn beforehand from torch's global random state. So two
+    policies that start from one state draw alike, whatever they answer, and differ the less; and tokens are
+    the same, however many rows go together.
+
+    Args:
+        policy: the model to sample from.
+        prompts: token ids of each prompt.
+        boundary_block: capture the states that enter this block.
+        limits: what memory allows; its rows are lowered where memory runs out.
+        on_tokens: called with the number of new tokens after every step.
+
+    Raises:
+        RunStopped: a single group does not fit into memory.
+    """
+    limits = limits or SamplingLimits()
+    ids, mask = padded(policy, prompts, "left")
+    rows = len(prompts) * group_size
+    uniforms = (
+        torch.rand(sampling.max_new_tokens, rows, device=policy.device) if sampling.temperature > 0 else None
+    )
+    storage = storage_device(policy, rows * sampling.max_new_tokens)
+
+    def together(part: slice) -> Rollout:
+        own = slice(part.start * group_size, part.stop * group_size)
+        with captured(policy, boundary_block, storage=storage) as states:
+            decoder = Decoder(policy, ids[part], mask[part], group_size, min(sampling.max_new_tokens, ROOM))
+            drawn = decoder.draw(
+                sampling,
+                [sampling.max_new_tokens] * (own.stop - own.start),
+                None if uniforms is None else uniforms[:, own],
+                leave=True,
+                on_tokens=on_tokens,
+            )
+        longest = int(drawn.lengths.max())
+        return Rollout(
+            ids[part],
+            mask[part],
+            drawn.ids[:, :longest],
+            (torch.arange(longest, device=mask.device) < drawn.lengths[:, None]).long(),
+            drawn.log_probs[:, :longest],
+            drawn.entropies[:, :longest],
+            drawn.cut,
+            None if boundary_block is None else _gathered(boundary_block, states, decoder.fed, drawn.lengths),
+        )
+
+    def run(groups: int) -> Rollout:
+        with ready_to_sample(policy, groups * group_size, unpack=limits.unpack):
+            parts = [together(part) for part in slices(len(prompts), groups)]
+        return Rollout.joined(parts, policy.tokenizer.pad_token_id)
+
+    return limits.rows.fitting(len(prompts), group_size, run)
+
+
+def _gathered(
+    block: int, states: list[torch.Tensor], fed: list[torch.Tensor], lengths: torch.Tensor
+) -> BoundaryStates:
+    """The states of each pass, put in the places of the rows that it fed."""
+    prompt_states, *steps = states
+    storage = prompt_states.device
+    # Pinned, it goes back to the device faster.
+    completion_states = prompt_states.new_zeros(
+        len(lengths), int(lengths.max()), prompt_states.size(-1), pin_memory=storage != lengths.device
+    )
+    for step, (rows, state) in enumerate(zip(fed, steps, strict=True)):
+        completion_states[rows.to(storage), step] = state[:, 0]
+    return BoundaryStates(block, prompt_states, completion_states)
+
+
+@dataclass
+class FirstRollout:
+    """The first rollout of runs that begin alike: same policy, prompts and random state.
+
+    Policies are alike as long as nothing is trained and a thawed block computes what the frozen one did, so not
+    where frozen blocks are in 4-bit.
+    """
+
+    rollout: Rollout | None = None
+    random_state: torch.Tensor | None = None
+
+
+class AlikeSampler(TextSampler):
+    """Samples for a run whose first rollout other runs share.
+
+    Args:
+        first: takes the first rollout of the run, or gives it where another run has sampled it.
+    """
+
+    def __init__(self, policy: Policy, limits: SamplingLimits, first: FirstRollout) -> None:
+        super().__init__(policy, limits)
+        self._first: FirstRollout | None = first
+
+    def sample(
+        self,
+        prompts: Sequence[Any],
+        sampling: Sampling,
+        *,
+        group_size: int = 1,
+        boundary_block: int | None = None,
+    ) -> Rollout:
+        first, self._first = self._first, None
+        if first is None or first.rollout is None or first.random_state is None:
+            rollout = super().sample(prompts, sampling, group_size=group_size, boundary_block=boundary_block)
+            if first is not None:
+                first.rollout, first.random_state = (
+                    replace(rollout, boundary=None),
+                    random_state(self.policy.device),
+                )
+            return rollout
+        set_random_state(self.policy.device, first.random_state)
+        return with_boundary(self, first.rollout, boundary_block)
+
+
+def with_boundary(sampler: Sampler, rollout: Rollout, block: int | None) -> Rollout:
+    """The rollout with the states that enter `block`, by one pass through the blocks below; None: without any."""
+    if block is None:
+        return rollout
+    ids = rollout.prompt_ids, rollout.prompt_mask, rollout.completion_ids, rollout.completion_mask
+    return replace(rollout, boundary=recompute(sampler.policy, block, *ids, limit=sampler.limits.rows))

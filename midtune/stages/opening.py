@@ -1,0 +1,361 @@
+"""What commands begin with: the model and the task that a configuration names, and the blocks that are trained.
+
+Nothing here imports torch before a model is asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from midtune.config import BlocksConfig, RunConfig, require_task
+from midtune.device import dtype_named, resolve_device
+from midtune.errors import InputError
+from midtune.probe.selection import (
+    best,
+    matching_probe,
+    middle,
+    parse_layers,
+    ranking_of,
+    read_probe,
+    worst,
+)
+from midtune.report.display import Advance
+from midtune.report.tables import card_text, processes_text
+from midtune.report.terminal import Terminal
+from midtune.runs import RUNS
+from midtune.tasks import Limits, Reward, Task, check_reward, load_task, open_sandbox
+
+if TYPE_CHECKING:
+    from midtune.measure.cards import Card
+    from midtune.model.policy import Policy
+    from midtune.model.sources import Source
+    from midtune.rollout.evaluation import Evaluation
+    from midtune.rollout.sampling import Sampler
+
+
+class Opened:
+    """The source, the tokenizer and the task of a configuration, each opened when first asked for, and once.
+
+    Args:
+        more_problems: training problems beyond those that a run uses.
+    """
+
+    def __init__(self, config: RunConfig, terminal: Terminal, *, more_problems: int = 0) -> None:
+        self.config = config
+        self.terminal = terminal
+        self._more_problems = more_problems
+
+    @cached_property
+    def task(self) -> Task:
+        """The task, its rewards already tried on real rows, its prompts within `task.max_prompt_tokens`."""
+        config = self.config
+        task = read_task(config, more=self._more_problems, thinking=self._thinks_from_the_start)
+        check_reward(task)
+        if config.training.algorithm == "gigpo" and task.game is None:
+            raise InputError(f"gigpo compares turns, and {task.name} is answered in one; use grpo.")
+        if config.training.vllm is not None and task.game is not None:
+            raise InputError(
+                f"{task.name} is played in turns, which midtune samples itself; leave training.vllm out."
+            )
+        if config.task.max_prompt_tokens is not None:
+            task = self._without_long_prompts(task, config.task.max_prompt_tokens)
+        if task.note:
+            self.terminal.message(task.note)
+        return task
+
+    @cached_property
+    def source(self) -> Source:
+        """The model's files on this machine, fetched or converted if need be."""
+        from midtune.model.sources import resolve
+
+        resolve_device(self.config.model.device)
+        bars: dict[str, Advance] = {}
+        done_before: dict[str, int] = {}
+        with contextlib.ExitStack() as shown:
+
+            def progress(message: str, done: int | None, total: int | None) -> None:
+                if message not in bars:
+                    self.terminal.message(message)
+                    shown.close()
+                    bars[message] = shown.enter_context(self.terminal.progress(message, total))
+                bars[message]((done or 0) - done_before.get(message, 0))
+                done_before[message] = done or 0
+
+            return resolve(self.config.model.name, self.config.model.revision, progress=progress)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from midtune.model.loading import load_tokenizer
+
+        return load_tokenizer(self.source, self.config.model.trust_remote_code)
+
+    def policy(self, *, quantize: str | None = None, embeddings: str | None = None) -> Policy:
+        """The model in memory, frozen; says what else uses its card where memory is tight.
+
+        Args:
+            quantize, embeddings: in place of the configuration's.
+        """
+        from midtune.model.host import embed_on_host
+        from midtune.model.loading import load_policy
+
+        model = self.config.model
+        card = self._card
+        if card is not None and card.tight:
+            self.terminal.message(f"memory is tight: {card_text(card)}.")
+        with self.terminal.progress(f"loading {self.source.name}", None):
+            policy = load_policy(
+                self.source,
+                quantize=quantize or model.quantize,
+                device=model.device,
+                dtype=dtype_named(model.dtype),
+                trust_remote_code=model.trust_remote_code,
+            )
+        if (embeddings or model.embeddings) == "host":
+            embed_on_host(policy.model, policy.source.name)
+        return policy
+
+    def sampler(self, policy: Policy, task: Task | None = None) -> Sampler:
+        """What samples from the policy on the task; says when memory runs out, and what else uses the card.
+
+        Args:
+            task: in place of the configuration's.
+        """
+        from midtune.rollout.episodes import EpisodeSampler
+        from midtune.rollout.sampling import SamplingLimits
+        from midtune.rollout.text import TextSampler
+
+        limits = SamplingLimits(unpack=self.config.model.unpack == "auto")
+        limits.rows.on_message = self.terminal.message
+        if self._card is not None:
+            limits.rows.on_oom_hint = partial(_others_text, self._card.uuid)
+        game = (task or self.task).game
+        return TextSampler(policy, limits) if game is None else EpisodeSampler(policy, limits, game)
+
+    @cached_property
+    def _card(self) -> Card | None:
+        from midtune.measure.meter import card_of
+
+        device = resolve_device(self.config.model.device)
+        return card_of(device) if device.type == "cuda" else None
+
+    def _thinks_from_the_start(self) -> bool:
+        """Whether prompts of the model end with `<think>`, so that its completions begin within."""
+        from midtune.rollout.speech import prompt_ids
+
+        ids = prompt_ids(self.tokenizer, [{"role": "user", "content": "?"}])
+        return str(self.tokenizer.decode(ids)).rstrip().endswith("<think>")
+
+    def _without_long_prompts(self, task: Task, limit: int) -> Task:
+        """The task without prompts over the limit, or a refusal that counts them, as `task.bad_rows` has it."""
+        from midtune.rollout.speech import prompt_ids
+
+        sides = task.train, task.held_out
+        lengths = [[len(prompt_ids(self.tokenizer, row["prompt"])) for row in side] for side in sides]
+        every = [length for side in lengths for length in side]
+        long = sum(length > limit for length in every)
+        if not long:
+            return task
+        found = f"{long} of {len(every)} prompts are longer than {limit} tokens, the longest {max(every)}"
+        train, held_out = (
+            [row for row, length in zip(side, counts, strict=True) if length <= limit]
+            for side, counts in zip(sides, lengths, strict=True)
+        )
+        if self.config.task.bad_rows == "stop" or not train or not held_out:
+            raise InputError(
+                f"{found}; raise task.max_prompt_tokens, or leave them out with --set task.bad_rows=drop, where "
+                "shorter ones remain."
+            )
+        note = f"{found}; left them out."
+        return replace(task, train=train, held_out=held_out, note=" ".join(filter(None, [task.note, note])))
+
+
+def with_model(config: RunConfig, name: str, revision: str | None) -> RunConfig:
+    """The configuration with another model in place of its own."""
+    model = config.model.model_copy(update={"name": name, "revision": revision})
+    return config.model_copy(update={"model": model})
+
+
+def _others_text(uuid: str) -> str:
+    from midtune.measure.cards import other_processes
+
+    others = other_processes(uuid)
+    return f"The card is also in use by {processes_text(others)}." if others else ""
+
+
+def score(
+    sampler: Sampler,
+    task: Task,
+    config: RunConfig,
+    terminal: Terminal,
+    what: str,
+    *,
+    samples: int | None = None,
+) -> Evaluation:
+    """Score the policy on the held-out problems, with a progress bar that says `what` is going on.
+
+    Args:
+        samples: completions per problem besides the greedy one; None: as the configuration says.
+    """
+    from midtune.rl.training import sampling_of
+    from midtune.rollout.evaluation import evaluate
+
+    samples = config.evaluation.samples if samples is None else samples
+    with terminal.progress(what, len(task.held_out) * (1 + samples)) as advance:
+        return evaluate(
+            sampler,
+            task.held_out,
+            task.score,
+            sampling_of(config.training),
+            samples=samples,
+            seed=config.seed,
+            on_problems=lambda problems, tokens: advance(problems, tokens=tokens),
+        )
+
+
+def read_task(config: RunConfig, *, more: int = 0, thinking: Callable[[], bool] | None = None) -> Task:
+    """The task, its rewards not tried yet.
+
+    Args:
+        more: training problems beyond those that a run uses.
+        thinking: whether the model's chat template ends prompts within `<think>`; None: it does not.
+    """
+    settings = config.task
+
+    def shaping(name: str) -> Reward:
+        from midtune.rl.shaping import shaping_reward  # with TRL, which few tasks need
+
+        # Only `format` needs it, and it takes the model's tokenizer.
+        asked = thinking if name == "format" and settings.prompt_format == "chat" else None
+        return shaping_reward(name, config.training.max_new_tokens, thinking=asked is not None and asked())
+
+    def tools(name: str, make: Callable[[], Any]) -> Callable[[Any], Any]:
+        from midtune.rl.tools import tools_for
+
+        return tools_for(name, make)
+
+    return load_task(
+        require_task(config),
+        args=settings.args,
+        reward=settings.reward,
+        prompt_column=settings.prompt_column,
+        answer_column=settings.answer_column,
+        system_prompt=settings.system_prompt,
+        template=None if settings.template == "none" else settings.template,
+        eval_file=settings.eval_file,
+        bad_rows=settings.bad_rows,
+        last_turn=settings.last_turn,
+        prompt_format=settings.prompt_format,
+        # More than a run can use would only cost time: some generators take seconds a problem.
+        train_size=min(
+            settings.train_size, max(config.training.steps * config.training.prompts_per_step, 64) + more
+        ),
+        eval_size=settings.eval_size,
+        seed=config.seed,
+        sandbox=partial(
+            open_sandbox,
+            Limits(
+                cpu_s=config.sandbox.cpu_s,
+                wall_s=config.sandbox.wall_s,
+                memory_bytes=config.sandbox.memory_mib * 2**20,
+                processes=config.sandbox.processes,
+            ),
+            workers=config.sandbox.workers,
+            allow_weak=config.sandbox.allow_weak,
+        ),
+        shaping=shaping,
+        max_turns=settings.max_turns,
+        turn_tokens=settings.turn_tokens,
+        tools=tools if settings.actions == "tools" else None,
+    )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which blocks are trained.
+
+    Attributes:
+        blocks: their numbers, rising.
+        how: how they were chosen, for people.
+        ranking: the probe.json that chose them, if one did.
+    """
+
+    blocks: list[int]
+    how: str
+    ranking: Path | None = None
+
+    def written_into(self, config: RunConfig) -> RunConfig:
+        """The configuration that names these blocks, so that it gives the same run again."""
+        named = {
+            "layers": ",".join(map(str, self.blocks)),
+            "top_k": len(self.blocks),
+            "probe": None,
+        }
+        return config.model_copy(update={"blocks": config.blocks.model_copy(update=named)})
+
+
+def choose_blocks(wanted: BlocksConfig, policy: Policy, task: Task, terminal: Terminal) -> Choice:
+    """The blocks that are named, that a ranking chooses, or else the geometric middle.
+
+    Raises:
+        InputError: there is no such block, or the ranking that it takes is missing or about something else.
+    """
+    ranking = None
+    if wanted.layers is not None:
+        blocks = parse_layers(wanted.layers, policy.num_blocks, wanted.top_k)
+        how = f"--layers {wanted.layers}"
+    elif wanted.select == "middle":
+        blocks = middle(policy.num_blocks, wanted.top_k)
+        how = "the geometric middle, as asked"
+    elif (found := _ranking(wanted, policy, task)) is not None:
+        file, probe = found
+        ranking = file.absolute()
+        choose = worst if wanted.select == "worst" else best
+        blocks = choose(ranking_of(probe), policy.num_blocks, wanted.top_k)
+        how = f"the ranking of {file} ({probe['method']})"
+    elif wanted.select == "best":
+        blocks = middle(policy.num_blocks, wanted.top_k)
+        how = "the geometric middle: `midtune probe` has not ranked the blocks for this model and task"
+    else:
+        raise InputError(
+            f"--select {wanted.select} needs a ranking of all blocks, and none under {RUNS} is about this model and "
+            "task; make one with `midtune probe`, or name the blocks with --layers."
+        )
+    names = f"{'block' if len(blocks) == 1 else 'blocks'} {', '.join(map(str, blocks))}"
+    if wanted.select == "boost":
+        terminal.message(
+            f"training all {policy.num_blocks} blocks, unquantized, {names} at {wanted.boost:g} times the learning "
+            f"rate ({how}); it takes about the time and memory of full training"
+        )
+        how = f"boost of {names} by {wanted.boost:g}: {how}"
+    else:
+        how = f"the worst of {how}" if wanted.select == "worst" and wanted.layers is None else how
+        terminal.message(f"training {names} ({how})")
+    return Choice(blocks, how, ranking)
+
+
+def _ranking(wanted: BlocksConfig, policy: Policy, task: Task) -> tuple[Path, dict[str, Any]] | None:
+    """A probe.json and its file: the one named, or else the newest under `runs` that fits."""
+
+    def matches(probe: dict[str, Any]) -> bool:
+        return matching_probe(probe, policy.source.name, task.fingerprint, policy.source.revision)
+
+    if (file := wanted.probe) is not None:
+        probe = read_probe(file)
+        if not matches(probe):
+            raise InputError(
+                f"{file} ranks the blocks of {probe.get('model')} on {probe.get('task')}, not those of "
+                f"{policy.source.name} on {task.name} as asked; probe again, or choose with --layers."
+            )
+        return file, probe
+    files = RUNS.glob("*/probe.json")
+    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
+        with contextlib.suppress(InputError):
+            probe = read_probe(file)
+            if matches(probe) and len(ranking_of(probe)) >= wanted.top_k:
+                return file, probe
+    return None
