@@ -6,7 +6,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from midtune.model.policy import Policy
-from midtune.rollout.sampler import Rollout
+from midtune.rollout.sampling import Rollout
 
 # The first is longer than every architecture's window.
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [20, 21], [30, 31, 32, 33], [40]]

@@ -16,7 +16,8 @@ from midtune.model.loading import load_policy
 from midtune.model.sources import resolve
 from midtune.rl.tail import completion_log_probs
 from midtune.rl.trainer import MOST_DIFFERENCE
-from midtune.rollout.sampler import Sampling, sample
+from midtune.rollout.sampling import Sampling
+from midtune.rollout.text import sample
 
 SMALL = "--eval-size 4 --samples 1 --prompts-per-step 2 --max-new-tokens 8 --quiet".split()
 TRAIN = [

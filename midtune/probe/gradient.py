@@ -29,7 +29,8 @@ from midtune.measure.meter import Meter
 from midtune.model.policy import Policy
 from midtune.rl.tail import completion_log_probs
 from midtune.rollout.boundary import positions
-from midtune.rollout.sampler import Rollout, Sampling, sample
+from midtune.rollout.sampling import Rollout, Sampling
+from midtune.rollout.text import sample
 
 # Of the mean square of a layer's gradients, added to each weight's.
 SMALLEST_SHARE = 1e-3

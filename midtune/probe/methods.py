@@ -37,7 +37,7 @@ from midtune.stages.setup import require_one_turn, sampling_of
 from midtune.tasks import Task
 
 if TYPE_CHECKING:
-    from midtune.rollout.sampler import Rollout
+    from midtune.rollout.sampling import Rollout
 
 # A pass over all blocks keeps the inputs and output gradients of every linear layer: 2.3 times the memory of
 # updating the middle block on the same tokens, where it was measured.

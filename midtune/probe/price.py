@@ -12,7 +12,7 @@ from midtune.measure.meter import Meter
 from midtune.model.policy import Policy
 from midtune.rl.tail import completion_log_probs
 from midtune.rollout.boundary import recompute
-from midtune.rollout.sampler import Rollout
+from midtune.rollout.sampling import Rollout
 
 
 def update_seconds(

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from midtune.stages.setup import open_policy, open_source, open_task, score_policy
 
 from midtune.assets import make_tiny
 from midtune.config import BUNDLED_RECIPE, load_config
 from midtune.model.loading import load_policy
 from midtune.model.sources import resolve
 from midtune.report.terminal import Terminal
-from midtune.stages.setup import open_policy, open_source, open_task, score_policy
 
 FOLDER = BUNDLED_RECIPE.parent
 

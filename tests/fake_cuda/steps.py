@@ -21,7 +21,7 @@ from midtune.model.sources import resolve
 from midtune.rl import trainer as trainer_module
 from midtune.rl.training import train_blocks
 from midtune.rollout.evaluation import evaluate
-from midtune.rollout.sampler import Rollout, Sampling
+from midtune.rollout.sampling import Rollout, Sampling
 from tests.fake_cuda.card import CARD, card, move
 from tests.fake_cuda.reads import WANTED, Reads, UnwantedRead
 from tests.plain import stop_early

@@ -13,7 +13,8 @@ from midtune.model.loading import load_policy
 from midtune.model.policy import Policy
 from midtune.model.sources import resolve
 from midtune.rl.tail import completion_log_probs
-from midtune.rollout.sampler import Sampling, sample
+from midtune.rollout.sampling import Sampling
+from midtune.rollout.text import sample
 from tests.plain import PROMPTS, plain_log_probs
 
 Load = Callable[..., Policy]

@@ -26,7 +26,8 @@ from midtune.model.patch import (
 )
 from midtune.model.policy import Policy
 from midtune.model.sources import checkpoint_files
-from midtune.rollout.sampler import Sampling, sample
+from midtune.rollout.sampling import Sampling
+from midtune.rollout.text import sample
 from tests.model.toy_training import TOKENS, logits_of, perturb
 
 Load = Callable[..., Policy]

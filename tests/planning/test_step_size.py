@@ -18,7 +18,8 @@ from midtune.planning.skeleton import sizes_of
 from midtune.planning.trace import Batch, Loaded, block_update, sampling, whole_update
 from midtune.planning.tracker import Tracker
 from midtune.rl.tail import completion_log_probs
-from midtune.rollout.sampler import Rollout, Sampling, sample
+from midtune.rollout.sampling import Rollout, Sampling
+from midtune.rollout.text import sample
 
 BATCH = Batch(prompts=2, group_size=3, prompt_tokens=20, new_tokens=12)
 

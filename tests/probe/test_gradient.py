@@ -17,7 +17,8 @@ from midtune.model.loading import load_policy
 from midtune.model.policy import Policy
 from midtune.model.sources import resolve
 from midtune.probe.gradient import _watched, gradient_probe, group_advantages, pair_products, state_signals
-from midtune.rollout.sampler import Rollout, Sampling, sample
+from midtune.rollout.sampling import Rollout, Sampling
+from midtune.rollout.text import sample
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [20, 21], [30, 31, 32, 33], [40]]
 SAMPLING = Sampling(max_new_tokens=6, temperature=0.8)

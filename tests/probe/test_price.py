@@ -7,7 +7,8 @@ import torch
 
 from midtune.model.policy import Policy
 from midtune.probe.price import update_seconds
-from midtune.rollout.sampler import Sampling, sample
+from midtune.rollout.sampling import Sampling
+from midtune.rollout.text import sample
 
 
 def test_updates_are_timed_at_three_depths_and_interpolated(load: Callable[..., Policy]) -> None:

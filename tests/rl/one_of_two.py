@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from midtune.rollout.GONE import sampled_elsewhere
 from safetensors.torch import save_file
 
 from midtune.model.loading import load_policy
 from midtune.model.sources import resolve
 from midtune.rl.algorithms import groups_per_micro_batch
 from midtune.rl.trainer import LayerGRPOTrainer
-from midtune.rollout.sampler import sampled_elsewhere
 from tests.rl.test_trainer import question_rows, settings_of, short_questions_only, trainer_of
 
 GROUP_SIZE = 4

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from midtune.rollout.GONE import sampled_elsewhere
 
 from midtune.model.policy import Policy
 from midtune.rl.advantages import (
@@ -23,7 +24,6 @@ from midtune.rl.advantages import (
 from midtune.rl.algorithms import own_advantages
 from midtune.rl.tail import completion_log_probs
 from midtune.rl.trainer import LayerGRPOTrainer
-from midtune.rollout.sampler import sampled_elsewhere
 from tests.rl.test_trainer import settings_of, thawed, trainer_of
 
 Load = Callable[..., Policy]

@@ -15,7 +15,7 @@ from midtune.model.policy import Policy
 from midtune.rl.algorithms import ALGORITHMS
 from midtune.rl.tail import completion_log_probs
 from midtune.rl.trainer import LayerGRPOTrainer
-from midtune.rollout.sampler import Rollout
+from midtune.rollout.sampling import Rollout
 from tests.rl.test_trainer import Load, settings_of, thawed, train, trained, trainer_of
 from tests.tight import memory_for
 

@@ -18,7 +18,8 @@ from midtune.model.sources import resolve
 from midtune.rl import tail
 from midtune.rl.tail import completion_log_probs, packs
 from midtune.rollout.boundary import recompute
-from midtune.rollout.sampler import Rollout, Sampling, sample
+from midtune.rollout.sampling import Rollout, Sampling
+from midtune.rollout.text import sample
 from tests.conftest import ARCHITECTURES, STUDY
 from tests.plain import PROMPTS, plain_log_probs, stop_early
 

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import trl
 from datasets import Dataset
+from midtune.rollout.stream import Drawn, Stream
 from trl import GRPOConfig, GRPOTrainer
 
 from midtune.errors import InputError
 from midtune.model.policy import Policy
 from midtune.rl.tools import ToolSpeech, tools_for
 from midtune.rollout.episodes import play
-from midtune.rollout.sampler import Sampling
-from midtune.rollout.stream import Drawn, Stream
+from midtune.rollout.sampling import Sampling
 from midtune.tasks import load_task
 
 Load = Callable[..., Policy]

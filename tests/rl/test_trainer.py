@@ -23,7 +23,8 @@ from midtune.rl.algorithms import ALGORITHMS, own_advantages
 from midtune.rl.tail import completion_log_probs
 from midtune.rl.trainer import TRAINED_TENSORS, LayerGRPOTrainer, check_trainable, compare_log_probs
 from midtune.rl.training import in_order, train_blocks, trl_arguments
-from midtune.rollout.sampler import Rollout, Sampling, sample
+from midtune.rollout.sampling import Rollout, Sampling
+from midtune.rollout.text import sample
 from midtune.tasks import Row
 from tests.plain import stop_early
 

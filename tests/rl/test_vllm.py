@@ -13,7 +13,7 @@ import torch
 from midtune.errors import InputError, MidtuneError
 from midtune.model.policy import Policy
 from midtune.rl.trainer import LayerGRPOTrainer
-from midtune.rollout.sampler import Sampling
+from midtune.rollout.sampling import Sampling
 from midtune.rollout.vllm import VLLMServer
 from tests.plain import stop_early
 from tests.rl.test_trainer import (

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from midtune.rollout.stream import Drawn, Stream
 
 from midtune.errors import InputError
 from midtune.model.policy import Policy
@@ -17,9 +18,9 @@ from midtune.rollout.episodes import (
     rollout_of,
     with_common_prompts,
 )
-from midtune.rollout.sampler import Sampling, sample
+from midtune.rollout.sampling import Sampling
 from midtune.rollout.speech import Text
-from midtune.rollout.stream import Drawn, Stream
+from midtune.rollout.text import sample
 from midtune.tasks.environment import Game, Match
 from tests.conftest import ARCHITECTURES
 from tests.plain import plain_log_probs, stop_early

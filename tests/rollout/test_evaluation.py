@@ -11,8 +11,9 @@ import torch
 from midtune.model.policy import Policy
 from midtune.rollout import evaluation
 from midtune.rollout.evaluation import Evaluation, evaluate, rows_that_fit, score_completions
-from midtune.rollout.sampler import Sampling, sample
+from midtune.rollout.sampling import Sampling
 from midtune.rollout.speech import prompt_ids
+from midtune.rollout.text import sample
 from midtune.tasks import Row
 from tests.plain import stop_early
 from tests.tight import memory_for

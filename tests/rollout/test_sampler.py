@@ -12,7 +12,9 @@ from scipy.stats import chisquare
 from midtune.errors import RunStopped
 from midtune.model.policy import Policy
 from midtune.rollout.boundary import home_of, recompute
-from midtune.rollout.sampler import Rollout, Sampling, choose, sample
+from midtune.rollout.decoding import choose
+from midtune.rollout.sampling import Rollout, Sampling
+from midtune.rollout.text import sample
 from tests.conftest import ARCHITECTURES
 from tests.plain import PROMPTS, plain_log_probs, stop_early
 from tests.tight import anything, memory_for, prefill

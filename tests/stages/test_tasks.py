@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from midtune.stages.setup import open_task
 from rich.console import Console
 
 from midtune.config import RunConfig, load_config, with_settings
@@ -14,7 +15,6 @@ from midtune.errors import InputError
 from midtune.report.results import tasks_text
 from midtune.report.terminal import Terminal
 from midtune.stages import tasks, train
-from midtune.stages.setup import open_task
 from tests.stages.conftest import Configured
 
 TASK = """

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from midtune.stages.setup import open_task
 
 from midtune.config import RunConfig, dump_config, load_config
 from midtune.errors import InputError, Interrupted, RunStopped
@@ -23,7 +24,6 @@ from midtune.model.policy import Policy
 from midtune.model.sources import resolve
 from midtune.report.terminal import Terminal
 from midtune.stages import evaluate, merge, probe, train
-from midtune.stages.setup import open_task
 from midtune.whole import damage
 from tests.stages.conftest import Configured
 
