@@ -1,7 +1,6 @@
 """Advantages that TRL does not form, as pure functions; those of GRPO and Dr. GRPO are its own.
 
-A reward that is NaN is that of a completion which no reward function could judge: it counts for nobody, and its
-own advantage is 0.
+NaN means no reward function scored the completion. It is left out of the group mean and gets advantage 0.
 """
 
 from __future__ import annotations

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+from midtune.config import TrainingConfig
 from midtune.rl.advantages import Turns, Values, gigpo, leave_one_out
 
 # `grpo` (arXiv 2402.03300) and `dr_grpo` (2503.20783) clip at 0.2; `dapo` (2503.14476) clips higher above;
@@ -38,25 +40,26 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 Advantages = Callable[[Values, Sequence[Turns]], Values | list[Values]]
 
 
-def algorithm_arguments(algorithm: str, epsilon: float | None) -> dict[str, Any]:
-    """Arguments of TRL's GRPOConfig for `algorithm`; `epsilon` replaces the clip range on both sides."""
-    arguments = dict(ALGORITHMS[algorithm])
-    if epsilon is not None:
-        arguments["epsilon"] = epsilon
+def algorithm_arguments(settings: TrainingConfig) -> dict[str, Any]:
+    """Arguments of TRL's GRPOConfig; `settings.epsilon` replaces the clip range on both sides."""
+    arguments = dict(ALGORITHMS[settings.algorithm])
+    if settings.epsilon is not None:
+        arguments["epsilon"] = settings.epsilon
         arguments.pop("epsilon_high", None)
     return arguments
 
 
-def own_advantages(algorithm: str, *, omega: float, gamma: float, scaled: bool = True) -> Advantages | None:
-    """What forms the advantages of `algorithm`; None where TRL does.
-
-    Args:
-        omega, gamma, scaled: GiGPO's, see `gigpo`.
-    """
-    if algorithm == "rloo":
+def own_advantages(settings: TrainingConfig) -> Advantages | None:
+    """What forms the advantages of the algorithm; None where TRL does."""
+    if settings.algorithm == "rloo":
         return lambda rewards, episodes: leave_one_out(rewards)
-    if algorithm == "gigpo":
-        return lambda rewards, episodes: gigpo(rewards, episodes, omega=omega, gamma=gamma, scaled=scaled)
+    if settings.algorithm == "gigpo":
+        return partial(
+            gigpo,
+            omega=settings.gigpo_omega,
+            gamma=settings.gigpo_gamma,
+            scaled=settings.gigpo_scale,
+        )
     return None
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -27,12 +26,13 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from midtune.errors import MidtuneError, RunStopped
+from midtune.errors import MidtuneError
 from midtune.measure.meter import Meter
 from midtune.model.memory import RowLimit, slices
 from midtune.model.policy import Policy
 from midtune.rl.advantages import Values
 from midtune.rl.algorithms import Advantages
+from midtune.rl.checks import check_trainable, compare_log_probs, frozen_checksums
 from midtune.rl.gradients import Bf16Gradients
 from midtune.rl.tail import completion_log_probs
 from midtune.rl.turns import figures_of, token_advantages, turns_of
@@ -44,8 +44,15 @@ TRAINED_TENSORS = "trained.safetensors"
 # What the loss is multiplied by in fp16, where gradients of single tokens would vanish; halved when gradients overflow,
 # which costs a whole rollout, and doubled after so many steps without.
 FIRST_LOSS_SCALE, SCALE_GROWS_AFTER = 2.0**12, 200
-# Mean difference of two log-probs of a token that rounding explains, with room to spare.
-MOST_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+# How TRL takes the mean of a loss over completions: over their tokens, as a sum that it divides itself, or over rows.
+LOSS_MEANS = {
+    "bnpo": "tokens",
+    "cispo": "sum",
+    "dapo": "sum",
+    "dr_grpo": "rows",
+    "grpo": "rows",
+    "luspo": "rows",
+}
 
 
 class LayerGRPOTrainer(GRPOTrainer):
@@ -287,11 +294,14 @@ class LayerGRPOTrainer(GRPOTrainer):
         return total.requires_grad_()
 
     def _share(self, piece: dict[str, Any], inputs: dict[str, Any]) -> float:
-        """What a piece's loss counts in its micro-batch's: TRL makes that a mean over tokens or over rows, or a sum."""
-        if self.loss_type == "bnpo":
+        """The factor of a piece's loss in that of its micro-batch."""
+        if (mean := LOSS_MEANS.get(self.loss_type)) is None:
+            raise MidtuneError(
+                f"midtune cannot slice a loss of type {self.loss_type}; choose another algorithm."
+            )
+        if mean == "tokens":
             return float(piece["rollout"].scored.sum() / inputs["rollout"].scored.sum())
-        summed = self.loss_type in ("cispo", "dapo")
-        return 1.0 if summed else len(piece["advantages"]) / len(inputs["advantages"])
+        return 1.0 if mean == "sum" else len(piece["advantages"]) / len(inputs["advantages"])
 
     def _scored_for_update(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs and entropies with gradient; groups without advantages keep those of sampling.
@@ -411,58 +421,3 @@ def groups_of(batch: dict[str, Any], groups: slice) -> dict[str, Any]:
     }
     part["rollout"] = rollout.groups(groups.start, groups.stop)
     return part
-
-
-def check_trainable(policy: Policy) -> None:
-    """Check what midtune promises: trained parameters are fp32 and, but for full training, in the chosen blocks.
-
-    Raises:
-        MidtuneError: they are not; a library underneath has changed its ways.
-    """
-    prefixes = tuple(f"{policy.stack_name}.{k}." for k in policy.trained)
-    for name, parameter in policy.trained_parameters().items():
-        if parameter.dtype != torch.float32:
-            raise MidtuneError(f"{name} is trained in {parameter.dtype}, not in fp32.")
-        if not (policy.whole or name.startswith(prefixes)):
-            raise MidtuneError(f"{name} requires a gradient outside blocks {policy.trained}.")
-
-
-def compare_log_probs(policy: Policy, rollout: Rollout, log_probs: torch.Tensor) -> None:
-    """Check that the update computes what the sampler did with the same weights.
-
-    Raises:
-        RunStopped: they are not numbers, since fp16 has no room for what the model computes.
-        MidtuneError: it does not; the architecture does something between its blocks and its logits, such as
-            scaling them, that the tail leaves out.
-    """
-    mask = rollout.scored.bool()
-    difference = (log_probs.detach() - rollout.log_probs)[mask].abs().mean().item()
-    if not math.isfinite(difference) and policy.compute_dtype == torch.float16:
-        raise RunStopped(
-            f"activations of {policy.source.name} overflow in fp16; add --set model.dtype=fp32, or bf16 where the "
-            "device has it."
-        )
-    if not difference < MOST_DIFFERENCE[policy.compute_dtype]:
-        raise MidtuneError(
-            f"log-probs of {type(policy.model).__name__} in the update differ from those of sampling by "
-            f"{difference:.2g} on average, so midtune cannot train this architecture; please report it."
-        )
-
-
-def frozen_checksums(policy: Policy) -> dict[str, int]:
-    """Name → checksum of the bytes of every tensor that is not trained."""
-    tensors = [*policy.model.named_parameters(), *policy.model.named_buffers()]
-    return {
-        name: _checksum(tensor.detach().contiguous().flatten().view(torch.uint8))
-        for name, tensor in tensors
-        if not tensor.requires_grad and tensor.numel() > 0 and tensor.dim() > 0
-    }
-
-
-def _checksum(octets: torch.Tensor) -> int:
-    """The sum of bytes [N] taken eight at a time as integers, modulo 2⁶⁴.
-
-    Adding them up one by one would first make an integer of eight bytes of each.
-    """
-    whole = len(octets) // 8 * 8
-    return int(octets[:whole].view(torch.int64).sum()) + int(octets[whole:].sum())

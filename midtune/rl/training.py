@@ -19,9 +19,10 @@ from midtune.config import TrainingConfig
 from midtune.errors import InputError
 from midtune.measure.meter import Meter
 from midtune.rl.algorithms import algorithm_arguments, groups_per_micro_batch, own_advantages
+from midtune.rl.checks import check_trainable
 from midtune.rl.gradients import Bf16Gradients
 from midtune.rl.recorder import StepRecorder
-from midtune.rl.trainer import LayerGRPOTrainer, check_trainable
+from midtune.rl.trainer import LayerGRPOTrainer
 from midtune.rollout.sampling import Sampler, Sampling
 from midtune.rollout.vllm import VLLMSampler
 from midtune.tasks import Reward, Row, parts_of
@@ -113,12 +114,7 @@ def train_blocks(
         lr_multipliers=lr_multipliers,
         recompute_tokens=settings.micro_batch_tokens if settings.recompute else 0,
         update_rows=update_rows,
-        advantages=own_advantages(
-            settings.algorithm,
-            omega=settings.gigpo_omega,
-            gamma=settings.gigpo_gamma,
-            scaled=settings.gigpo_scale,
-        ),
+        advantages=own_advantages(settings),
         bf16_gradients=bf16_gradients,
         on_message=on_message,
     )
@@ -215,7 +211,7 @@ def trl_arguments(
         min_p=settings.min_p,
         generation_kwargs={"stop_strings": settings.stop_strings} if settings.stop_strings else None,
         beta=settings.beta,
-        **algorithm_arguments(settings.algorithm, settings.epsilon),
+        **algorithm_arguments(settings),
         optim=OPTIMIZERS[settings.optimizer],
         learning_rate=settings.lr,
         lr_scheduler_type=settings.lr_schedule,

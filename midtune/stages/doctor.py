@@ -212,8 +212,8 @@ def _step(device: str, dtype: str) -> Iterator[Check]:
     from midtune.config import BUNDLED_MODEL
     from midtune.model.loading import load_policy
     from midtune.model.sources import resolve
+    from midtune.rl.checks import compare_log_probs
     from midtune.rl.tail import completion_log_probs
-    from midtune.rl.trainer import compare_log_probs
     from midtune.rollout.sampling import Sampling
     from midtune.rollout.text import sample
 
