@@ -1,4 +1,4 @@
-"""Whether a run has collapsed: a model that learned, and then writes the same worse thing again and again."""
+"""Whether a run has collapsed: the model learned, and now writes the same, worse completion every time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gradients in half the bytes, from one micro-batch to the next, while parameters stay in fp32."""
+"""Gradients accumulated in bf16, half the bytes, while parameters stay in fp32."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import nn
 
 
 class Bf16Gradients:
-    """Takes each gradient away as soon as it is there and adds it up in bf16.
+    """Moves each gradient into a bf16 sum as soon as backward has made it.
 
-    PyTorch has gradients in their parameter's dtype only, so they are no `.grad` until the optimizer needs them.
+    PyTorch keeps `.grad` in the dtype of its parameter, so the sums stay outside it until the optimizer's step.
 
     Args:
-        parameters: those that are trained.
+        parameters: the trained ones.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -33,11 +33,11 @@ class Bf16Gradients:
             hook.remove()
 
     def clear(self) -> None:
-        """Forget what has been added up."""
+        """Drop the sums."""
         self._held.clear()
 
     def put_back(self) -> None:
-        """Make `.grad` of what has been added up, in fp32."""
+        """Move the sums into `.grad`, in fp32."""
         for parameter in list(self._held):
             parameter.grad = self._held.pop(parameter).to(parameter.dtype)
 

@@ -1,8 +1,8 @@
 """Log-probabilities of completions from boundary states, through blocks k…L−1 and the head alone.
 
-Each prompt passes once; its keys and values, with their gradient, are shared by its group. Completions pass
-in packs of like length, so that little of what is computed is padding. Logits are made for a chunk of tokens
-at a time, so [B, T, V] never exists, and never made again.
+Each prompt passes once; its group shares its keys and values, with their gradient. Completions pass in packs of
+similar length, which keeps padding small. Logits are made once, for a chunk of tokens at a time, so [B, T, V]
+never exists.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def completion_log_probs(
         rollout: whole groups, with boundary states.
         temperature: what logits are divided by.
         entropy_gradient: let the gradient reach the trained blocks through the entropies too.
-        recompute_tokens: hold no activations but those that enter each block, and compute the others again for
-            the gradient, a block at a time, in packs of at most so many tokens, prompts included; 0 holds all.
+        recompute_tokens: keep only the activations that enter each block and recompute the rest in the backward
+            pass, in packs of at most this many tokens, prompts included; 0 keeps all.
         most_padding: share of a pack's tokens that may be padding; 1 makes one pack, of rows in their order.
 
     Returns:
@@ -51,8 +51,8 @@ def completion_log_probs(
     """
     states = rollout.boundary
     assert states is not None
-    again = recompute_tokens > 0 and torch.is_grad_enabled()
-    tail = policy.tail(states.block, checkpointing=again)
+    recompute = recompute_tokens > 0 and torch.is_grad_enabled()
+    tail = policy.tail(states.block, checkpointing=recompute)
     lengths = rollout.completion_mask.sum(1)
     # Prompts of other micro-batches may be longer.
     start = int(rollout.prompt_mask.argmax(1).min())
@@ -98,7 +98,7 @@ def completion_log_probs(
             [scored.nonzero()[:, 0] * rollout.completion_ids.size(1)],
         )
         # A completion's last token is fed nowhere.
-        most_rows = (lambda fed: recompute_tokens // (prompt_mask.size(1) + fed)) if again else None
+        most_rows = (lambda fed: recompute_tokens // (prompt_mask.size(1) + fed)) if recompute else None
         for rows in packs((lengths - 1).tolist(), most_padding, most_rows):
             pack = torch.tensor(rows, device=lengths.device)
             fed = int(lengths[pack].max()) - 1

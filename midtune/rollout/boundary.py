@@ -35,7 +35,7 @@ class BoundaryStates:
     completion: torch.Tensor
 
     def part(self, prompts: slice | torch.Tensor, rows: slice | torch.Tensor) -> BoundaryStates:
-        """The states of some prompts and of some completions, where these lie."""
+        """The states of some prompts and of some completions, on the device that keeps them."""
 
         def chosen(states: torch.Tensor, which: slice | torch.Tensor) -> torch.Tensor:
             return states[which if isinstance(which, slice) else which.to(states.device)]
@@ -166,7 +166,7 @@ def _below(
 
 
 def stacked(parts: Sequence[torch.Tensor], padding: float = 0) -> torch.Tensor:
-    """Tensors [N, T, …] under each other, padded on the right to the widest; a single one as it is."""
+    """Concatenate tensors [N, T, …] along N, padded on the right to the widest; a single one is returned as it is."""
     if len(parts) == 1:
         return parts[0]
     width = max(part.size(1) for part in parts)

@@ -58,7 +58,7 @@ def evaluate(
     """
     policy = sampler.policy
     lengths = [len(prompt_ids(policy.tokenizer, row["prompt"])) for row in rows]
-    # Problems of like length share a batch, so that little of it is padding.
+    # Problems of similar length share a batch, which keeps padding small.
     order = sorted(range(len(rows)), key=lengths.__getitem__)
 
     def run(draws: int, how: Sampling) -> tuple[NDArray[np.float64], list[str]]:

@@ -1,4 +1,4 @@
-"""A key/value cache made for rollouts: writing a token copies nothing, and neither does a row that leaves."""
+"""A key/value cache for rollouts: neither a new token nor a row that leaves copies what is held."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class RoomyLayer(DynamicLayer):
     Transformers' dynamic layer copies everything it holds for each new token and whenever a row is dropped.
 
     Args:
-        room: tokens that there is room for whenever more is made.
+        room: spare tokens to allocate whenever the tensors have to grow.
     """
 
     keys: torch.Tensor
@@ -70,13 +70,13 @@ def shared_prompts(room: int) -> Cache:
     """An empty cache that keeps every key; a window is then applied by the mask, exactly.
 
     Args:
-        room: tokens that there is room for whenever more is made.
+        room: spare tokens to allocate whenever the tensors have to grow.
     """
     return Cache(layer_class_to_replicate=partial(RoomyLayer, room))
 
 
 def closed_up(going: torch.Tensor) -> torch.Tensor:
-    """Which rows to keep, in an order that moves few: those at the end fill the places that become free.
+    """The rows to keep, in an order that moves few of them: rows at the end fill the free places.
 
     Args:
         going: [B] bool, the rows that stay.

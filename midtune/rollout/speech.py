@@ -1,4 +1,4 @@
-"""How the policy and an environment speak to each other: what tokens mean as an action, and an answer as tokens."""
+"""How the policy and an environment talk: from tokens to an action, and from an answer to tokens."""
 
 from __future__ import annotations
 
