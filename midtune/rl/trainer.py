@@ -41,8 +41,8 @@ from midtune.runs import checkpoints_in
 from midtune.whole import written_whole
 
 TRAINED_TENSORS = "trained.safetensors"
-# What the loss is multiplied by in fp16, where gradients of single tokens would vanish; halved when gradients overflow,
-# which costs a whole rollout, and doubled after so many steps without.
+# Initial loss scale in fp16, where gradients of single tokens would vanish. It halves when gradients overflow, which
+# wastes a rollout, and doubles after this many steps without an overflow.
 FIRST_LOSS_SCALE, SCALE_GROWS_AFTER = 2.0**12, 200
 # How TRL takes the mean of a loss over completions: over their tokens, as a sum that it divides itself, or over rows.
 LOSS_MEANS = {
@@ -102,7 +102,7 @@ class LayerGRPOTrainer(GRPOTrainer):
         self.own_advantages = advantages
         self.bf16_gradients = bf16_gradients
         self.environments: list[Any] | None
-        # What is worked on: TRL's inputs of some groups, and as `rollout` where they came from.
+        # The groups being worked on: TRL's inputs, and the `rollout` they came from.
         self._piece: dict[str, Any] = {}
         self._compared = False
         # Seconds that the last checkpoint took; none has been written.
@@ -186,7 +186,7 @@ class LayerGRPOTrainer(GRPOTrainer):
 
     def _sample(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
         """Completions of the prompts of a step, as TRL's `rollout_func` returns them."""
-        # The last step's states have done their work; there should not be two sets of them.
+        # Free the last step's boundary states before sampling makes new ones.
         self._piece, self._buffered_inputs = {}, None
         with self.meter.phase("rollout"):
             rollout = self.sampler.sample(
@@ -261,7 +261,7 @@ class LayerGRPOTrainer(GRPOTrainer):
         return token_advantages(rollout.episodes, found, rollout.completion_ids.size(1))
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        """The loss of a micro-batch, whose gradient is taken here, so that what is returned has none left."""
+        """The loss of a micro-batch. Its gradient is taken here, so the returned loss has none."""
         assert self._buffered_inputs is not None
         earlier = self._buffered_inputs[: self._step % self.args.steps_per_generation]
         logged = copy.deepcopy(self._metrics["train"])
@@ -270,7 +270,7 @@ class LayerGRPOTrainer(GRPOTrainer):
         def run(groups: int) -> torch.Tensor:
             nonlocal begun
             if begun:
-                # A pass that broke off may have left some of its gradient, so the step's is taken anew.
+                # A pass that broke off may have left part of its gradient: begin the step again.
                 model.zero_grad()
                 if self.bf16_gradients is not None:
                     self.bf16_gradients.clear()
@@ -284,7 +284,7 @@ class LayerGRPOTrainer(GRPOTrainer):
         return self.update_rows.fitting(count, self.num_generations, run)
 
     def _take_gradient(self, model: Any, inputs: dict[str, Any], groups: int) -> torch.Tensor:
-        """Add the gradient of a micro-batch, so many groups at a time, to what there is; returns its loss."""
+        """Accumulate the gradient of a micro-batch, `groups` groups at a time; returns its loss."""
         total = torch.zeros((), device=self.accelerator.device)
         for part in slices(len(inputs["rollout"].prompt_ids), groups):
             piece = self._piece = groups_of(inputs, part)

@@ -54,7 +54,7 @@ class _Reached(Exception):
 
 
 def storage_device(policy: Policy, tokens: int) -> torch.device:
-    """Where to keep the states of so many tokens: on the policy's device, or on the host if they would crowd it."""
+    """Where to keep the boundary states of `tokens` tokens: on the policy's device, or on the host if they crowd it."""
     state_bytes = policy.model.config.get_text_config().hidden_size * policy.compute_dtype.itemsize
     crowded = tokens * state_bytes > free_bytes(policy.device) // 4
     return torch.device("cpu") if crowded else policy.device

@@ -231,7 +231,7 @@ def ends_of(policy: Policy, sampling: Sampling) -> Callable[[torch.Tensor], torc
 
 @contextlib.contextmanager
 def ready_to_sample(policy: Policy, rows: int, *, unpack: bool = True) -> Iterator[None]:
-    """Without dropout or gradients, and with weights unpacked if that pays for so many rows and memory has room.
+    """Turn off dropout and gradients, and unpack weights if that pays for `rows` rows and memory has room.
 
     Args:
         unpack: into at most half the free memory; False: never.
