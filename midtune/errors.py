@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 NO_MEMORY = "memory ran out; make room"
 LACKS = {
@@ -37,6 +39,11 @@ def bounded(text: str, most: int = MOST_CHARACTERS) -> str:
     return text if len(text) <= most else f"{text[:most]}… ({len(text) - most:,} characters left out)"
 
 
+def reason(error: BaseException) -> str:
+    """What an error says, on one line of bounded length; its kind where it says nothing."""
+    return bounded(" ".join(str(error).split()), 200).rstrip(".") or type(error).__name__
+
+
 class MidtuneError(Exception):
     """A problem a person can act on: one sentence with what was asked, what exists and what to do."""
 
@@ -57,6 +64,23 @@ class Interrupted(MidtuneError):
     """The run was stopped from outside (Ctrl-C, SIGTERM, SIGHUP) after saving a checkpoint."""
 
     exit_code = 130
+
+
+@contextmanager
+def explained(sentence: Callable[[str], str], *, keep: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Turn the failure of a library over someone else's file into one sentence; it may raise anything.
+
+    Args:
+        sentence: takes the library's reason.
+        keep: errors that pass as they are, beside midtune's own and MemoryError.
+    """
+    kept: tuple[type[Exception], ...] = (MidtuneError, MemoryError, *keep)
+    try:
+        yield
+    except kept:
+        raise
+    except Exception as error:
+        raise InputError(sentence(reason(error))) from error
 
 
 def lack_of(error: BaseException) -> str | None:

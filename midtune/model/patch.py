@@ -15,14 +15,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from midtune.errors import InputError
+from midtune.errors import InputError, explained
 from midtune.model.loading import load_policy
 from midtune.model.policy import Policy
 from midtune.model.sources import Source, checkpoint_files
-from midtune.whole import MANIFEST, damage, written_whole
+from midtune.whole import MANIFEST, damage, require_space, written_whole
 
 TENSORS = "patch.safetensors"
 DESCRIPTION = "patch.json"
@@ -62,21 +62,9 @@ def save_patch(policy: Policy, folder: Path) -> int:
         if policy.adapter is not None:
             policy.adapter.save_pretrained(scratch)
         else:
-            save_file(block_tensors(policy), scratch / TENSORS)
+            save_file(policy.deployed_blocks(as_stored=True), scratch / TENSORS)
         (scratch / DESCRIPTION).write_text(json.dumps(asdict(patch), indent=1) + "\n", encoding="utf-8")
     return sum(file.stat().st_size for file in folder.iterdir())
-
-
-def block_tensors(policy: Policy) -> dict[str, torch.Tensor]:
-    """The trained blocks under the checkpoint's names, in the checkpoint's dtype, on the CPU."""
-    tensors = {}
-    for block in policy.trained:
-        parameters = dict(policy.blocks[block].named_parameters())
-        stored = policy.original_tensors(block)
-        for inner, name in policy.checkpoint_names(block).items():
-            dtype = stored[inner].dtype if stored else torch.float32
-            tensors[name] = parameters[inner].detach().to("cpu", dtype).contiguous()
-    return tensors
 
 
 def replaced_names(policy: Policy) -> list[str]:
@@ -191,13 +179,7 @@ def merge_patch(source: Source, tensors: dict[str, torch.Tensor], out: Path) -> 
             "train on the unquantized checkpoint to merge."
         )
     need = sum(file.stat().st_size for file in set(files.values()))
-    anchor = next(parent for parent in out.absolute().parents if parent.exists())
-    free = shutil.disk_usage(anchor).free
-    if free < need:
-        raise InputError(
-            f"the merged model needs {need / 2**30:.2f} GiB and {anchor} has {free / 2**30:.2f} GiB free; "
-            "choose another --out."
-        )
+    require_space(out, need, "the merged model", "choose another --out")
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     # Programs that load the checkpoint expect their own files alone.
     with written_whole(out.absolute(), sealed=False) as scratch:
@@ -235,21 +217,10 @@ def deployed_tensors(source: Source, folder: Path) -> dict[str, torch.Tensor]:
         return tensors
     policy = load_policy(source, quantize="none", device="cpu")
     apply_patch(policy, folder)
-    assert policy.adapter is not None
-    originals = {block: policy.original_tensors(block) for block in patch.blocks}
-    policy.adapter.merge_and_unload()
-    return {
-        name: dict(policy.blocks[block].named_parameters())[inner].detach().to(originals[block][inner].dtype)
-        for block in patch.blocks
-        for inner, name in policy.checkpoint_names(block).items()
-    }
+    return policy.deployed_blocks(as_stored=True)
 
 
 def _tensors_in(folder: Path) -> dict[str, torch.Tensor]:
-    try:
+    with explained(lambda why: f"{folder / TENSORS} is damaged ({why}); train again or restore the file."):
         tensors: dict[str, torch.Tensor] = load_file(folder / TENSORS)
-    except SafetensorError as error:
-        raise InputError(
-            f"{folder / TENSORS} is damaged ({error}); train again or restore the file."
-        ) from None
     return tensors

@@ -236,12 +236,18 @@ class Policy:
                 tensors[inner] = file.get_tensor(name)
         return tensors
 
-    def deployed_blocks(self) -> dict[str, torch.Tensor]:
-        """The trained blocks as an unquantized model would hold them, fp32, by the checkpoint's names, on the CPU."""
+    def deployed_blocks(self, *, as_stored: bool = False) -> dict[str, torch.Tensor]:
+        """The trained blocks as an unquantized model holds them, by the checkpoint's names, on the CPU.
+
+        LoRA is multiplied into the checkpoint's own weights.
+
+        Args:
+            as_stored: in the checkpoint's dtype where it has one that is not quantized; otherwise fp32.
+        """
         tensors = {}
         for block in self.trained:
             own = dict(self.blocks[block].named_parameters())
-            stored = self.original_tensors(block) if self.adapter is not None else {}
+            stored = self.original_tensors(block)
             for inner, name in self.checkpoint_names(block).items():
                 if self.adapter is None:
                     value = own[inner].detach()
@@ -250,7 +256,8 @@ class Policy:
                     value = stored[inner].to(self.device, torch.float32)
                     if inner.endswith(".weight") and hasattr(layer, "get_delta_weight"):
                         value = value + layer.get_delta_weight("default").detach()
-                tensors[name] = value.to("cpu", torch.float32).contiguous()
+                dtype = stored[inner].dtype if as_stored and stored else torch.float32
+                tensors[name] = value.to("cpu", dtype).contiguous()
         return tensors
 
     def checkpoint_names(self, block: int) -> dict[str, str]:

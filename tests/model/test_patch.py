@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from midtune.errors import InputError
 from midtune.model.patch import (
     apply_patch,
-    block_tensors,
     deployed_tensors,
     merge_patch,
     read_patch,
@@ -292,7 +291,7 @@ def test_the_merged_checkpoint_has_the_bases_files(
     load: Load, tmp_path: Path, checkpoint: dict[str, Any]
 ) -> None:
     policy = trained(load(**checkpoint))
-    written = merge_patch(policy.source, block_tensors(policy), tmp_path / "merged")
+    written = merge_patch(policy.source, policy.deployed_blocks(as_stored=True), tmp_path / "merged")
     sizes = {file.name: file.stat().st_size for file in (tmp_path / "merged").iterdir()}
     assert sizes.keys() == {file.name for file in policy.source.folder.iterdir()}
     assert written == sum(sizes.values())
@@ -303,7 +302,7 @@ def test_plain_transformers_generates_what_the_policy_does(
     load: Load, tmp_path: Path, architecture: str
 ) -> None:
     policy = trained(load(architecture, "none"))
-    merge_patch(policy.source, block_tensors(policy), tmp_path / "merged")
+    merge_patch(policy.source, policy.deployed_blocks(as_stored=True), tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     prompt = tokenizer("What is 3 + 4?", return_tensors="pt")
@@ -315,7 +314,7 @@ def test_plain_transformers_generates_what_the_policy_does(
 def test_merging_into_an_empty_folder_works(load: Load, tmp_path: Path) -> None:
     policy = trained(load())
     (tmp_path / "merged").mkdir()
-    merge_patch(policy.source, block_tensors(policy), tmp_path / "merged")
+    merge_patch(policy.source, policy.deployed_blocks(as_stored=True), tmp_path / "merged")
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
@@ -323,7 +322,7 @@ def test_a_folder_with_something_in_it_is_not_touched(load: Load, tmp_path: Path
     policy = trained(load())
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(InputError, match="already exists and is not empty; choose another --out"):
-        merge_patch(policy.source, block_tensors(policy), tmp_path)
+        merge_patch(policy.source, policy.deployed_blocks(as_stored=True), tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
 
 
@@ -332,15 +331,15 @@ def test_a_full_disk_is_refused_before_anything_is_written(
 ) -> None:
     policy = trained(load())
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(InputError, match="needs 0.00 GiB and .* has 0.00 GiB free"):
-        merge_patch(policy.source, block_tensors(policy), tmp_path / "new" / "merged")
+    with pytest.raises(InputError, match="needs 0.00 GiB of disk space and 0.00 GiB are free"):
+        merge_patch(policy.source, policy.deployed_blocks(as_stored=True), tmp_path / "new" / "merged")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_4bit_base_is_not_merged(load: Load, stored_in_4bit: Path, tmp_path: Path) -> None:
     policy = trained(load(stored_in_4bit))
     with pytest.raises(InputError, match="is stored in 4-bit, .* train on the unquantized checkpoint"):
-        merge_patch(policy.source, block_tensors(policy), tmp_path / "merged")
+        merge_patch(policy.source, policy.deployed_blocks(as_stored=True), tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -348,7 +347,7 @@ def test_a_merge_that_fails_halfway_leaves_nothing(
     load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = trained(load(shard_size="200KB"))
-    tensors = block_tensors(policy)
+    tensors = policy.deployed_blocks(as_stored=True)
     monkeypatch.setattr("midtune.model.patch.save_file", fail)
     with pytest.raises(OSError, match="No space left"):
         merge_patch(policy.source, tensors, tmp_path / "merged")
