@@ -212,10 +212,7 @@ def test_a_hostile_gguf_is_one_sentence(content: tuple[str, bytes], tmp_path: Pa
         (TENSOR, "holds a `llama` model that transformers cannot read from GGUF"),
     ],
 )
-def test_a_gguf_that_holds_no_model_is_one_sentence(
-    described: bytes, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MIDTUNE_CACHE", str(tmp_path / "cache"))
+def test_a_gguf_that_holds_no_model_is_one_sentence(described: bytes, words: str, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(gguf_file([NAME], described))
     with pytest.raises(InputError) as caught:
