@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from midtune.errors import InputError, bounded
+from midtune.errors import InputError, reason
 
 # One conversation takes a millisecond and less.
 LONGEST_S = 5.0
@@ -21,7 +21,7 @@ class _TooLong(BaseException):
 
 
 @contextlib.contextmanager
-def rendering() -> Iterator[None]:
+def rendering(longest_s: float = LONGEST_S) -> Iterator[None]:
     """Around a call of `apply_chat_template`.
 
     Raises:
@@ -31,16 +31,16 @@ def rendering() -> Iterator[None]:
 
     why = ""
     try:
-        with _time_limit(), _memory_limit():
+        with _time_limit(longest_s), _memory_limit():
             yield
     except _TooLong:
-        why = f"it does not end within {LONGEST_S:g} s"
+        why = f"it does not end within {longest_s:g} s"
     except MemoryError:
         why = "it asks for more memory than any conversation takes"
     except RecursionError:
         why = "it calls itself without end"
     except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
-        why = bounded(" ".join(str(error).split()), 200) or type(error).__name__
+        why = reason(error)
     if why:
         raise InputError(
             f"the model's chat template cannot be used ({why}); mend chat_template.jinja in its folder, or use "
@@ -49,7 +49,7 @@ def rendering() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _time_limit() -> Iterator[None]:
+def _time_limit(longest_s: float) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
@@ -58,7 +58,7 @@ def _time_limit() -> Iterator[None]:
         raise _TooLong
 
     handler = signal.signal(signal.SIGALRM, stop)
-    left_s, every_s = signal.setitimer(signal.ITIMER_REAL, LONGEST_S)
+    left_s, every_s = signal.setitimer(signal.ITIMER_REAL, longest_s)
     try:
         yield
     finally:

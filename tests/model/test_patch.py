@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -111,19 +114,23 @@ def test_saving_again_replaces_the_patch(load: Load, patch: Path) -> None:
     assert all(name.startswith("model.layers.3.") for name in load_file(patch / "patch.safetensors"))
 
 
-def test_a_patch_that_cannot_be_written_leaves_the_old_one(
-    load: Load, patch: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_patch_that_cannot_be_written_leaves_the_old_one(load: Load, patch: Path) -> None:
     before = {file.name: file.read_bytes() for file in patch.iterdir()}
-    monkeypatch.setattr("midtune.model.patch.save_file", fail)
-    with pytest.raises(OSError, match="No space left"):
+    with files_up_to(100_000), pytest.raises(SafetensorError, match="File too large"):
         save_patch(trained(load()), patch)
     assert {file.name: file.read_bytes() for file in patch.iterdir()} == before
     assert list(patch.parent.iterdir()) == [patch]
 
 
-def fail(*_: Any, **__: Any) -> None:
-    raise OSError("No space left on device")
+@contextmanager
+def files_up_to(most_bytes: int) -> Iterator[None]:
+    """The system refuses to write larger files."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 # --- applying
@@ -343,12 +350,9 @@ def test_a_4bit_base_is_not_merged(load: Load, stored_in_4bit: Path, tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_merge_that_fails_halfway_leaves_nothing(
-    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_merge_that_fails_halfway_leaves_nothing(load: Load, tmp_path: Path) -> None:
     policy = trained(load(shard_size="200KB"))
     tensors = policy.deployed_blocks(as_stored=True)
-    monkeypatch.setattr("midtune.model.patch.save_file", fail)
-    with pytest.raises(OSError, match="No space left"):
+    with files_up_to(100_000), pytest.raises(OSError, match="File too large"):
         merge_patch(policy.source, tensors, tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
