@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from midtune.errors import InputError, explained
 from midtune.model.loading import load_policy
 from midtune.model.policy import Policy
-from midtune.model.sources import Source, checkpoint_files
+from midtune.model.sources import Source, checkpoint_files, stored_tensors
 from midtune.whole import MANIFEST, damage, require_space, written_whole
 
 TENSORS = "patch.safetensors"
@@ -74,11 +74,8 @@ def replaced_names(policy: Policy) -> list[str]:
 
 def base_digest(source: Source, names: Iterable[str]) -> str:
     """sha256 over these tensors of the checkpoint, in the order of their names."""
-    files = checkpoint_files(source.folder)
     digest = hashlib.sha256()
-    for name in sorted(names):
-        with safe_open(files[name], framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
+    for name, tensor in stored_tensors(source.folder, sorted(names)):
         digest.update(name.encode())
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -172,12 +169,8 @@ def merge_patch(source: Source, tensors: dict[str, torch.Tensor], out: Path) -> 
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} already exists and is not empty; choose another --out.")
+    check_unquantized(source)
     files = checkpoint_files(source.folder)
-    if any(f"{name}.absmax" in files for name in tensors):
-        raise InputError(
-            f"{source.name} is stored in 4-bit, so whole blocks cannot be put into its files; "
-            "train on the unquantized checkpoint to merge."
-        )
     need = sum(file.stat().st_size for file in set(files.values()))
     require_space(out, need, "the merged model", "choose another --out")
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -202,15 +195,25 @@ def merge_patch(source: Source, tensors: dict[str, torch.Tensor], out: Path) -> 
     return sum(file.stat().st_size for file in out.iterdir())
 
 
+def check_unquantized(source: Source) -> None:
+    """Raise InputError if the checkpoint is in 4-bit, so that trained blocks cannot be put into its files."""
+    if any(name.endswith(".absmax") for name in checkpoint_files(source.folder)):
+        raise InputError(
+            f"{source.name} is stored in 4-bit, so whole blocks cannot be put into its files; "
+            "train on the unquantized checkpoint to merge."
+        )
+
+
 def deployed_tensors(source: Source, folder: Path) -> dict[str, torch.Tensor]:
     """What the patch in `folder` makes of its base's tensors, under the checkpoint's names.
 
     Whole blocks are read as they are; LoRA matrices are multiplied into the base, which is loaded for it.
 
     Raises:
-        InputError: the patch is damaged or belongs to another base.
+        InputError: the patch is damaged or belongs to another base, or the base is stored in 4-bit.
     """
     patch = read_patch(folder)
+    check_unquantized(source)
     if patch.adapter == "full":
         tensors = _tensors_in(folder)
         check_base(source, tensors, patch, folder)

@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,7 +17,7 @@ from midtune.model.blocks import find_blocks, tail_of
 from midtune.model.host import is_here
 from midtune.model.memory import RowLimit
 from midtune.model.quantize import is_quantized, thawed
-from midtune.model.sources import Source, checkpoint_files
+from midtune.model.sources import Source, checkpoint_files, stored_tensors
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -229,12 +228,9 @@ class Policy:
         """
         if self.stored_quantized:
             return {}
-        tensors = {}
-        files = checkpoint_files(self.source.folder)
-        for inner, name in self.checkpoint_names(block).items():
-            with safe_open(files[name], framework="pt") as file:
-                tensors[inner] = file.get_tensor(name)
-        return tensors
+        names = self.checkpoint_names(block)
+        stored = dict(stored_tensors(self.source.folder, names.values()))
+        return {inner: stored[name] for inner, name in names.items()}
 
     def deployed_blocks(self, *, as_stored: bool = False) -> dict[str, torch.Tensor]:
         """The trained blocks as an unquantized model holds them, by the checkpoint's names, on the CPU.

@@ -6,15 +6,18 @@ import difflib
 import functools
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from midtune.errors import InputError, bounded, explained
 from midtune.model import gguf, hub
 from midtune.model.progress import Progress, silent
 from midtune.network import Unavailable
+
+if TYPE_CHECKING:
+    import torch
 
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -92,7 +95,7 @@ def checkpoint_files(folder: Path) -> dict[str, Path]:
         folder: holds `model.safetensors`, or `model.safetensors.index.json` and the shards that it names.
 
     Returns:
-        tensor name → file; read the tensors with `safetensors.safe_open`.
+        tensor name → file; see `stored_tensors`.
 
     Raises:
         InputError: no such file, a missing shard, or a file that is cut short or damaged.
@@ -125,6 +128,16 @@ def checkpoint_files(folder: Path) -> dict[str, Path]:
                 f"{folder / shard} lacks {tensor}, which {index.name} says it holds; fetch it again."
             )
     return {tensor: folder / shard for tensor, shard in weight_map.items()}
+
+
+def stored_tensors(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors of a model folder with their names, one at a time, on the CPU as they are stored."""
+    from safetensors import safe_open
+
+    files = checkpoint_files(folder)
+    for name in names:
+        with safe_open(files[name], framework="pt") as file:
+            yield name, file.get_tensor(name)
 
 
 def judge(files: Collection[str], what: str) -> None:

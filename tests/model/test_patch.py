@@ -343,11 +343,18 @@ def test_a_full_disk_is_refused_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_4bit_base_is_not_merged(load: Load, stored_in_4bit: Path, tmp_path: Path) -> None:
-    policy = trained(load(stored_in_4bit))
-    with pytest.raises(InputError, match="is stored in 4-bit, .* train on the unquantized checkpoint"):
-        merge_patch(policy.source, policy.deployed_blocks(as_stored=True), tmp_path / "merged")
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("train", [trained, trained_lora])
+def test_a_4bit_base_is_not_merged(
+    load: Load, stored_in_4bit: Path, tmp_path: Path, train: Callable[[Policy], Policy]
+) -> None:
+    policy = train(load(stored_in_4bit))
+    save_patch(policy, tmp_path / "patch")
+    words = "is stored in 4-bit, .* train on the unquantized checkpoint"
+    with pytest.raises(InputError, match=words):
+        deployed_tensors(policy.source, tmp_path / "patch")
+    with pytest.raises(InputError, match=words):
+        merge_patch(policy.source, {}, tmp_path / "merged")
+    assert [path.name for path in tmp_path.iterdir()] == ["patch"]
 
 
 def test_a_merge_that_fails_halfway_leaves_nothing(load: Load, tmp_path: Path) -> None:
