@@ -158,6 +158,8 @@ def convert(path: Path, out: Path, header: Header, progress: Progress = silent) 
     import torch
     import transformers
 
+    from midtune.model.quantize import clear_quantized_markers
+
     # Any: the annotations of transformers deny the pair that output_loading_info returns.
     auto: Any = transformers.AutoModelForCausalLM
 
@@ -183,31 +185,19 @@ def convert(path: Path, out: Path, header: Header, progress: Progress = silent) 
             f"{path} lacks {len(info['missing_keys'])} tensors of its model, the first being "
             f"{min(info['missing_keys'])}; fetch a complete file."
         )
+    # A model that knows it came from GGUF refuses to be converted and saved.
+    clear_quantized_markers(loaded)
     # Half precision rounds by at most 2^-11 of a weight. For SmolLM2's Q4_1 file that is a relative error of
     # 1.9e-4 (bfloat16: 1.4e-3), far below what 4-bit rounding took before, for half the bytes of float32.
     limit = torch.finfo(torch.float16).max
-    state = loaded.state_dict()
-    fits = all(not t.is_floating_point() or bool(t.abs().max() <= limit) for t in state.values())
-    dtype = torch.float16 if fits else torch.float32
-    # A model that came from GGUF refuses to be saved, so its tensors move to a fresh one.
-    config = loaded.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    config.dtype = dtype
-    with torch.device("meta"):
-        fresh = auto.from_config(config, dtype=dtype)
-    fresh.load_state_dict(
-        {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}, assign=True
-    )
-    fresh.tie_weights()
-    generation = loaded.generation_config
+    if all(bool(weight.abs().max() <= limit) for weight in loaded.parameters()):
+        loaded.half()
     stops = [header.metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")]
     stop_ids = list(dict.fromkeys(int(i) for i in stops if i is not None))
-    if generation is not None and stop_ids:
-        generation.eos_token_id = stop_ids if len(stop_ids) > 1 else stop_ids[0]
-    fresh.generation_config = generation
+    if loaded.generation_config is not None and stop_ids:
+        loaded.generation_config.eos_token_id = stop_ids if len(stop_ids) > 1 else stop_ids[0]
     with quiet():
-        fresh.save_pretrained(out)
+        loaded.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return out
 
