@@ -1,7 +1,6 @@
 """GGUF files become safetensors folders in midtune's cache, once per file.
 
-Reading a GGUF through transformers takes most of half a minute for a 135M model and is repeated at every
-start; the converted folder loads in a few seconds, and single tensors of it can be read lazily.
+transformers reads a GGUF of 135M parameters in half a minute, at every start; a folder loads in seconds.
 """
 
 from __future__ import annotations
@@ -55,9 +54,8 @@ def read_header(path: Path) -> Header:
     with path.open("rb") as file:
         if file.read(4) != MAGIC:
             raise InputError(f"{path} is not a GGUF file; give a GGUF file, a model folder or a hub id.")
-        with explained(
-            lambda why: f"{path} is a damaged GGUF file: its header cannot be read; fetch it again."
-        ):
+        damaged = f"{path} is a damaged GGUF file: its header cannot be read; fetch it again."
+        with explained(lambda why: damaged):
             version, tensors, pairs = _unpack(file, "IQQ")
             if version not in (2, 3):
                 raise InputError(
@@ -111,13 +109,8 @@ def _whole(metadata: dict[str, Any], key: str, default: int) -> int:
 def cached_conversion(path: Path, progress: Progress = silent) -> Path:
     """The safetensors folder of a GGUF file, converted at the first call and found again afterwards.
 
-    Args:
-        path: the GGUF file.
-        progress: told what is being done.
-
     Raises:
-        InputError: the file is damaged, one part of several, of an architecture transformers does not read,
-            or the disk has no room.
+        InputError: the file is damaged or one part of several, the disk has no room, or as `convert`.
     """
     header = read_header(path)
     size = path.stat().st_size
@@ -134,23 +127,14 @@ def cached_conversion(path: Path, progress: Progress = silent) -> Path:
     target = cache_folder() / f"{path.stem}-{_digest(path)}"
     return build_once(
         target,
-        lambda work: convert(path, work / "model", header, progress),
+        lambda work: convert(path, work / "model", progress),
         need_bytes=int(header.parameters * 2.2),
         progress=progress,
     )
 
 
-def convert(path: Path, out: Path, header: Header, progress: Progress = silent) -> Path:
-    """Write a GGUF file as a Hugging Face folder: config, safetensors, tokenizer with its chat template.
-
-    Args:
-        path: the GGUF file.
-        out: folder to write.
-        header: of that file.
-        progress: told how many tensors have been read.
-
-    Returns:
-        `out`.
+def convert(path: Path, out: Path, progress: Progress) -> Path:
+    """Write a GGUF file to `out` as config, safetensors and a tokenizer with its chat template; returns `out`.
 
     Raises:
         InputError: an architecture that transformers does not read, or tensors are missing.
@@ -163,21 +147,18 @@ def convert(path: Path, out: Path, header: Header, progress: Progress = silent) 
     # Any: the annotations of transformers deny the pair that output_loading_info returns.
     auto: Any = transformers.AutoModelForCausalLM
 
-    message = f"converting {path.name}"
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    kind = header.metadata.get("general.architecture", "unknown")
-    progress(message, None, None)
-    with (
-        explained(
-            lambda why: (
-                f"{path} holds a `{kind}` model that transformers cannot read from GGUF ({why}); "
-                "use the safetensors of that model."
-            ),
-            keep=(OSError, torch.OutOfMemoryError),
-        ),
-        quiet(),
-        _reported(progress, message),
-    ):
+    metadata = read_header(path).metadata
+    kind = metadata.get("general.architecture", "unknown")
+
+    def unread(why: str) -> str:
+        return (
+            f"{path} holds a `{kind}` model that transformers cannot read from GGUF ({why}); "
+            "use the safetensors of that model."
+        )
+
+    kept = (OSError, torch.OutOfMemoryError)
+    with quiet(), _reported(progress, f"converting {path.name}"), explained(unread, keep=kept):
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
         loaded, info = auto.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
     if info["missing_keys"]:
@@ -192,7 +173,7 @@ def convert(path: Path, out: Path, header: Header, progress: Progress = silent) 
     limit = torch.finfo(torch.float16).max
     if all(bool(weight.abs().max() <= limit) for weight in loaded.parameters()):
         loaded.half()
-    stops = [header.metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")]
+    stops = [metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")]
     stop_ids = list(dict.fromkeys(int(i) for i in stops if i is not None))
     if loaded.generation_config is not None and stop_ids:
         loaded.generation_config.eos_token_id = stop_ids if len(stop_ids) > 1 else stop_ids[0]
@@ -216,6 +197,8 @@ def _digest(path: Path) -> str:
 def _reported(progress: Progress, message: str) -> Iterator[None]:
     """Send the bar of transformers' GGUF reader to `progress`."""
     from transformers import modeling_gguf_pytorch_utils as reader
+
+    progress(message, None, None)
 
     def watch(items: Iterable[Any], **_: Any) -> Iterator[Any]:
         listed = list(items)

