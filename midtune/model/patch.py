@@ -27,6 +27,7 @@ from midtune.whole import MANIFEST, damage, require_space, written_whole
 TENSORS = "patch.safetensors"
 DESCRIPTION = "patch.json"
 SCHEMA = 1
+RESTORE = "train again or restore the file"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
@@ -102,22 +103,20 @@ def read_patch(folder: Path) -> Patch:
     Raises:
         InputError: there is no complete patch, or it is not what was written.
     """
-    try:
-        data = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-        patch = Patch(**data)
-    except FileNotFoundError:
+    path = folder / DESCRIPTION
+    if not path.is_file():
         raise InputError(
             f"{folder} holds no trained patch (no {DESCRIPTION}); finish the run with --resume, or give another run."
-        ) from None
-    except (ValueError, TypeError):
-        raise InputError(f"{folder / DESCRIPTION} is damaged; train again or restore the file.") from None
+        )
+    with explained(lambda why: f"{path} is damaged; {RESTORE}.", keep=(OSError,)):
+        patch = Patch(**json.loads(path.read_text(encoding="utf-8")))
     weights = folder / (TENSORS if patch.adapter == "full" else "adapter_model.safetensors")
     if not weights.is_file():
-        raise InputError(f"{folder} lacks {weights.name}; train again or restore the file.")
+        raise InputError(f"{folder} lacks {weights.name}; {RESTORE}.")
     # Patches of earlier versions have no manifest.
     wrong = damage(folder) if (folder / MANIFEST).exists() else None
     if wrong is not None:
-        raise InputError(f"{folder} is damaged ({wrong}); train again or restore the file.")
+        raise InputError(f"{folder} is damaged ({wrong}); {RESTORE}.")
     return patch
 
 
@@ -143,9 +142,7 @@ def apply_patch(policy: Policy, folder: Path) -> Patch:
                 parameters = dict(policy.blocks[block].named_parameters())
                 for inner, name in policy.checkpoint_names(block).items():
                     if name not in tensors or tensors[name].shape != parameters[inner].shape:
-                        raise InputError(
-                            f"{folder / TENSORS} is damaged (no fitting {name}); train again or restore the file."
-                        )
+                        raise InputError(f"{folder / TENSORS} is damaged (no fitting {name}); {RESTORE}.")
                     parameters[inner].copy_(tensors[name])
     return patch
 
@@ -157,12 +154,9 @@ def remove_patch(policy: Policy) -> None:
 
 
 def merge_patch(source: Source, tensors: dict[str, torch.Tensor], out: Path) -> int:
-    """A complete checkpoint: the base's files with `tensors` in their places.
+    """Write a complete checkpoint, the base's files with `tensors` in their places; returns the bytes written.
 
     One shard is in memory at a time; `out` appears when it is complete.
-
-    Returns:
-        The bytes written.
 
     Raises:
         InputError: `out` holds something already, the disk is too full, or the base is stored in 4-bit.
@@ -179,16 +173,17 @@ def merge_patch(source: Source, tensors: dict[str, torch.Tensor], out: Path) -> 
         for file in sorted(source.folder.iterdir()):
             if file.is_file() and not file.name.endswith(WEIGHTS):
                 shutil.copy(file, scratch / file.name)
-        for shard in sorted(set(files.values())):
-            if any(files[name] == shard for name in tensors):
-                with safe_open(shard, framework="pt") as opened:
-                    metadata = opened.metadata()
-                whole = load_file(shard)
-                for name in tensors.keys() & whole.keys():
-                    whole[name] = tensors[name].to(whole[name].dtype)
-                save_file(whole, scratch / shard.name, metadata=metadata or {"format": "pt"})
-            else:
+        changed = {files[name] for name in tensors}
+        for shard in set(files.values()):
+            if shard not in changed:
                 shutil.copy(shard, scratch / shard.name)
+                continue
+            with safe_open(shard, framework="pt") as opened:
+                metadata = opened.metadata() or {"format": "pt"}
+                whole = {name: opened.get_tensor(name) for name in opened.keys()}
+            for name in tensors.keys() & whole.keys():
+                whole[name] = tensors[name].to(whole[name].dtype)
+            save_file(whole, scratch / shard.name, metadata=metadata)
         if out.exists():
             # Refuses if something has been put there in the meantime, where rmtree would not.
             out.rmdir()
@@ -205,9 +200,7 @@ def check_unquantized(source: Source) -> None:
 
 
 def deployed_tensors(source: Source, folder: Path) -> dict[str, torch.Tensor]:
-    """What the patch in `folder` makes of its base's tensors, under the checkpoint's names.
-
-    Whole blocks are read as they are; LoRA matrices are multiplied into the base, which is loaded for it.
+    """The trained blocks of the patch in `folder`, under the checkpoint's names; LoRA multiplied into the base.
 
     Raises:
         InputError: the patch is damaged or belongs to another base, or the base is stored in 4-bit.
@@ -224,6 +217,6 @@ def deployed_tensors(source: Source, folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _tensors_in(folder: Path) -> dict[str, torch.Tensor]:
-    with explained(lambda why: f"{folder / TENSORS} is damaged ({why}); train again or restore the file."):
+    with explained(lambda why: f"{folder / TENSORS} is damaged ({why}); {RESTORE}."):
         tensors: dict[str, torch.Tensor] = load_file(folder / TENSORS)
     return tensors
