@@ -52,8 +52,8 @@ class _Inside:
 class RunFolder:
     """One run's folder.
 
-    A new one is only a name until something is written, so that an input found wrong later leaves
-    nothing behind; code that writes without the methods below calls `make` first.
+    A new one is only a name until something is written, so that a wrong input leaves nothing behind. Code that
+    writes without the methods below calls `make` first.
 
     Args:
         path: absolute path of the folder.
@@ -81,16 +81,15 @@ class RunFolder:
     _identity: tuple[int, int] | None = field(default=None, repr=False, compare=False)
 
     @classmethod
-    def create(cls, path: Path | None, default_stem: str, *, need_bytes: int = 0) -> RunFolder:
+    def create(cls, path: Path | None, default_stem: str) -> RunFolder:
         """The folder of a run that starts now; nothing is written yet.
 
         Args:
             path: where the user wants it; None: `runs/<default_stem>`, with -2, -3… when that is taken.
             default_stem: the name when `path` is None; characters unfit for a file name become `-`.
-            need_bytes: free disk space the run will need.
 
         Raises:
-            InputError: `path` is a file or holds files, cannot be written, or the disk is too full.
+            InputError: `path` is a file, holds files, or cannot be written.
         """
         run = cls((_free_name(default_stem) if path is None else path).absolute(), _unwritten=True)
         if run.path.is_dir() and run._holds_files():
@@ -106,7 +105,6 @@ class RunFolder:
             raise InputError(
                 f"{run} cannot be made because {parent} {why}; choose another folder with --out."
             )
-        run.require_free(need_bytes)
         return run
 
     @classmethod
@@ -114,8 +112,7 @@ class RunFolder:
         """The folder of a run that has already started.
 
         Raises:
-            InputError: `path` is no run folder, the message says what it is; or its settings are not those
-                that the run wrote.
+            InputError: `path` is no run folder, or its settings are not those that the run wrote.
         """
         run = cls(path.absolute())
         if not run.config.is_file():
@@ -263,24 +260,22 @@ class RunFolder:
         Raises:
             InputError: there are checkpoints, and all of them are damaged.
         """
-        found = checkpoints_in(self.checkpoints)
-        for step in sorted(found, reverse=True):
-            wrong = damage(found[step])
+        wrong = None
+        for _, checkpoint in sorted(checkpoints_in(self.checkpoints).items(), reverse=True):
+            wrong = damage(checkpoint)
             if wrong is None:
-                return found[step]
+                return checkpoint
             if on_message is not None:
-                on_message(f"{found[step].name} of {self} is damaged ({wrong}); looking for an older one")
-        if found:
+                on_message(f"{checkpoint.name} of {self} is damaged ({wrong}); looking for an older one")
+        if wrong is not None:
             raise InputError(
-                f"{self} has no whole checkpoint to resume from: {wrong} in {found[max(found)].name}; restore it, or "
+                f"{self} has no whole checkpoint to resume from: {wrong} in {checkpoint.name}; restore it, or "
                 "start the run again with another --out."
             )
         return None
 
     def truncate_metrics(self, step: int) -> list[int]:
-        """Forget what metrics.jsonl and samples.jsonl say about steps after `step`, and lines that are damaged.
-
-        A run resumed from the checkpoint of `step` does those steps again.
+        """Remove lines about steps after `step`, which are done again, and damaged ones from metrics and samples.
 
         Returns:
             The steps up to `step` that metrics.jsonl does not have.
@@ -341,12 +336,7 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 
 def describe_environment(device: str, seed: int) -> dict[str, Any]:
-    """What environment.json holds: versions, machine, device, seed and git commit. Never fails.
-
-    Args:
-        device: the device as the run uses it, such as `cuda:0 in bfloat16`.
-        seed: the run's seed.
-    """
+    """What environment.json holds; `device` is such as `cuda:0 in bfloat16`. Never fails."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in REPORTED_PACKAGES:
         try:
