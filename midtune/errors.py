@@ -1,4 +1,4 @@
-"""The errors midtune raises on purpose, which `cli.py` alone catches and prints; and text that is safe to show."""
+"""The errors midtune raises on purpose, which `cli.py` alone prints; and text of others, safe to show."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ LACKS = {
     errno.EROFS: ("the file system is read-only", "make it writable"),
     errno.EACCES: ("access is denied", "allow it"),
     errno.EPERM: ("access is denied", "allow it"),
-    errno.EIO: ("the disk fails", "mend it"),
+    errno.EIO: ("the disk fails", "check it"),
 }
 MOST_CHARACTERS = 4000
-# What a terminal would obey instead of showing: escape sequences, controls other than tab and line break, marks
-# that turn the direction of text, and halves of characters, which cannot be written.
+# What a terminal obeys instead of showing: escape sequences, controls other than tab and line break, marks that
+# turn the direction of text, and surrogates, which cannot be written.
 _OBEYED = re.compile(
     r"\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 
 
 def plain(text: str) -> str:
-    """Text of any origin as a terminal may get it: without what it would obey."""
+    """Text without what a terminal would obey."""
     return _OBEYED.sub("", text)
 
 
@@ -55,7 +55,7 @@ class InputError(MidtuneError):
 
 
 class RunStopped(MidtuneError):
-    """A run stopped itself because it could not go on usefully; its folder stays resumable."""
+    """A run stopped itself because continuing makes no sense; its folder can be resumed."""
 
     exit_code = 3
 
@@ -84,7 +84,7 @@ def explained(sentence: Callable[[str], str], *, keep: tuple[type[Exception], ..
 
 
 def lack_of(error: BaseException) -> str | None:
-    """What the machine lacks and what to do, where an error says so: room, leave to write, memory; else None."""
+    """What the machine lacks (room, permission, memory) and what to do, if the error says so; else None."""
     if isinstance(error, MemoryError):
         return NO_MEMORY
     if not isinstance(error, OSError) or error.errno not in LACKS:

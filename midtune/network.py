@@ -46,12 +46,12 @@ class Unreachable(Exception):
 
 
 def ask_hub(name: str, kind: str, call: Callable[[Any], T], revision: str | None = None) -> T:
-    """What `call` is told by the hub, whose `HfApi` it is given.
+    """The result of `call`, which is given the hub's `HfApi`.
 
     Args:
         name: `org/name`.
-        kind: what messages call it, `model` or `dataset`.
-        revision: which one is asked for.
+        kind: `model` or `dataset`, for messages.
+        revision: for messages too.
 
     Raises:
         Unreachable: there is no answer within `REACH_TIMEOUT_S`.

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or do not exist: written beside their place, checked, and put there at once."""
+"""Files and folders that are whole or not there: written beside their place, then renamed into it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FULL_BYTES = 2**16
 
 @contextlib.contextmanager
 def written_whole(folder: Path, *, sealed: bool = True) -> Iterator[Path]:
-    """A folder of the same name to write into; it takes the place of `folder` at the end, or goes.
+    """A folder to write into, which replaces `folder` at the end; removed if writing fails.
 
     Args:
         folder: its parent exists.
@@ -44,7 +44,7 @@ def written_whole(folder: Path, *, sealed: bool = True) -> Iterator[Path]:
     except Exception as error:
         if isinstance(error, OSError) or not _disk_is_full(folder.parent, error):
             raise
-        # Libraries that write each say so in their own way.
+        # Each library reports a full disk in its own way.
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -131,7 +131,7 @@ def nearest_existing(path: Path) -> Path:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what processes that were killed had begun to write in `folder`; none may be writing there now."""
+    """Remove what killed processes left half-written in `folder`; nobody may be writing there now."""
     for path in [*folder.rglob(".*.tmp")]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

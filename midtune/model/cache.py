@@ -27,7 +27,7 @@ def cache_folder() -> Path:
 def build_once(
     target: Path, build: Callable[[Path], Path], *, need_bytes: int, progress: Progress = silent
 ) -> Path:
-    """`target`, made by `build` if it is not there; seen by others only when it is complete.
+    """The folder `target`, made by `build` if it is not there; others see it only when it is complete.
 
     Args:
         target: folder in the cache.
@@ -44,7 +44,7 @@ def build_once(
         if is_complete(target):
             return target
         require_space(target.parent, need_bytes, f"preparing {target.name}", OTHER_DISK)
-        # Whoever holds the lock is the only builder, so a work folder found here is a dead one's.
+        # The lock's holder is the only builder, so a work folder found here is left by one that was killed.
         work = target.with_name(f".{target.name}.part")
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()

@@ -69,7 +69,7 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
 
     path = folder / "config.json"
     check_config(path)
-    with quiet(), explained(lambda why: f"{path} cannot be read ({why}); mend it or fetch it again."):
+    with quiet(), explained(lambda why: f"{path} cannot be read ({why}); correct it or fetch it again."):
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     return config
 

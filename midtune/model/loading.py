@@ -28,16 +28,15 @@ def load_policy(
 ) -> Policy:
     """Load a model with every parameter frozen.
 
-    With `quantize="nf4"` the linear layers of the blocks are quantized one by one while the checkpoint is
-    read, so a full-precision copy of the model never exists. Embeddings, norms and head stay as stored.
-    `unpack` is the policy's.
+    With `quantize="nf4"` the linear layers of the blocks are quantized one by one while the checkpoint is read, so
+    a full-precision copy never exists. Embeddings, norms and head stay as stored.
 
     Args:
-        dtype: what activations are computed in; None: see `compute_dtype_of`.
+        dtype: of activations; None: see `compute_dtype_of`.
+        unpack: as `Policy` takes it.
 
     Raises:
-        InputError: not a decoder-only model with safetensors weights, one that cannot be run from a block in
-            the middle, or the device does not exist.
+        InputError: no decoder-only model, one that cannot be run from a block in the middle, or no such device.
     """
     target = resolve_device(device)
     compute_dtype = dtype or compute_dtype_of(target)
@@ -136,11 +135,7 @@ PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endf
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: nn.Module, source: Source) -> None:
-    """Check that each token has a row in the input embedding.
-
-    Raises:
-        InputError: the tokenizer has more.
-    """
+    """Raise InputError if the tokenizer has tokens without a row in the input embedding."""
     rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     beyond = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= rows)
     if beyond:

@@ -134,15 +134,15 @@ class Policy:
         self._reference.pop(block, None)
 
     def thaw_all(self) -> None:
-        """Make every parameter trainable, embeddings, final norm and head too, as full training does.
+        """Make every parameter trainable, embeddings, final norm and head too, for full training.
 
         Raises:
-            InputError: the model is in 4-bit, which full training is not, or its input embedding is on the host.
+            InputError: the model is in 4-bit, or its input embedding is on the host.
         """
         if self.quantized:
             raise InputError(
-                f"full training of {self.source.name} was asked for, but its frozen blocks are in 4-bit, from "
-                "which training would not start where it does otherwise; add --quantize none."
+                f"full training of {self.source.name} was asked for, but its blocks are in 4-bit, so it would start "
+                "from other weights; add --quantize none."
             )
         if not is_here(self.model.get_input_embeddings()):
             raise InputError(
@@ -287,10 +287,10 @@ class Policy:
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Leaves operators alone inside `Policy.autocast`: what is computed from fp32 is fp32.
+    """Inside `Policy.autocast`, compute in the dtype of the inputs: fp32 stays fp32.
 
-    Autocast lowers products, `linalg.vecdot` among them, and raises sums, logarithms and norms, not the same ones on
-    a CPU and on a card. So log-probs, entropies and sums over the vocabulary are computed without it.
+    Autocast lowers products and raises sums, logarithms and norms, not the same ones on a CPU and on a GPU. So
+    log-probs, entropies and sums over the vocabulary are computed without it.
     """
     return torch.autocast(device.type, enabled=False)
 

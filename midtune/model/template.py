@@ -1,4 +1,4 @@
-"""Rendering a model's chat template, a program that comes with the model: within limits of time and memory."""
+"""A model's chat template is a program: render it within limits of time and memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MOST_BYTES = 4 * 2**30
 
 
 class _TooLong(BaseException):
-    """No Exception, since Jinja goes on after one that ends the folding of a constant."""
+    """No Exception: Jinja ignores one that is raised while it folds constants."""
 
 
 @contextlib.contextmanager
@@ -43,7 +43,7 @@ def rendering(longest_s: float = LONGEST_S) -> Iterator[None]:
         why = reason(error)
     if why:
         raise InputError(
-            f"the model's chat template cannot be used ({why}); mend chat_template.jinja in its folder, or use "
+            f"the model's chat template cannot be used ({why}); correct chat_template.jinja in its folder, or use "
             "--prompt-format plain."
         )
 

@@ -55,7 +55,7 @@ def test_a_hub_that_does_not_answer_is_given_up(
 
 def test_a_damaged_configuration_is_named(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "llama", "quantization_config": "x"}')
-    with pytest.raises(InputError, match=r"config\.json cannot be read \(.*\); mend it or fetch it again"):
+    with pytest.raises(InputError, match=r"config\.json cannot be read \(.*\); correct it or fetch it again"):
         config_of(str(folder))
 
 
