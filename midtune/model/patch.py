@@ -174,7 +174,7 @@ def merge_patch(source: Source, tensors: dict[str, torch.Tensor], out: Path) -> 
             if file.is_file() and not file.name.endswith(WEIGHTS):
                 shutil.copy(file, scratch / file.name)
         changed = {files[name] for name in tensors}
-        for shard in set(files.values()):
+        for shard in sorted(set(files.values())):
             if shard not in changed:
                 shutil.copy(shard, scratch / shard.name)
                 continue
