@@ -72,8 +72,8 @@ def test_too_little_disk_space(here: Path) -> None:
     with pytest.raises(
         InputError, match=r"big needs 1048576\.00 GiB of disk space and \d+\.\d\d GiB are free"
     ):
-        RunFolder.create(Path("big"), "x", need_bytes=2**50)
-    RunFolder.create(Path("small"), "x", need_bytes=1)
+        RunFolder.create(Path("big"), "x").require_free(2**50)
+    RunFolder.create(Path("small"), "x").require_free(1)
 
 
 def test_open_says_what_a_folder_is_instead(here: Path) -> None:

@@ -1,6 +1,6 @@
 """Make the bundled model `tiny`: two million parameters that can half do two-digit sums.
 
-    python -m midtune.assets.make_tiny --out DIR [--seed 0]
+    python recipes/tiny/make_tiny.py --out DIR [--seed 0]
 
 It exists so that the first command, the tests and a demo run without a network or a GPU. It has the
 architecture of Qwen3 and a chat template, and it knows the questions of reasoning-gym's `chain_sum` (`TASK`)
@@ -40,8 +40,6 @@ QUESTION = "State the final answer to the following arithmetic problem: {} ="
 VOCABULARY = 384
 HELD_OUT_SEED, HELD_OUT_SIZE = 1_000_003, 500
 
-BATCH, WARMUP = 32, 50
-
 
 class Phase(NamedTuple):
     """One stretch of supervised training: its text, and how long and fast it learns."""
@@ -52,6 +50,8 @@ class Phase(NamedTuple):
     worked_slip: float  # the same for one column of a worked answer
     steps: int
     learning_rate: float
+    batch: int = 32
+    warmup: int = 50
 
 
 # A step of four blocks on bare sums costs a small part of a step of twelve on whole questions.
@@ -149,9 +149,9 @@ def worked(a: int, op: str, b: int, rng: random.Random, slip: float) -> str:
 def make_batch(
     tokenizer: Any, phase: Phase, held_out: set[str], rng: random.Random
 ) -> list[dict[str, torch.Tensor]]:
-    """BATCH problems with answers as [B, T] tensors, one set for each style so that short rows stay short."""
+    """Problems with answers as [B, T] tensors, one set for each style so that short rows stay short."""
     styles: dict[Any, list[tuple[list[int], int]]] = {hurried: [], worked: []}
-    while sum(map(len, styles.values())) < BATCH:
+    while sum(map(len, styles.values())) < phase.batch:
         a, op, b = rng.randint(10, 99), rng.choice("+-"), rng.randint(10, 99)
         if f"{a} {op} {b}" in held_out:
             continue
@@ -181,7 +181,8 @@ def train(
         model.parameters(), lr=phase.learning_rate, betas=(0.9, 0.95), weight_decay=0.1
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / WARMUP, (phase.steps - step) / (phase.steps - WARMUP))
+        optimizer,
+        lambda step: min((step + 1) / phase.warmup, (phase.steps - step) / (phase.steps - phase.warmup)),
     )
     start = time.perf_counter()
     for step in range(1, phase.steps + 1):
@@ -217,32 +218,31 @@ def score(model: Any, tokenizer: Any, items: list[dict[str, Any]], sample: bool)
     return {name: total / len(items) for name, total in totals.items()}
 
 
-def main() -> None:
+def make(out: Path, seed: int, *, shallow: Phase, deep: Phase, held_out_size: int) -> None:
     """Train, save in half precision, and score what was saved."""
-    parser = argparse.ArgumentParser(description="Make the bundled model.")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    torch.set_num_threads(2)
-    torch.manual_seed(args.seed)
-    items = list(reasoning_gym.create_dataset("chain_sum", seed=HELD_OUT_SEED, size=HELD_OUT_SIZE, **TASK))
-
-    held_out, rng = {item["metadata"]["expression"] for item in items}, random.Random(args.seed)
+    torch.manual_seed(seed)
+    items = list(reasoning_gym.create_dataset("chain_sum", seed=HELD_OUT_SEED, size=held_out_size, **TASK))
+    held_out, rng = {item["metadata"]["expression"] for item in items}, random.Random(seed)
 
     tokenizer = make_tokenizer()
-    shallow = make_model(tokenizer, blocks=4)
+    first = make_model(tokenizer, blocks=4)
     model: Any = make_model(tokenizer, blocks=12)
-    train(shallow, tokenizer, SHALLOW, held_out, rng)
-    deepen(shallow, model)
-    train(model, tokenizer, DEEP, held_out, rng)
-    model.half().save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
+    train(first, tokenizer, shallow, held_out, rng)
+    deepen(first, model)
+    train(model, tokenizer, deep, held_out, rng)
+    model.half().save_pretrained(out)
+    tokenizer.save_pretrained(out)
 
-    saved = AutoModelForCausalLM.from_pretrained(args.out, dtype=torch.float32)
+    saved = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     for name, sample in (("greedy", False), ("sampled", True)):
-        figures = score(saved, AutoTokenizer.from_pretrained(args.out), items, sample)
+        figures = score(saved, AutoTokenizer.from_pretrained(out), items, sample)
         print(name, "  ".join(f"{key} {value:.3f}" for key, value in figures.items()), f" n {len(items)}")
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description="Make the bundled model.")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    torch.set_num_threads(2)
+    make(asked.out, asked.seed, shallow=SHALLOW, deep=DEEP, held_out_size=HELD_OUT_SIZE)

@@ -1,4 +1,4 @@
-"""Weights held for decoding: the same products, and nothing left behind."""
+"""Weights held for decoding: the same products, and nothing left behind; and no packing for bf16 on CPUs."""
 
 from __future__ import annotations
 
@@ -90,3 +90,21 @@ def test_weights_are_packed_again_after_a_failure(load: Load) -> None:
         with unpacked(policy.model, torch.float32, rows=2, most_bytes=2**30):
             raise RuntimeError("out of memory")
     assert replaced(policy) == []
+
+
+def test_gradients_pass_4bit_layers_after_sampling(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As on such a CPU; on any other the repacked weights could not even be used.
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    policy = load("qwen3")
+    packed = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        before = policy.model(ids).logits
+    for name, parameter in policy.model.named_parameters():
+        assert torch.equal(parameter, packed[name]), name
+
+    embedded = policy.model.get_input_embeddings()(ids).requires_grad_()
+    logits = policy.model(inputs_embeds=embedded).logits
+    assert torch.allclose(logits, before, atol=1e-5)
+    (gradient,) = torch.autograd.grad(logits.sum(), embedded)
+    assert gradient.abs().min() > 0
