@@ -1,65 +1,150 @@
-"""Cheap signals of every block from one set of rollouts, over frozen 4-bit weights.
+"""Cheap signals of every block from one set of rollouts of the untrained model, over frozen weights.
 
-The first is an estimate of ‖E g‖², the squared norm of a block's true reward gradient g: the mean of
-⟨g_i, g_j⟩ over pairs of different prompts of a backward pass. Two prompts are independent, so their noise
-averages to zero, where the plain norm of a gradient is mostly noise. That mean over all pairs is the mean,
-over all ways of halving the pass, of the product of the two halves. Passes are independent of each other, and
-the interval is over passes. Per parameter it ranks alike, since blocks are of one size.
+    python recipes/results/signals/gradient_signals.py --recipe recipes/sweep-tiny-chain-sum.yaml --out signals.json
+    midtune compare signals.json recipes/results/sweep-tiny-chain-sum.json
 
-The others weigh each weight by its noise (`fisher`), by what a first Adam step makes of it (`adam`), or look
-at the states between blocks in place of gradients (`change`, `separation`).
+The first signal estimates ‖E g‖², the squared norm of a block's true reward gradient g: the mean of ⟨g_i, g_j⟩
+over pairs of different prompts of a backward pass. Two prompts are independent, so their noise averages to zero,
+where the plain norm of a gradient is mostly noise. Passes are independent too: the 95% interval is over passes.
+
+No signal ranked blocks better than closeness to the middle does, so ranks are by that; see ../README.md.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import json
 import math
+import random
+import sys
+import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.stats import t
 from torch import nn
 
-from midtune.errors import RunStopped
-from midtune.measure.meter import Meter
+from midtune.config import RunConfig, load_config, parse_assignment
+from midtune.errors import InputError, MidtuneError, RunStopped
 from midtune.model.policy import Policy
+from midtune.probe.selection import best, from_the_middle, middle
+from midtune.report.terminal import Terminal
 from midtune.rl.tail import completion_log_probs
+from midtune.rl.training import sampling_of
 from midtune.rollout.boundary import positions
+from midtune.rollout.evaluation import score_completions
 from midtune.rollout.sampler import Rollout, Sampling, sample
+from midtune.rollout.speech import prompt_ids
+from midtune.stages.setup import open_policy, open_source, open_task, require_one_turn
 
-# Of the mean square of a layer's gradients, added to each weight's.
-SMALLEST_SHARE = 1e-3
+# A pass over all blocks keeps the inputs and output gradients of every linear layer: 2.3 times the memory of
+# updating the middle block on the same tokens, where it was measured.
+MEMORY_FACTOR = 3
+# Enough for an interval over passes; fewer, larger passes compare more prompts with each other.
+PASSES = 8
+# Damping: this share of a layer's mean squared gradient is added to each weight's.
+DAMPING = 1e-3
 # TRL's, so that the gradient is the one that training would follow.
 STD_FLOOR = 1e-4
 
 
-@dataclass(frozen=True)
-class BlockSignal:
-    """The reward gradient g of the weights of one block's linear layers, and other signals of the block.
+class Sums(NamedTuple):
+    """Sums over the weights of a block, of the gradients of the prompts of a pass.
 
     Attributes:
-        score: unbiased estimate of ‖E g‖²; below zero when it is lost in noise.
-        low, high: 95% interval of `score` over passes (Student's t).
-        signals: `product`, which is `score`; `share`, that as a share of the mean squared norm of a pass's
-            gradient, noise included; `norm`, the root mean square norm of a pass's gradient, noise included;
-            `fisher`, ‖E g‖² with each weight's part divided by its mean square over prompts; `adam`, what a
-            step by the sign of one half's gradient gains to first order on the other half; `change`, 1 − the
-            mean cosine of the states that enter and leave the block; `separation`, as `product` for the
-            advantage-weighted mean of the states that leave the block, over their mean square.
+        product: mean product of the gradients of two prompts.
+        square: squared norm of the mean gradient.
+        fisher: `product` with each weight's part divided by its mean square over prompts.
+        adam: mean gradient of one half times the sign of the other's.
     """
 
-    block: int
-    score: float
-    low: float
-    high: float
-    signals: dict[str, float]
+    product: float
+    square: float
+    fisher: float
+    adam: float
 
 
-def gradient_probe(
+def measure(config: RunConfig, prompts: int, terminal: Terminal) -> dict[str, Any]:
+    """The signals of every block, in the shape of a probe.json.
+
+    Args:
+        prompts: how many training problems to sample completions for.
+
+    Raises:
+        InputError: the task is played in turns, or has too few problems.
+        RunStopped: the rewards tell no completions apart, or one is not finite.
+    """
+    task = open_task(config, terminal)
+    require_one_turn(task, "the gradient probe")
+    training = config.training
+    count = min(prompts, len(task.train))
+    if count < 4:
+        raise InputError(f"the gradient probe compares at least 4 problems, but {count} were to be sampled.")
+    policy = open_policy(config, open_source(config, terminal), terminal)
+    started = time.perf_counter()
+    rows = random.Random(config.seed).sample(task.train, count)
+    ids = [prompt_ids(policy.tokenizer, row["prompt"]) for row in rows]
+    group_tokens = max(map(len, ids)) + training.group_size * training.max_new_tokens
+    fitting = training.micro_batch_tokens // MEMORY_FACTOR // group_tokens
+    micro_prompts = max(2, min(fitting, count // PASSES))
+    passes = count // micro_prompts
+
+    def reward_of(rollout: Rollout, start: int) -> list[float]:
+        completions = rollout.completions()
+        texts = policy.tokenizer.batch_decode(completions, skip_special_tokens=True)
+        repeated = [rows[start + i // rollout.group_size] for i in range(len(completions))]
+        return score_completions(task.reward, repeated, texts, completions)
+
+    torch.manual_seed(config.seed)
+    signals = gradient_signals(
+        policy,
+        ids[: passes * micro_prompts],
+        reward_of,
+        blocks=range(policy.num_blocks),
+        sampling=sampling_of(training),
+        group_size=training.group_size,
+        micro_prompts=micro_prompts,
+        sample_prompts=micro_prompts * max(1, training.prompts_per_step // micro_prompts),
+    )
+    order = from_the_middle(signals, policy.num_blocks)
+    (baseline,) = middle(policy.num_blocks, 1)
+    keys = {"group_size", "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "stop_strings"}
+    return {
+        "schema": 1,
+        "model": policy.source.name,
+        "revision": policy.source.revision,
+        "num_blocks": policy.num_blocks,
+        "task": task.name,
+        "task_fingerprint": task.fingerprint,
+        "method": "gradient",
+        "seed": config.seed,
+        "seeds": 1,
+        "settings": {
+            "quantize": config.model.quantize,
+            **training.model_dump(include=keys),
+            "prompts": passes * micro_prompts,
+            "passes": passes,
+        },
+        "cost_seconds": time.perf_counter() - started,
+        "note": "Ranked by closeness to the middle: no signal ranked blocks better than that.",
+        "blocks": [
+            {"block": block, **found, "contribution": None, "rank": 1 + order.index(block)}
+            for block, found in signals.items()
+        ],
+        "selected": best(order, policy.num_blocks, config.blocks.top_k),
+        "depth_baseline": {"block": baseline, "score": signals[baseline]["score"]},
+    }
+
+
+def gradient_signals(
     policy: Policy,
     prompts: list[list[int]],
     reward_of: Callable[[Rollout, int], Any],
@@ -68,11 +153,9 @@ def gradient_probe(
     sampling: Sampling,
     group_size: int,
     micro_prompts: int,
-    sample_prompts: int | None = None,
-    meter: Meter | None = None,
-    on_progress: Callable[[int], None] | None = None,
-) -> list[BlockSignal]:
-    """Measure the reward gradient of every block in `blocks`; nothing in the policy changes.
+    sample_prompts: int,
+) -> dict[int, dict[str, Any]]:
+    """The reward gradient of every block in `blocks`, and other signals; nothing in the policy changes.
 
     Args:
         policy: sampled from with torch's global random state.
@@ -80,63 +163,41 @@ def gradient_probe(
         reward_of: (rollout, number of its first prompt) → rewards, N·G values, a prompt's adjacent.
         micro_prompts: prompts of one backward pass, at least 2; more of them give more pairs and less noise,
             and hold more: inputs and output gradients of every linear layer from the lowest block on.
-        sample_prompts: prompts sampled together, a multiple of `micro_prompts` (default: as many).
-        meter: receives the phases `rollout` and `reward`.
-        on_progress: called with the number of prompts finished since the last call.
+        sample_prompts: prompts sampled together, a multiple of `micro_prompts`.
 
     Returns:
-        One signal per block, in the order of `blocks`.
+        Block → `score`, `low`, `high` and `signals`; see `summary`.
 
     Raises:
         RunStopped: all completions of every prompt got equal rewards, or a reward is not finite.
     """
-    together = sample_prompts or micro_prompts
-    if (
-        micro_prompts < 2
-        or len(prompts) < 2 * micro_prompts
-        or len(prompts) % micro_prompts
-        or together % micro_prompts
-    ):
-        raise ValueError(
-            f"{len(prompts)} prompts cannot go in passes of {micro_prompts}, sampled {together} at a time"
-        )
-    meter = meter or Meter(policy.device)
     passes: list[dict[int, Sums]] = []
     states: list[dict[int, tuple[float, float]]] = []
-    seen: list[NDArray[np.float64]] = []
-    for start in range(0, len(prompts), together):
-        with meter.phase("rollout"):
-            rollout = sample(
-                policy,
-                prompts[start : start + together],
-                sampling,
-                group_size=group_size,
-                boundary_block=min(blocks),
-            )
-        with meter.phase("reward"):
-            rewards = np.asarray(reward_of(rollout, start), dtype=np.float64).reshape(-1, group_size)
+    for start in range(0, len(prompts), sample_prompts):
+        rollout = sample(
+            policy,
+            prompts[start : start + sample_prompts],
+            sampling,
+            group_size=group_size,
+            boundary_block=min(blocks),
+        )
+        rewards = np.asarray(reward_of(rollout, start), dtype=np.float64).reshape(-1, group_size)
         if not np.isfinite(rewards).all():
-            raise RunStopped(
-                "a reward was not a finite number, so no advantage can be computed; mend the reward."
-            )
+            raise RunStopped("a reward was not a finite number, so there is no advantage; mend the reward.")
         advantages = group_advantages(rewards)
-        seen.append(rewards)
         for first in range(0, len(rewards), micro_prompts):
             part = slice(first, first + micro_prompts)
             groups = rollout.groups(part.start, part.stop)
             passes.append(pair_products(policy, groups, advantages[part], blocks, sampling.temperature))
             states.append(state_signals(policy, groups, advantages[part], blocks))
-            if on_progress is not None:
-                on_progress(micro_prompts)
-    rewards = np.concatenate(seen)
-    if not group_advantages(rewards).any():
-        raise RunStopped(_nothing_to_compare(rewards))
-    return [
-        _signal(
-            block, np.array([sums[block] for sums in passes]), np.array([found[block] for found in states])
+    if not any(sums.square for found in passes for sums in found.values()):
+        raise RunStopped("all completions of each prompt got equal rewards; try easier or harder problems.")
+    return {
+        block: summary(
+            np.array([found[block] for found in passes]), np.array([found[block] for found in states])
         )
         for block in blocks
-    ]
+    }
 
 
 def group_advantages(rewards: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -147,6 +208,37 @@ def group_advantages(rewards: NDArray[np.float64]) -> NDArray[np.float64]:
     centred = rewards - rewards.mean(1, keepdims=True)
     centred[np.ptp(rewards, axis=1) == 0] = 0.0
     return np.asarray(centred / (rewards.std(1, ddof=1, keepdims=True) + STD_FLOOR))
+
+
+def summary(sums: NDArray[np.float64], states: NDArray[np.float64]) -> dict[str, Any]:
+    """The figures of one block.
+
+    `score` is the unbiased estimate of ‖E g‖², below zero when it is lost in noise, with a Student's t interval
+    over passes. `signals` are `product`, which is `score`; `share`, that as a share of the mean squared norm of a
+    pass's gradient, noise included; `norm`, the root mean square norm of a pass's gradient, noise included;
+    `fisher`, ‖E g‖² with each weight's part divided by its mean square over prompts; `adam`, what a step by the
+    sign of one half's gradient gains to first order on the other half; `change`, 1 − the mean cosine of the states
+    that enter and leave the block; `separation`, as `product` for the advantage-weighted mean of the states that
+    leave the block, over their mean square.
+
+    Args:
+        sums: [passes, 4], as `Sums`.
+        states: [passes, 2], as `state_signals`.
+    """
+    products = sums[:, 0]
+    score, square, fisher, adam = (float(mean) for mean in sums.mean(0))
+    margin = float(t.ppf(0.975, len(products) - 1) * products.std(ddof=1) / math.sqrt(len(products)))
+    change, separation = (float(mean) for mean in states.mean(0))
+    signals = {
+        "product": score,
+        "share": score / square if square > 0 else 0.0,
+        "norm": math.sqrt(square),
+        "fisher": fisher,
+        "adam": adam,
+        "change": change,
+        "separation": separation,
+    }
+    return {"score": score, "low": score - margin, "high": score + margin, "signals": signals}
 
 
 def pair_products(
@@ -164,14 +256,13 @@ def pair_products(
         rollout: N ≥ 2 groups with the states that enter the lowest of `blocks`.
         advantages: [N, G].
     """
-    count = len(advantages)
     unequal = np.flatnonzero(advantages.any(1))
     if unequal.size == 0:
         return dict.fromkeys(blocks, Sums(0.0, 0.0, 0.0, 0.0))
     # A group without advantages has a gradient of exactly zero: it counts, but need not be computed.
     kept = rollout.groups_at(torch.as_tensor(unequal, device=policy.device))
     assert kept.boundary is not None
-    with torch.enable_grad(), _watched(policy, blocks, len(unequal), count) as gradients:
+    with torch.enable_grad(), watched(policy, blocks, len(unequal), len(advantages)) as gradients:
         # Autograd starts at these states, so the blocks below the lowest one are left alone.
         inputs = [kept.boundary.prompt.requires_grad_(), kept.boundary.completion.requires_grad_()]
         # One pack: the rows of a prompt stay adjacent.
@@ -190,7 +281,7 @@ def pair_products(
 def state_signals(
     policy: Policy, rollout: Rollout, advantages: NDArray[np.float64], blocks: Sequence[int]
 ) -> dict[int, tuple[float, float]]:
-    """One pass: per block, `change` and `separation` of its states; see `BlockSignal`.
+    """One pass: per block, `change` and `separation` of its states; see `summary`.
 
     Args:
         rollout: N ≥ 2 groups.
@@ -217,43 +308,22 @@ def state_signals(
         separation = pairs / (count * (count - 1)) / means.square().sum(1).mean()
         found[block] = float(change), float(separation)
 
-    hooks = [
-        policy.blocks[block].register_forward_hook(partial(look, block), with_kwargs=True)
-        for block in set(blocks)
-    ]
-    try:
-        with policy.autocast():
-            policy.model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions(mask),
-                use_cache=False,
-                logits_to_keep=1,
-            )
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with contextlib.ExitStack() as hooks, policy.autocast():
+        for block in blocks:
+            hook = policy.blocks[block].register_forward_hook(partial(look, block), with_kwargs=True)
+            hooks.callback(hook.remove)
+        policy.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions(mask),
+            use_cache=False,
+            logits_to_keep=1,
+        )
     return found
 
 
-class Sums(NamedTuple):
-    """Sums over the weights of a block, of the gradients of the prompts of a pass.
-
-    Attributes:
-        product: mean product of the gradients of two prompts.
-        square: squared norm of the mean gradient.
-        fisher: `product` with each weight's part divided by its mean square over prompts.
-        adam: mean gradient of one half times the sign of the other's.
-    """
-
-    product: float
-    square: float
-    fisher: float
-    adam: float
-
-
 @dataclass
-class _Call:
+class Call:
     """One use of a linear layer: what went in, and the gradient of what came out."""
 
     inputs: torch.Tensor
@@ -261,7 +331,7 @@ class _Call:
 
 
 @dataclass
-class _WeightGradients:
+class WeightGradients:
     """Weight gradients of linear layers, reduced layer by layer to the `Sums` of each block.
 
     The frozen weights get no gradient from autograd. A layer's is aᵀx over its tokens, with x its input and a
@@ -271,18 +341,18 @@ class _WeightGradients:
     prompts: int  # whose gradient is not zero
     count: int  # of all prompts
     sums: dict[int, torch.Tensor]
-    calls: dict[nn.Module, tuple[int, list[_Call]]] = field(default_factory=dict)
+    calls: dict[nn.Module, tuple[int, list[Call]]] = field(default_factory=dict)
 
     def on_forward(
         self, block: int, layer: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
     ) -> None:
         if not output.requires_grad:
             return
-        call = _Call(args[0].detach())
+        call = Call(args[0].detach())
         self.calls.setdefault(layer, (block, []))[1].append(call)
         output.register_hook(partial(self.on_backward, layer, call))
 
-    def on_backward(self, layer: nn.Module, call: _Call, gradient: torch.Tensor) -> None:
+    def on_backward(self, layer: nn.Module, call: Call, gradient: torch.Tensor) -> None:
         call.gradient = gradient.detach()
         block, calls = self.calls[layer]
         # Prompts and completions pass one after the other, and a prompt's gradient comes from both.
@@ -290,7 +360,7 @@ class _WeightGradients:
             del self.calls[layer]
             self.reduce(block, calls)
 
-    def reduce(self, block: int, calls: list[_Call]) -> None:
+    def reduce(self, block: int, calls: list[Call]) -> None:
         halves: list[torch.Tensor] = []
         squares: torch.Tensor | None = None
         for prompt in range(self.prompts):
@@ -307,13 +377,13 @@ class _WeightGradients:
         products = (total.square() - squares).div_(self.count * (self.count - 1))
         mean_square = squares.div_(self.count)
         # A weight that has hardly any gradient is not worth much more than the others.
-        fisher = products / (mean_square + SMALLEST_SHARE * mean_square.mean())
+        fisher = products / (mean_square + DAMPING * mean_square.mean())
         first, second = halves if len(halves) == 2 else (total, torch.zeros_like(total))
         adam = first.sign() * second + second.sign() * first
         found = (products, (total / self.count).square_(), fisher, adam / self.count)
         self.sums[block] += torch.stack([part.sum(dtype=torch.float64) for part in found])
 
-    def weight_gradient(self, call: _Call, prompt: int) -> torch.Tensor:
+    def weight_gradient(self, call: Call, prompt: int) -> torch.Tensor:
         assert call.gradient is not None
         # The rows of a prompt are adjacent, whether a layer sees [B, T, F] or [B·T, F].
         x = call.inputs.reshape(self.prompts, -1, call.inputs.size(-1))[prompt]
@@ -331,49 +401,39 @@ class _WeightGradients:
 
 
 @contextlib.contextmanager
-def _watched(policy: Policy, blocks: Sequence[int], prompts: int, count: int) -> Iterator[_WeightGradients]:
+def watched(policy: Policy, blocks: Sequence[int], prompts: int, count: int) -> Iterator[WeightGradients]:
     """Follows the linear layers of `blocks`, 4-bit ones included, through one forward and backward pass."""
     zeros = partial(torch.zeros, len(Sums._fields), dtype=torch.float64, device=policy.device)
-    gradients = _WeightGradients(prompts, count, {k: zeros() for k in blocks})
-    hooks = [
-        layer.register_forward_hook(partial(gradients.on_forward, block))
-        for block in set(blocks)
-        for layer in policy.blocks[block].modules()
-        if isinstance(layer, nn.Linear)
-    ]
-    try:
+    gradients = WeightGradients(prompts, count, {block: zeros() for block in blocks})
+    with contextlib.ExitStack() as hooks:
+        for block in blocks:
+            for layer in policy.blocks[block].modules():
+                if isinstance(layer, nn.Linear):
+                    hook = layer.register_forward_hook(partial(gradients.on_forward, block))
+                    hooks.callback(hook.remove)
         yield gradients
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
-def _signal(block: int, sums: NDArray[np.float64], states: NDArray[np.float64]) -> BlockSignal:
-    """Args: sums: [passes, 4], as `Sums`; states: [passes, 2], as `state_signals`."""
-    from scipy.stats import t
-
-    products = sums[:, 0]
-    score, square, fisher, adam = (float(mean) for mean in sums.mean(0))
-    margin = float(t.ppf(0.975, len(products) - 1) * products.std(ddof=1) / math.sqrt(len(products)))
-    change, separation = (float(mean) for mean in states.mean(0))
-    signals = {
-        "product": score,
-        "share": score / square if square > 0 else 0.0,
-        "norm": math.sqrt(square),
-        "fisher": fisher,
-        "adam": adam,
-        "change": change,
-        "separation": separation,
-    }
-    return BlockSignal(block, score, score - margin, score + margin, signals)
-
-
-def _nothing_to_compare(rewards: NDArray[np.float64]) -> str:
-    if np.ptp(rewards) == 0:
-        found = f"all {rewards.size} completions got the reward {rewards.flat[0]:g}"
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--recipe", type=Path, help="a YAML file; default: the bundled model's")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any config key")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--prompts", type=int, default=64, help="problems to sample completions for")
+    parser.add_argument("--out", type=Path, help="where the JSON goes; default: the standard output")
+    asked = parser.parse_args(arguments)
+    # Of the libraries underneath, about themselves.
+    warnings.simplefilter("ignore", FutureWarning)
+    try:
+        config = load_config(asked.recipe, {"seed": asked.seed, **dict(map(parse_assignment, asked.set))})
+        found = json.dumps(measure(config, asked.prompts, Terminal()), indent=2)
+    except MidtuneError as error:
+        sys.exit(str(error))
+    if asked.out is None:
+        print(found)
     else:
-        found = f"all completions of each prompt got equal rewards (mean {rewards.mean():.3g})"
-    return (
-        f"the blocks cannot be ranked by gradient because {found}; try easier or harder problems, a larger "
-        "--group-size, more --max-new-tokens or another --reward, or name the blocks with --layers."
-    )
+        asked.out.write_text(found + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
