@@ -76,11 +76,9 @@ SETTINGS = {
     "baseline": "evaluation.baseline",
     "method": "probe.method",
     "probed": "probe.layers",
-    "prompts": "probe.prompts",
     "budget": "probe.budget",
     "seeds": "probe.seeds",
     "full_lr": "probe.full_lr",
-    "objective": "probe.objective",
     "seed": "seed",
 }
 ALLOWED_WITH_RESUME = {"model", "out", "resume", "offline", "dry_run", "as_json", "quiet", "debug"}
@@ -169,11 +167,9 @@ Baseline = Annotated[str | None, _option("baseline", "Evaluation")]
 
 Method = Annotated[str | None, _option("method", "Probe")]
 Probed = Annotated[str | None, _option("probed", "Probe", "--layers")]
-Prompts = Annotated[int | None, _option("prompts", "Probe")]
 Budget = Annotated[str | None, _option("budget", "Probe")]
 Seeds = Annotated[int | None, _option("seeds", "Probe")]
 FullLearningRate = Annotated[float | None, _option("full_lr", "Probe")]
-Objective = Annotated[str | None, _option("objective", "Probe")]
 
 Recipe = Annotated[
     Path | None, _plain_option("--recipe", "a YAML file of settings; options override it", "Settings")
@@ -347,10 +343,8 @@ def probe(
     probed: Probed = None,
     top_k: TopK = None,
     budget: Budget = None,
-    objective: Objective = None,
     seeds: Seeds = None,
     full_lr: FullLearningRate = None,
-    prompts: Prompts = None,
     algorithm: Algorithm = None,
     steps: Steps = None,
     lr: LearningRate = None,

@@ -5,12 +5,12 @@ import random
 from pathlib import Path
 
 import pytest
+from midtune.stages.setup import open_policy, open_source, open_task, score_policy
 
 from midtune.config import BUNDLED_RECIPE, load_config
 from midtune.model.loading import load_policy
 from midtune.model.sources import resolve
 from midtune.report.terminal import Terminal
-from midtune.stages.setup import open_policy, open_source, open_task, score_policy
 from recipes.tiny import make_tiny
 
 FOLDER = BUNDLED_RECIPE.parent
