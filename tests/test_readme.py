@@ -33,17 +33,18 @@ EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["option
 OPENING = ["pip install . && midtune train --top-k 1", "pip install '.[dev]' && pytest"]
 
 # Added to a command that is run: as little work as its stage can do.
-_STEP = "--prompts-per-step 2 --group-size 2 --max-new-tokens 4 --eval-size 2 --steps 1"
-_TRAIN = "--samples 0 --baseline estimated --set evaluation.deployed=false --set task.train_size=8"
+_STEP = "--steps 1 --prompts-per-step 2 --group-size 2 --max-new-tokens 4 --eval-size 2"
 SMALL = {
-    "train": f"{_STEP} {_TRAIN}",
+    "train": f"{_STEP} --baseline estimated --set evaluation.deployed=false --set task.train_size=8",
     "probe": f"{_STEP} --samples 1 --budget '4 steps' --layers 5,6,7 --seeds 1",
-    "eval": "--max-new-tokens 4 --eval-size 2 --samples 4",
+    "eval": "--max-new-tokens 4 --eval-size 2",
     "vote": "--max-new-tokens 4 --eval-size 2 --samples 0",
+    "compare": "--top-k 2",
+    "tasks": "--set sandbox.allow_weak=true",
 }
-# What they say depends on a card, on other processes and on the network; their own tests run them.
+# What they say depends on a card, on processes of their own or on the network; their own tests run them.
 PARSED = {"plan", "bench", "doctor"}
-PACKAGES_NEEDED = {"textworld", "alfworld"}
+GAMES = {"frozen-lake", "textworld", "alfworld"}  # each needs a package
 
 
 @dataclass(frozen=True)
@@ -69,115 +70,121 @@ WITH_COMMANDS = [page for page in PAGES if commands(page)]
 
 
 class Reader:
-    """Someone who follows a page from its first command to its last, in a folder of their own.
+    """Someone who follows a page from top to bottom, in the current folder.
+
+    Every command is parsed as it stands, up to its stage. Beyond that it is run, made small, if the bundled model is
+    enough for it. A run or a ranking takes seconds, so it is made if a later command of the page reads it. Of any
+    other one, the task is read and tried.
 
     Args:
-        finished: commands that were run before, and the folders that they left: they are not run again.
+        made: command → the folder that it left on an earlier page, to be used again.
     """
 
-    def __init__(self, patched: pytest.MonkeyPatch, finished: dict[str, Path]) -> None:
-        self._patched, self._finished = patched, finished
+    def __init__(self, patched: pytest.MonkeyPatch, made: dict[str, Path]) -> None:
+        self._patched, self._made = patched, made
 
-    def follow(self, command: str) -> bool:
-        """Run a command if the bundled model is enough for it, else parse it; returns whether it was run."""
+    def follow(self, command: str, later: Sequence[str]) -> None:
         words = shlex.split(command, comments=True)
         if words[0] == "pip":
-            return self._installs(words)
+            return check_installed(words)
         assert words[0] == "midtune", command
+        configs = list(configs_in(self._stage_arguments(words[1:])))
         out = Path(words[words.index("--out") + 1]) if "--out" in words else None
-        named = self._parsed(words[1:], command)
-        if words[1] in PARSED or not all(map(self._is_at_hand, named)):
-            if out is not None and words[1] == "train":
-                RunFolder.create(out, "").write_config(dump_config(next(self._configs(named))))
-            return False
+        small = shlex.split(SMALL.get(words[1], ""))
         key = " ".join(words)
-        if key in self._finished and out is not None:
-            shutil.copytree(self._finished[key], out)
-            return True
-        small = [] if "--resume" in words else shlex.split(SMALL.get(words[1], ""))
-        with pytest.raises(SystemExit) as ended:
-            cli.main([*words[1:], *small])
-        assert ended.value.code == 0, command
-        if out is not None:
-            self._finished[key] = out.absolute()
-        return True
+        if words[1] in PARSED:
+            return None
+        if words[1] in ("train", "probe") and not (out and any(str(out) in other for other in later)):
+            for config in configs:
+                self._try_task(config)
+        elif any(config.model.name != BUNDLED_MODEL for config in configs):
+            if out is not None and words[1] == "train":
+                RunFolder.create(out, "").write_config(dump_config(configs[0]))
+        elif out is not None and key in self._made:
+            shutil.copytree(self._made[key], out)
+        else:
+            run([*words[1:], *small])
+            if out is not None:
+                self._made[key] = out.absolute()
 
-    def _parsed(self, words: Sequence[str], command: str) -> list[Any]:
-        """What the command hands to its stage."""
+    def _try_task(self, config: RunConfig) -> None:
+        task = config.task.name
+        assert task is not None
+        if not is_dataset(task) and task not in GAMES:
+            Path("tried.yaml").write_text(dump_config(config))
+            few = ["--set", "task.train_size=8", "--set", f"task.eval_size={min(config.task.eval_size, 8)}"]
+            run(["tasks", "check", task, "--recipe", "tried.yaml", *few, *shlex.split(SMALL["tasks"])])
+
+    def _stage_arguments(self, words: Sequence[str]) -> list[Any]:
         reached: list[list[Any]] = []
 
-        def run(*arguments: Any, resume: Path | None = None, **_: Any) -> dict[str, Any]:
-            reached.append([*arguments, *([resume] if resume else [])])
+        def stage(*arguments: Any, resume: Path | None = None, **_: Any) -> dict[str, Any]:
+            reached.append([*arguments, resume])
             return {}
 
         name = "dry_run" if "--dry-run" in words else {"eval": "evaluate"}.get(words[0], words[0])
         with self._patched.context() as patched:
-            patched.setitem(sys.modules, f"midtune.stages.{name}", SimpleNamespace(run=run))
-            patched.setattr(stages, name, SimpleNamespace(run=run), raising=False)
-            with pytest.raises(SystemExit) as ended:
-                cli.main([*words, "--json"])
-        assert ended.value.code == 0, command
+            patched.setitem(sys.modules, f"midtune.stages.{name}", SimpleNamespace(run=stage))
+            patched.setattr(stages, name, SimpleNamespace(run=stage), raising=False)
+            run([*words, "--json"])
         (arguments,) = reached
-        return list(self._flat(arguments))
+        return arguments
 
-    def _flat(self, arguments: Any) -> Iterator[Any]:
-        for argument in arguments:
-            yield from self._flat(argument) if isinstance(argument, list | tuple) else [argument]
 
-    def _configs(self, named: Sequence[Any]) -> Iterator[RunConfig]:
-        """The configurations among what a stage is given, and those of the runs that it is given."""
-        for value in named:
-            if isinstance(value, RunConfig):
-                yield value
-            elif isinstance(value, str | Path) and (Path(value) / "config.yaml").is_file():
-                yield RunFolder.open(Path(value)).config
+def run(words: Sequence[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(list(words))
+    assert ended.value.code == 0, shlex.join(["midtune", *words])
 
-    def _is_at_hand(self, named: Any) -> bool:
-        def has(config: RunConfig) -> bool:
-            task = config.task.name
-            elsewhere = task is not None and (is_dataset(task) or task in PACKAGES_NEEDED)
-            return config.model.name == BUNDLED_MODEL and not elsewhere
 
-        return all(map(has, self._configs([named])))
+def configs_in(arguments: Sequence[Any]) -> Iterator[RunConfig]:
+    """The configurations that a stage is given, and those of the runs that it is given."""
+    for argument in arguments:
+        if isinstance(argument, list):
+            yield from configs_in(argument)
+        elif isinstance(argument, RunConfig):
+            yield argument
+        elif isinstance(argument, str | Path) and (Path(argument) / "config.yaml").is_file():
+            yield load_config(Path(argument) / "config.yaml", {})
 
-    def _installs(self, words: Sequence[str]) -> bool:
-        assert words[1] == "install"
-        for word in words[2:]:
-            required = Requirement(word)
-            assert required.name == "midtune" and required.extras <= EXTRAS.keys(), word
-        return False
+
+def check_installed(words: Sequence[str]) -> None:
+    assert words[1] == "install"
+    for word in words[2:]:
+        required = Requirement(word)
+        assert required.name == "midtune" and required.extras <= EXTRAS.keys(), word
 
 
 @pytest.fixture(scope="module")
-def finished() -> dict[str, Path]:
+def made() -> dict[str, Path]:
     return {}
 
 
 def test_it_opens_with_the_two_commands_that_ci_runs() -> None:
-    lines = [line for block in blocks("README.md") if block.language == "bash" for line in block.text.splitlines()]
-    assert lines[:2] == OPENING
+    bash = [line for block in blocks("README.md") if block.language == "bash" for line in block.text.splitlines()]
+    assert bash[:2] == OPENING
     ci = (ROOT / ".ci/run").read_text(encoding="utf-8")
     for command in OPENING:
         assert command in ci
 
 
 @pytest.mark.parametrize("page", WITH_COMMANDS)
-def test_its_commands_work_from_top_to_bottom(
-    page: str, finished: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_commands_work_from_top_to_bottom(
+    page: str, made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     monkeypatch.chdir(tmp_path)
-    reader = Reader(monkeypatch, finished)
     for block in blocks(page):
         if block.file:
             Path(block.file).write_text(block.text, encoding="utf-8")
+    reader, later = Reader(monkeypatch, made), commands(page)
     for block in blocks(page):
-        if block.language == "bash":
-            for command in filter(None, block.text.splitlines()):
-                if command not in OPENING:
-                    reader.follow(command)
-        elif block.language == "python" and not block.file:
+        if block.language == "python" and not block.file:
             exec(compile(block.text, page, "exec"), {})
+        elif block.language == "bash":
+            while later and later[0] in block.text.splitlines():
+                command = later.pop(0)
+                reader.follow(command, later)
 
 
 def python_files(page: str) -> dict[str, str]:
