@@ -26,7 +26,11 @@ from midtune.tasks.hub import is_dataset
 ROOT = Path(__file__).parents[1]
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
-    for path in [ROOT / "README.md", ROOT / "midtune/assets/tiny/README.md", *sorted(ROOT.glob("recipes/**/*.md"))]
+    for path in [
+        ROOT / "README.md",
+        ROOT / "midtune/assets/tiny/README.md",
+        *sorted(ROOT.glob("recipes/**/*.md")),
+    ]
 }
 README = PAGES["README.md"]
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
@@ -61,12 +65,18 @@ def blocks(page: str) -> list[Block]:
     return [Block(*parts) for parts in found]
 
 
-def commands(page: str) -> list[str]:
-    lines = [line for block in blocks(page) if block.language == "bash" for line in block.text.splitlines()]
-    return [line for line in lines if line and line not in OPENING]
+def steps(page: str) -> list[tuple[str, str]]:
+    """What a reader does: (`bash`, a command) or (`python`, code), in the page's order."""
+    found = []
+    for block in blocks(page):
+        if block.language == "bash":
+            found += [("bash", line) for line in block.text.splitlines() if line and line not in OPENING]
+        elif block.language == "python" and not block.file:
+            found.append(("python", block.text))
+    return found
 
 
-WITH_COMMANDS = [page for page in PAGES if commands(page)]
+WITH_COMMANDS = [page for page in PAGES if steps(page)]
 
 
 class Reader:
@@ -77,7 +87,7 @@ class Reader:
     other one, the task is read and tried.
 
     Args:
-        made: command → the folder that it left on an earlier page, to be used again.
+        made: what was run → the folder that it left.
     """
 
     def __init__(self, patched: pytest.MonkeyPatch, made: dict[str, Path]) -> None:
@@ -91,7 +101,8 @@ class Reader:
         configs = list(configs_in(self._stage_arguments(words[1:])))
         out = Path(words[words.index("--out") + 1]) if "--out" in words else None
         small = shlex.split(SMALL.get(words[1], ""))
-        key = " ".join(words)
+        # A run of another seed, or on another page, would only take the same time again.
+        work = re.sub(r" --(seed|out) \S+", "", shlex.join(words))
         if words[1] in PARSED:
             return None
         if words[1] in ("train", "probe") and not (out and any(str(out) in other for other in later)):
@@ -100,12 +111,12 @@ class Reader:
         elif any(config.model.name != BUNDLED_MODEL for config in configs):
             if out is not None and words[1] == "train":
                 RunFolder.create(out, "").write_config(dump_config(configs[0]))
-        elif out is not None and key in self._made:
-            shutil.copytree(self._made[key], out)
+        elif out is not None and work in self._made:
+            shutil.copytree(self._made[work], out)
         else:
             run([*words[1:], *small])
             if out is not None:
-                self._made[key] = out.absolute()
+                self._made[work] = out.absolute()
 
     def _try_task(self, config: RunConfig) -> None:
         task = config.task.name
@@ -161,8 +172,7 @@ def made() -> dict[str, Path]:
 
 
 def test_it_opens_with_the_two_commands_that_ci_runs() -> None:
-    bash = [line for block in blocks("README.md") if block.language == "bash" for line in block.text.splitlines()]
-    assert bash[:2] == OPENING
+    assert [block.text for block in blocks("README.md")][:2] == [f"{command}\n" for command in OPENING]
     ci = (ROOT / ".ci/run").read_text(encoding="utf-8")
     for command in OPENING:
         assert command in ci
@@ -177,23 +187,18 @@ def test_commands_work_from_top_to_bottom(
     for block in blocks(page):
         if block.file:
             Path(block.file).write_text(block.text, encoding="utf-8")
-    reader, later = Reader(monkeypatch, made), commands(page)
-    for block in blocks(page):
-        if block.language == "python" and not block.file:
-            exec(compile(block.text, page, "exec"), {})
-        elif block.language == "bash":
-            while later and later[0] in block.text.splitlines():
-                command = later.pop(0)
-                reader.follow(command, later)
-
-
-def python_files(page: str) -> dict[str, str]:
-    return {block.file: block.text for block in blocks(page) if block.language == "python"}
+    reader, found = Reader(monkeypatch, made), steps(page)
+    for place, (language, text) in enumerate(found, 1):
+        if language == "bash":
+            reader.follow(text, [later for _, later in found[place:]])
+        else:
+            exec(compile(text, page, "exec"), {})
 
 
 def test_the_environment_that_the_guide_shows_is_sound(tmp_path: Path) -> None:
     path = tmp_path / "my_env.py"
-    path.write_text(python_files("recipes/guides/turns.md")["my_env.py"])
+    (code,) = [block.text for block in blocks("recipes/guides/turns.md") if block.file == path.name]
+    path.write_text(code)
     task = load_task(str(path), args={}, reward=None, train_size=6, eval_size=3, seed=0)
     check_reward(task)
     assert task.game is not None
@@ -233,14 +238,22 @@ def test_links_lead_somewhere(page: str) -> None:
         assert not anchor or anchor in anchors(path.read_text(encoding="utf-8")), target
 
 
-def test_every_guide_is_linked_from_the_readme() -> None:
+def test_every_guide_has_commands_and_is_linked() -> None:
     guides = [page for page in PAGES if page.startswith("recipes/guides/")]
     assert guides
     for guide in guides:
         assert f"({guide})" in README, guide
+        assert guide in WITH_COMMANDS
 
 
-@pytest.mark.parametrize("page", [page for page in WITH_COMMANDS if "results/" not in page or "smollm2" in page])
+@pytest.mark.parametrize("page", PAGES)
+def test_no_command_hides_in_another_block(page: str) -> None:
+    assert {block.language for block in blocks(page)} <= {"bash", "python", "json", "text"}
+    for block in blocks(page):
+        assert block.language == "bash" or not re.search("^(midtune|pip) ", block.text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", WITH_COMMANDS)
 def test_tables_fit_a_terminal(page: str) -> None:
     assert [line for line in PAGES[page].splitlines() if line.startswith("|") and len(line) > 80] == []
 
