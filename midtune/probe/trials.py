@@ -232,8 +232,7 @@ class Trials:
         # Episodes belong to their environments, so they are not shared.
         if self.policy.quantized or self.task.game is not None:
             return self.sampler
-        first = self._first.setdefault(seed, FirstRollout())
-        return AlikeSampler(self.policy, self.sampler.limits, first)
+        return AlikeSampler(self.sampler, self._first.setdefault(seed, FirstRollout()))
 
     def _checkpoint(self, own: RunFolder, steps: int) -> tuple[Path | None, int]:
         """The checkpoint that a trial of `steps` steps continues from, and its step; a damaged trial starts over."""

@@ -15,6 +15,8 @@ from midtune.probe.methods import check_probe, rank_blocks
 from midtune.probe.selection import matching_probe
 from midtune.probe.trials import Trial
 from midtune.report.terminal import Terminal
+from midtune.rollout.sampling import SamplingLimits
+from midtune.rollout.text import TextSampler
 from midtune.runs import RunFolder, unsealed
 from tests.probe.toy_trials import toy_config, toy_task
 
@@ -24,7 +26,7 @@ Load = Callable[..., Policy]
 def ranked(policy: Policy, folder: Path, blocks: list[int] | None = None, **settings: Any) -> dict[str, Any]:
     everything = list(range(policy.num_blocks))
     return rank_blocks(
-        policy,
+        TextSampler(policy, SamplingLimits()),
         toy_task(),
         toy_config(**settings),
         everything if blocks is None else blocks,

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from midtune.model.policy import Policy
-from midtune.rl import trainer
+from midtune.rollout.sampling import Rollout, SamplingLimits
+from midtune.rollout.text import TextSampler
 from tests.probe.toy_trials import length, toy_task, toy_trials
 
 Load = Callable[..., Policy]
@@ -72,17 +73,22 @@ def test_a_trial_that_was_stopped_is_run_again_and_those_before_it_are_known(
     assert len((tmp_path / "run/trials.jsonl").read_text().splitlines()) == 3
 
 
-def test_runs_that_begin_alike_share_their_first_rollout(
-    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    policy, sampled, sample = load("qwen3", "none"), [], trainer.sample
+class Counting(TextSampler):
+    """Remembers which blocks were trained when training, not scoring, sampled."""
 
-    def counting(policy: Policy, *args: Any, **kwargs: Any) -> Any:
-        sampled.append(policy.trained)
-        return sample(policy, *args, **kwargs)
+    def sample(self, *args: Any, boundary_block: int | None = None, **kwargs: Any) -> Rollout:
+        if boundary_block is not None:
+            sampled.append(self.policy.trained)
+        return super().sample(*args, boundary_block=boundary_block, **kwargs)
 
-    monkeypatch.setattr(trainer, "sample", counting)
-    trials = toy_trials(policy, tmp_path / "shared")
+
+sampled: list[list[int]] = []
+
+
+def test_runs_that_begin_alike_share_their_first_rollout(load: Load, tmp_path: Path) -> None:
+    policy = load("qwen3", "none")
+    sampled.clear()
+    trials = toy_trials(policy, tmp_path / "shared", sampler=Counting(policy, SamplingLimits()))
     shared = [trials.run(trained, 2) for trained in ("full", 1, 2)]
     assert sampled == [[0, 1, 2, 3], [0, 1, 2, 3], [1], [2]]
     alone = [toy_trials(policy, tmp_path / f"{k}").run(k, 2) for k in (1, 2)]

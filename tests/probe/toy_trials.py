@@ -9,6 +9,8 @@ from midtune.config import RunConfig, load_config
 from midtune.model.policy import Policy
 from midtune.probe.trials import Trials
 from midtune.report.terminal import Terminal
+from midtune.rollout.sampling import Sampler, SamplingLimits
+from midtune.rollout.text import TextSampler
 from midtune.runs import RunFolder
 from midtune.tasks import Reward, Row, Task
 
@@ -48,10 +50,17 @@ def toy_config(**settings: Any) -> RunConfig:
     return load_config(None, {**SETTINGS, **{key.replace("__", "."): v for key, v in settings.items()}})
 
 
-def toy_trials(policy: Policy, folder: Path, *, problems: int = 8, task: Task | None = None) -> Trials:
+def toy_trials(
+    policy: Policy,
+    folder: Path,
+    *,
+    problems: int = 8,
+    task: Task | None = None,
+    sampler: Sampler | None = None,
+) -> Trials:
     """Trials that may go on, on problems of their own."""
     return Trials(
-        policy,
+        sampler or TextSampler(policy, SamplingLimits()),
         task or toy_task(),
         toy_config(),
         RunFolder(folder),
