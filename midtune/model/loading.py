@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -40,13 +42,7 @@ def load_policy(
     compute_dtype = dtype or compute_dtype_of(target)
     tokenizer = load_tokenizer(source, trust_remote_code)
     config = read_config(source.folder, trust_remote_code=trust_remote_code)
-    stored = getattr(config, "quantization_config", None)
-    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
-    if stored is not None and "bitsandbytes" not in str(method or "bitsandbytes"):
-        raise InputError(
-            f"{source.name} is stored with {method} quantization, which midtune cannot train over; "
-            "use its unquantized checkpoint, or one in bitsandbytes 4-bit."
-        )
+    stored_quantized = _is_in_4bit(config, source)
 
     def unusable(why: str) -> str:
         return (
@@ -60,7 +56,7 @@ def load_policy(
         _check_vocabulary(tokenizer, skeleton, source)
         stack_name, _ = find_blocks(skeleton)
         quantization = None
-        if quantize == "nf4" and stored is None:
+        if quantize == "nf4" and not stored_quantized:
             outside = [
                 name
                 for name, module in skeleton.named_modules()
@@ -84,8 +80,24 @@ def load_policy(
         tokenizer,
         source,
         compute_dtype=compute_dtype,
-        stored_quantized=stored is not None,
+        stored_quantized=stored_quantized,
     )
+
+
+def _is_in_4bit(config: Any, source: Source) -> bool:
+    """Whether the checkpoint is stored in bitsandbytes 4-bit.
+
+    Raises:
+        InputError: it is stored with another quantization.
+    """
+    stored = getattr(config, "quantization_config", None)
+    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+    if stored is not None and "bitsandbytes" not in str(method or "bitsandbytes"):
+        raise InputError(
+            f"{source.name} is stored with {method} quantization, which midtune cannot train over; "
+            "use its unquantized checkpoint, or one in bitsandbytes 4-bit."
+        )
+    return stored is not None
 
 
 def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
