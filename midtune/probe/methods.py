@@ -16,12 +16,12 @@ from midtune.model.policy import Policy
 from midtune.probe.contribution import (
     Estimate,
     Scores,
+    best_first,
     contribution_interval,
     depth_correlation,
     gain_interval,
     middle_correlation,
     plateau,
-    ranking,
     standings,
 )
 from midtune.probe.race import Budget, race
@@ -204,7 +204,7 @@ def by_sweep(trials: Trials, blocks: Sequence[int]) -> tuple[Rows, dict[str, Any
             f"Full training gained {gain['score']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f}), which is not "
             "clearly above zero: C(k) is a share of that gain, and is undefined. Blocks are ranked by their own."
         )
-    return [rows[block] for block in ranking(scores)], extra
+    return [rows[block] for block in best_first(scores)], extra
 
 
 def _race_problems(task: Task, config: RunConfig) -> int:
