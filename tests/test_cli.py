@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 
 import midtune
-from midtune import cli, stages
+from midtune import cli
 from midtune import config as settings
 from midtune.config import RunConfig, dump_config
 from midtune.errors import InputError, Interrupted, RunStopped
@@ -71,9 +71,7 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
     """A function that puts something else in a stage's place."""
 
     def replace(name: str, function: Callable[..., dict[str, Any]]) -> None:
-        fake = SimpleNamespace(run=function)
-        monkeypatch.setitem(sys.modules, f"midtune.stages.{name}", fake)
-        monkeypatch.setattr(stages, name, fake, raising=False)
+        monkeypatch.setitem(sys.modules, f"midtune.stages.{name}", SimpleNamespace(run=function))
 
     return replace
 
@@ -212,7 +210,7 @@ def test_json_is_all_of_stdout(run: Run, stage: Stage) -> None:
 def test_probe_and_merge_reach_their_stages(run: Run, stage: Stage) -> None:
     calls: list[Any] = []
     stage("probe", lambda config, **rest: calls.append((config, rest)) or {})  # type: ignore[func-returns-value]
-    stage("merge", lambda folder, **rest: calls.append((folder, rest)) or {})  # type: ignore[func-returns-value]
+    stage("merge", lambda target, **rest: calls.append((target, rest)) or {})  # type: ignore[func-returns-value]
     asked = ["--method", "sweep", "--layers", "2-5", "--budget", "90 steps", "--seeds", "3", "--steps", "7"]
     assert run("probe", *asked, "--objective", "gain-per-second", "--json").code == 0
     config, _ = calls[0]
@@ -226,7 +224,7 @@ def test_probe_and_merge_reach_their_stages(run: Run, stage: Stage) -> None:
 
 def test_report_reaches_its_stage_and_prints_the_page(run: Run, stage: Stage) -> None:
     calls: list[Any] = []
-    stage("report", lambda runs, out: calls.append((runs, out)) or {"page": "a b.html", "runs": []})  # type: ignore[func-returns-value]
+    stage("report", lambda folders, out: calls.append((folders, out)) or {"page": "a b.html", "runs": []})  # type: ignore[func-returns-value]
     assert run("report", "runs/x").out == "a b.html\n"
     assert json.loads(run("report", "x", "y", "--out", "a b.html", "--json").out)["page"] == "a b.html"
     assert calls == [([Path("runs/x")], None), ([Path("x"), Path("y")], Path("a b.html"))]
