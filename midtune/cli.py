@@ -32,6 +32,7 @@ from midtune.config import (
     PLANNED_CARD,
     PLANNED_PROMPT_TOKENS,
     RunConfig,
+    TrainingConfig,
     load_config,
     parse_assignment,
     require_task,
@@ -57,6 +58,7 @@ class Parameter:
     Args:
         default: the help shows it; `REQUIRED` where there is none.
         flag: the option; default: the parameter's name with dashes.
+        reader: who is given the value: the stage, the configuration or this file.
         key: the setting that it sets, such as `training.lr`.
         checks: further arguments of `typer.Option` or `typer.Argument`.
     """
@@ -66,15 +68,18 @@ class Parameter:
     metavar: str | None = None
     default: Any = None
     flag: str | None = None
+    reader: str = "stage"
     key: str | None = None
     checks: Mapping[str, Any] = field(default_factory=dict)
+
+    def option(self, name: str) -> str:
+        return self.flag or f"--{name.replace('_', '-')}"
 
     def declared(self, name: str, panel: str) -> inspect.Parameter:
         """The parameter as Typer reads it."""
         about = {"help": _with_default(self.help, self.default), "metavar": self.metavar, **self.checks}
         about |= {"show_default": False, "rich_help_panel": panel}
-        flag = self.flag or "--" + name.replace("_", "-")
-        info = typer.Argument(**about) if panel == ARGUMENTS else typer.Option(flag, **about)
+        info = typer.Argument(**about) if panel == ARGUMENTS else typer.Option(self.option(name), **about)
         kind = self.kind | None if self.default is None else self.kind
         return inspect.Parameter(
             name, inspect.Parameter.KEYWORD_ONLY, default=self.default, annotation=Annotated[kind, info]
@@ -95,11 +100,11 @@ def _setting(key: str, flag: str | None = None, metavar: str | None = None) -> P
     flag = flag or "--" + key.rpartition(".")[2].replace("_", "-")
     # Other types are read from text by the configuration.
     kind = known.kind if known.kind in (bool, int, float, Path, list[str]) else str
-    return Parameter(kind, help, "|".join(known.choices) or metavar, flag=flag, key=key)
+    return Parameter(kind, help, "|".join(known.choices) or metavar, flag=flag, reader="config", key=key)
 
 
-def _switch(help: str, **checks: Any) -> Parameter:
-    return Parameter(bool, help, default=False, checks=checks)
+def _switch(help: str, reader: str = "cli", **checks: Any) -> Parameter:
+    return Parameter(bool, help, default=False, reader=reader, checks=checks)
 
 
 def _count(help: str, default: int | None, least: int = 1) -> Parameter:
@@ -112,18 +117,23 @@ def _go_offline(offline: bool) -> bool:
     return offline
 
 
-TASK = _setting("task.name", "--task")
-MODEL_HELP = _setting("model.name").help.replace("tiny)", "tiny, with its own recipe)")
-PACKED = setting("training.micro_batch_tokens")
+_MODEL, _TASK_NAME = _setting("model.name", "--model", "MODEL"), _setting("task.name", "--task")
+_PACKED = _with_default(
+    "most tokens in one backward pass of any arm", TrainingConfig.model_fields["micro_batch_tokens"].default
+)
 # All that is not just a setting: by name, or as COMMAND.NAME.
 PARAMETERS = {
-    "model": Parameter(str, MODEL_HELP, "MODEL", key="model.name"),
-    "task": TASK,
-    "task_arg": Parameter(list[str], "argument of a reasoning-gym dataset; repeatable", "KEY=VALUE"),
+    "model": replace(_MODEL, help=_MODEL.help.replace("tiny)", "tiny, with its own recipe)"), flag=None),
+    "task": _TASK_NAME,
+    "task_arg": Parameter(
+        list[str], "argument of a reasoning-gym dataset; repeatable", "KEY=VALUE", reader="config"
+    ),
     "reward": _setting("task.reward", metavar="NAME[=WEIGHT]"),
-    "resume": _switch("continue a run exactly; its folder is MODEL or --out"),
-    "recipe": Parameter(Path, "a YAML file of settings; options override it"),
-    "set": Parameter(list[str], "any key of a recipe, such as training.top_p=0.9; repeatable", "KEY=VALUE"),
+    "resume": _switch("continue a run exactly; its folder is MODEL or --out", "stage"),
+    "recipe": Parameter(Path, "a YAML file of settings; options override it", reader="config"),
+    "set": Parameter(
+        list[str], "any key of a recipe, such as training.top_p=0.9; repeatable", "KEY=VALUE", reader="config"
+    ),
     "offline": _switch("download nothing, use what is on this machine", callback=_go_offline),
     "dry_run": _switch("say what the run would do, and load and fetch nothing"),
     "out": Parameter(Path, "folder for what the command leaves (default: runs/NAME)"),
@@ -131,7 +141,7 @@ PARAMETERS = {
     "quiet": _switch("no progress and no messages"),
     "debug": _switch("show the traceback of an unexpected error"),
     "eval.target": Parameter(str, "a model, a run folder or a patch folder", "TARGET", REQUIRED),
-    "eval.tasks": Parameter(list[str], TASK.help, flag="--task"),
+    "eval.tasks": Parameter(list[str], _TASK_NAME.help, flag="--task"),
     "eval.lm_eval": Parameter(str, "also tasks of lm-evaluation-harness", "TASK,TASK"),
     "eval.lm_eval_path": Parameter(Path, "folder that describes such tasks of your own", "FOLDER"),
     "eval.results": Parameter(Path, "write every problem, its answer and scores, as jsonl", "FILE"),
@@ -153,9 +163,7 @@ PARAMETERS = {
         "the page (default: report.html in the folder of a single run, comparison.html here for several)",
         "FILE",
     ),
-    "bench.model_option": Parameter(
-        str, "the model, for those who would rather name it", "MODEL", flag="--model", key="model.name"
-    ),
+    "bench.model_option": replace(_MODEL, help="the model, for those who would rather name it"),
     "bench.arms": Parameter(
         str, "what to compare, the first with all others", "ARM,ARM", "midtune,trl-full,trl-block,trl-qlora"
     ),
@@ -164,10 +172,8 @@ PARAMETERS = {
     "bench.new_tokens": _count("tokens of every completion", 24),
     "bench.group_size": _count("completions of a prompt", 8, least=2),
     "bench.steps": _count("steps counted, after one that warms up", 5),
-    "bench.micro_batch_tokens": _count(
-        _with_default("most tokens in one backward pass of any arm", PACKED and PACKED.default), None
-    ),
-    "bench.profile": _switch("say where the first arm's time goes, in one more step"),
+    "bench.micro_batch_tokens": _count(_PACKED, None),
+    "bench.profile": _switch("say where the first arm's time goes, in one more step", "stage"),
     "compare.files": Parameter(
         list[Path], "probe.json files, or run folders that hold one", "PROBE", REQUIRED
     ),
@@ -180,9 +186,6 @@ PARAMETERS = {
     ),
     "tasks.checked": Parameter(str, "after `check`: read and try all of this task", "TASK"),
 }
-# These and the settings make the configuration; the others go to the stage, unless they are of this file alone.
-OF_THE_CONFIGURATION = ("recipe", "set", "task_arg")
-OF_THIS_FILE = ("offline", "dry_run", "json", "quiet", "debug")
 
 
 @dataclass(frozen=True)
@@ -197,8 +200,15 @@ class Given:
 
     def own(self) -> dict[str, Any]:
         """What the stage is given beside the configuration."""
-        apart = (*OF_THE_CONFIGURATION, *OF_THIS_FILE)
-        return {n: self[n] for n, known in self.parameters.items() if known.key is None and n not in apart}
+        return {name: self[name] for name, known in self.parameters.items() if known.reader == "stage"}
+
+    def configuring(self) -> dict[str, Parameter]:
+        """What was typed of the configuration."""
+        return {
+            name: known
+            for name, known in self.parameters.items()
+            if known.reader == "config" and self[name] not in (None, [], ())
+        }
 
     def config(
         self, target: str | None = None, task: str | None = None, needs_task: bool = True
@@ -211,8 +221,8 @@ class Given:
             needs_task: refuse a configuration without a task.
         """
         overrides = {} if task is None else {"task.name": task}
-        for name, known in self.parameters.items():
-            if known.key is not None and self[name] not in (None, [], ()):
+        for name, known in self.configuring().items():
+            if known.key is not None:
                 overrides.setdefault(known.key, self[name])
         overrides |= dict(parse_assignment(text) for text in self["set"] or [])
         for text in self["task_arg"] or []:
@@ -252,20 +262,10 @@ def _underneath(target: str) -> tuple[Path | None, dict[str, str]]:
 # From what was typed, the arguments of a stage's `run`.
 
 
-def _as_typed(given: Given) -> dict[str, Any]:
-    return given.own()
-
-
 def _for_a_run(given: Given) -> dict[str, Any]:
     if not given["resume"]:
         return {"config": given.config(), **given.own(), "resume": None}
-    others = [
-        known.flag or f"--{name.replace('_', '-')}"
-        for name, known in given.parameters.items()
-        if (known.key or name in OF_THE_CONFIGURATION)
-        and name != "model"
-        and given[name] not in (None, [], ())
-    ]
+    others = [known.option(name) for name, known in given.configuring().items() if known.key != "model.name"]
     if others:
         raise InputError(
             f"--resume keeps the settings of the run, but {', '.join(others)} was given too; leave it out."
@@ -328,37 +328,36 @@ class Command:
     Args:
         summary: its line in `midtune --help`.
         about: paragraphs of its own help, before the example.
-        stage: the file in stages/ whose `run` does the work.
-        printer: MODULE.FUNCTION in report/ that shows what `run` returns.
-        arguments: from what was typed, the arguments of `run`.
-        panels: title in the help → names of parameters and settings; a setting of the part that the title names goes
+        printer: MODULE.FUNCTION in report/ that shows the stage's result.
+        arguments: from what was typed, the arguments of the stage's `run`.
+        panels: title in the help → names of `PARAMETERS` and keys of settings; a key whose part is the title's goes
             without it.
+        stage: the file in stages/; default: the command's name.
         progress: what is shown meanwhile, where `run` takes no terminal.
     """
 
     summary: str
     about: str
     example: str
-    stage: str
     printer: str
     arguments: Callable[[Given], dict[str, Any]]
     panels: Mapping[str, str]
+    stage: str = ""
     progress: str = ""
 
 
-_TASK = "task task_arg reward prompt_column answer_column prompt_format template eval_file"
+_TASK = "task_arg reward prompt_column answer_column prompt_format template eval_file"
 COMMANDS = {
     "train": Command(
         "train blocks, report what it gained and saved",
         "Train the chosen blocks, score them before and after, and report what was gained and saved.",
         "midtune train smollm2-135m --task reasoning-gym:chain_sum --task-arg min_terms=2 --top-k 1",
-        "train",
         "tables.report_table",
         _for_a_run,
         {
             ARGUMENTS: "model",
             "Model": "quantize device adapter",
-            "Task": _TASK,
+            "Task": f"task {_TASK}",
             "Blocks": "layers top_k probe select",
             "Training": "algorithm steps lr beta prompts_per_step group_size max_new_tokens temperature "
             "fit report_to resume",
@@ -371,13 +370,12 @@ COMMANDS = {
         "rank the blocks by what training each would pay",
         "Rank the blocks by how much training each would pay, with intervals and prices.",
         "midtune probe --budget 5m --out runs/ranking",
-        "probe",
         "ranking.probe_table",
         _for_a_run,
         {
             ARGUMENTS: "model",
             "Model": "quantize device",
-            "Task": _TASK,
+            "Task": f"task {_TASK}",
             "Probe": "method layers budget objective seeds full_lr prompts",
             "Blocks": "top_k",
             "Training": "algorithm steps lr prompts_per_step group_size max_new_tokens temperature resume",
@@ -392,31 +390,30 @@ COMMANDS = {
         "A run or the patch inside it is scored beside its base model, on its own task, unless others are given: "
         "--task can be repeated.",
         "midtune eval runs/tiny --quantize none",
-        "evaluate",
         "results.score_table",
         _for_eval,
         {
             ARGUMENTS: "target",
             "Model": "quantize device",
-            "Task": _TASK.replace("task ", "tasks ", 1),
+            "Task": f"tasks {_TASK}",
             "Training": "max_new_tokens temperature",
             "Evaluation": "task.eval_size samples k lm_eval lm_eval_path",
             "Settings": "recipe set seed offline",
             "Output": "results json quiet debug",
         },
+        stage="evaluate",
     ),
     "vote": Command(
         "let several runs of one base model vote",
         "Score several runs of one base model, each alone and by a majority vote on every problem.\n\n"
         "They are scored on the first run's own task, unless another one is given.",
         "midtune vote runs/block-10 runs/block-12 runs/block-14",
-        "vote",
         "results.vote_table",
         _for_vote,
         {
             ARGUMENTS: "targets",
             "Model": "quantize device",
-            "Task": _TASK,
+            "Task": f"task {_TASK}",
             "Training": "max_new_tokens temperature",
             "Evaluation": "task.eval_size samples",
             "Settings": "recipe set seed offline",
@@ -428,7 +425,6 @@ COMMANDS = {
         "Say how much memory training would take and how long a step at least, for midtune and for TRL.\n\n"
         "Nothing is loaded or downloaded: the model's configuration is enough, and those of common models are shipped.",
         "midtune plan Qwen/Qwen3-8B --gpu 24GB",
-        "plan",
         "plans.plan_table",
         _for_plan,
         {
@@ -445,18 +441,16 @@ COMMANDS = {
         "write a checkpoint with the trained blocks in place",
         "Write a complete checkpoint: the base model with the trained blocks in place.",
         "midtune merge runs/tiny --out merged",
-        "merge",
         "results.merge_text",
-        _as_typed,
+        Given.own,
         {ARGUMENTS: "target", "Output": "out json quiet debug"},
     ),
     "report": Command(
         "write the HTML page of a run, or of several compared",
         "Write one HTML page about a run, or one that compares several; it needs no network.",
         "midtune report runs/tiny",
-        "report",
         "results.page_text",
-        _as_typed,
+        Given.own,
         {ARGUMENTS: "folders", "Output": "out json quiet debug"},
         progress="writing the page",
     ),
@@ -464,7 +458,6 @@ COMMANDS = {
         "compare with TRL on the same prompts and completions",
         "Train the same prompts and completions with midtune and with TRL, and compare time and memory.",
         "midtune bench smollm2-135m --arms midtune,trl-full",
-        "bench",
         "results.bench_table",
         _for_bench,
         {
@@ -480,21 +473,19 @@ COMMANDS = {
         "say how far rankings of blocks agree",
         "Say how far rankings agree: across tasks, algorithms, seeds or models.",
         "midtune compare runs/sums runs/products --out rankings.svg",
-        "compare",
         "results.compare_table",
-        _as_typed,
+        Given.own,
         {ARGUMENTS: "files", "Compare": "top_k", "Output": "out json quiet debug"},
     ),
     "tasks": Command(
         "list tasks, show a problem of one, or check your own",
         "List the tasks that need no file, show a problem of a task with a right and a wrong answer, or check one.",
         "midtune tasks chain_sum --task-arg max_terms=2\n  midtune tasks check my_task.py",
-        "tasks",
         "results.tasks_text",
         _for_tasks,
         {
             ARGUMENTS: "task checked",
-            "Task": _TASK.removeprefix("task "),
+            "Task": _TASK,
             "Settings": "recipe set seed offline",
             "Output": "json quiet debug",
         },
@@ -505,7 +496,6 @@ COMMANDS = {
         "Ends with exit code 1 if something has to be mended first. Asks the hub and the package index whether they "
         "answer, and sends nothing else.",
         "midtune doctor",
-        "doctor",
         "results.doctor_table",
         _for_doctor,
         {"Model": "device", "Settings": "set", "Output": "json quiet debug"},
@@ -567,7 +557,7 @@ def _add(name: str, command: Command) -> None:
             declared.append(known.declared(word.replace(".", "_"), panel))
 
     def call(**values: Any) -> None:
-        _perform(command, Given(parameters, values))
+        _perform(replace(command, stage=command.stage or name), Given(parameters, values))
 
     call.__signature__ = inspect.Signature(declared)  # type: ignore[attr-defined]
     about = f"{command.about}\n\n\b\nExample:\n  {command.example}"
