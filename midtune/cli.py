@@ -376,7 +376,7 @@ COMMANDS = {
             ARGUMENTS: "model",
             "Model": "quantize device",
             "Task": f"task {_TASK}",
-            "Probe": "method layers budget objective seeds full_lr prompts",
+            "Probe": "method layers budget seeds full_lr",
             "Blocks": "top_k",
             "Training": "algorithm steps lr prompts_per_step group_size max_new_tokens temperature resume",
             "Evaluation": "task.eval_size samples",

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from midtune.errors import InputError, bounded
@@ -294,13 +294,16 @@ class EvaluationConfig(Part):
         return [value] if isinstance(value, int) else value
 
 
+# What the config.yaml of every earlier run says of its probe: defaults of settings that are gone.
+RETIRED = {"objective": "gain", "prompts": 64}
+
+
 class ProbeConfig(Part):
     """Ranking blocks."""
 
-    method: Literal["race", "sweep", "gradient"] = Field(
+    method: Literal["race", "sweep"] = Field(
         "race",
-        description="short runs raced against each other, whole runs of every block and of all, or reward gradients, "
-        "which are measured but do not rank",
+        description="short runs raced against each other, or whole runs of every block and of all blocks",
     )
     budget: str = Field("20m", description="what a race may take: `90s`, `20m`, `2h` or `400 steps`")
     layers: str | None = Field(None, description="blocks to rank; default: all of them")
@@ -308,8 +311,13 @@ class ProbeConfig(Part):
     full_lr: float | None = Field(
         None, gt=0, le=10, description="learning rate of a sweep's full training; default: that of the blocks"
     )
-    objective: Literal["gain", "gain-per-second"] = Field("gain", description="what ranks the blocks")
-    prompts: int = Field(64, ge=4, le=MOST_PROBLEMS, description="prompts for the gradient method")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_retired(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            return {key: value for key, value in values.items() if (key, value) not in RETIRED.items()}
+        return values
 
     @field_validator("budget")
     @classmethod

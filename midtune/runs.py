@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 RUNS = Path("runs")
 GIB = 2**30
+# Trained tensors and two Adam moments in fp32, in the two checkpoints that are kept and the one being written.
+CHECKPOINT_BYTES_PER_PARAMETER = 3 * 3 * 4
 # Held while a process works in the folder.
 LOCK = ".lock"
 # A lock of a process that was killed goes a moment later where a child of it still ends.

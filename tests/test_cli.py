@@ -212,11 +212,10 @@ def test_probe_and_merge_reach_their_stages(run: Run, stage: Stage) -> None:
     stage("probe", lambda config, **rest: calls.append((config, rest)) or {})  # type: ignore[func-returns-value]
     stage("merge", lambda target, **rest: calls.append((target, rest)) or {})  # type: ignore[func-returns-value]
     asked = ["--method", "sweep", "--layers", "2-5", "--budget", "90 steps", "--seeds", "3", "--steps", "7"]
-    assert run("probe", *asked, "--objective", "gain-per-second", "--json").code == 0
+    assert run("probe", *asked, "--json").code == 0
     config, _ = calls[0]
     assert (config.probe.method, config.probe.layers) == ("sweep", "2-5")
     assert (config.probe.budget, config.probe.seeds, config.training.steps) == ("90 steps", 3, 7)
-    assert config.probe.objective == "gain-per-second"
     assert config.blocks.layers is None
     assert run("merge", "runs/a", "--out", "b", "--json").code == 0
     assert (calls[1][0], calls[1][1]["out"]) == (Path("runs/a"), Path("b"))
@@ -237,6 +236,11 @@ def test_a_budget_that_cannot_be_read_is_refused(run: Run, budget: str) -> None:
     assert found.code == 2
     assert f"`probe.budget` on the command line was '{budget}', but it must be a time such as" in found.err
     assert found.err.count("\n") == 1
+
+
+def test_an_unknown_way_to_rank_is_refused(run: Run) -> None:
+    said = one_error(run("probe", "--method", "gradient"))
+    assert "`probe.method` on the command line was 'gradient', but it must be 'race' or 'sweep'" in said
 
 
 def test_a_probe_is_resumed_from_its_folder(run: Run, stage: Stage, elsewhere: Path) -> None:

@@ -235,6 +235,15 @@ def test_the_resolved_bundled_run_is_dumped_whole(tmp_path: Path) -> None:
     assert load_config(write(tmp_path, dump_config(config)), {}) == config
 
 
+def test_the_settings_of_earlier_runs_are_read(tmp_path: Path) -> None:
+    recipe = tmp_path / "config.yaml"
+    recipe.write_text("probe: {method: race, objective: gain, prompts: 64}")
+    assert load_config(recipe, {}) == load_config(None, {})
+    recipe.write_text("probe: {objective: gain-per-second}")
+    with pytest.raises(InputError, match=r"unknown key `probe.objective` in recipe"):
+        load_config(recipe, {})
+
+
 def test_memory_to_stay_within_is_read_with_the_configuration() -> None:
     assert load_config(None, {"training.fit": "a100 80gb"}).training.fit == "a100 80gb"
     with pytest.raises(

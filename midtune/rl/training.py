@@ -22,7 +22,9 @@ from midtune.model.policy import Policy
 from midtune.rl.algorithms import algorithm_arguments, groups_per_micro_batch, own_advantages
 from midtune.rl.gradients import Bf16Gradients
 from midtune.rl.recorder import StepRecorder
-from midtune.rl.trainer import FirstRollout, LayerGRPOTrainer, check_trainable, sampling_of
+from midtune.rl.trainer import FirstRollout, LayerGRPOTrainer, check_trainable
+from midtune.rl.trainer import sampling_of as sampling_of_arguments
+from midtune.rollout.sampler import Sampling
 from midtune.rollout.speech import prompt_lengths
 from midtune.rollout.vllm import VLLMServer
 from midtune.tasks import Game, Reward, Row, parts_of
@@ -115,7 +117,9 @@ def train_blocks(
         first=first if game is None else None,
         recompute_tokens=settings.micro_batch_tokens if settings.recompute else 0,
         vllm=(
-            VLLMServer(settings.vllm, policy, sampling_of(args), folder / "vllm") if settings.vllm else None
+            VLLMServer(settings.vllm, policy, sampling_of_arguments(args), folder / "vllm")
+            if settings.vllm
+            else None
         ),
         update_rows=update_rows,
         advantages=own_advantages(
@@ -139,6 +143,18 @@ def train_blocks(
         policy.model.eval()
     check_trainable(policy)
     return int(trainer.state.global_step)
+
+
+def sampling_of(settings: TrainingConfig) -> Sampling:
+    """How completions are drawn, in training and where a score is taken."""
+    return Sampling(
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        min_p=settings.min_p,
+        stop_strings=tuple(settings.stop_strings),
+    )
 
 
 def require_one_process() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-from midtune.config import RunConfig, TrainingConfig
+from midtune.config import RunConfig
 from midtune.device import dtype_named, resolve_device
 from midtune.errors import InputError
 from midtune.measure.cards import other_processes
@@ -19,8 +19,8 @@ from midtune.model.sources import Source, resolve
 from midtune.report.display import Advance
 from midtune.report.tables import card_text, processes_text
 from midtune.report.terminal import Terminal
+from midtune.rl.training import sampling_of
 from midtune.rollout.evaluation import Evaluation, evaluate
-from midtune.rollout.sampler import Sampling
 from midtune.rollout.speech import prompt_ids
 from midtune.stages.reading import read_task
 from midtune.tasks import Row, Task, check_reward
@@ -172,15 +172,3 @@ def require_one_turn(task: Task, what: str) -> None:
     """
     if task.game is not None:
         raise InputError(f"{task.name} is played in turns, and {what} knows tasks of one turn only.")
-
-
-def sampling_of(settings: TrainingConfig) -> Sampling:
-    """How completions are drawn, in training and where a score is taken."""
-    return Sampling(
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        top_k=settings.top_k,
-        min_p=settings.min_p,
-        stop_strings=tuple(settings.stop_strings),
-    )

@@ -28,7 +28,7 @@ from midtune.rl.collapse import find_collapse
 from midtune.rl.training import require_one_process, require_tracker, train_blocks
 from midtune.rollout.evaluation import Evaluation
 from midtune.rollout.vllm import require_server
-from midtune.runs import RunFolder, describe_environment
+from midtune.runs import CHECKPOINT_BYTES_PER_PARAMETER, RunFolder, describe_environment
 from midtune.stages import baseline
 from midtune.stages.alternatives import Alternatives
 from midtune.stages.at_work import Stop, at_work
@@ -48,8 +48,6 @@ from midtune.tasks.rewards import completion_text
 
 # Held-out problems whose completions are kept.
 SHOWN_PROBLEMS = 4
-# Trained tensors in fp32 and two Adam moments, in the two checkpoints that are kept and the one being written.
-CHECKPOINT_BYTES_PER_PARAMETER = 3 * 3 * 4
 
 
 def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: Terminal) -> dict[str, Any]:

@@ -1,10 +1,14 @@
-"""The hooks against plain autograd, and the arithmetic against numbers worked out by hand."""
+"""The gradient signals of recipes/results: the hooks against plain autograd, the arithmetic against hand work."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import sys
 from collections.abc import Callable, Iterator
 from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,20 +17,29 @@ from numpy.typing import NDArray
 from torch import nn
 
 from midtune.errors import RunStopped
-from midtune.model.loading import load_policy
 from midtune.model.policy import Policy
-from midtune.model.sources import resolve
-from midtune.probe.gradient import _watched, gradient_probe, group_advantages, pair_products, state_signals
+from midtune.model.quantize import dequantized
+from midtune.probe.selection import read_probe
 from midtune.rollout.sampler import Rollout, Sampling, sample
 
+FOLDER = Path(__file__).parents[1] / "recipes/results/signals"
+
+
+def read_script() -> Any:
+    spec = importlib.util.spec_from_file_location("gradient_signals", FOLDER / "gradient_signals.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    # A dataclass looks its module up by name.
+    sys.modules[spec.name] = script
+    spec.loader.exec_module(script)
+    return script
+
+
+script = read_script()
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [20, 21], [30, 31, 32, 33], [40]]
 SAMPLING = Sampling(max_new_tokens=6, temperature=0.8)
 GROUP_SIZE = 3
-Make = Callable[..., Path]
-
-
-def policy_of(folder: Path, quantize: str) -> Policy:
-    return load_policy(resolve(str(folder)), quantize=quantize, device="cpu")
+Load = Callable[..., Policy]
 
 
 def rollout_of(policy: Policy, block: int) -> Rollout:
@@ -73,12 +86,12 @@ def by_autograd(
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "qwen2", "gemma3_text", "phi3", "llama"])
-def test_pair_products_equal_plain_autograd(random_checkpoint: Make, architecture: str) -> None:
-    policy = policy_of(random_checkpoint(architecture), "none")
+def test_pair_products_equal_plain_autograd(load: Load, architecture: str) -> None:
+    policy = load(architecture, "none")
     blocks = [1, 3]
     rollout, given = rollout_of(policy, 1), advantages()
 
-    found = pair_products(policy, rollout, given, blocks, SAMPLING.temperature)
+    found = script.pair_products(policy, rollout, given, blocks, SAMPLING.temperature)
 
     for k, rows in by_autograd(policy, rollout, given, blocks).items():
         n = len(rows)
@@ -91,23 +104,23 @@ def test_pair_products_equal_plain_autograd(random_checkpoint: Make, architectur
     assert all(parameter.grad is None for parameter in policy.model.parameters())
 
 
-def test_completions_of_one_token_among_longer_ones(random_checkpoint: Make) -> None:
-    policy = policy_of(random_checkpoint("qwen3"), "none")
+def test_completions_of_one_token_among_longer_ones(load: Load) -> None:
+    policy = load("qwen3", "none")
     policy.model.generation_config.eos_token_id = list(range(100))
     rollout, given = rollout_of(policy, 1), advantages()
     assert {1, 6} <= set(rollout.completion_mask.sum(1).tolist())
 
-    found = pair_products(policy, rollout, given, [1], SAMPLING.temperature)
+    found = script.pair_products(policy, rollout, given, [1], SAMPLING.temperature)
 
     rows = by_autograd(policy, rollout, given, [1])[1]
     assert found[1][1] == pytest.approx(float(rows.mean(0).square().sum()), rel=1e-4)
 
 
-def test_two_prompts_give_the_product_of_two_halves(random_checkpoint: Make) -> None:
-    policy = policy_of(random_checkpoint("qwen3"), "none")
+def test_two_prompts_give_the_product_of_two_halves(load: Load) -> None:
+    policy = load("qwen3", "none")
     rollout, given = rollout_of(policy, 0), advantages()
 
-    found = pair_products(policy, rollout.groups(0, 2), given[:2], [0], SAMPLING.temperature)[0]
+    found = script.pair_products(policy, rollout.groups(0, 2), given[:2], [0], SAMPLING.temperature)[0]
 
     half_a, half_b = by_autograd(policy, rollout, given, [0])[0][:2]
     assert found.product == pytest.approx(float(half_a @ half_b), rel=1e-4)
@@ -115,11 +128,11 @@ def test_two_prompts_give_the_product_of_two_halves(random_checkpoint: Make) -> 
     assert found.adam == pytest.approx(float(of_signs), rel=1e-3)
 
 
-def test_fisher_divides_each_weights_part_by_its_mean_square(random_checkpoint: Make) -> None:
-    policy = policy_of(random_checkpoint("qwen3"), "none")
+def test_fisher_divides_each_weights_part_by_its_mean_square(load: Load) -> None:
+    policy = load("qwen3", "none")
     rollout, given = rollout_of(policy, 1), advantages()
 
-    found = pair_products(policy, rollout, given, [1], SAMPLING.temperature)[1]
+    found = script.pair_products(policy, rollout, given, [1], SAMPLING.temperature)[1]
 
     rows = by_autograd(policy, rollout, given, [1])[1]
     sizes = [part.weight.numel() for part in policy.blocks[1].modules() if isinstance(part, nn.Linear)]
@@ -131,12 +144,12 @@ def test_fisher_divides_each_weights_part_by_its_mean_square(random_checkpoint: 
     assert found.fisher == pytest.approx(expected, rel=1e-3)
 
 
-def test_states_that_differ_with_the_advantage_are_separated(random_checkpoint: Make) -> None:
-    policy = policy_of(random_checkpoint("qwen3"), "none")
+def test_states_that_differ_with_the_advantage_are_separated(load: Load) -> None:
+    policy = load("qwen3", "none")
     policy.model.generation_config.eos_token_id = list(range(100))
     rollout, given = rollout_of(policy, 0), advantages()
 
-    found = state_signals(policy, rollout, given, [2])[2]
+    found = script.state_signals(policy, rollout, given, [2])[2]
 
     assert not any(module._forward_hooks for module in policy.blocks.modules())
     entered, left = [], []
@@ -153,18 +166,15 @@ def test_states_that_differ_with_the_advantage_are_separated(random_checkpoint: 
     assert found[1] == pytest.approx(np.mean(products) / float(means.square().sum(1).mean()), rel=1e-3)
 
 
-def test_nf4_gradients_equal_those_of_the_dequantized_weights(random_checkpoint: Make) -> None:
-    folder = random_checkpoint("qwen3")
-    quantized, plain = policy_of(folder, "nf4"), policy_of(folder, "none")
-    from midtune.model.quantize import dequantized
-
+def test_nf4_gradients_equal_those_of_the_dequantized_weights(load: Load) -> None:
+    quantized, plain = load("qwen3"), load("qwen3", "none")
     with torch.no_grad():
         for name, part in quantized.blocks.named_modules():
             if hasattr(getattr(part, "weight", None), "quant_state"):
                 plain.blocks.get_submodule(name).weight.copy_(dequantized(part.weight))
     rollout, given = rollout_of(quantized, 0), advantages()
 
-    found = pair_products(quantized, rollout, given, [0, 2], SAMPLING.temperature)
+    found = script.pair_products(quantized, rollout, given, [0, 2], SAMPLING.temperature)
 
     for k, rows in by_autograd(plain, rollout, given, [0, 2]).items():
         assert found[k][1] == pytest.approx(float(rows.mean(0).square().sum()), rel=1e-3)
@@ -172,62 +182,41 @@ def test_nf4_gradients_equal_those_of_the_dequantized_weights(random_checkpoint:
         assert found[k][0] == pytest.approx((total - own) / 12, rel=1e-3, abs=1e-3 * total / 12)
 
 
-def test_padding_has_no_gradient(random_checkpoint: Make) -> None:
-    policy = policy_of(random_checkpoint("qwen3"), "none")
-    rollout = rollout_of(policy, 0)
-    assert int(rollout.prompt_mask.sum()) < rollout.prompt_mask.numel()
-    calls = []
-    with _watched(policy, [0, 3], len(PROMPTS), len(PROMPTS)) as gradients:
-        gradients.reduce = lambda block, found: calls.append(found)  # type: ignore[method-assign]
-        from midtune.rl.tail import completion_log_probs
-
-        assert rollout.boundary is not None
-        inputs = [rollout.boundary.prompt.requires_grad_(), rollout.boundary.completion.requires_grad_()]
-        log_probs, _ = completion_log_probs(policy, rollout, temperature=1.0)
-        torch.autograd.grad(log_probs.sum(), inputs)
-    assert len(calls) == 14
-    for prompt_call, completion_call in calls:
-        assert prompt_call.gradient[rollout.prompt_mask == 0].abs().max() == 0
-        padded = rollout.completion_mask[:, 1:] == 0
-        assert completion_call.gradient[padded].abs().max() == 0 if padded.any() else True
-        assert completion_call.gradient.abs().max() > 0
-
-
 def rewards_by_length(rollout: Rollout, start: int) -> NDArray[np.float64]:
     tokens = rollout.completion_ids.double() * rollout.completion_mask
     return np.asarray(tokens.sum(1) % 2)
 
 
-def test_every_requested_block_gets_a_signal_and_nothing_changes(random_checkpoint: Make) -> None:
-    policy = policy_of(random_checkpoint("qwen3"), "nf4")
-    before = {name: value.clone() for name, value in policy.model.state_dict().items()}
+def signals_of(policy: Policy, prompts: list[list[int]], reward: object, **settings: Any) -> dict[int, Any]:
+    """Signals from completions of `new_tokens` tokens, in passes of two prompts."""
+    asked = {"blocks": [2], "group_size": 4, "micro_prompts": 2, "sample_prompts": 2, **settings}
+    sampling = Sampling(max_new_tokens=asked.pop("new_tokens", 2))
     torch.manual_seed(0)
-    starts, done = [], []
+    found: dict[int, Any] = script.gradient_signals(policy, prompts, reward, sampling=sampling, **asked)
+    return found
+
+
+@pytest.mark.parametrize("new_tokens", [1, 5])
+def test_every_requested_block_gets_signals_and_nothing_changes(load: Load, new_tokens: int) -> None:
+    policy = load("qwen3")
+    before = {name: value.clone() for name, value in policy.model.state_dict().items()}
+    starts = []
 
     def reward_of(rollout: Rollout, start: int) -> NDArray[np.float64]:
         starts.append(start)
         return rewards_by_length(rollout, start)
 
-    signals = gradient_probe(
-        policy,
-        PROMPTS * 3,
-        reward_of,
-        blocks=[3, 1, 2],
-        group_size=4,
-        sampling=Sampling(max_new_tokens=5),
-        micro_prompts=2,
-        sample_prompts=4,
-        on_progress=done.append,
+    found = signals_of(
+        policy, PROMPTS * 3, reward_of, blocks=[3, 1, 2], sample_prompts=4, new_tokens=new_tokens
     )
 
-    assert [signal.block for signal in signals] == [3, 1, 2]
-    assert (starts, done) == ([0, 4, 8], [2] * 6)
-    for signal in signals:
-        assert signal.low < signal.score < signal.high
-        assert signal.signals["product"] == signal.score
-        assert signal.signals["norm"] > 0
-        assert signal.signals["share"] == pytest.approx(signal.score / signal.signals["norm"] ** 2)
-        assert 0 < signal.signals["change"] < 1
+    assert (list(found), starts) == ([3, 1, 2], [0, 4, 8])
+    for row in found.values():
+        assert row["low"] < row["score"] < row["high"]
+        assert row["signals"]["product"] == row["score"]
+        assert row["signals"]["norm"] > 0
+        assert row["signals"]["share"] == pytest.approx(row["score"] / row["signals"]["norm"] ** 2)
+        assert 0 < row["signals"]["change"] < 1
     after = policy.model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert not any(module._forward_hooks for module in policy.blocks.modules())
@@ -236,63 +225,34 @@ def test_every_requested_block_gets_a_signal_and_nothing_changes(random_checkpoi
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        (
-            lambda rollout, start: np.zeros(len(rollout.completion_ids)),
-            "all 24 completions got the reward 0;",
-        ),
-        (lambda rollout, start: np.repeat([start, start + 1], 6), r"equal rewards \(mean 1.5\)"),
+        (lambda rollout, start: np.repeat([start, start + 1], 4), "equal rewards"),
         (lambda rollout, start: np.full(len(rollout.completion_ids), np.nan), "not a finite number"),
     ],
 )
-def test_rewards_that_say_nothing_stop_the_probe(
-    random_checkpoint: Make, reward: object, message: str
-) -> None:
-    policy = policy_of(random_checkpoint("qwen3"), "none")
+def test_rewards_that_say_nothing_stop_the_probe(load: Load, reward: object, message: str) -> None:
     with pytest.raises(RunStopped, match=message):
-        gradient_probe(
-            policy,
-            PROMPTS,
-            reward,  # type: ignore[arg-type]
-            blocks=[2],
-            group_size=6,
-            sampling=Sampling(max_new_tokens=2),
-            micro_prompts=2,
-        )
+        signals_of(load("qwen3", "none"), PROMPTS, reward)
 
 
-@pytest.mark.parametrize(("prompts", "micro"), [(4, 1), (2, 2), (5, 2)])
-def test_passes_must_hold_pairs(random_checkpoint: Make, prompts: int, micro: int) -> None:
-    policy = policy_of(random_checkpoint("qwen3"), "none")
-    with pytest.raises(ValueError, match="cannot go in passes"):
-        gradient_probe(
-            policy,
-            [[1]] * prompts,
-            rewards_by_length,
-            blocks=[0],
-            sampling=SAMPLING,
-            group_size=GROUP_SIZE,
-            micro_prompts=micro,  # type: ignore[arg-type]
-        )
-
-
-def test_one_token_completions(random_checkpoint: Make) -> None:
-    policy = policy_of(random_checkpoint("qwen3"), "none")
-    torch.manual_seed(0)
-    signals = gradient_probe(
-        policy,
-        PROMPTS,
-        rewards_by_length,
-        blocks=[0, 3],
-        group_size=4,
-        sampling=Sampling(max_new_tokens=1),
-        micro_prompts=2,
-    )
-    assert all(signal.signals["norm"] > 0 for signal in signals)
+def test_the_script_on_the_bundled_model(tmp_path: Path) -> None:
+    out = tmp_path / "signals.json"
+    small = ["training.group_size=8", "training.max_new_tokens=40", "training.prompts_per_step=4"]
+    settings = [word for text in small for word in ("--set", text)]
+    script.main(["--prompts", "4", *settings, "--out", str(out)])
+    found, published = read_probe(out), json.loads((FOLDER / "tiny-chain-sum-0.json").read_text())
+    assert (found["method"], found["model"], found["selected"]) == ("gradient", "tiny", [5])
+    assert found.keys() == published.keys() - {"objective", "among_best"} | {"note"}
+    assert found["settings"].keys() == published["settings"].keys()
+    assert [row["rank"] for row in found["blocks"]] == [11, 9, 7, 5, 3, 1, 2, 4, 6, 8, 10, 12]
+    for row, old in zip(found["blocks"], published["blocks"], strict=True):
+        # The price of a step was measured then.
+        assert row.keys() == old.keys() - {"step_cost"}
+        assert row["signals"].keys() == old["signals"].keys()
 
 
 def test_group_advantages() -> None:
     # (1, 0, 0, 0): mean 0.25, sample standard deviation 0.5.
-    found = group_advantages(np.array([[1.0, 0, 0, 0], [0.1, 0.1, 0.1, 0.1], [1, 1, 0, 0]]))
+    found = script.group_advantages(np.array([[1.0, 0, 0, 0], [0.1, 0.1, 0.1, 0.1], [1, 1, 0, 0]]))
     assert found[0] == pytest.approx([0.75 / 0.5001, *[-0.25 / 0.5001] * 3])
     assert (found[1] == 0).all()
     assert found[2] == pytest.approx(np.array([0.5, 0.5, -0.5, -0.5]) / (np.sqrt(1 / 3) + 1e-4))
