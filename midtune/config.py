@@ -77,7 +77,8 @@ class ModelConfig(Part):
     )
     embeddings: Literal["device", "host"] = Field(
         "device",
-        description="where the input embedding is kept; on the host it takes no memory of the card, for a wait a token",
+        description="where the input embedding is kept; `host` keeps it in RAM: saves GPU memory, costs one transfer "
+        "per token",
     )
     trust_remote_code: bool = Field(False, description="run Python code that a model repository brings")
 
@@ -572,11 +573,12 @@ def _get(data: Mapping[str, Any], dotted: str) -> Any:
 
 def _merge(base: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
     """`base` with what `data` sets; the arguments of a task are one value."""
-    return {**base, **{key: _over(base.get(key), value) for key, value in data.items()}}
-
-
-def _over(base: Any, value: Any) -> Any:
-    return {**base, **value} if isinstance(base, dict) and isinstance(value, dict) else value
+    both = {
+        key: value
+        for key, value in data.items()
+        if isinstance(value, dict) and isinstance(base.get(key), dict)
+    }
+    return base | data | {key: base[key] | value for key, value in both.items()}
 
 
 def _put(data: dict[str, Any], dotted: str, value: Any) -> None:
@@ -600,20 +602,16 @@ def _explain(error: ValidationError, recipe: Path | None, overrides: Mapping[str
         inner = f"{key}.{next(iter(value), '')}"
         return f"unknown key `{inner}` {source}; `{key}` is one value and has no keys of its own."
     if first["type"] == "extra_forbidden":
-        return f"unknown key `{_short(key)}` {source}; the nearest valid key is `{_nearest(key)}`."
+        return f"unknown key `{bounded(key, 200)}` {source}; the nearest valid key is `{_nearest(key)}`."
     if first["type"] in ("model_type", "model_attributes_type"):
         inside = [name for name in KEYS if name.startswith(f"{key}.")]
         return (
-            f"`{key}` {source} was given {_short(repr(value))}, but it is a group of settings; "
+            f"`{key}` {source} was given {bounded(repr(value), 200)}, but it is a group of settings; "
             f"set one of {', '.join(f'`{name}`' for name in inside)}."
         )
     message = first["msg"].removeprefix("Input ").removeprefix("Value error, ").replace("should", "must")
     message = message.partition(", unable to parse")[0]
-    return f"`{_short(key)}` {source} was {_short(repr(value))}, but it {message}; change it."
-
-
-def _short(text: str) -> str:
-    return bounded(text, 200)
+    return f"`{bounded(key, 200)}` {source} was {bounded(repr(value), 200)}, but it {message}; change it."
 
 
 def _nearest(key: str) -> str:

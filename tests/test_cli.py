@@ -15,7 +15,6 @@ import pytest
 
 import midtune
 from midtune import cli
-from midtune import config as settings
 from midtune.config import RunConfig, dump_config
 from midtune.errors import InputError, Interrupted, RunStopped
 from midtune.network import HUB_OFFLINE, OFFLINE, hub_is_offline, is_offline
@@ -40,10 +39,7 @@ Stage = Callable[[str, Callable[..., dict[str, Any]]], None]
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory, and a bundled recipe that needs no installation."""
-    recipe = tmp_path / "bundled.yaml"
-    recipe.write_text("task: {name: 'reasoning-gym:chain_sum', args: {min_terms: 2}}\n")
-    monkeypatch.setattr(settings, "BUNDLED_RECIPE", recipe)
+    """An empty working directory."""
     for name in ("MIDTUNE_DEBUG", "FORCE_COLOR", "COLUMNS"):
         monkeypatch.delenv(name, raising=False)
     folder = tmp_path / "work"
