@@ -192,7 +192,7 @@ def by_sweep(trials: Trials, blocks: Sequence[int]) -> tuple[Rows, dict[str, Any
     undefined = None in shares.values()
     depth, to_middle = depth_correlation(scores), middle_correlation(scores, trials.policy.num_blocks)
     gain = _gains(full, base)
-    extra = {
+    extra: dict[str, Any] = {
         "full": gain,
         "position": {"depth": depth and depth.value, "middle": to_middle and to_middle.value},
         "plateau": asdict(plateau(scores if undefined else shares)),
