@@ -583,9 +583,12 @@ def _merge(base: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
 
 def _put(data: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
-    for parent in parents:
+    for depth, parent in enumerate(parents, 1):
+        known = setting(".".join(parents[:depth]))
         existing = data.get(parent, {})
-        if not isinstance(existing, dict):
+        if known is not None and get_origin(known.kind) is not dict:
+            existing = {}  # a setting of one value is given a key: validation says so
+        elif not isinstance(existing, dict):
             return  # what stands there is wrong already, and validation says so
         data[parent] = dict(existing)
         data = data[parent]

@@ -495,7 +495,7 @@ def test_a_task_is_shown_with_its_arguments(run: Run) -> None:
     assert found["task"] == "reasoning-gym:chain_sum"
     assert found["arguments"]["max_terms"] == 2
     assert found["question"] and found["answer"]
-    text = run("tasks", "reasoning-gym:chain_sum", "--task-arg", "max_terms=2").out
+    text = run("tasks", "chain_sum", "--task-arg", "max_terms=2").out
     assert found["question"] in text and "max_terms=2" in text
     assert "chain_sum" in one_error(run("tasks", "chain_summ"))
 

@@ -108,6 +108,8 @@ def test_wrong_types_say_what_is_valid(tmp_path: Path) -> None:
     assert "greater than or equal to 1" in message(None, training__steps=0)
     assert "at least 2" in message(None, training__group_size=1)
     assert "`training.lr` is one value" in message(None, training__lr__start=1)
+    other = write(tmp_path, "task: {name: a.jsonl}\n")
+    assert "`training.lr` is one value" in message(other, training__lr__start=1)
 
 
 def test_a_group_given_one_value_lists_its_keys(tmp_path: Path) -> None:
