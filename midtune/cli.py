@@ -626,7 +626,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code, said = 2, f"{wrong}; see `{command} --help`."
     except Exception as error:  # noqa: BLE001 (a traceback is no message)
         code, said = _failure(error)
-        if said.startswith("unexpected "):
+        if code == 1 and said:
             folder = _latest_run(arguments, started)
             said += f" (the run is in {folder})" if folder else ""
             said += "" if debug else "; run it again with --debug to see where."
