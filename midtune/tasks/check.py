@@ -11,8 +11,8 @@ from midtune.errors import InputError
 from midtune.tasks.answers import reference_answer
 from midtune.tasks.environment import check_game
 from midtune.tasks.notation import parse_number
-from midtune.tasks.own import is_task_file
 from midtune.tasks.rewards import BUILT_IN, Reward, completion_of, parts_of
+from midtune.tasks.sources.own import is_task_file
 from midtune.tasks.split import Row
 from midtune.tasks.task import Task
 

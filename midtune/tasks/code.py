@@ -32,7 +32,7 @@ from typing import Any
 from midtune.errors import InputError
 from midtune.tasks.answers import after_thinking
 from midtune.tasks.rewards import Reward, completion_text, named
-from midtune.tasks.sandbox import Sandbox, checked
+from midtune.tasks.sandbox.sandbox import Sandbox, checked
 from midtune.tasks.split import Row
 
 CODE = ("code", "code-all")

@@ -11,14 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from midtune.errors import InputError
-from midtune.tasks import gym, hub, programs
 from midtune.tasks.code import CODE, code_reward, code_row
 from midtune.tasks.environment import MAX_TURNS, Game, check_environment, reward_of, told_apart
-from midtune.tasks.files import Columns, Problems, is_file_name, problems_of
-from midtune.tasks.games import GAMES, draw_games, game_arguments
-from midtune.tasks.own import TRL_NAMES, is_own, is_task_file, load_own_task, load_reward, with_own_columns
+from midtune.tasks.games.games import GAMES, draw_games, game_arguments
 from midtune.tasks.prompts import prompted
-from midtune.tasks.reading import FORMATS, Line, Source, read_path
 from midtune.tasks.rewards import (
     BUILT_IN,
     SHAPING,
@@ -29,7 +25,18 @@ from midtune.tasks.rewards import (
     solved,
     with_weight,
 )
-from midtune.tasks.sandbox import Sandbox
+from midtune.tasks.sandbox.sandbox import Sandbox
+from midtune.tasks.sources import gym, hub_dataset, programs
+from midtune.tasks.sources.columns import Columns, Problems, is_file_name, problems_of
+from midtune.tasks.sources.files import FORMATS, Line, Source, read_path
+from midtune.tasks.sources.own import (
+    TRL_NAMES,
+    is_own,
+    is_task_file,
+    load_own_task,
+    load_reward,
+    with_own_columns,
+)
 from midtune.tasks.split import Row, Split, given_split, split_rows
 
 
@@ -207,7 +214,7 @@ def _problems(
         _refuse_evaluation(name, eval_file)
         split, verifier, complete = gym.draw_problems(name.removeprefix(gym.PREFIX), args, **sizes)
         return _Problems(_bare(split), verifier, "verifier", {"name": name, "args": complete})
-    is_data = is_task_file(name) or is_file_name(name) or hub.is_dataset(name)
+    is_data = is_task_file(name) or is_file_name(name) or hub_dataset.is_dataset(name)
     if args and (name == programs.NAME or is_data):
         kind = "is a file or dataset and takes" if is_data else "takes"
         raise InputError(f"{name} {kind} no arguments, but {dict(args)} was given; leave it out.")
@@ -236,7 +243,7 @@ def _problems(
         asked = replace(columns, needs_answer=columns.needs_answer and not judged)
         return _of_source(mine.source, asked, eval_file, sizes, mine.reward)
     if is_data:
-        source = hub.read_dataset(name) if hub.is_dataset(name) else read_path(name)
+        source = hub_dataset.read_dataset(name) if hub_dataset.is_dataset(name) else read_path(name)
         return _of_source(source, columns, eval_file, sizes)
     raise InputError(_unknown(name))
 

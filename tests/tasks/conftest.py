@@ -6,7 +6,7 @@ import pytest
 
 from midtune.errors import InputError
 from midtune.tasks import Limits, open_sandbox
-from midtune.tasks.sandbox import Sandbox
+from midtune.tasks.sandbox.sandbox import Sandbox
 
 LIMITS = Limits(cpu_s=1, wall_s=10.0, memory_bytes=128 * 2**20, processes=4)
 

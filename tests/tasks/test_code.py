@@ -11,7 +11,7 @@ import pytest
 from midtune.errors import InputError
 from midtune.tasks import Task, check_reward, load_task
 from midtune.tasks.code import call_tests, code_reward, code_row, extract_code, fraction_passed
-from midtune.tasks.sandbox import Sandbox
+from midtune.tasks.sandbox.sandbox import Sandbox
 
 MBPP = {
     "task_id": 1,

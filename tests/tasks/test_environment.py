@@ -10,7 +10,7 @@ import pytest
 from midtune.errors import InputError
 from midtune.tasks import Task, check_reward, load_task
 from midtune.tasks.environment import Game, Match, check_environment, reward_of
-from midtune.tasks.games import TextWorld
+from midtune.tasks.games.games import TextWorld
 from tests.rollout.corridor import Corridor
 
 OWN = '''

@@ -6,8 +6,8 @@ import pytest
 
 from midtune.errors import InputError
 from midtune.tasks import Task, check_reward
-from midtune.tasks.own import load_reward
 from midtune.tasks.rewards import Reward, built_in, default_reward, named, parts_of
+from midtune.tasks.sources.own import load_reward
 from midtune.tasks.task import load_task
 from tests.tasks.golds import GOLDS, rows
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from midtune.errors import InputError
 from midtune.tasks.answers import marked_answer, reference_answer
-from midtune.tasks.reading import ANSWER_COLUMNS, PROMPT_COLUMNS, Line, Source, data_suffix, kind
+from midtune.tasks.sources.files import ANSWER_COLUMNS, PROMPT_COLUMNS, Line, Source, data_suffix, kind
 from midtune.tasks.split import Row
 
 DROP = "--set task.bad_rows=drop"

@@ -11,8 +11,8 @@ import pytest
 
 from midtune.errors import InputError
 from midtune.tasks import Task, check_reward, load_task
-from midtune.tasks.alfworld import GAME, PROMPT, ALFWorld
 from midtune.tasks.environment import Match
+from midtune.tasks.games.alfworld import GAME, PROMPT, ALFWorld
 
 # A mug on a desk, and a drawer beside it.
 PROBLEM = """

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from midtune.errors import InputError
-from midtune.tasks.alfworld import PROMPT, ALFWorld, draw_households
 from midtune.tasks.environment import MAX_TURNS
+from midtune.tasks.games.alfworld import PROMPT, ALFWorld, draw_households
 from midtune.tasks.split import Row, Split, draw_split
 
 _MOVE = re.compile(r"\b(up|down|left|right)\b", re.IGNORECASE)

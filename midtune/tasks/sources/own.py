@@ -35,9 +35,9 @@ from typing import Any
 
 from midtune.errors import InputError
 from midtune.tasks.environment import CLASS
-from midtune.tasks.files import PLACE
-from midtune.tasks.reading import Line, Source, kind
 from midtune.tasks.rewards import Reward, named
+from midtune.tasks.sources.columns import PLACE
+from midtune.tasks.sources.files import Line, Source, kind
 from midtune.tasks.split import Row
 
 # What TRL passes to a reward besides the columns of the data.

@@ -5,8 +5,8 @@ import pytest
 from midtune.errors import InputError
 from midtune.tasks import load_task
 from midtune.tasks.code import fraction_passed
-from midtune.tasks.programs import draw_programs, example
-from midtune.tasks.sandbox import Sandbox
+from midtune.tasks.sandbox.sandbox import Sandbox
+from midtune.tasks.sources.programs import draw_programs, example
 
 
 def test_problems_are_fixed_by_the_seed() -> None:

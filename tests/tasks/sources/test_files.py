@@ -17,7 +17,8 @@ import pytest
 from midtune import network
 from midtune.errors import InputError
 from midtune.network import HUB_OFFLINE, OFFLINE
-from midtune.tasks import check_reward, hub, reading
+from midtune.tasks import check_reward
+from midtune.tasks.sources import files, hub_dataset
 from tests.tasks.toy_data import gsm8k, load, math, scores, write
 
 SPLITS = {"train": gsm8k(8), "test": gsm8k(4, start=20)}
@@ -89,7 +90,7 @@ def test_a_folder_keeps_training_and_test_files_apart(tmp_path: Path) -> None:
     assert {row["question"] for row in task.train} == {row["question"] for row in gsm8k(10)}
     assert {row["question"] for row in task.held_out} == {row["question"] for row in gsm8k(4, start=50)}
     assert task.note == (
-        f"{tmp_path}: left out README.md, dataset_infos.json, with no problems in {reading.FORMATS}. of {tmp_path}, "
+        f"{tmp_path}: left out README.md, dataset_infos.json, with no problems in {files.FORMATS}. of {tmp_path}, "
         "validation (main/validation.jsonl) is not used."
     )
 
@@ -144,7 +145,7 @@ def test_a_file_that_is_no_parquet_and_a_task_that_draws_its_own(tmp_path: Path)
     ],
 )
 def test_hub_datasets_are_told_by_their_names(name: str, is_one: bool) -> None:
-    assert hub.is_dataset(name) == is_one
+    assert hub_dataset.is_dataset(name) == is_one
 
 
 def test_a_hub_dataset_gives_its_splits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,14 +155,14 @@ def test_a_hub_dataset_gives_its_splits(monkeypatch: pytest.MonkeyPatch) -> None
         asked.append((name, configuration, datasets.config.HF_HUB_OFFLINE))
         return datasets.DatasetDict({part: datasets.Dataset.from_list(rows) for part, rows in SPLITS.items()})
 
-    monkeypatch.setattr(hub, "_unreachable", lambda repository: None)
-    monkeypatch.setattr(hub, "hub_is_offline", lambda: False)
+    monkeypatch.setattr(hub_dataset, "_unreachable", lambda repository: None)
+    monkeypatch.setattr(hub_dataset, "hub_is_offline", lambda: False)
     monkeypatch.setattr(datasets, "load_dataset", fake)
     task = load("openai/gsm8k:main")
     assert asked == [("openai/gsm8k", "main", False)]
     assert (len(task.train), len(task.held_out)) == (8, 3)
     assert {row["question"] for row in task.held_out} < {row["question"] for row in gsm8k(4, start=20)}
-    monkeypatch.setattr(reading, "MOST_ROWS", 4)
+    monkeypatch.setattr(files, "MOST_ROWS", 4)
     thinned = load("openai/gsm8k:main")
     assert {row["question"] for row in thinned.train} == {f"Problem {n}?" for n in (0, 2, 4, 6)}
     assert thinned.note == "openai/gsm8k:main is long: one row in 2 of train is read."
@@ -170,7 +171,7 @@ def test_a_hub_dataset_gives_its_splits(monkeypatch: pytest.MonkeyPatch) -> None
 def test_offline_only_the_cache_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
     monkeypatch.setenv(OFFLINE, "1")
-    monkeypatch.setattr(hub, "_unreachable", lambda repository: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(hub_dataset, "_unreachable", lambda repository: pytest.fail("the hub was asked"))
     with pytest.raises(
         InputError, match="nor in the cache of this machine, and work is offline; go online once"
     ):
@@ -244,7 +245,7 @@ def test_published_forms_of_files_are_read(tmp_path: Path, name: str, content: b
     assert {row["question"] for row in [*task.train, *task.held_out]} == QUESTIONS
     assert task.reward.__name__ == "numeric"
     assert scores(task, "So #### {n+1}") == [1.0, 1.0]
-    assert not hub.is_dataset(f"data/{name}")
+    assert not hub_dataset.is_dataset(f"data/{name}")
 
 
 def test_what_datasets_saved_is_read(tmp_path: Path) -> None:

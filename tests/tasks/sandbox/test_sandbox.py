@@ -12,8 +12,8 @@ import pytest
 
 from midtune.errors import InputError, RunStopped
 from midtune.tasks import Limits, open_sandbox
-from midtune.tasks import sandbox as module
-from midtune.tasks.sandbox import Sandbox, bubblewrap
+from midtune.tasks.sandbox import sandbox as module
+from midtune.tasks.sandbox.sandbox import Sandbox, bubblewrap
 
 LIMITS = Limits(cpu_s=1, wall_s=2.0, memory_bytes=128 * 2**20, processes=4)
 

@@ -1,7 +1,7 @@
 """Programs that mean harm: what each tries, and that it comes to nothing within its limits.
 
 A program prints `got through` where it did what it tried. Those that use up their time are slow; run
-`pytest -m slow -s tests/tasks/test_hostile.py` for the table of what every program took.
+`pytest -m slow -s tests/tasks/sandbox/test_hostile.py` for the table of what every program took.
 """
 
 # ruff: noqa: E501 (programs are literals)
@@ -18,8 +18,8 @@ import pytest
 
 from midtune.tasks import Limits
 from midtune.tasks.code import call_tests, fraction_passed
-from midtune.tasks.sandbox import Sandbox
-from midtune.tasks.syscalls import CLOSED
+from midtune.tasks.sandbox.sandbox import Sandbox
+from midtune.tasks.sandbox.syscalls import CLOSED
 
 LIMITS = Limits(cpu_s=1, wall_s=3.0, memory_bytes=128 * 2**20, processes=4)
 MIB = 2**20

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from midtune.errors import InputError
 from midtune.network import REQUEST_TIMEOUT_S, Unreachable, ask_hub, hub_is_offline
-from midtune.tasks.reading import FORMATS, Source, data_suffix, of_splits
+from midtune.tasks.sources.files import FORMATS, Source, data_suffix, of_splits
 
 _ID = re.compile(r"[\w.-]+/[\w.-]+(?::[\w.-]+)?")
 

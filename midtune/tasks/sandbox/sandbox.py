@@ -46,8 +46,8 @@ from types import CodeType, TracebackType
 from typing import Any, TypeVar
 
 from midtune.errors import InputError, RunStopped
-from midtune.tasks import inside
-from midtune.tasks.syscalls import program_filter
+from midtune.tasks.sandbox import inside
+from midtune.tasks.sandbox.syscalls import program_filter
 
 _OUTPUT_BYTES = 4 * 2**20
 _FOLDER_BYTES = 16 * 2**20
