@@ -13,7 +13,7 @@ import pytest
 import typer.main
 
 from midtune import cli, stages
-from midtune.config import RunConfig, dump_config, load_config
+from midtune.config import RunConfig, TaskConfig, dump_config, load_config
 from midtune.tasks import check_reward, load_task
 
 ROOT = Path(__file__).parents[1]
@@ -59,7 +59,7 @@ def test_the_task_file_it_shows_is_sound(tmp_path: Path) -> None:
     code, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     path = tmp_path / "my_task.py"
     path.write_text(code)
-    task = load_task(str(path), args={}, reward=None, train_size=800, eval_size=100, seed=0)
+    task = load_task(str(path), TaskConfig(train_size=800, eval_size=100), seed=0)
     assert (len(task.train), len(task.held_out)) == (800, 100)
     check_reward(task)
 
@@ -68,7 +68,7 @@ def test_the_environment_it_shows_is_sound(tmp_path: Path) -> None:
     _, code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     path = tmp_path / "my_env.py"
     path.write_text(code)
-    task = load_task(str(path), args={}, reward=None, train_size=6, eval_size=3, seed=0)
+    task = load_task(str(path), TaskConfig(train_size=6, eval_size=3), seed=0)
     check_reward(task)
     assert task.game is not None
     (match,) = task.game.matches(1)

@@ -37,10 +37,15 @@ _UNIT = re.compile(r"\\(?:text|mathrm|mbox)[a-z]*\s*\{[^{}]*\}(?:\^\{?[0-9]\}?)?
 
 
 class Comparer:
-    """Compares answers, each within `limit_s` seconds; the process starts with the first one."""
+    """Compares answers, each within `limit_s` seconds; the process starts with the first one.
 
-    def __init__(self, limit_s: float = LIMIT_S) -> None:
+    Args:
+        program: what the process runs.
+    """
+
+    def __init__(self, limit_s: float = LIMIT_S, program: str = __file__) -> None:
         self.limit_s = limit_s
+        self._program = program
         self._process: subprocess.Popen[str] | None = None
         self._lock = threading.Lock()
         atexit.register(self.close)
@@ -74,7 +79,7 @@ class Comparer:
     def _start(self) -> subprocess.Popen[str]:
         # -P: this folder has modules with the names of others'.
         process = subprocess.Popen(
-            [sys.executable, "-P", __file__],
+            [sys.executable, "-P", self._program],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from midtune.config import JUDGES, SHAPING
 from midtune.errors import InputError, MidtuneError
 from midtune.tasks.answers import (
     after_thinking,
@@ -32,8 +33,7 @@ from midtune.tasks.notation import (
 
 Reward = Callable[..., list[float]]
 
-SHAPING = ("format", "length", "repetition")
-BUILT_IN = ("exact", "numeric", "math", "verifier", "code", "code-all", *SHAPING)
+BUILT_IN = (*JUDGES, *SHAPING)
 SOLVED = 1 - 1e-6
 _COMPARER = Comparer()
 # Characters of an answer that math-verify reads, and of an end in which it looks for one.

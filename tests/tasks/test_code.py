@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from midtune.errors import InputError
-from midtune.tasks import Task, check_reward, load_task
+from midtune.tasks import Task, check_reward
 from midtune.tasks.code import call_tests, code_reward, code_row, extract_code, fraction_passed
-from midtune.tasks.sandbox.sandbox import Sandbox
+from midtune.tasks.sandbox.sandbox import Result, Sandbox
+from tests.tasks import toy_data
+from tests.tasks.conftest import LIMITS
 
 MBPP = {
     "task_id": 1,
@@ -303,43 +305,31 @@ def test_output_is_compared_outside(isolated: Sandbox) -> None:
 def test_an_endless_loop_is_waited_for_once(sandbox: Sandbox) -> None:
     pairs = [["go", "gone"], ["stop", "gone"], *([["go", "gone"]] * 50)]
     program = "import time\nif input() == 'stop': time.sleep(60)\nprint('gone')"
-    hasty = replace(sandbox, limits=replace(sandbox.limits, wall_s=2.0))
+    hasty = replace(sandbox, limits=sandbox.limits.model_copy(update={"wall_s": 2.0}))
     start = time.monotonic()
     assert fraction_passed(hasty, program, json.dumps({"pairs": pairs})) == 1 / 52
     assert time.monotonic() - start < 4
 
 
-def test_the_reward_runs_different_programs_once_and_keeps_their_order(
-    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_reward_runs_different_programs_once_and_keeps_their_order() -> None:
+    class Counting(Sandbox):
+        def run(self, source: str, stdin: bytes = b"") -> Result:
+            ran.append(source)
+            return Result(source.strip().encode(), 0, "")
+
     ran: list[str] = []
-
-    def counted(sandbox: Sandbox, program: str, tests: str) -> float:
-        ran.append(program)
-        return len(program) / 4
-
-    monkeypatch.setattr("midtune.tasks.code.fraction_passed", counted)
-    texts = ["ab", "abcd", "ab", "```\na\n```"]
-    columns = {"prompts": ["p", "p", "p", "p"], "tests": ["t", "t", "t", "t"], "answer": [""] * 4}
-    assert code_reward("code", sandbox)(completions=texts, **columns) == [0.5, 1.0, 0.5, 0.5]
-    assert sorted(ran) == ["a\n", "ab", "abcd"]
+    sandbox = Counting(LIMITS, (), workers=1)
+    texts = ["7", "3", "7", "```\n5\n```"]
+    tests = [json.dumps({"pairs": [["", "7"], ["", text[:1]]]}) for text in "7375"]
+    columns = {"prompts": ["p"] * 4, "tests": tests, "answer": [""] * 4}
+    assert code_reward("code", sandbox)(completions=texts, **columns) == [1.0, 0.5, 1.0, 0.5]
+    assert sorted(ran) == ["3", "3", "5\n", "5\n", "7", "7"]
     messages = [[{"role": "assistant", "content": text}] for text in texts]
-    assert code_reward("code-all", sandbox)(completions=messages, **columns) == [0.0, 1.0, 0.0, 0.0]
+    assert code_reward("code-all", sandbox)(completions=messages, **columns) == [1.0, 0.0, 1.0, 0.0]
 
 
-def load(path: Path, sandbox: Sandbox, **changes: Any) -> Task:
-    settings: dict[str, Any] = {
-        "args": {},
-        "reward": "code",
-        "prompt_column": "prompt",
-        "answer_column": "answer",
-        "system_prompt": None,
-        "train_size": 9,
-        "eval_size": 2,
-        "seed": 0,
-        "sandbox": lambda: sandbox,
-    }
-    return load_task(str(path), **settings | changes)
+def load(path: Path, sandbox: Sandbox) -> Task:
+    return toy_data.load(path, reward=["code"], train_size=9, eval_size=2, sandbox=sandbox)
 
 
 def test_a_file_of_problems_becomes_a_task(sandbox: Sandbox, tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ from pathlib import Path
 from types import CodeType, TracebackType
 from typing import Any, TypeVar
 
+from midtune.config import SandboxConfig
 from midtune.errors import InputError, RunStopped
 from midtune.tasks.sandbox import inside
 from midtune.tasks.sandbox.syscalls import program_filter
@@ -71,34 +72,6 @@ space = {"__name__": "inside"}
 exec(code, space)
 space["main"](job)
 """
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one program may take.
-
-    Attributes:
-        cpu_s: CPU seconds of each process.
-        wall_s: seconds from its start.
-        memory_bytes: address space of each process.
-        processes: processes and threads.
-    """
-
-    cpu_s: int
-    wall_s: float
-    memory_bytes: int
-    processes: int
-
-    def of_kernel(self) -> dict[str, int]:
-        """Resource limits by name, as `setrlimit` knows them."""
-        return {
-            "AS": self.memory_bytes,
-            "CORE": 0,
-            "CPU": self.cpu_s,
-            "FSIZE": _OUTPUT_BYTES,
-            "NOFILE": _OPEN_FILES,
-            "NPROC": self.processes,
-        }
 
 
 @dataclass(frozen=True)
@@ -217,7 +190,7 @@ class Sandbox:
         workers: how many programs to run at a time.
     """
 
-    limits: Limits
+    limits: SandboxConfig
     isolation: tuple[str, ...]
     workers: int = 1
 
@@ -240,7 +213,7 @@ class Sandbox:
             job: what the role needs.
         """
         uid = _FIRST_PASSING_UID + next(_uids) % _PASSING_UIDS if os.geteuid() == 0 else None
-        job |= {"role": role, "limits": self.limits.of_kernel(), "uid": uid}
+        job |= {"role": role, "limits": kernel_limits(self.limits), "uid": uid}
         with ExitStack() as files:
             folder = "/tmp"
             if not self.isolation:
@@ -312,32 +285,41 @@ def checked(result: Result) -> Result:
     return result
 
 
-def open_sandbox(limits: Limits, *, workers: int | None, allow_weak: bool) -> Sandbox:
-    """A sandbox that has been tried: with bubblewrap, or with limits alone where that is allowed.
+def kernel_limits(settings: SandboxConfig) -> dict[str, int]:
+    """Resource limits by name, as `setrlimit` knows them."""
+    return {
+        "AS": settings.memory_mib * 2**20,
+        "CORE": 0,
+        "CPU": settings.cpu_s,
+        "FSIZE": _OUTPUT_BYTES,
+        "NOFILE": _OPEN_FILES,
+        "NPROC": settings.processes,
+    }
 
-    Args:
-        workers: programs at a time; None: one per CPU that this process may use.
+
+def open_sandbox(settings: SandboxConfig) -> Sandbox:
+    """A sandbox that has been tried: with bubblewrap, or with limits alone where that is allowed.
 
     Raises:
         InputError: bubblewrap is missing or does not work and weak isolation is not allowed, or nothing works.
     """
     if sys.platform != "linux":
         raise InputError("programs that a model wrote run on Linux only; use another reward than code.")
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = settings.workers or len(os.sched_getaffinity(0))
     bwrap = shutil.which("bwrap")
     missing = "bubblewrap was not found"
     if bwrap is not None:
-        sandbox = Sandbox(limits, bubblewrap(bwrap, as_root=os.geteuid() == 0), workers)
+        sandbox = Sandbox(settings, bubblewrap(bwrap, as_root=os.geteuid() == 0), workers)
         failure = _failure(sandbox)
         if not failure:
             return sandbox
         missing = f"bubblewrap does not work here ({failure})"
-    if not allow_weak:
+    if not settings.allow_weak:
         raise InputError(
             f"the reward runs programs that a model wrote, and {missing}; install bubblewrap 0.8 or later (`apt "
             "install bubblewrap`), or accept limits without isolation with --set sandbox.allow_weak=true."
         )
-    sandbox = Sandbox(limits, (), workers)
+    sandbox = Sandbox(settings, (), workers)
     failure = _failure(sandbox)
     if failure:
         raise InputError(

@@ -7,15 +7,16 @@ import difflib
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from midtune.errors import InputError
 from midtune.tasks.rewards import Reward, is_huge, per_completion
-from midtune.tasks.split import Row, Split, draw_split, question_key
+from midtune.tasks.split import Row, Sizes, Split, draw_split, question_key
 
 PREFIX = "reasoning-gym:"
-_OURS = ("seed", "size")
+# Arguments of a dataset that midtune sets, and the option that sets each.
+_OURS = {"seed": "--seed", "size": "task.train_size and task.eval_size"}
 
 
 def list_tasks() -> list[str]:
@@ -29,45 +30,35 @@ def task_arguments(name: str) -> dict[str, Any]:
     Raises:
         InputError: there is no such dataset.
     """
-    config = _config_class(name)
-    return {field.name: _default(field) for field in dataclasses.fields(config) if field.name not in _OURS}
+    known = _datasets()
+    if name not in known:
+        near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.3) or sorted(known)[:3]
+        raise InputError(
+            f"reasoning-gym has no dataset `{name}`; the nearest names are {', '.join(near)}, "
+            "and `midtune tasks` lists them all."
+        )
+    fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(known[name][1])
+    return {field.name: _default(field) for field in fields if field.name not in _OURS}
 
 
-def draw_problems(
-    name: str, args: Mapping[str, Any], *, train_size: int, eval_size: int, seed: int
-) -> tuple[Split, Reward, dict[str, Any]]:
-    """Problems of a reasoning-gym dataset, its verifier as a reward, and its complete arguments.
-
-    Args:
-        name: the dataset, without prefix.
-        args: arguments of the dataset.
-        train_size: training problems wanted.
-        eval_size: held-out problems wanted.
-        seed: fixes the problems and which of them are held out.
+def draw_problems(name: str, args: Mapping[str, Any], sizes: Sizes) -> tuple[Split, Reward, dict[str, Any]]:
+    """Problems of a reasoning-gym dataset (without prefix), its verifier as a reward, and its complete arguments.
 
     Raises:
         InputError: there is no such dataset, an argument is wrong, or it has too few different problems.
     """
-    arguments = dict(args)
-    start_seed = _spread(name, seed)
-    latest: list[Any] = []
+    _check_arguments(name, args)
+    latest: Any = None
 
     def draw(start: int, stop: int) -> list[Row]:
-        dataset, items = _generate(name, arguments, start_seed, stop, start, stop)
-        latest[:] = [dataset]
+        nonlocal latest
+        latest, items = _generate(name, args, sizes.seed, start, stop)
         return items
 
-    split = draw_split(draw, train_size=train_size, eval_size=eval_size, seed=seed)
-    kept = [*split.train, *split.held_out]
+    split = draw_split(draw, sizes)
     # The verifier reads metadata that no table column can hold, so it stays here, by question.
-    entries = {question_key(item["question"]): item for item in kept}
-    complete = _plain(dataclasses.asdict(latest[0].config))
-    for key in _OURS:
-        complete.pop(key, None)
-    return split, _verifier(latest[0].score_answer, entries), complete
+    entries = {question_key(item["question"]): item for item in [*split.train, *split.held_out]}
 
-
-def _verifier(score_answer: Callable[..., Any], entries: Mapping[str, Row]) -> Reward:
     def score_one(answer: str, reference: str, question: str) -> float:
         entry = entries.get(question_key(question))
         # Some verifiers evaluate what the model wrote.
@@ -75,39 +66,49 @@ def _verifier(score_answer: Callable[..., Any], entries: Mapping[str, Row]) -> R
             return 0.0
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # verifiers warn about answers that they cannot read
-            return float(score_answer(answer=answer, entry=entry))
+            return float(latest.score_answer(answer=answer, entry=entry))
 
-    return per_completion("verifier", score_one)
+    arguments = json.loads(json.dumps(dataclasses.asdict(latest.config), default=_plain))
+    complete = {key: value for key, value in arguments.items() if key not in _OURS}
+    train, held_out = ([_row(item) for item in side] for side in (split.train, split.held_out))
+    return Split(train, held_out, split.distinct), per_completion("verifier", score_one), complete
 
 
-def _generate(
-    name: str, args: dict[str, Any], seed: int, size: int, start: int, stop: int
-) -> tuple[Any, list[Row]]:
-    import reasoning_gym
-
-    _check_arguments(name, args)
-    try:
-        dataset = reasoning_gym.create_dataset(name, size=size, seed=seed, **_typed(name, args))
-        return dataset, [dataset[index] for index in range(start, stop)]
-    except Exception as error:  # noqa: BLE001 (their checks raise errors of any kind, even at the first problem)
-        reason = str(error) or type(error).__name__
-        raise InputError(
-            f"`{PREFIX}{name}` gives no problems with {args or 'its default arguments'}: {reason}; "
-            f"change the arguments ({_listed(name)})."
-        ) from None
+def _row(item: Row) -> Row:
+    answer = "" if item["answer"] is None else str(item["answer"])
+    prompt = [{"role": "user", "content": item["question"]}]
+    return {"prompt": prompt, "question": item["question"], "answer": answer}
 
 
 def _check_arguments(name: str, args: Mapping[str, Any]) -> None:
     valid = task_arguments(name)
     for key in args:
         if key in _OURS:
-            own = "--seed" if key == "seed" else "task.train_size and task.eval_size"
-            raise InputError(f"`{key}` is not an argument of `{PREFIX}{name}` here; use {own} instead.")
+            raise InputError(
+                f"`{key}` is not an argument of `{PREFIX}{name}` here; use {_OURS[key]} instead."
+            )
         if key not in valid:
             raise InputError(f"`{PREFIX}{name}` has no argument `{key}`; it has {_listed(name)}.")
 
 
-def _typed(name: str, args: dict[str, Any]) -> dict[str, Any]:
+def _generate(name: str, args: Mapping[str, Any], seed: int, start: int, stop: int) -> tuple[Any, list[Row]]:
+    """The dataset up to an item, and its items from `start` on."""
+    import reasoning_gym
+
+    # reasoning-gym seeds item i with seed + i, so neighbouring seeds would give the same problems.
+    spread = int.from_bytes(hashlib.sha256(f"{name} {seed}".encode()).digest()[:4], "big") // 4
+    try:
+        dataset = reasoning_gym.create_dataset(name, size=stop, seed=spread, **_typed(name, args))
+        return dataset, [dataset[index] for index in range(start, stop)]
+    except Exception as error:  # noqa: BLE001 (their checks raise errors of any kind, even at the first problem)
+        reason = str(error) or type(error).__name__
+        raise InputError(
+            f"`{PREFIX}{name}` gives no problems with {dict(args) or 'its default arguments'}: {reason}; "
+            f"change the arguments ({_listed(name)})."
+        ) from None
+
+
+def _typed(name: str, args: Mapping[str, Any]) -> Mapping[str, Any]:
     if name != "composite" or not isinstance(args.get("datasets"), list):
         return args
     from reasoning_gym.composite import DatasetSpec
@@ -121,45 +122,22 @@ def _listed(name: str) -> str:
     return valid if len(valid) < 800 else ", ".join(task_arguments(name))
 
 
-def _datasets() -> dict[str, tuple[type, type]]:
+def _datasets() -> dict[str, tuple[type, Any]]:
     import reasoning_gym  # noqa: F401 (fills the registry)
     from reasoning_gym.factory import DATASETS
 
-    found: dict[str, tuple[type, type]] = DATASETS
+    found: dict[str, tuple[type, Any]] = DATASETS
     return found
 
 
-def _config_class(name: str) -> Any:
-    known = _datasets()
-    if name not in known:
-        near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.3) or sorted(known)[:3]
-        raise InputError(
-            f"reasoning-gym has no dataset `{name}`; the nearest names are {', '.join(near)}, "
-            "and `midtune tasks` lists them all."
-        )
-    return known[name][1]
-
-
 def _default(field: dataclasses.Field[Any]) -> Any:
-    if field.default is not dataclasses.MISSING:
-        return field.default
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
-    return None
-
-
-def _spread(name: str, seed: int) -> int:
-    # reasoning-gym seeds item i with seed + i, so neighbouring seeds would give the same problems.
-    return int.from_bytes(hashlib.sha256(f"{name} {seed}".encode()).digest()[:4], "big") // 4
+    return None if field.default is dataclasses.MISSING else field.default
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, (set, frozenset)):
-        return sorted((_plain(item) for item in value), key=lambda item: json.dumps(item))
-    if value is None or isinstance(value, (str, int, float, bool)):
-        return value
+    """JSON for what a dataset's arguments hold besides plain values: sets, and classes or functions by name."""
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=json.dumps)
     return getattr(value, "__qualname__", type(value).__qualname__)

@@ -198,8 +198,10 @@ def with_own_columns(reward: Reward, rows: Sequence[Row]) -> Reward:
     `question` and `answer` are midtune's there.
 
     Args:
-        rows: all rows that problems came from.
+        rows: all rows that problems came from; where there are none, a reward gets what midtune read.
     """
+    if not rows:
+        return reward
     names = [name for name in dict.fromkeys(key for row in rows for key in row) if name not in TRL_NAMES]
 
     def own(**columns: Any) -> list[float]:
