@@ -8,7 +8,7 @@ import json
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -29,43 +29,27 @@ _ROLES = {"human": "user", "gpt": "assistant"}
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns to read, and what to do with rows that cannot be used.
+    """Which columns to read, and what to do with rows that cannot be used."""
 
-    Args:
-        prompt: column with the prompt, a text or a list of chat messages; None finds it.
-        answer: column with the right answer; None finds it.
-        needs_answer: False lets answers be missing, for rewards that do not compare.
-        prepare: from a row as it stands, and what messages call it, the row to read.
-        carried: other columns that a problem keeps, as a built-in reward reads them; None: all, for an environment.
-        drop: leave out rows that cannot be used in place of refusing them.
-        cut: of a conversation that ends in the assistant's answer, leave that turn out in place of refusing it.
-    """
-
-    prompt: str | None = None
-    answer: str | None = None
-    needs_answer: bool = True
-    prepare: Callable[[Row, str], Row] | None = None
-    carried: Sequence[str] | None = ()
-    drop: bool = False
-    cut: bool = False
+    prompt: str | None = None  # a text or a list of chat messages; None finds it
+    answer: str | None = None  # None finds it
+    needs_answer: bool = True  # False for rewards that do not compare
+    prepare: Callable[[Row, str], Row] | None = None  # from a row and what messages call it, the row to read
+    carried: Sequence[str] | None = ()  # other columns that a problem keeps; None: all, for an environment
+    drop: bool = False  # leave out rows that cannot be used, in place of refusing them
+    cut: bool = (
+        False  # leave out the assistant's answer at the end of a conversation, in place of refusing it
+    )
 
 
 @dataclass(frozen=True)
 class Problems:
-    """Problems from rows.
+    """Problems from rows: each has `prompt`, `question`, `answer`, and `row`, its place in `own`."""
 
-    Args:
-        rows: each with `prompt`, `question` and `answer`, and, unless all columns are carried, `row`: its place in
-            `own`.
-        columns: those that the prompt and the answer came from.
-        own: the rows with all their columns as they stand in the file.
-        note: a remark for the person.
-    """
-
-    rows: list[Row]
-    columns: list[str]
-    own: list[Row] = field(default_factory=list)
-    note: str = ""
+    rows: list[Row]  # without `row` where all columns are carried
+    columns: list[str]  # those that the prompt and the answer came from
+    own: list[Row]  # the rows with all their columns as they stand in the file
+    note: str  # a remark for the person
 
 
 def is_file_name(name: str) -> bool:
@@ -128,14 +112,12 @@ def _prepared(line: Line, prepare: Callable[[Row, str], Row] | None) -> Line:
 
 
 def _refuse(name: str, faults: Sequence[Line], total: int) -> None:
+    found, them = f"{len(faults)} of {total} rows of {name} cannot be used: ", "them"
     if len(faults) == total:
         raise InputError(f"no row of {name} can be used: {_listed(faults)}; mend them.")
     if len(faults) == 1:
-        raise InputError(f"{_listed(faults)}; mend it, or leave it out with {DROP}.")
-    raise InputError(
-        f"{len(faults)} of {total} rows of {name} cannot be used: {_listed(faults)}; mend them, or leave them out "
-        f"with {DROP}."
-    )
+        found, them = "", "it"
+    raise InputError(f"{found}{_listed(faults)}; mend {them}, or leave {them} out with {DROP}.")
 
 
 def _listed(faults: Sequence[Line]) -> str:
@@ -256,17 +238,14 @@ def _answer(value: Any, column: str) -> tuple[str, str]:
     value = _bare(value)
     if _is_missing(value) or value == []:
         return "", ""
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping | list):
         if (message := _message(value)) is not None:
             return message["content"], ""
-        keys = ", ".join(f"{column}.{key}" for key in value)
-        return json.dumps(value, ensure_ascii=False, default=str), (
-            f"has an object as its answer in column `{column}`; name what it holds with --answer-column ({keys})"
-        )
-    if isinstance(value, list):
-        return json.dumps(value, ensure_ascii=False, default=str), (
-            f"has a list of {len(value)} answers in column `{column}`, and an answer is one value"
-        )
+        what = f"has a list of {len(value)} answers in column `{column}`, and an answer is one value"
+        if isinstance(value, Mapping):
+            keys = ", ".join(f"{column}.{key}" for key in value)
+            what = f"has an object as its answer in column `{column}`; name what it holds with --answer-column ({keys})"
+        return json.dumps(value, ensure_ascii=False, default=str), what
     if isinstance(value, bool):
         return json.dumps(value), ""
     if isinstance(value, (float, Decimal)):
