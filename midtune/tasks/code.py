@@ -53,8 +53,7 @@ _APPS_PREFIX = "from typing import *\n"
 def extract_code(completion: str, *, in_block: bool = False) -> str:
     """The program in a completion: its last fenced block, closed or not, or what comes before any fence.
 
-    Args:
-        in_block: the prompt has opened a block already, so the program is what comes before its end.
+    Where the prompt has opened a block already (`in_block`), it is what comes before that block's end.
     """
     completion = after_thinking(completion)
     blocks = [] if in_block else _FENCED.findall(completion)
@@ -159,13 +158,10 @@ def code_reward(name: str, sandbox: Sandbox) -> Reward:
 
 
 def fraction_passed(sandbox: Sandbox, program: str, tests: str) -> float:
-    """The fraction of its tests that a program passes.
+    """The fraction of its tests (the `tests` column of a row) that a program passes.
 
     The functions of one program are called in one process, so that what follows an exit fails with it; for
     each pair of input and output the program runs anew. After an endless loop nothing more is tried.
-
-    Args:
-        tests: the `tests` column of a row.
 
     Raises:
         RunStopped: the sandbox does not work any more.
@@ -196,21 +192,10 @@ def _calls_passed(sandbox: Sandbox, program: str, tests: dict[str, Any]) -> int:
                 ends.callback(os.close, end)
             # A completion of HumanEval either continues the prompt or has all of the function.
             sources = [tests["prefix"] + program, program]
-            served = opened.enter_context(
-                sandbox.start(
-                    "serve", sources=sources, calls=calls[0], replies=replies[1], fds=(calls[0], replies[1])
-                )
-            )
-            graded = opened.enter_context(
-                sandbox.start(
-                    "grade",
-                    steps=tests["steps"],
-                    names=tests["names"],
-                    calls=calls[1],
-                    replies=replies[0],
-                    fds=(calls[1], replies[0]),
-                )
-            )
+            answering = {"calls": calls[0], "replies": replies[1]}
+            asking = {"calls": calls[1], "replies": replies[0]}
+            served = opened.enter_context(sandbox.start("serve", fds=answering, sources=sources))
+            graded = opened.enter_context(sandbox.start("grade", fds=asking, tests=tests))
         verdicts = checked(graded.wait(beside=[served])).output
         checked(served.wait(0))
     return verdicts[: _count(tests)].count(b"1")

@@ -111,8 +111,8 @@ def grade(job: dict[str, Any]) -> None:
         return value
 
     space: dict[str, Any] = {"__name__": "tests"}
-    space |= {name: Function(name, call) for name in job["names"]}
-    for source, counts in job["steps"]:
+    space |= {name: Function(name, call) for name in job["tests"]["names"]}
+    for source, counts in job["tests"]["steps"]:
         try:
             exec(source, space)
             passed = b"1"

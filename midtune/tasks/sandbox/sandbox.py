@@ -34,7 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -194,16 +194,13 @@ class Sandbox:
             "the network."
         )
 
-    def start(self, role: str, *, stdin: bytes = b"", fds: Sequence[int] = (), **job: Any) -> Running:
-        """Start one of the roles of `inside.py`.
-
-        Args:
-            stdin: what the program can read from standard input.
-            fds: file descriptors that it gets, under the same numbers.
-            job: what the role needs.
-        """
+    def start(
+        self, role: str, *, stdin: bytes = b"", fds: Mapping[str, int] | None = None, **job: Any
+    ) -> Running:
+        """Start one of the roles of `inside.py`, with what it needs: `job`, and file descriptors by name."""
+        fds = fds or {}
         uid = _FIRST_PASSING_UID + next(_uids) % _PASSING_UIDS if os.geteuid() == 0 else None
-        job |= {"role": role, "limits": kernel_limits(self.limits), "uid": uid}
+        job |= {**fds, "role": role, "limits": kernel_limits(self.limits), "uid": uid}
         with ExitStack() as files:
             folder = "/tmp"
             if not self.isolation:
@@ -220,7 +217,7 @@ class Sandbox:
             handed = holding(marshal.dumps((_code(), job)))
             output = holding(b"")
             isolation = self.isolation
-            passed = [handed, *fds]
+            passed = [handed, *fds.values()]
             if isolation and (calls := program_filter()) is not None:
                 passed.append(holding(calls))
                 isolation = (isolation[0], "--seccomp", str(passed[-1]), *isolation[1:])

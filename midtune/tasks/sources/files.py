@@ -54,21 +54,13 @@ class Line:
 
 @dataclass(frozen=True)
 class Source:
-    """The rows of a file, a folder or a dataset.
+    """The rows of a file, a folder or a dataset."""
 
-    Args:
-        name: what messages call it.
-        lines: all rows, or those to train on.
-        evaluation: rows to evaluate on, where the source keeps them apart.
-        digest: the same for the same content.
-        note: a remark for the person.
-    """
-
-    name: str
-    lines: list[Line]
-    evaluation: list[Line] | None
-    digest: str
-    note: str = ""
+    name: str  # what messages call it
+    lines: list[Line]  # all rows, or those to train on
+    evaluation: list[Line] | None  # rows to evaluate on, where the source keeps them apart
+    digest: str  # the same for the same content
+    note: str = ""  # a remark for the person
 
 
 def data_suffix(name: str) -> str:
@@ -161,12 +153,7 @@ def _folder(folder: Path) -> Source:
 
 def _describes(name: str, content: bytes) -> bool:
     """Whether a file holds one JSON object that is no problem: a folder from the hub also has descriptions."""
-    if data_suffix(name) != ".json":
-        return False
-    try:
-        document = json.loads(content)
-    except (ValueError, RecursionError):
-        return False
+    document = _loaded(content) if data_suffix(name) == ".json" else None
     return (
         isinstance(document, dict)
         and _document(document) == {"": [document]}
@@ -243,18 +230,16 @@ def _parts(path: Path, content: bytes) -> dict[str, list[Line]]:
 
 def _json(path: Path, text: str) -> dict[str, list[Line]]:
     """JSON lines, or a document: an array of rows, or in a `.json` file an object that has them."""
-    first = text.strip().partition("\n")[0]
-    if not text.lstrip().startswith("[") and data_suffix(path.name) != ".json":
-        return {"": _jsonl(path, text)}
-    try:
-        document = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        if first.startswith("[") and not _is_json(first):
+    is_array = text.lstrip().startswith("[")
+    document = _loaded(text) if is_array or data_suffix(path.name) == ".json" else ValueError()
+    if isinstance(document, Exception):
+        if is_array and isinstance(_loaded(text.strip().partition("\n")[0]), Exception):
             raise InputError(
-                f"{path} is one JSON array, and it is not valid JSON ({error}); mend it, or write one JSON object a "
+                f"{path} is one JSON array, and it is not valid JSON ({document}); mend it, or write one JSON object a "
                 "line."
-            ) from None
-        return {"": _jsonl(path, text)}
+            )
+        lines = [(f"line {number} of {path}", line) for number, line in enumerate(text.split("\n"), start=1)]
+        return {"": [_line(place, _loaded(line)) for place, line in lines if line.strip()]}
     return {
         part: [
             _line(f"item {number} of {f'`{part}` in ' if part else ''}{path}", row)
@@ -264,12 +249,12 @@ def _json(path: Path, text: str) -> dict[str, list[Line]]:
     }
 
 
-def _is_json(text: str) -> bool:
+def _loaded(text: str | bytes) -> Any:
+    """What JSON says, or the error of what is none."""
     try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return error
 
 
 def _document(document: Any) -> dict[str, list[Any]]:
@@ -296,23 +281,14 @@ def _document(document: Any) -> dict[str, list[Any]]:
     return rows if rows and {*rows} <= {"train", *EVALUATION} else {"": [document]}
 
 
-def _jsonl(path: Path, text: str) -> list[Line]:
-    lines: list[Line] = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        place = f"line {number} of {path}"
-        try:
-            lines.append(_line(place, json.loads(line)))
-        except (ValueError, RecursionError):
-            lines.append(Line(place, None, "is not valid JSON"))
-    return lines
-
-
 def _line(place: str, row: Any) -> Line:
-    if isinstance(row, dict):
-        return Line(place, row)
-    return Line(place, None, f"is not a JSON object but {kind(row)}")
+    if isinstance(row, Exception):
+        return Line(place, None, "is not valid JSON")
+    return (
+        Line(place, row)
+        if isinstance(row, dict)
+        else Line(place, None, f"is not a JSON object but {kind(row)}")
+    )
 
 
 def _csv(path: Path, text: str, delimiter: str | None) -> list[Line]:

@@ -107,15 +107,13 @@ def load_own_task(name: str) -> OwnTask:
         )
     content = path.read_bytes()
     module = _imported(path, content, "task")
-    together, apart = callable(getattr(module, "rows", None)), _has_both(module)
+    together = callable(getattr(module, "rows", None))
+    apart = all(callable(getattr(module, name, None)) for name in ("train_rows", "eval_rows"))
     if together == apart:
         has = "both" if together else f"neither; its functions are {_functions(module)}"
         raise InputError(f"task file {path} has to define {ROWS}, and it has {has}.")
-    lines, evaluation = (
-        (_lines(path, module, "rows"), None)
-        if together
-        else (_lines(path, module, "train_rows"), _lines(path, module, "eval_rows"))
-    )
+    lines = _lines(path, module, "rows" if together else "train_rows")
+    evaluation = None if together else _lines(path, module, "eval_rows")
     reward = getattr(module, "reward", None)
     if reward is not None and not callable(reward):
         raise InputError(
@@ -126,10 +124,6 @@ def load_own_task(name: str) -> OwnTask:
     digest = hashlib.sha256(content + rows.encode("utf-8", "surrogatepass")).hexdigest()
     source = Source(str(path), lines, evaluation, digest)
     return OwnTask(source, reward and accepting(reward, "reward"), getattr(module, CLASS, None))
-
-
-def _has_both(module: ModuleType) -> bool:
-    return all(callable(getattr(module, name, None)) for name in ("train_rows", "eval_rows"))
 
 
 def _lines(path: Path, module: ModuleType, function: str) -> list[Line]:
@@ -154,22 +148,16 @@ def accepting(function: Callable[..., Any], name: str) -> Reward:
     TRL always passes `completion_ids`, `trainer_state`, `log_extra` and `log_metric`; outside training
     they get stand-ins.
     """
-    parameters = inspect.signature(function).parameters.values()
-    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-    taken = {parameter.name for parameter in parameters}
-    needed = [
-        parameter.name
-        for parameter in parameters
-        if parameter.default is parameter.empty
-        and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-    ]
+    taken = inspect.signature(function).parameters
+    takes_all = any(it.kind is it.VAR_KEYWORD for it in taken.values())
+    open_ended = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    needed = [key for key, it in taken.items() if it.default is it.empty and it.kind not in open_ended]
 
     def reward(**columns: Any) -> list[float]:
         available = {**_stand_ins(columns), **columns}
-        if missing := [parameter for parameter in needed if parameter not in available]:
+        if missing := [key for key in needed if key not in available]:
             raise InputError(_unavailable(name, missing[0], columns))
-        passed = {key: value for key, value in available.items() if takes_all or key in taken}
-        values = function(**passed)
+        values = function(**{key: available[key] for key in available if takes_all or key in taken})
         if inspect.isawaitable(values):
             values = asyncio.run(_awaited(values))
         return values.tolist() if hasattr(values, "tolist") else values
@@ -192,13 +180,10 @@ def _unavailable(name: str, parameter: str, columns: Mapping[str, Any]) -> str:
 
 
 def with_own_columns(reward: Reward, rows: Sequence[Row]) -> Reward:
-    """A person's reward, which gets the columns of their rows as these stand in the file.
+    """A person's reward, which gets the columns of their rows as these stand in the file, if there are any.
 
     A problem says by `row` which row it came from: what trainers keep in tables changes types, and
     `question` and `answer` are midtune's there.
-
-    Args:
-        rows: all rows that problems came from; where there are none, a reward gets what midtune read.
     """
     if not rows:
         return reward
