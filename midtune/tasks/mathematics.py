@@ -37,11 +37,7 @@ _UNIT = re.compile(r"\\(?:text|mathrm|mbox)[a-z]*\s*\{[^{}]*\}(?:\^\{?[0-9]\}?)?
 
 
 class Comparer:
-    """Compares answers, each within `limit_s` seconds; the process starts with the first one.
-
-    Args:
-        program: what the process runs.
-    """
+    """Compares answers, each within `limit_s` seconds; the process runs `program`, and starts with the first one."""
 
     def __init__(self, limit_s: float = LIMIT_S, program: str = __file__) -> None:
         self.limit_s = limit_s
@@ -53,9 +49,7 @@ class Comparer:
     def equal(self, references: Sequence[str], candidates: Sequence[str]) -> bool:
         """Whether a completion's answer equals the reference; False if that cannot be said in time.
 
-        Args:
-            references: ways to write the right answer; the first that can be read counts.
-            candidates: ways to read a completion's answer, likewise.
+        Both are given in several ways to write them, of which the first that can be read counts.
 
         Raises:
             MidtuneError: the process does not work at all.

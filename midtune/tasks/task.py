@@ -88,9 +88,7 @@ def load_task(
     """The task called `name`, split into training and held-out problems.
 
     Args:
-        name: `reasoning-gym:NAME`, `tiny-programs`, `frozen-lake`, `textworld`, a data file (jsonl, csv, parquet …), a
-            folder of them, a hub dataset (`org/name` or `org/name:CONFIGURATION`), or a task file in Python (`own.py`).
-        settings: how it is read, put and scored; its name is not read.
+        settings: how it is read, put and scored; `TaskConfig.name` says what a name can be, and is not read here.
         seed: fixes the problems and the split.
         sandbox: opens where programs run; the rewards `code` and `code-all` need it.
         shaping: from the name of a reward that shapes completions, that reward.

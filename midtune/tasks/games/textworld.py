@@ -18,18 +18,13 @@ class TextWorld:
         """Begin the game of a seed, which is made once."""
         import textworld
 
-        wanted = textworld.EnvInfos(
-            description=True,
-            inventory=True,
-            admissible_commands=True,
-            objective=True,
-            score=True,
-            max_score=True,
-        )
+        wanted = "description inventory admissible_commands objective score max_score".split()
         with warnings.catch_warnings():
             # The interpreter does not know the game; textworld keeps its state itself.
             warnings.simplefilter("ignore")
-            self._game = textworld.start(_made(seed, rooms, objects, quest), wanted)
+            self._game = textworld.start(
+                _made(seed, rooms, objects, quest), textworld.EnvInfos(**dict.fromkeys(wanted, True))
+            )
         self._now = self._game.reset()
         self._over = False
         return f"{self._now.objective.strip()}\n{self._shown()}"

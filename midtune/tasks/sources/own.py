@@ -41,14 +41,8 @@ from midtune.tasks.sources.files import Line, Source, kind
 from midtune.tasks.split import Row
 
 # What TRL passes to a reward besides the columns of the data.
-TRL_NAMES = (
-    "prompts",
-    "completions",
-    "completion_ids",
-    "trainer_state",
-    "log_extra",
-    "log_metric",
-    "environments",
+TRL_NAMES = tuple(
+    "prompts completions completion_ids trainer_state log_extra log_metric environments".split()
 )
 ROWS = "`rows()`, or `train_rows()` and `eval_rows()`"
 
@@ -74,11 +68,7 @@ def load_reward(reward: str) -> tuple[Reward, str]:
         InputError: no such file or function, or the file does not import.
     """
     file, _, function = reward.rpartition(":") if not reward.endswith(".py") else (reward, "", "")
-    path = Path(file).expanduser()
-    if not path.is_file():
-        raise InputError(f"reward file {path} does not exist; write the reward as path/to/file.py:function.")
-    content = path.read_bytes()
-    module = _imported(path, content, "reward")
+    path, content, module = _imported(file, "reward", "write the reward as path/to/file.py:function")
     found = getattr(module, function, None) if function else None
     if not callable(found):
         asked = f"no function `{function}`" if function else "been named without a function"
@@ -100,13 +90,7 @@ def load_own_task(name: str) -> OwnTask:
     Raises:
         InputError: no such file, it does not import, or its rows are missing or no list of dicts.
     """
-    path = Path(name).expanduser()
-    if not path.is_file():
-        raise InputError(
-            f"task file {path} does not exist; give the path of a Python file that defines {ROWS}."
-        )
-    content = path.read_bytes()
-    module = _imported(path, content, "task")
+    path, content, module = _imported(name, "task", f"give the path of a Python file that defines {ROWS}")
     together = callable(getattr(module, "rows", None))
     apart = all(callable(getattr(module, name, None)) for name in ("train_rows", "eval_rows"))
     if together == apart:
@@ -143,10 +127,9 @@ def _lines(path: Path, module: ModuleType, function: str) -> list[Line]:
 
 
 def accepting(function: Callable[..., Any], name: str) -> Reward:
-    """The function with only those keyword arguments passed that it can take.
+    """The function, given only those keyword arguments that it takes.
 
-    TRL always passes `completion_ids`, `trainer_state`, `log_extra` and `log_metric`; outside training
-    they get stand-ins.
+    Outside training there are stand-ins for `completion_ids`, `trainer_state`, `log_extra` and `log_metric`.
     """
     taken = inspect.signature(function).parameters
     takes_all = any(it.kind is it.VAR_KEYWORD for it in taken.values())
@@ -167,12 +150,9 @@ def accepting(function: Callable[..., Any], name: str) -> Reward:
 
 def _unavailable(name: str, parameter: str, columns: Mapping[str, Any]) -> str:
     known = ", ".join(f"`{column}`" for column in columns if column not in TRL_NAMES) or "none"
-    models = ("tokenizer", "processing_class", "model", "processor")
-    hint = (
-        "load it in the reward's own file, such as with transformers' AutoTokenizer.from_pretrained"
-        if parameter in models
-        else "take one of these, or give it a default"
-    )
+    hint = "take one of these, or give it a default"
+    if parameter in ("tokenizer", "processing_class", "model", "processor"):
+        hint = "load it in the reward's own file, such as with transformers' AutoTokenizer.from_pretrained"
     return (
         f"the reward `{name}` asks for `{parameter}`, which is no column of the data (they are {known}), and TRL "
         f"passes only {', '.join(f'`{passed}`' for passed in TRL_NAMES[:-1])} besides; {hint}."
@@ -210,7 +190,12 @@ def _stand_ins(columns: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _imported(path: Path, content: bytes, what: str) -> ModuleType:
+def _imported(file: str, what: str, hint: str) -> tuple[Path, bytes, ModuleType]:
+    """A Python file's path, content and module."""
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise InputError(f"{what} file {path} does not exist; {hint}.")
+    content = path.read_bytes()
     digest = hashlib.sha256(str(path.resolve()).encode() + content).hexdigest()[:12]
     name = f"midtune_{what}_{digest}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -228,7 +213,7 @@ def _imported(path: Path, content: bytes, what: str) -> ModuleType:
         ) from None
     finally:
         sys.path.remove(str(path.resolve().parent))
-    return module
+    return path, content, module
 
 
 def _functions(module: ModuleType) -> str:
