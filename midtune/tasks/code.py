@@ -29,10 +29,10 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from midtune.errors import InputError
 from midtune.tasks.answers import after_thinking
 from midtune.tasks.rewards import Reward, completion_text, named
 from midtune.tasks.sandbox.sandbox import Sandbox, checked
+from midtune.tasks.sources.files import BadRow
 from midtune.tasks.split import Row
 
 CODE = ("code", "code-all")
@@ -60,21 +60,17 @@ def extract_code(completion: str, *, in_block: bool = False) -> str:
     return blocks[-1] if blocks else completion.partition("```")[0]
 
 
-def code_row(row: Row, where: str, prompt_column: str) -> Row:
+def code_row(row: Row, prompt_column: str) -> Row:
     """A row of MBPP, HumanEval, APPS or DeepCoder with a `prompt`, an `answer` (a right program, if known) and `tests`.
 
-    Args:
-        where: what the row is called in messages.
-        prompt_column: where the prompt is; else `text` (MBPP), `question` (APPS) or `problem` (DeepCoder).
+    The prompt is in the column of that name, else in `text` (MBPP), `question` (APPS) or `problem` (DeepCoder).
 
     Raises:
-        InputError: the row has no prompt, no tests, or tests that cannot be read.
+        BadRow: the row has no prompt, no tests, or tests that cannot be read.
     """
     column = next((name for name in (prompt_column, "text", "question", "problem") if row.get(name)), None)
     if column is None:
-        raise InputError(
-            f"{where} has no prompt in column `{prompt_column}`; name its column with --prompt-column."
-        )
+        raise BadRow(f"has no prompt in column `{prompt_column}`; name its column with --prompt-column")
     prompt, answer = row[column], _reference(row)
     try:
         if given := _input_output(row):
@@ -92,16 +88,13 @@ def code_row(row: Row, where: str, prompt_column: str) -> Row:
             tests = call_tests([], [row["test"]], answer, entry_point=row["entry_point"], prefix=prefix)
             answer = answer and prefix + answer
         else:
-            raise InputError(
-                f"{where} has no tests; the reward `code` needs `test_list`, `test` with `entry_point`, or "
-                "`input_output`."
+            raise BadRow(
+                "has no tests; the reward `code` needs `test_list`, `test` with `entry_point`, or `input_output`"
             )
     except (ValueError, SyntaxError, TypeError, KeyError, AttributeError, IndexError, StopIteration) as error:
-        raise InputError(f"{where} has tests that cannot be read ({error}); mend it or drop it.") from None
+        raise BadRow(f"has tests that cannot be read ({error})") from None
     if not _count(tests):
-        raise InputError(
-            f"{where} has tests that test nothing: no `assert`, or no inputs; mend it or drop it."
-        )
+        raise BadRow("has tests that test nothing: no `assert`, or no inputs")
     others = {key: value for key, value in row.items() if key not in (*_RAW, *_REFERENCES)}
     return {**others, "prompt": prompt, "answer": answer, "tests": json.dumps(tests)}
 

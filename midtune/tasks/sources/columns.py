@@ -15,7 +15,15 @@ from typing import Any
 
 from midtune.errors import InputError
 from midtune.tasks.answers import marked_answer, reference_answer
-from midtune.tasks.sources.files import ANSWER_COLUMNS, PROMPT_COLUMNS, Line, Source, data_suffix, kind
+from midtune.tasks.sources.files import (
+    ANSWER_COLUMNS,
+    PROMPT_COLUMNS,
+    BadRow,
+    Line,
+    Source,
+    data_suffix,
+    kind,
+)
 from midtune.tasks.split import Row
 
 DROP = "--set task.bad_rows=drop"
@@ -34,7 +42,7 @@ class Columns:
     prompt: str | None = None  # a text or a list of chat messages; None finds it
     answer: str | None = None  # None finds it
     needs_answer: bool = True  # False for rewards that do not compare
-    prepare: Callable[[Row, str], Row] | None = None  # from a row and what messages call it, the row to read
+    prepare: Callable[[Row], Row] | None = None  # from a row as it stands, the row to read; raises BadRow
     carried: Sequence[str] | None = ()  # other columns that a problem keeps; None: all, for an environment
     drop: bool = False  # leave out rows that cannot be used, in place of refusing them
     cut: bool = (
@@ -85,15 +93,15 @@ def problems_of(source: Source, lines: Sequence[Line], columns: Columns, first: 
     own: list[Row] = []
     faults = []
     for line, original in zip(prepared, lines, strict=True):
-        problem, fault = None, line.fault
-        if line.row is not None:
-            complete = {name: line.row.get(name) for name in names}
-            problem, fault = _problem(complete, prompt, answer, columns)
-        if problem is not None:
-            rows.append(problem if columns.carried is None else {**problem, PLACE: first + len(own)})
-            own.append(original.row or {})
-        else:
-            faults.append(Line(line.place, None, fault))
+        try:
+            if line.row is None:
+                raise BadRow(line.fault)
+            problem = _problem({name: line.row.get(name) for name in names}, prompt, answer, columns)
+        except BadRow as error:
+            faults.append(Line(line.place, None, str(error)))
+            continue
+        rows.append(problem if columns.carried is None else {**problem, PLACE: first + len(own)})
+        own.append(original.row or {})
     if faults and not (columns.drop and rows):
         _refuse(source.name, faults, len(prepared))
     _check_tabular(source.name, rows)
@@ -101,14 +109,13 @@ def problems_of(source: Source, lines: Sequence[Line], columns: Columns, first: 
     return Problems(rows, [prompt, answer or "answer"], own, left_out if faults else "")
 
 
-def _prepared(line: Line, prepare: Callable[[Row, str], Row] | None) -> Line:
+def _prepared(line: Line, prepare: Callable[[Row], Row] | None) -> Line:
     if line.row is None or prepare is None:
         return line
     try:
-        return Line(line.place, prepare(line.row, line.place))
-    except InputError as error:
-        fault = str(error).removeprefix(line.place).strip().partition("; mend it")[0].rstrip(".")
-        return Line(line.place, None, fault)
+        return Line(line.place, prepare(line.row))
+    except BadRow as error:
+        return Line(line.place, None, str(error))
 
 
 def _refuse(name: str, faults: Sequence[Line], total: int) -> None:
@@ -171,13 +178,11 @@ def _value(row: Row, column: str) -> Any:
     return inner.get(key) if isinstance(inner, Mapping) else None
 
 
-def _problem(
-    row: Row, prompt_column: str, answer_column: str | None, columns: Columns
-) -> tuple[Row | None, str]:
-    """A row as a problem, or what is wrong with it."""
+def _problem(row: Row, prompt_column: str, answer_column: str | None, columns: Columns) -> Row:
+    """A row as a problem; raises BadRow."""
     messages = _messages(_value(row, prompt_column))
     if messages is None:
-        return None, (
+        raise BadRow(
             f"has a prompt that is neither a text nor a list of chat messages in column `{prompt_column}` (write "
             'them as {"role": "user", "content": "…"})'
         )
@@ -185,28 +190,28 @@ def _problem(
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
     if last_turn is not None and not columns.cut:
-        return None, (
+        raise BadRow(
             f"has a conversation in column `{prompt_column}` that ends in the assistant's answer, which the model "
             f"would be shown (leave such turns out with {CUT})"
         )
     question = "\n".join(message["content"] for message in messages if message["role"] != "system").strip()
     if not question:
-        return None, f"has a blank prompt in column `{prompt_column}`"
+        raise BadRow(f"has a blank prompt in column `{prompt_column}`")
     given = last_turn if answer_column == prompt_column else _value(row, answer_column or "answer")
     answer, fault = _answer(given, answer_column or "answer")
     if columns.needs_answer:
         if fault or not answer.strip():
-            return None, fault or f"has no answer in column `{answer_column}`"
+            raise BadRow(fault or f"has no answer in column `{answer_column}`")
         # A worked solution, such as NuminaMath's proofs, need not end in an answer.
         worked = _plain(answer_column or "") == "solution" or (
             answer_column == prompt_column and "\n" in answer
         )
         if worked and marked_answer(answer) is None:
-            return None, f"has no final answer (`\\boxed{{}}` or `####`) in column `{answer_column}`"
+            raise BadRow(f"has no final answer (`\\boxed{{}}` or `####`) in column `{answer_column}`")
         if not reference_answer(answer).strip():
-            return None, f"marks a blank answer in column `{answer_column}`"
+            raise BadRow(f"marks a blank answer in column `{answer_column}`")
     others = {key: value for key, value in row.items() if columns.carried is None or key in columns.carried}
-    return {**others, "prompt": messages, "question": question, "answer": answer}, ""
+    return {**others, "prompt": messages, "question": question, "answer": answer}
 
 
 def _messages(prompt: Any) -> list[dict[str, str]] | None:

@@ -43,6 +43,10 @@ MOST_ROWS = 100_000
 _SHOWN_FILES = 5
 
 
+class BadRow(Exception):
+    """What is wrong with a row, as the end of a sentence that its place begins."""
+
+
 @dataclass(frozen=True)
 class Line:
     """One row of a source, or why there is none."""
