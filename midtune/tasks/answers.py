@@ -102,7 +102,7 @@ def marked_answer(text: str) -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-    """What stands in the last complete `\\boxed{…}`, nested braces included, or None.
+    """The content of the last complete `\\boxed{…}`, nested braces included, or None.
 
     A minus before the box is part of the answer. Boxes that a comma, `and` or `or` joins are one answer:
     `\\boxed{2}$ or $x = \\boxed{3}` gives `2, 3`.

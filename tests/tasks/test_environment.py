@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,13 @@ def test_a_class_in_a_task_file_is_played(tmp_path: Path) -> None:
     assert match.step(str(right)) == ("Right.", 0.5)
     assert match.over
     assert task.reward(environments=[match.environment]) == [0.5]
+
+
+def test_a_command_for_one_turn_refuses_it(tmp_path: Path) -> None:
+    task = own_task(tmp_path)
+    with pytest.raises(InputError, match="guess.py is played in turns, and it knows tasks of one turn only"):
+        task.require_one_turn("it")
+    replace(task, game=None).require_one_turn("it")
 
 
 def test_what_is_shown_first_ends_the_last_message(tmp_path: Path) -> None:

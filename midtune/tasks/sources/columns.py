@@ -66,10 +66,7 @@ def is_file_name(name: str) -> bool:
 
 
 def problems_of(source: Source, lines: Sequence[Line], columns: Columns, first: int = 0) -> Problems:
-    """The problems in some rows of a source, in their order.
-
-    Args:
-        first: the place of the first problem among those of the whole source.
+    """The problems in some rows of a source, in their order; they are counted from `first` on.
 
     Raises:
         InputError: a column is missing, a carried one mixes kinds of value, rows cannot be used and are not to be

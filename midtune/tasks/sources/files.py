@@ -78,8 +78,8 @@ def data_suffix(name: str) -> str:
 def read_path(name: str) -> Source:
     """The rows of a data file, or of a folder of them, in their order.
 
-    A folder whose files are called `train` and `test` (or `validation` or `eval`) keeps these apart, and so does
-    one that `datasets` saved.
+    A folder whose files are called `train` and `test` (or `validation` or `eval`) keeps these apart, and so does one
+    that `datasets` saved.
 
     Raises:
         InputError: it is missing, empty, or of another format.
@@ -179,8 +179,7 @@ def by_part(
 ) -> Source:
     """A source whose rows have the names of splits; without a `train` and an evaluation split all are one.
 
-    Args:
-        files: by the name of a split, the files it came from.
+    Messages list the files that each split came from, where they are given.
     """
 
     def listed(parts: Sequence[str]) -> str:
