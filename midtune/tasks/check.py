@@ -60,7 +60,7 @@ def check_reward(task: Task) -> None:
     hint = "choose another reward with --reward"
     if task.own_reward:
         hint = (
-            "mend it (it gets values as the rows have them, numbers as numbers), or give `answer` another name if it "
+            "fix it (it gets values as the rows have them, numbers as numbers), or give `answer` another name if it "
             "is no answer"
         )
     raise InputError(
@@ -138,7 +138,7 @@ def _call(reward: Reward, rows: Sequence[Row], texts: Sequence[str], task: Task)
     except Exception as error:
         raise InputError(
             f"{asked} raised {type(error).__name__}: {error}, on {_shown(rows[0])} with the completion "
-            f"{texts[0][:_SHOWN]!r}; mend it."
+            f"{texts[0][:_SHOWN]!r}; fix it."
         ) from error
     try:
         values = list(values)

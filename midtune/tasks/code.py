@@ -10,12 +10,12 @@ Expected results never enter the sandbox of the program:
   passes arguments and results between the two sandboxes as values; so what is compared is plain numbers,
   texts and containers, by Python's own `==` and out of the program's reach.
 
-So a test passes if the right values came back in time, and in no other way: ending early, printing the
-result, patching modules, overriding `==` and writing to any channel only loses values. What remains is to
-return known results without computing them, where the prompt shows them: of MBPP's tests it shows the first
-alone. The price: tests that pass functions to the program, look into its objects or expect arguments to be
-changed in place cannot pass, and what the program needs must be in the standard library. Under weak
-isolation (`sandbox.py`) the program can reach other processes, so nothing of this is sure.
+So a test passes only if the right values came back in time. Ending early, printing the result, patching
+modules, overriding `==` and writing to any channel only loses values. A program can still return a result
+that the prompt shows without computing it; of MBPP's tests the prompt shows the first alone. The price:
+tests that pass functions to the program, look into its objects or expect arguments to be changed in place
+cannot pass, and the program has the standard library only. Under weak isolation (`sandbox/sandbox.py`) the
+program can reach other processes, so none of this is sure.
 """
 
 from __future__ import annotations
@@ -266,7 +266,7 @@ def _reference(row: Row) -> str:
 def _check_steps(source: str, entry_point: str, prefix: str) -> list[list[Any]]:
     """HumanEval's `check(candidate)`: each statement of it is a step, or all of it where it returns.
 
-    What the prompt imports and defines is at hand for the tests; of the program they see `entry_point` alone.
+    The tests can use what the prompt imports and defines; of the program they see `entry_point` alone.
     """
     tree = ast.parse(source)
     place, check = next(

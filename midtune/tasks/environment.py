@@ -12,7 +12,7 @@ A class that is made without arguments, with
 - `state`: what makes two situations the same one (hashable), for algorithms that compare turns. Without it, that
   is the text shown last.
 
-The same object plays one episode after the other. With `task.actions=tools` the class is TRL's in full: in place of
+The same object plays one episode after the other. With `task.actions=tools` the class is TRL's in full: instead of
 `step`, every public method is a tool for the model to call, described by its types and docstring.
 """
 
@@ -147,7 +147,7 @@ class Match:
             if method == "step" and isinstance(error, ValueError):
                 return str(error)
             raise InputError(
-                f"`{method}` of {self.name} raised {type(error).__name__}: {error}; mend it."
+                f"`{method}` of {self.name} raised {type(error).__name__}: {error}; fix it."
             ) from error
 
 
@@ -178,7 +178,7 @@ def check_environment(kind: Any, name: str, *, tools: bool) -> None:
         made = kind()
     except Exception as error:  # noqa: BLE001 (a person's class can raise anything)
         raise InputError(
-            f"{asked} cannot be made without arguments: it raised {type(error).__name__}: {error}; mend it."
+            f"{asked} cannot be made without arguments: it raised {type(error).__name__}: {error}; fix it."
         ) from error
     if tools and not tools_of(made):
         raise InputError(f"{asked} has no public method but `reset`, so there is no tool to call; write one.")

@@ -2,7 +2,7 @@
 
 math-verify's own timeouts are signals: they need the main thread, and do not interrupt arithmetic on huge
 integers (`9**9**9`). So this file also runs as a program of its own, which reads a question a line and
-answers it; one that takes too long, or too much memory, is killed and begun anew.
+answers it. One that takes too long, or too much memory, is killed, and the next question starts another.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Comparer:
         # The first LaTeX builds its parser.
         if not _asked(process, json.dumps([["$\\frac{1}{2}$"], ["$x^2$"]]), START_S):
             self.close()
-            from midtune.errors import MidtuneError  # not at hand where this file is the program
+            from midtune.errors import MidtuneError  # not importable where this file is the program
 
             raise MidtuneError(
                 f"math-verify does not answer within {START_S:.0f} s; see whether `python -c 'import math_verify'` "

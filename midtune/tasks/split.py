@@ -64,7 +64,7 @@ def given_split(
     """Two lists of problems as they were given, each in an order that the seed fixes.
 
     Args:
-        drop: leave questions that are in both out of training, in place of refusing them.
+        drop: leave questions that are in both out of training, instead of refusing them.
 
     Returns:
         The split, and how many questions were left out of training.

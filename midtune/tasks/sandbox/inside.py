@@ -1,7 +1,7 @@
 """What runs within a sandbox: the limits first, then a program, its functions on call, or the tests.
 
 The compiled module is handed to a new interpreter (`sandbox.py`), so it imports only what that interpreter
-has at hand: `json` or `typing` alone would double the time it takes to start.
+has loaded: `json` or `typing` alone would double the time it takes to start.
 
 Tests and the program that they test run in two sandboxes, and only values pass between them, as Python
 literals. What the tests see is built from these by `decode`: plain numbers, texts and containers, whose
@@ -34,7 +34,7 @@ def main(job: dict[str, Any]) -> None:
     _limit(job["limits"], job["uid"])
     _say_started(_socket)
     null = os.open("/dev/null", os.O_WRONLY)
-    # From here on nobody reads it, and a full pipe would stop the program.
+    # It is not read from here on, and a full pipe would stop the program.
     os.dup2(null, 2)
     sys.argv = ["program.py"]
     {"run": run, "serve": serve, "grade": grade}[job["role"]](job)

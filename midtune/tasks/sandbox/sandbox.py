@@ -1,4 +1,4 @@
-"""Running programs that nobody trusts: apart from everything else, within limits, gone afterwards.
+"""Runs untrusted programs: apart from everything else, within limits, gone afterwards.
 
 With bubblewrap (https://github.com/containers/bubblewrap) a program has process, network, IPC, host name
 and mount namespaces of its own. It sees the standard library and the shared libraries, read-only, and an
@@ -112,7 +112,7 @@ class Running:
         """Let the program go on to its end or its deadline, and no longer.
 
         Args:
-            most_s: let it go on for this long, in place of its deadline.
+            most_s: let it go on for this long, instead of its deadline.
             beside: other programs, which are ended where they make too many files meanwhile.
         """
         deadline = self._deadline if most_s is None else time.monotonic() + most_s
@@ -208,7 +208,7 @@ class Sandbox:
                 os.chmod(folder, 0o777)
 
             def holding(content: bytes) -> int:
-                """A file, not a pipe: the kernel's limit on files is one on output, and nobody has to read along."""
+                """A file, not a pipe: it need not be read along, and the kernel's limit on files limits output."""
                 file = files.enter_context(tempfile.TemporaryFile())
                 file.write(content)
                 file.seek(0)
@@ -266,7 +266,7 @@ def checked(result: Result) -> Result:
     """
     if result.broken:
         raise RunStopped(
-            f"a sandbox did not start its program ({result.broken}); mend that and resume the run."
+            f"a sandbox did not start its program ({result.broken}); fix that and resume the run."
         )
     return result
 
@@ -307,7 +307,7 @@ def open_sandbox(settings: SandboxConfig) -> Sandbox:
     sandbox = Sandbox(settings, (), workers)
     if failure := _failure(sandbox):
         raise InputError(
-            f"{missing}, and without it no program can be run either ({failure}); mend one of them."
+            f"{missing}, and without it no program can be run either ({failure}); fix one of them."
         )
     return sandbox
 

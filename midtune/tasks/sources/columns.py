@@ -44,10 +44,8 @@ class Columns:
     needs_answer: bool = True  # False for rewards that do not compare
     prepare: Callable[[Row], Row] | None = None  # from a row as it stands, the row to read; raises BadRow
     carried: Sequence[str] | None = ()  # other columns that a problem keeps; None: all, for an environment
-    drop: bool = False  # leave out rows that cannot be used, in place of refusing them
-    cut: bool = (
-        False  # leave out the assistant's answer at the end of a conversation, in place of refusing it
-    )
+    drop: bool = False  # leave out rows that cannot be used, instead of refusing them
+    cut: bool = False  # leave out an assistant's answer at the end, instead of refusing the conversation
 
 
 @dataclass(frozen=True)
@@ -118,10 +116,10 @@ def _prepared(line: Line, prepare: Callable[[Row], Row] | None) -> Line:
 def _refuse(name: str, faults: Sequence[Line], total: int) -> None:
     found, them = f"{len(faults)} of {total} rows of {name} cannot be used: ", "them"
     if len(faults) == total:
-        raise InputError(f"no row of {name} can be used: {_listed(faults)}; mend them.")
+        raise InputError(f"no row of {name} can be used: {_listed(faults)}; fix them.")
     if len(faults) == 1:
         found, them = "", "it"
-    raise InputError(f"{found}{_listed(faults)}; mend {them}, or leave {them} out with {DROP}.")
+    raise InputError(f"{found}{_listed(faults)}; fix {them}, or leave {them} out with {DROP}.")
 
 
 def _listed(faults: Sequence[Line]) -> str:

@@ -238,7 +238,7 @@ def _json(path: Path, text: str) -> dict[str, list[Line]]:
     if isinstance(document, Exception):
         if is_array and isinstance(_loaded(text.strip().partition("\n")[0]), Exception):
             raise InputError(
-                f"{path} is one JSON array, and it is not valid JSON ({document}); mend it, or write one JSON object a "
+                f"{path} is one JSON array, and it is not valid JSON ({document}); fix it, or write one JSON object a "
                 "line."
             )
         lines = [(f"line {number} of {path}", line) for number, line in enumerate(text.split("\n"), start=1)]
@@ -319,7 +319,7 @@ def _csv(path: Path, text: str, delimiter: str | None) -> list[Line]:
                 )
     except csv.Error as error:
         number = reader.line_num + before if reader is not None else 1
-        raise InputError(f"line {number} of {path} is not valid csv ({error}); mend that line.") from None
+        raise InputError(f"line {number} of {path} is not valid csv ({error}); fix that line.") from None
     return lines
 
 

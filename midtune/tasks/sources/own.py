@@ -115,7 +115,7 @@ def _lines(path: Path, module: ModuleType, function: str) -> list[Line]:
     try:
         found = list(getattr(module, function)())
     except Exception as error:  # noqa: BLE001 (a person's file can raise anything)
-        raise InputError(f"{asked} raised {type(error).__name__}: {error}; mend it.") from error
+        raise InputError(f"{asked} raised {type(error).__name__}: {error}; fix it.") from error
     if not found:
         raise InputError(f"{asked} gave no rows; it must return a list of dicts with `prompt`.")
     return [
@@ -209,7 +209,7 @@ def _imported(file: str, what: str, hint: str) -> tuple[Path, bytes, ModuleType]
     except (Exception, SystemExit) as error:  # noqa: BLE001 (a person's file can raise anything)
         del sys.modules[name]
         raise InputError(
-            f"{what} file {path} does not import ({type(error).__name__}: {error}); mend it and try again."
+            f"{what} file {path} does not import ({type(error).__name__}: {error}); fix it and try again."
         ) from None
     finally:
         sys.path.remove(str(path.resolve().parent))

@@ -65,7 +65,7 @@ def test_bad_rows_are_counted_shown_with_their_lines_and_dropped(tmp_path: Path)
         load(path)
     assert str(raised.value) == (
         f"4 of 12 rows of {path} cannot be used: line 1 of {path} is not valid JSON; line 2 of {path} is not a "
-        f"JSON object but a number; line 11 of {path} has a blank prompt in column `question`; …; mend them, or "
+        f"JSON object but a number; line 11 of {path} has a blank prompt in column `question`; …; fix them, or "
         "leave them out with --set task.bad_rows=drop."
     )
     task = load(path, bad_rows="drop")

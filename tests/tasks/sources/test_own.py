@@ -81,7 +81,7 @@ def eval_rows():
         ("def rows(): return []", "gave no rows; it must return a list of dicts with `prompt`"),
         (
             "def rows(): return [{'prompt': f'p{n}', 'answer': n} for n in range(9)] + ['x']",
-            "row 10 of .* is not a dict but a text; mend it, or leave it out",
+            "row 10 of .* is not a dict but a text; fix it, or leave it out",
         ),
         ("def rows(): return [{'question_': 'p'}] * 9", "no column `prompt` or .* columns are `question_`"),
         (ROWS + "reward = 3", "`reward` of .* is not a function"),
