@@ -32,6 +32,9 @@ from midtune.tasks.sources.own import (
 )
 from midtune.tasks.split import Row, Sizes, Split, given_split, split_rows
 
+# From the name and the class of an environment: from a policy, how it calls the environment's methods.
+Tools = Callable[[str, Callable[[], Any]], Callable[[Any], Any]]
+
 
 @dataclass(frozen=True)
 class Task:
@@ -83,7 +86,7 @@ def load_task(
     *,
     sandbox: Callable[[], Sandbox] | None = None,
     shaping: Callable[[str], Reward] | None = None,
-    tools: Callable[[str, Callable[[], Any]], Callable[[Any], Any]] | None = None,
+    tools: Tools | None = None,
 ) -> Task:
     """The task called `name`, split into training and held-out problems.
 
@@ -92,7 +95,7 @@ def load_task(
         seed: fixes the problems and the split.
         sandbox: opens where programs run; the rewards `code` and `code-all` need it.
         shaping: from the name of a reward that shapes completions, that reward.
-        tools: from the name and the class of an environment, how a policy calls its methods; None: it acts by text.
+        tools: how a policy calls the methods of an environment; None: it acts by text.
 
     Raises:
         InputError: the task, an argument, a column or the reward does not exist, rows cannot be used, questions
@@ -125,16 +128,10 @@ def load_task(
     judge = judges[0] if judges else found.default
     is_sum = weights != {judge: 1.0}
     is_own_reward = judge in own or (judge == "verifier" and is_task_file(name))
-    identity = _identity(settings, found, judge, {text: digest for text, (_, digest) in own.items()})
+    game = _game(name, settings, found, tools)
+    identity = _identity(settings, found, game, judge, {text: digest for text, (_, digest) in own.items()})
     if is_sum:
         identity["rewards"] = [[own[text][1] if text in own else text, weights[text]] for text in weights]
-    game = None
-    if found.environment is not None:
-        title = f"the environment of {name}"
-        speech = tools and tools(title, found.environment)
-        turns = settings.max_turns or found.max_turns
-        game = Game(title, found.environment, turns, settings.turn_tokens, speech)
-        identity["turns"] = [turns, settings.turn_tokens, *(["tools"] if tools else [])]
     own_names = dict.fromkeys(key for row in found.own for key in row) if own or is_own_reward else {}
     notes = [
         *found.notes,
@@ -281,8 +278,18 @@ def _of_source(
     return _Problems(split, verifier and with_own_columns(verifier, own), default, identity, notes, own)
 
 
+def _game(name: str, settings: TaskConfig, found: _Problems, tools: Tools | None) -> Game | None:
+    """How the task is played, if it has an environment."""
+    if found.environment is None:
+        return None
+    title = f"the environment of {name}"
+    speech = tools and tools(title, found.environment)
+    turns = settings.max_turns or found.max_turns
+    return Game(title, found.environment, turns, settings.turn_tokens, speech)
+
+
 def _identity(
-    settings: TaskConfig, found: _Problems, judge: str, digests: Mapping[str, str]
+    settings: TaskConfig, found: _Problems, game: Game | None, judge: str, digests: Mapping[str, str]
 ) -> dict[str, Any]:
     """What makes two tasks the same one.
 
@@ -302,6 +309,8 @@ def _identity(
         identity["template"] = settings.template
     if settings.last_turn == "cut":
         identity["last_turn"] = settings.last_turn
+    if game is not None:
+        identity["turns"] = [game.max_turns, game.turn_tokens, *(["tools"] if game.speech else [])]
     return identity
 
 
