@@ -29,6 +29,9 @@ BUNDLED_MODEL = "tiny"
 BUNDLED_RECIPE = Path(__file__).parent / "assets" / BUNDLED_MODEL / "recipe.yaml"
 # What is planned for where nothing is said: the card, and tokens of the longest prompt.
 PLANNED_CARD, PLANNED_PROMPT_TOKENS = "24GB", 512
+# The built-in rewards: those that judge an answer, and those that shape a completion whatever its answer.
+JUDGES = ("exact", "numeric", "math", "verifier", "code", "code-all")
+SHAPING = ("format", "length", "repetition")
 # Beyond any use of today: what is larger is a slip of the hand, and would end in memory or time without end.
 MOST_STEPS, MOST_PROBLEMS, MOST_TOKENS, MOST_COMPLETIONS = 1_000_000, 10_000_000, 1_000_000, 10_000
 MOST_SEED = 2**32 - 1  # NumPy's
@@ -97,8 +100,8 @@ class TaskConfig(Part):
     )
     reward: list[str] | None = Field(
         None,
-        description="`exact`, `numeric`, `math`, `verifier`, `code`, `code-all`, or `path/to/file.py:function`; with "
-        "others, and with `format`, `length` and `repetition`, which shape completions, added up by weights",
+        description=f"`{'`, `'.join(JUDGES)}`, or `path/to/file.py:function`; with others, and with "
+        f"`{'`, `'.join(SHAPING[:-1])}` and `{SHAPING[-1]}`, which shape completions, added up by weights",
     )
     prompt_column: str | None = Field(
         None,

@@ -18,10 +18,10 @@ import typer.main
 from packaging.requirements import Requirement
 
 from midtune import cli, stages
-from midtune.config import BUNDLED_MODEL, RunConfig, dump_config, load_config, setting
+from midtune.config import BUNDLED_MODEL, RunConfig, TaskConfig, dump_config, load_config, setting
 from midtune.runs import RunFolder
 from midtune.tasks import check_reward, load_task
-from midtune.tasks.hub import is_dataset
+from midtune.tasks.sources.hub_dataset import is_dataset
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -199,7 +199,7 @@ def test_the_environment_that_the_guide_shows_is_sound(tmp_path: Path) -> None:
     path = tmp_path / "my_env.py"
     (code,) = [block.text for block in blocks("recipes/guides/turns.md") if block.file == path.name]
     path.write_text(code)
-    task = load_task(str(path), args={}, reward=None, train_size=6, eval_size=3, seed=0)
+    task = load_task(str(path), TaskConfig(train_size=6, eval_size=3), seed=0)
     check_reward(task)
     assert task.game is not None
     (match,) = task.game.matches(1)

@@ -11,7 +11,7 @@ from midtune.model.configs import config_of
 from midtune.planning.budget import Sizes
 from midtune.runs import RunFolder
 from midtune.stages.plan import planner_of, run_stem, work_of
-from midtune.tasks.hub import is_dataset
+from midtune.tasks.sources.hub_dataset import is_dataset
 
 BF16_BYTES = 2  # a parameter, as most models are published
 NOT_AT_HAND = "memory not known: config not at hand"

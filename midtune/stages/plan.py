@@ -32,8 +32,8 @@ from midtune.report.terminal import Terminal
 from midtune.rollout.sampling import Sampler
 from midtune.stages.beside import beside
 from midtune.tasks import Task
-from midtune.tasks.hub import is_dataset
-from midtune.tasks.reading import SUFFIXES
+from midtune.tasks.sources.files import SUFFIXES
+from midtune.tasks.sources.hub_dataset import is_dataset
 
 ARMS = {
     **{arm: TRAINED_ARMS[arm] for arm in ("midtune", "trl-block", "trl-qlora", "trl-full")},

@@ -1,7 +1,7 @@
 """What runs within a sandbox: the limits first, then a program, its functions on call, or the tests.
 
 The compiled module is handed to a new interpreter (`sandbox.py`), so it imports only what that interpreter
-has at hand: `json` or `typing` alone would double the time it takes to start.
+has loaded: `json` or `typing` alone would double the time it takes to start.
 
 Tests and the program that they test run in two sandboxes, and only values pass between them, as Python
 literals. What the tests see is built from these by `decode`: plain numbers, texts and containers, whose
@@ -34,7 +34,7 @@ def main(job: dict[str, Any]) -> None:
     _limit(job["limits"], job["uid"])
     _say_started(_socket)
     null = os.open("/dev/null", os.O_WRONLY)
-    # From here on nobody reads it, and a full pipe would stop the program.
+    # It is not read from here on, and a full pipe would stop the program.
     os.dup2(null, 2)
     sys.argv = ["program.py"]
     {"run": run, "serve": serve, "grade": grade}[job["role"]](job)
@@ -110,9 +110,12 @@ def grade(job: dict[str, Any]) -> None:
             raise _error(value)
         return value
 
+    def function(name: str) -> Any:
+        return lambda *args, **keywords: call(name, args, keywords)
+
     space: dict[str, Any] = {"__name__": "tests"}
-    space |= {name: Function(name, call) for name in job["names"]}
-    for source, counts in job["steps"]:
+    space |= {name: function(name) for name in job["tests"]["names"]}
+    for source, counts in job["tests"]["steps"]:
         try:
             exec(source, space)
             passed = b"1"
@@ -120,17 +123,6 @@ def grade(job: dict[str, Any]) -> None:
             passed = b"0"
         if counts:
             os.write(verdicts, passed)
-
-
-class Function:
-    """A function of the program, as the tests see it."""
-
-    def __init__(self, name: str, call: Call) -> None:
-        self._name = name
-        self._call = call
-
-    def __call__(self, *args: Any, **keywords: Any) -> Any:
-        return self._call(self._name, args, keywords)
 
 
 class Opaque:

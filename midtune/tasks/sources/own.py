@@ -35,20 +35,14 @@ from typing import Any
 
 from midtune.errors import InputError
 from midtune.tasks.environment import CLASS
-from midtune.tasks.files import PLACE
-from midtune.tasks.reading import Line, Source, kind
 from midtune.tasks.rewards import Reward, named
+from midtune.tasks.sources.columns import PLACE
+from midtune.tasks.sources.files import Line, Source, kind
 from midtune.tasks.split import Row
 
 # What TRL passes to a reward besides the columns of the data.
-TRL_NAMES = (
-    "prompts",
-    "completions",
-    "completion_ids",
-    "trainer_state",
-    "log_extra",
-    "log_metric",
-    "environments",
+TRL_NAMES = tuple(
+    "prompts completions completion_ids trainer_state log_extra log_metric environments".split()
 )
 ROWS = "`rows()`, or `train_rows()` and `eval_rows()`"
 
@@ -74,11 +68,7 @@ def load_reward(reward: str) -> tuple[Reward, str]:
         InputError: no such file or function, or the file does not import.
     """
     file, _, function = reward.rpartition(":") if not reward.endswith(".py") else (reward, "", "")
-    path = Path(file).expanduser()
-    if not path.is_file():
-        raise InputError(f"reward file {path} does not exist; write the reward as path/to/file.py:function.")
-    content = path.read_bytes()
-    module = _imported(path, content, "reward")
+    path, content, module = _imported(file, "reward", "write the reward as path/to/file.py:function")
     found = getattr(module, function, None) if function else None
     if not callable(found):
         asked = f"no function `{function}`" if function else "been named without a function"
@@ -100,22 +90,14 @@ def load_own_task(name: str) -> OwnTask:
     Raises:
         InputError: no such file, it does not import, or its rows are missing or no list of dicts.
     """
-    path = Path(name).expanduser()
-    if not path.is_file():
-        raise InputError(
-            f"task file {path} does not exist; give the path of a Python file that defines {ROWS}."
-        )
-    content = path.read_bytes()
-    module = _imported(path, content, "task")
-    together, apart = callable(getattr(module, "rows", None)), _has_both(module)
+    path, content, module = _imported(name, "task", f"give the path of a Python file that defines {ROWS}")
+    together = callable(getattr(module, "rows", None))
+    apart = all(callable(getattr(module, name, None)) for name in ("train_rows", "eval_rows"))
     if together == apart:
         has = "both" if together else f"neither; its functions are {_functions(module)}"
         raise InputError(f"task file {path} has to define {ROWS}, and it has {has}.")
-    lines, evaluation = (
-        (_lines(path, module, "rows"), None)
-        if together
-        else (_lines(path, module, "train_rows"), _lines(path, module, "eval_rows"))
-    )
+    lines = _lines(path, module, "rows" if together else "train_rows")
+    evaluation = None if together else _lines(path, module, "eval_rows")
     reward = getattr(module, "reward", None)
     if reward is not None and not callable(reward):
         raise InputError(
@@ -128,16 +110,12 @@ def load_own_task(name: str) -> OwnTask:
     return OwnTask(source, reward and accepting(reward, "reward"), getattr(module, CLASS, None))
 
 
-def _has_both(module: ModuleType) -> bool:
-    return all(callable(getattr(module, name, None)) for name in ("train_rows", "eval_rows"))
-
-
 def _lines(path: Path, module: ModuleType, function: str) -> list[Line]:
     asked = f"`{function}()` of {path}"
     try:
         found = list(getattr(module, function)())
     except Exception as error:  # noqa: BLE001 (a person's file can raise anything)
-        raise InputError(f"{asked} raised {type(error).__name__}: {error}; mend it.") from error
+        raise InputError(f"{asked} raised {type(error).__name__}: {error}; fix it.") from error
     if not found:
         raise InputError(f"{asked} gave no rows; it must return a list of dicts with `prompt`.")
     return [
@@ -149,27 +127,20 @@ def _lines(path: Path, module: ModuleType, function: str) -> list[Line]:
 
 
 def accepting(function: Callable[..., Any], name: str) -> Reward:
-    """The function with only those keyword arguments passed that it can take.
+    """The function, given only those keyword arguments that it takes.
 
-    TRL always passes `completion_ids`, `trainer_state`, `log_extra` and `log_metric`; outside training
-    they get stand-ins.
+    Outside training there are stand-ins for `completion_ids`, `trainer_state`, `log_extra` and `log_metric`.
     """
-    parameters = inspect.signature(function).parameters.values()
-    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-    taken = {parameter.name for parameter in parameters}
-    needed = [
-        parameter.name
-        for parameter in parameters
-        if parameter.default is parameter.empty
-        and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-    ]
+    taken = inspect.signature(function).parameters
+    takes_all = any(it.kind is it.VAR_KEYWORD for it in taken.values())
+    open_ended = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    needed = [key for key, it in taken.items() if it.default is it.empty and it.kind not in open_ended]
 
     def reward(**columns: Any) -> list[float]:
         available = {**_stand_ins(columns), **columns}
-        if missing := [parameter for parameter in needed if parameter not in available]:
+        if missing := [key for key in needed if key not in available]:
             raise InputError(_unavailable(name, missing[0], columns))
-        passed = {key: value for key, value in available.items() if takes_all or key in taken}
-        values = function(**passed)
+        values = function(**{key: available[key] for key in available if takes_all or key in taken})
         if inspect.isawaitable(values):
             values = asyncio.run(_awaited(values))
         return values.tolist() if hasattr(values, "tolist") else values
@@ -179,12 +150,9 @@ def accepting(function: Callable[..., Any], name: str) -> Reward:
 
 def _unavailable(name: str, parameter: str, columns: Mapping[str, Any]) -> str:
     known = ", ".join(f"`{column}`" for column in columns if column not in TRL_NAMES) or "none"
-    models = ("tokenizer", "processing_class", "model", "processor")
-    hint = (
-        "load it in the reward's own file, such as with transformers' AutoTokenizer.from_pretrained"
-        if parameter in models
-        else "take one of these, or give it a default"
-    )
+    hint = "take one of these, or give it a default"
+    if parameter in ("tokenizer", "processing_class", "model", "processor"):
+        hint = "load it in the reward's own file, such as with transformers' AutoTokenizer.from_pretrained"
     return (
         f"the reward `{name}` asks for `{parameter}`, which is no column of the data (they are {known}), and TRL "
         f"passes only {', '.join(f'`{passed}`' for passed in TRL_NAMES[:-1])} besides; {hint}."
@@ -192,14 +160,13 @@ def _unavailable(name: str, parameter: str, columns: Mapping[str, Any]) -> str:
 
 
 def with_own_columns(reward: Reward, rows: Sequence[Row]) -> Reward:
-    """A person's reward, which gets the columns of their rows as these stand in the file.
+    """A person's reward, which gets the columns of their rows as these stand in the file, if there are any.
 
     A problem says by `row` which row it came from: what trainers keep in tables changes types, and
     `question` and `answer` are midtune's there.
-
-    Args:
-        rows: all rows that problems came from.
     """
+    if not rows:
+        return reward
     names = [name for name in dict.fromkeys(key for row in rows for key in row) if name not in TRL_NAMES]
 
     def own(**columns: Any) -> list[float]:
@@ -223,7 +190,12 @@ def _stand_ins(columns: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _imported(path: Path, content: bytes, what: str) -> ModuleType:
+def _imported(file: str, what: str, hint: str) -> tuple[Path, bytes, ModuleType]:
+    """A Python file's path, content and module."""
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise InputError(f"{what} file {path} does not exist; {hint}.")
+    content = path.read_bytes()
     digest = hashlib.sha256(str(path.resolve()).encode() + content).hexdigest()[:12]
     name = f"midtune_{what}_{digest}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -237,11 +209,11 @@ def _imported(path: Path, content: bytes, what: str) -> ModuleType:
     except (Exception, SystemExit) as error:  # noqa: BLE001 (a person's file can raise anything)
         del sys.modules[name]
         raise InputError(
-            f"{what} file {path} does not import ({type(error).__name__}: {error}); mend it and try again."
+            f"{what} file {path} does not import ({type(error).__name__}: {error}); fix it and try again."
         ) from None
     finally:
         sys.path.remove(str(path.resolve().parent))
-    return module
+    return path, content, module
 
 
 def _functions(module: ModuleType) -> str:

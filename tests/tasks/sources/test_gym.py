@@ -4,23 +4,14 @@ from typing import Any
 import pytest
 
 from midtune.errors import InputError
-from midtune.tasks import Task, check_reward, list_tasks, load_task
+from midtune.tasks import Task, check_reward, list_tasks
+from tests.tasks import toy_data
 
 ONE_DIGIT = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 
 
-def load(name: str, **changes: Any) -> Task:
-    settings: dict[str, Any] = {
-        "args": {},
-        "reward": None,
-        "prompt_column": "prompt",
-        "answer_column": "answer",
-        "system_prompt": None,
-        "train_size": 20,
-        "eval_size": 5,
-        "seed": 0,
-    }
-    return load_task(f"reasoning-gym:{name}", **settings | changes)
+def load(name: str, **settings: Any) -> Task:
+    return toy_data.load(f"reasoning-gym:{name}", **{"train_size": 20, "eval_size": 5, **settings})
 
 
 def scores(task: Task, texts: list[str]) -> tuple[list[float], list[float]]:

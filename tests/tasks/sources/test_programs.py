@@ -3,23 +3,24 @@ import json
 import pytest
 
 from midtune.errors import InputError
-from midtune.tasks import load_task
 from midtune.tasks.code import fraction_passed
-from midtune.tasks.programs import draw_programs, example
-from midtune.tasks.sandbox import Sandbox
+from midtune.tasks.sandbox.sandbox import Sandbox
+from midtune.tasks.sources.programs import draw_programs, example
+from midtune.tasks.split import Sizes
+from tests.tasks.toy_data import load
 
 
 def test_problems_are_fixed_by_the_seed() -> None:
-    split = draw_programs(train_size=20, eval_size=10, seed=3)
-    assert split == draw_programs(train_size=20, eval_size=10, seed=3)
-    assert split != draw_programs(train_size=20, eval_size=10, seed=4)
+    split = draw_programs(Sizes(20, 10, 3))
+    assert split == draw_programs(Sizes(20, 10, 3))
+    assert split != draw_programs(Sizes(20, 10, 4))
     assert (len(split.train), len(split.held_out)) == (20, 10)
     questions = {row["question"] for row in [*split.train, *split.held_out]}
     assert len(questions) == 30
 
 
 def test_there_are_enough_problems_for_a_run() -> None:
-    split = draw_programs(train_size=1000, eval_size=300, seed=0)
+    split = draw_programs(Sizes(1000, 300, 0))
     assert (len(split.train), len(split.held_out)) == (1000, 300)
 
 
@@ -45,14 +46,4 @@ def test_the_answer_passes_as_a_whole_and_as_a_continuation(sandbox: Sandbox, in
 
 def test_the_task_takes_no_arguments() -> None:
     with pytest.raises(InputError, match="tiny-programs takes no arguments"):
-        load_task(
-            "tiny-programs",
-            args={"size": 3},
-            reward=None,
-            prompt_column="prompt",
-            answer_column="answer",
-            system_prompt=None,
-            train_size=9,
-            eval_size=2,
-            seed=0,
-        )
+        load("tiny-programs", args={"size": 3})

@@ -7,7 +7,7 @@ import random
 from typing import Any
 
 from midtune.tasks.code import call_tests
-from midtune.tasks.split import Row, Split, draw_split
+from midtune.tasks.split import Row, Sizes, Split, draw_split
 
 NAME = "tiny-programs"
 _TESTS = 5
@@ -38,13 +38,9 @@ _LISTS = (
 )
 
 
-def draw_programs(*, train_size: int, eval_size: int, seed: int) -> Split:
+def draw_programs(sizes: Sizes) -> Split:
     """Problems with the `tests` that the reward `code` reads, and a right program as the answer."""
-
-    def draw(start: int, stop: int) -> list[Row]:
-        return [example(seed, index) for index in range(start, stop)]
-
-    return draw_split(draw, train_size=train_size, eval_size=eval_size, seed=seed)
+    return draw_split(lambda start, stop: [example(sizes.seed, n) for n in range(start, stop)], sizes)
 
 
 def example(seed: int, index: int) -> Row:

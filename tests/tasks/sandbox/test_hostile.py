@@ -1,7 +1,7 @@
 """Programs that mean harm: what each tries, and that it comes to nothing within its limits.
 
 A program prints `got through` where it did what it tried. Those that use up their time are slow; run
-`pytest -m slow -s tests/tasks/test_hostile.py` for the table of what every program took.
+`pytest -m slow -s tests/tasks/sandbox/test_hostile.py` for the table of what every program took.
 """
 
 # ruff: noqa: E501 (programs are literals)
@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 import psutil
 import pytest
 
-from midtune.tasks import Limits
+from midtune.config import SandboxConfig
 from midtune.tasks.code import call_tests, fraction_passed
-from midtune.tasks.sandbox import Sandbox
-from midtune.tasks.syscalls import CLOSED
+from midtune.tasks.sandbox.sandbox import Sandbox
+from midtune.tasks.sandbox.syscalls import CLOSED
 
-LIMITS = Limits(cpu_s=1, wall_s=3.0, memory_bytes=128 * 2**20, processes=4)
+LIMITS = SandboxConfig(cpu_s=1, wall_s=3.0, memory_mib=128, processes=4)
 MIB = 2**20
 COLUMN = 1 if platform.machine() == "aarch64" else 0
 LATER = {"io_uring_setup": 425, "open_tree": 428, "pidfd_open": 434, "clone3": 435, "memfd_secret": 447}
@@ -232,7 +232,7 @@ def test_what_every_program_takes(hostile: Sandbox) -> None:
         assert result.broken == "", name
         assert used.wall_s < LIMITS.wall_s + 1, name
         assert used.cpu_s < LIMITS.wall_s * 2, name
-        assert used.resident_bytes < (LIMITS.processes + 1) * LIMITS.memory_bytes, name
+        assert used.resident_bytes < (LIMITS.processes + 1) * LIMITS.memory_mib * MIB, name
         # What /tmp holds, and room for what the machine does besides.
         assert used.shared_bytes < 64 * MIB, name
         assert used.kernel_bytes < 256 * MIB, name
@@ -247,7 +247,7 @@ def test_what_every_program_takes(hostile: Sandbox) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif((psutil.cpu_count() or 1) < 2, reason="a neighbour needs a CPU of its own")
 def test_neighbours_of_a_bomb_do_not_wait(isolated: Sandbox) -> None:
-    limits = Limits(cpu_s=3, wall_s=5.0, memory_bytes=128 * MIB, processes=4)
+    limits = SandboxConfig(cpu_s=3, wall_s=5.0, memory_mib=128, processes=4)
     sandbox = Sandbox(limits, isolated.isolation, workers=2)
     work = "n = 0\nfor i in range(4_000_000): n += i\nprint(n)"
 

@@ -8,14 +8,22 @@ import json
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from midtune.errors import InputError
 from midtune.tasks.answers import marked_answer, reference_answer
-from midtune.tasks.reading import ANSWER_COLUMNS, PROMPT_COLUMNS, Line, Source, data_suffix, kind
+from midtune.tasks.sources.files import (
+    ANSWER_COLUMNS,
+    PROMPT_COLUMNS,
+    BadRow,
+    Line,
+    Source,
+    data_suffix,
+    kind,
+)
 from midtune.tasks.split import Row
 
 DROP = "--set task.bad_rows=drop"
@@ -29,43 +37,25 @@ _ROLES = {"human": "user", "gpt": "assistant"}
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns to read, and what to do with rows that cannot be used.
+    """Which columns to read, and what to do with rows that cannot be used."""
 
-    Args:
-        prompt: column with the prompt, a text or a list of chat messages; None finds it.
-        answer: column with the right answer; None finds it.
-        needs_answer: False lets answers be missing, for rewards that do not compare.
-        prepare: from a row as it stands, and what messages call it, the row to read.
-        carried: other columns that a problem keeps, as a built-in reward reads them; None: all, for an environment.
-        drop: leave out rows that cannot be used in place of refusing them.
-        cut: of a conversation that ends in the assistant's answer, leave that turn out in place of refusing it.
-    """
-
-    prompt: str | None = None
-    answer: str | None = None
-    needs_answer: bool = True
-    prepare: Callable[[Row, str], Row] | None = None
-    carried: Sequence[str] | None = ()
-    drop: bool = False
-    cut: bool = False
+    prompt: str | None = None  # a text or a list of chat messages; None finds it
+    answer: str | None = None  # None finds it
+    needs_answer: bool = True  # False for rewards that do not compare
+    prepare: Callable[[Row], Row] | None = None  # from a row as it stands, the row to read; raises BadRow
+    carried: Sequence[str] | None = ()  # other columns that a problem keeps; None: all, for an environment
+    drop: bool = False  # leave out rows that cannot be used, instead of refusing them
+    cut: bool = False  # leave out an assistant's answer at the end, instead of refusing the conversation
 
 
 @dataclass(frozen=True)
 class Problems:
-    """Problems from rows.
+    """Problems from rows: each has `prompt`, `question`, `answer`, and `row`, its place in `own`."""
 
-    Args:
-        rows: each with `prompt`, `question` and `answer`, and, unless all columns are carried, `row`: its place in
-            `own`.
-        columns: those that the prompt and the answer came from.
-        own: the rows with all their columns as they stand in the file.
-        note: a remark for the person.
-    """
-
-    rows: list[Row]
-    columns: list[str]
-    own: list[Row] = field(default_factory=list)
-    note: str = ""
+    rows: list[Row]  # without `row` where all columns are carried
+    columns: list[str]  # those that the prompt and the answer came from
+    own: list[Row]  # the rows with all their columns as they stand in the file
+    note: str  # a remark for the person
 
 
 def is_file_name(name: str) -> bool:
@@ -74,10 +64,7 @@ def is_file_name(name: str) -> bool:
 
 
 def problems_of(source: Source, lines: Sequence[Line], columns: Columns, first: int = 0) -> Problems:
-    """The problems in some rows of a source, in their order.
-
-    Args:
-        first: the place of the first problem among those of the whole source.
+    """The problems in some rows of a source, in their order; they are counted from `first` on.
 
     Raises:
         InputError: a column is missing, a carried one mixes kinds of value, rows cannot be used and are not to be
@@ -101,15 +88,15 @@ def problems_of(source: Source, lines: Sequence[Line], columns: Columns, first: 
     own: list[Row] = []
     faults = []
     for line, original in zip(prepared, lines, strict=True):
-        problem, fault = None, line.fault
-        if line.row is not None:
-            complete = {name: line.row.get(name) for name in names}
-            problem, fault = _problem(complete, prompt, answer, columns)
-        if problem is not None:
-            rows.append(problem if columns.carried is None else {**problem, PLACE: first + len(own)})
-            own.append(original.row or {})
-        else:
-            faults.append(Line(line.place, None, fault))
+        try:
+            if line.row is None:
+                raise BadRow(line.fault)
+            problem = _problem({name: line.row.get(name) for name in names}, prompt, answer, columns)
+        except BadRow as error:
+            faults.append(Line(line.place, None, str(error)))
+            continue
+        rows.append(problem if columns.carried is None else {**problem, PLACE: first + len(own)})
+        own.append(original.row or {})
     if faults and not (columns.drop and rows):
         _refuse(source.name, faults, len(prepared))
     _check_tabular(source.name, rows)
@@ -117,25 +104,22 @@ def problems_of(source: Source, lines: Sequence[Line], columns: Columns, first: 
     return Problems(rows, [prompt, answer or "answer"], own, left_out if faults else "")
 
 
-def _prepared(line: Line, prepare: Callable[[Row, str], Row] | None) -> Line:
+def _prepared(line: Line, prepare: Callable[[Row], Row] | None) -> Line:
     if line.row is None or prepare is None:
         return line
     try:
-        return Line(line.place, prepare(line.row, line.place))
-    except InputError as error:
-        fault = str(error).removeprefix(line.place).strip().partition("; mend it")[0].rstrip(".")
-        return Line(line.place, None, fault)
+        return Line(line.place, prepare(line.row))
+    except BadRow as error:
+        return Line(line.place, None, str(error))
 
 
 def _refuse(name: str, faults: Sequence[Line], total: int) -> None:
+    found, them = f"{len(faults)} of {total} rows of {name} cannot be used: ", "them"
     if len(faults) == total:
-        raise InputError(f"no row of {name} can be used: {_listed(faults)}; mend them.")
+        raise InputError(f"no row of {name} can be used: {_listed(faults)}; fix them.")
     if len(faults) == 1:
-        raise InputError(f"{_listed(faults)}; mend it, or leave it out with {DROP}.")
-    raise InputError(
-        f"{len(faults)} of {total} rows of {name} cannot be used: {_listed(faults)}; mend them, or leave them out "
-        f"with {DROP}."
-    )
+        found, them = "", "it"
+    raise InputError(f"{found}{_listed(faults)}; fix {them}, or leave {them} out with {DROP}.")
 
 
 def _listed(faults: Sequence[Line]) -> str:
@@ -189,13 +173,11 @@ def _value(row: Row, column: str) -> Any:
     return inner.get(key) if isinstance(inner, Mapping) else None
 
 
-def _problem(
-    row: Row, prompt_column: str, answer_column: str | None, columns: Columns
-) -> tuple[Row | None, str]:
-    """A row as a problem, or what is wrong with it."""
+def _problem(row: Row, prompt_column: str, answer_column: str | None, columns: Columns) -> Row:
+    """A row as a problem; raises BadRow."""
     messages = _messages(_value(row, prompt_column))
     if messages is None:
-        return None, (
+        raise BadRow(
             f"has a prompt that is neither a text nor a list of chat messages in column `{prompt_column}` (write "
             'them as {"role": "user", "content": "…"})'
         )
@@ -203,28 +185,28 @@ def _problem(
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
     if last_turn is not None and not columns.cut:
-        return None, (
+        raise BadRow(
             f"has a conversation in column `{prompt_column}` that ends in the assistant's answer, which the model "
             f"would be shown (leave such turns out with {CUT})"
         )
     question = "\n".join(message["content"] for message in messages if message["role"] != "system").strip()
     if not question:
-        return None, f"has a blank prompt in column `{prompt_column}`"
+        raise BadRow(f"has a blank prompt in column `{prompt_column}`")
     given = last_turn if answer_column == prompt_column else _value(row, answer_column or "answer")
     answer, fault = _answer(given, answer_column or "answer")
     if columns.needs_answer:
         if fault or not answer.strip():
-            return None, fault or f"has no answer in column `{answer_column}`"
+            raise BadRow(fault or f"has no answer in column `{answer_column}`")
         # A worked solution, such as NuminaMath's proofs, need not end in an answer.
         worked = _plain(answer_column or "") == "solution" or (
             answer_column == prompt_column and "\n" in answer
         )
         if worked and marked_answer(answer) is None:
-            return None, f"has no final answer (`\\boxed{{}}` or `####`) in column `{answer_column}`"
+            raise BadRow(f"has no final answer (`\\boxed{{}}` or `####`) in column `{answer_column}`")
         if not reference_answer(answer).strip():
-            return None, f"marks a blank answer in column `{answer_column}`"
+            raise BadRow(f"marks a blank answer in column `{answer_column}`")
     others = {key: value for key, value in row.items() if columns.carried is None or key in columns.carried}
-    return {**others, "prompt": messages, "question": question, "answer": answer}, ""
+    return {**others, "prompt": messages, "question": question, "answer": answer}
 
 
 def _messages(prompt: Any) -> list[dict[str, str]] | None:
@@ -256,17 +238,14 @@ def _answer(value: Any, column: str) -> tuple[str, str]:
     value = _bare(value)
     if _is_missing(value) or value == []:
         return "", ""
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping | list):
         if (message := _message(value)) is not None:
             return message["content"], ""
-        keys = ", ".join(f"{column}.{key}" for key in value)
-        return json.dumps(value, ensure_ascii=False, default=str), (
-            f"has an object as its answer in column `{column}`; name what it holds with --answer-column ({keys})"
-        )
-    if isinstance(value, list):
-        return json.dumps(value, ensure_ascii=False, default=str), (
-            f"has a list of {len(value)} answers in column `{column}`, and an answer is one value"
-        )
+        what = f"has a list of {len(value)} answers in column `{column}`, and an answer is one value"
+        if isinstance(value, Mapping):
+            keys = ", ".join(f"{column}.{key}" for key in value)
+            what = f"has an object as its answer in column `{column}`; name what it holds with --answer-column ({keys})"
+        return json.dumps(value, ensure_ascii=False, default=str), what
     if isinstance(value, bool):
         return json.dumps(value), ""
     if isinstance(value, (float, Decimal)):

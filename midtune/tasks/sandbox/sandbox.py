@@ -1,25 +1,23 @@
-"""Running programs that nobody trusts: apart from everything else, within limits, gone afterwards.
+"""Runs untrusted programs: apart from everything else, within limits, gone afterwards.
 
 With bubblewrap (https://github.com/containers/bubblewrap) a program has process, network, IPC, host name
 and mount namespaces of its own. It sees the standard library and the shared libraries, read-only, and an
-empty `/tmp` in memory that it can write to; no other file, process or network exists for it, and no
-`/proc`. An ordinary user's programs also get a user namespace, in which no further one can be made; those
-of root get a user id of their own, since the kernel does not count the processes of root. A filter closes
-the system calls that reach further (`syscalls.py`; on x86_64 and aarch64). The kernel limits CPU time,
-address space, processes, open files and the size of files and output from within, midtune wall time and
-the number of files from without, and when a program ends or is ended, so do all processes of its namespace.
-The programs of a job stay on one CPU (`Sandbox.each`), so that one which takes all it can get slows down
-none on the other CPUs.
+empty `/tmp` in memory. No other file, process or network exists for it, and no `/proc`. An ordinary user's
+programs also get a user namespace, in which no further one can be made. Those of root get a user id of their
+own, since the kernel does not count the processes of root. A filter closes the system calls that reach
+further (`syscalls.py`; on x86_64 and aarch64). The kernel limits CPU time, address space, processes, open
+files and the size of files and output; midtune limits wall time and the number of files. When a program
+ends, so do all processes of its namespace. The programs of a job stay on one CPU (`Sandbox.each`), so that
+one which takes all it can get slows down none on the other CPUs.
 
-What is not guaranteed: a hole in the kernel is a way out; the limits of memory and CPU time hold for each
-process, so that they multiply by `processes`; and files are counted every 50 ms, so that a program can make
+What is not guaranteed: a hole in the kernel is a way out. Limits of memory and CPU time hold for each
+process, so that they multiply by `processes`. Files are counted every 50 ms, so that a program can make
 some ten thousand of them, at 1 KiB each, before it is ended.
 
 Without bubblewrap isolation is *weak*: the same limits, an empty environment and an empty folder to begin
 in, but the program can read and write what its user can, use the network, and leave processes behind.
-There is nothing in between, since no package for namespaces or Landlock is both maintained and content with
-less than bubblewrap needs: landlock is a development release that leaves processes alone, sandlock wants
-Linux 6.7.
+There is nothing in between: landlock is a development release that leaves processes alone, and sandlock
+wants Linux 6.7.
 """
 
 from __future__ import annotations
@@ -36,18 +34,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import CodeType, TracebackType
+from types import CodeType
 from typing import Any, TypeVar
 
+from midtune.config import SandboxConfig
 from midtune.errors import InputError, RunStopped
-from midtune.tasks import inside
-from midtune.tasks.syscalls import program_filter
+from midtune.tasks.sandbox import inside
+from midtune.tasks.sandbox.syscalls import program_filter
 
 _OUTPUT_BYTES = 4 * 2**20
 _FOLDER_BYTES = 16 * 2**20
@@ -61,6 +60,8 @@ _uids = itertools.count(secrets.randbelow(_PASSING_UIDS))
 _SHARED_LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache")
 # Sets are in the same order every time, so that a resumed run gives the rewards that it would have given.
 _ENVIRONMENT = {"LANG": "C.UTF-8", "PYTHONUTF8": "1", "PYTHONHASHSEED": "0"}
+# No site-packages, nothing from the folder, no caches to write.
+_INTERPRETER = (os.path.realpath(sys.executable), "-S", "-s", "-P", "-B")
 _Job = TypeVar("_Job")
 _Found = TypeVar("_Found")
 _BOOT = """\
@@ -71,34 +72,6 @@ space = {"__name__": "inside"}
 exec(code, space)
 space["main"](job)
 """
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one program may take.
-
-    Attributes:
-        cpu_s: CPU seconds of each process.
-        wall_s: seconds from its start.
-        memory_bytes: address space of each process.
-        processes: processes and threads.
-    """
-
-    cpu_s: int
-    wall_s: float
-    memory_bytes: int
-    processes: int
-
-    def of_kernel(self) -> dict[str, int]:
-        """Resource limits by name, as `setrlimit` knows them."""
-        return {
-            "AS": self.memory_bytes,
-            "CORE": 0,
-            "CPU": self.cpu_s,
-            "FSIZE": _OUTPUT_BYTES,
-            "NOFILE": _OPEN_FILES,
-            "NPROC": self.processes,
-        }
 
 
 @dataclass(frozen=True)
@@ -122,32 +95,24 @@ class Result:
         return self.exit_code in (-signal.SIGKILL, 128 + signal.SIGKILL)
 
 
+@dataclass(eq=False)
 class Running:
     """A program in its sandbox; leaving the `with` block ends it and all its processes."""
 
-    def __init__(
-        self,
-        process: subprocess.Popen[bytes],
-        output: int,
-        said: socket.socket,
-        deadline: float,
-        files: ExitStack,
-        isolated: bool,
-    ):
-        self._process = process
-        self._output = output
-        self._socket = said
-        self._deadline = deadline
-        self._files = files
-        self._isolated = isolated
-        self._said = b""
-        self._folder: int | None = None
+    _process: subprocess.Popen[bytes]
+    _output: int  # of what it prints, the file descriptor
+    _socket: socket.socket  # for what `inside.py` says
+    _deadline: float
+    _files: ExitStack
+    _isolated: bool
+    _said: bytes = b""
+    _folder: int | None = None
 
     def wait(self, most_s: float | None = None, *, beside: Sequence[Running] = ()) -> Result:
         """Let the program go on to its end or its deadline, and no longer.
 
         Args:
-            most_s: let it go on for this long, in place of its deadline.
+            most_s: let it go on for this long, instead of its deadline.
             beside: other programs, which are ended where they make too many files meanwhile.
         """
         deadline = self._deadline if most_s is None else time.monotonic() + most_s
@@ -201,9 +166,7 @@ class Running:
     def __enter__(self) -> Running:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._end()
         self._files.close()
 
@@ -217,7 +180,7 @@ class Sandbox:
         workers: how many programs to run at a time.
     """
 
-    limits: Limits
+    limits: SandboxConfig
     isolation: tuple[str, ...]
     workers: int = 1
 
@@ -231,41 +194,39 @@ class Sandbox:
             "the network."
         )
 
-    def start(self, role: str, *, stdin: bytes = b"", fds: Sequence[int] = (), **job: Any) -> Running:
-        """Start one of the roles of `inside.py`.
-
-        Args:
-            stdin: what the program can read from standard input.
-            fds: file descriptors that it gets, under the same numbers.
-            job: what the role needs.
-        """
+    def start(
+        self, role: str, *, stdin: bytes = b"", fds: Mapping[str, int] | None = None, **job: Any
+    ) -> Running:
+        """Start one of the roles of `inside.py`, with what it needs: `job`, and file descriptors by name."""
+        fds = fds or {}
         uid = _FIRST_PASSING_UID + next(_uids) % _PASSING_UIDS if os.geteuid() == 0 else None
-        job |= {"role": role, "limits": self.limits.of_kernel(), "uid": uid}
+        job |= {**fds, "role": role, "limits": kernel_limits(self.limits), "uid": uid}
         with ExitStack() as files:
             folder = "/tmp"
             if not self.isolation:
                 folder = files.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
                 os.chmod(folder, 0o777)
-            # Files, not pipes: nothing has to be read along, and the kernel's limit on files is one on output.
-            handed, given, output = (files.enter_context(tempfile.TemporaryFile()) for _ in range(3))
-            marshal.dump((_code(), job), handed)
-            given.write(stdin)
-            for file in (handed, given):
+
+            def holding(content: bytes) -> int:
+                """A file, not a pipe: it need not be read along, and the kernel's limit on files limits output."""
+                file = files.enter_context(tempfile.TemporaryFile())
+                file.write(content)
                 file.seek(0)
+                return file.fileno()
+
+            handed = holding(marshal.dumps((_code(), job)))
+            output = holding(b"")
             isolation = self.isolation
-            passed = [handed.fileno(), *fds]
+            passed = [handed, *fds.values()]
             if isolation and (calls := program_filter()) is not None:
-                closed = files.enter_context(tempfile.TemporaryFile())
-                closed.write(calls)
-                closed.seek(0)
-                isolation = (isolation[0], "--seccomp", str(closed.fileno()), *isolation[1:])
-                passed.append(closed.fileno())
+                passed.append(holding(calls))
+                isolation = (isolation[0], "--seccomp", str(passed[-1]), *isolation[1:])
             said, its_end = (files.enter_context(end) for end in socket.socketpair())
             said.setblocking(False)
             with its_end:
                 process = subprocess.Popen(
-                    [*isolation, *_interpreter(), "-c", _BOOT, str(handed.fileno())],
-                    stdin=given,
+                    [*isolation, *_INTERPRETER, "-c", _BOOT, str(handed)],
+                    stdin=holding(stdin),
                     stdout=output,
                     stderr=its_end.fileno(),
                     env={**_ENVIRONMENT, "HOME": folder, "TMPDIR": folder},
@@ -274,9 +235,7 @@ class Sandbox:
                     start_new_session=True,
                 )
             deadline = time.monotonic() + self.limits.wall_s
-            return Running(
-                process, output.fileno(), said, deadline, files.pop_all(), isolated=bool(self.isolation)
-            )
+            return Running(process, output, said, deadline, files.pop_all(), bool(self.isolation))
 
     def run(self, source: str, stdin: bytes = b"") -> Result:
         """Run a program to its end.
@@ -307,53 +266,59 @@ def checked(result: Result) -> Result:
     """
     if result.broken:
         raise RunStopped(
-            f"a sandbox did not start its program ({result.broken}); mend that and resume the run."
+            f"a sandbox did not start its program ({result.broken}); fix that and resume the run."
         )
     return result
 
 
-def open_sandbox(limits: Limits, *, workers: int | None, allow_weak: bool) -> Sandbox:
-    """A sandbox that has been tried: with bubblewrap, or with limits alone where that is allowed.
+def kernel_limits(settings: SandboxConfig) -> dict[str, int]:
+    """Resource limits by name, as `setrlimit` knows them."""
+    return {
+        "AS": settings.memory_mib * 2**20,
+        "CORE": 0,
+        "CPU": settings.cpu_s,
+        "FSIZE": _OUTPUT_BYTES,
+        "NOFILE": _OPEN_FILES,
+        "NPROC": settings.processes,
+    }
 
-    Args:
-        workers: programs at a time; None: one per CPU that this process may use.
+
+def open_sandbox(settings: SandboxConfig) -> Sandbox:
+    """A sandbox that has been tried: with bubblewrap, or with limits alone where that is allowed.
 
     Raises:
         InputError: bubblewrap is missing or does not work and weak isolation is not allowed, or nothing works.
     """
     if sys.platform != "linux":
         raise InputError("programs that a model wrote run on Linux only; use another reward than code.")
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = settings.workers or len(os.sched_getaffinity(0))
     bwrap = shutil.which("bwrap")
     missing = "bubblewrap was not found"
     if bwrap is not None:
-        sandbox = Sandbox(limits, bubblewrap(bwrap, as_root=os.geteuid() == 0), workers)
-        failure = _failure(sandbox)
-        if not failure:
+        sandbox = Sandbox(settings, bubblewrap(bwrap, as_root=os.geteuid() == 0), workers)
+        if not (failure := _failure(sandbox)):
             return sandbox
         missing = f"bubblewrap does not work here ({failure})"
-    if not allow_weak:
+    if not settings.allow_weak:
         raise InputError(
             f"the reward runs programs that a model wrote, and {missing}; install bubblewrap 0.8 or later (`apt "
             "install bubblewrap`), or accept limits without isolation with --set sandbox.allow_weak=true."
         )
-    sandbox = Sandbox(limits, (), workers)
-    failure = _failure(sandbox)
-    if failure:
+    sandbox = Sandbox(settings, (), workers)
+    if failure := _failure(sandbox):
         raise InputError(
-            f"{missing}, and without it no program can be run either ({failure}); mend one of them."
+            f"{missing}, and without it no program can be run either ({failure}); fix one of them."
         )
     return sandbox
 
 
 def bubblewrap(bwrap: str, *, as_root: bool) -> tuple[str, ...]:
-    """The command that isolates the command after it.
+    """The command of bubblewrap (0.8 or later, at the path `bwrap`) that isolates the command after it.
 
-    Args:
-        bwrap: path of bubblewrap, 0.8 or later.
-        as_root: for root: no user namespace, but the right to take on another user id.
+    Root gets no user namespace, but the right to take on another user id.
     """
-    shown = [_python(), str(Path(os.__file__).parents[1]), *_SHARED_LIBRARIES]
+    python = _INTERPRETER[0]
+    shown = [python, str(Path(os.__file__).parents[1]), *_SHARED_LIBRARIES]
     user = (
         ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
         if as_root
@@ -364,7 +329,7 @@ def bubblewrap(bwrap: str, *, as_root: bool) -> tuple[str, ...]:
     return (
         *(bwrap, *user, *kinds, "--die-with-parent", "--new-session"),
         # Made as the parent of a file, a folder is closed to all but its owner.
-        *("--dir", "/dev", "--dir", os.path.dirname(_python())),
+        *("--dir", "/dev", "--dir", os.path.dirname(python)),
         *(word for path in shown for word in ("--ro-bind-try", path, path)),
         *(word for path in ("/dev/null", "/dev/urandom") for word in ("--dev-bind", path, path)),
         *("--size", str(_FOLDER_BYTES), "--perms", "1777", "--tmpfs", "/tmp"),
@@ -382,22 +347,10 @@ def _failure(sandbox: Sandbox) -> str:
 
 def _ends(pid: int, most_s: float) -> bool:
     """Whether a child process ends within `most_s` seconds; it is not reaped."""
-    handle = os.pidfd_open(pid)
-    try:
+    with os.fdopen(os.pidfd_open(pid)) as handle:
         poll = select.poll()
         poll.register(handle, select.POLLIN)
         return bool(poll.poll(most_s * 1000))
-    finally:
-        os.close(handle)
-
-
-def _python() -> str:
-    return os.path.realpath(sys.executable)
-
-
-def _interpreter() -> list[str]:
-    # No site-packages, nothing from the folder, no caches to write.
-    return [_python(), "-S", "-s", "-P", "-B"]
 
 
 @cache

@@ -12,8 +12,8 @@ from pyarrow import parquet
 
 from midtune.errors import InputError
 from midtune.tasks import Task
-from midtune.tasks.files import Columns, problems_of
-from midtune.tasks.reading import Line, Source
+from midtune.tasks.sources.columns import Columns, problems_of
+from midtune.tasks.sources.files import Line, Source
 from tests.tasks.toy_data import load
 
 ROWS = [{"prompt": f"{n} + {n} = ?", "answer": 2 * n, "level": "easy"} for n in range(12)]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from midtune.errors import InputError
-from midtune.tasks import Task, check_reward, load_task
-from midtune.tasks.alfworld import GAME, PROMPT, ALFWorld
+from midtune.tasks import Task, check_reward
 from midtune.tasks.environment import Match
+from midtune.tasks.games.alfworld import GAME, PROMPT, ALFWorld
+from tests.tasks.toy_data import load
 
 # A mug on a desk, and a drawer beside it.
 PROBLEM = """
@@ -47,14 +50,19 @@ def write_games(folder: Path, domain: str, grammar: str) -> None:
 
 
 def alfworld(**settings: Any) -> Task:
-    return load_task(
-        "alfworld", **{"args": {}, "reward": None, "train_size": 6, "eval_size": 2, "seed": 0, **settings}
-    )
+    return load("alfworld", **{"train_size": 6, "eval_size": 2, **settings})
+
+
+def install(monkeypatch: pytest.MonkeyPatch, missing: str | None = None) -> None:
+    """What the games need, but for one package."""
+    for name in ("alfworld", "fast_downward"):
+        module = module_from_spec(ModuleSpec(name, None))
+        monkeypatch.setitem(sys.modules, name, None if name == missing else module)
 
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    install(monkeypatch)
     monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path))
     return tmp_path
 
@@ -96,7 +104,7 @@ def test_the_default_folder_is_not_made(
 
 @pytest.mark.parametrize("missing", ["alfworld", "fast_downward"])
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == missing else object())
+    install(monkeypatch, missing)
     with pytest.raises(InputError, match=r"needs the package alfworld; .*midtune\[alfworld\]"):
         alfworld()
 
@@ -175,12 +183,10 @@ def test_an_action_is_what_is_in_its_tags(playable: Path, said: str, answer: str
     assert (reward, match.over) == (0.0, False)
 
 
-def test_the_translator_leaves_the_command_line_alone(
-    playable: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["midtune", "train"])
+def test_the_translator_leaves_the_command_line_alone(playable: Path) -> None:
+    before = [*sys.argv]
     Match("it", ALFWorld()).reset({"prompt": "", "game": "train/pick-Mug-1/trial"})
-    assert sys.argv == ["midtune", "train"]
+    assert sys.argv == before
 
 
 def won(match: Match) -> None:

@@ -1,4 +1,4 @@
-"""Data as GSM8K, MATH and NuminaMath have it, from files, folders and the hub, and what is wrong with it."""
+"""Data as GSM8K, MATH and NuminaMath have it, from files and folders, and what is wrong with it."""
 
 from __future__ import annotations
 
@@ -6,21 +6,16 @@ import bz2
 import gzip
 import json
 import lzma
-import socket
-import time
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pytest
 
-from midtune import network
 from midtune.errors import InputError
-from midtune.network import HUB_OFFLINE, OFFLINE
-from midtune.tasks import check_reward, hub, reading
-from tests.tasks.toy_data import gsm8k, load, math, scores, write
-
-SPLITS = {"train": gsm8k(8), "test": gsm8k(4, start=20)}
+from midtune.tasks import check_reward
+from midtune.tasks.sources.files import FORMATS, of_splits
+from midtune.tasks.sources.hub_dataset import is_dataset
+from tests.tasks.toy_data import SPLITS, gsm8k, load, math, scores, write
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
@@ -70,7 +65,7 @@ def test_bad_rows_are_counted_shown_with_their_lines_and_dropped(tmp_path: Path)
         load(path)
     assert str(raised.value) == (
         f"4 of 12 rows of {path} cannot be used: line 1 of {path} is not valid JSON; line 2 of {path} is not a "
-        f"JSON object but a number; line 11 of {path} has a blank prompt in column `question`; …; mend them, or "
+        f"JSON object but a number; line 11 of {path} has a blank prompt in column `question`; …; fix them, or "
         "leave them out with --set task.bad_rows=drop."
     )
     task = load(path, bad_rows="drop")
@@ -89,7 +84,7 @@ def test_a_folder_keeps_training_and_test_files_apart(tmp_path: Path) -> None:
     assert {row["question"] for row in task.train} == {row["question"] for row in gsm8k(10)}
     assert {row["question"] for row in task.held_out} == {row["question"] for row in gsm8k(4, start=50)}
     assert task.note == (
-        f"{tmp_path}: left out README.md, dataset_infos.json, with no problems in {reading.FORMATS}. of {tmp_path}, "
+        f"{tmp_path}: left out README.md, dataset_infos.json, with no problems in {FORMATS}. of {tmp_path}, "
         "validation (main/validation.jsonl) is not used."
     )
 
@@ -131,78 +126,12 @@ def test_a_file_that_is_no_parquet_and_a_task_that_draws_its_own(tmp_path: Path)
         load("reasoning-gym:chain_sum", eval_file="other.jsonl")
 
 
-@pytest.mark.parametrize(
-    ("name", "is_one"),
-    [
-        ("openai/gsm8k", True),
-        ("openai/gsm8k:main", True),
-        ("AI-MO/NuminaMath-1.5", True),
-        ("data/train.jsonl", False),
-        ("tasks/mine.py", False),
-        ("reasoning-gym:gcd", False),
-        ("a/b/c", False),
-    ],
-)
-def test_hub_datasets_are_told_by_their_names(name: str, is_one: bool) -> None:
-    assert hub.is_dataset(name) == is_one
-
-
-def test_a_hub_dataset_gives_its_splits(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-
-    def fake(name: str, configuration: str | None) -> datasets.DatasetDict:
-        asked.append((name, configuration, datasets.config.HF_HUB_OFFLINE))
-        return datasets.DatasetDict({part: datasets.Dataset.from_list(rows) for part, rows in SPLITS.items()})
-
-    monkeypatch.setattr(hub, "_unreachable", lambda repository: None)
-    monkeypatch.setattr(hub, "hub_is_offline", lambda: False)
-    monkeypatch.setattr(datasets, "load_dataset", fake)
-    task = load("openai/gsm8k:main")
-    assert asked == [("openai/gsm8k", "main", False)]
-    assert (len(task.train), len(task.held_out)) == (8, 3)
-    assert {row["question"] for row in task.held_out} < {row["question"] for row in gsm8k(4, start=20)}
-    monkeypatch.setattr(reading, "MOST_ROWS", 4)
-    thinned = load("openai/gsm8k:main")
-    assert {row["question"] for row in thinned.train} == {f"Problem {n}?" for n in (0, 2, 4, 6)}
-    assert thinned.note == "openai/gsm8k:main is long: one row in 2 of train is read."
-
-
-def test_offline_only_the_cache_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
-    monkeypatch.setenv(OFFLINE, "1")
-    monkeypatch.setattr(hub, "_unreachable", lambda repository: pytest.fail("the hub was asked"))
-    with pytest.raises(
-        InputError, match="nor in the cache of this machine, and work is offline; go online once"
-    ):
-        load("openai/gsm8k:main")
-
-
-def test_what_is_cached_is_read_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    data = {part: str(write(tmp_path / f"{part}.jsonl", rows)) for part, rows in SPLITS.items()}
-    made = datasets.load_dataset("json", "main", data_files=data, cache_dir=str(tmp_path / "made"))
-    folder = Path(made["train"].cache_files[0]["filename"]).parent
-    cached = tmp_path / "cache/openai___gsm8k/main/0.0.0/hash"
-    cached.mkdir(parents=True)
-    for path in folder.iterdir():
-        path.rename(cached / path.name.replace("json-", "gsm8k-"))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv(OFFLINE, "1")
-    task = load("openai/gsm8k:main")
-    assert {row["question"] for row in task.train} == {row["question"] for row in SPLITS["train"]}
-    assert {row["question"] for row in task.held_out} < {row["question"] for row in SPLITS["test"]}
-    with pytest.raises(InputError, match="openai/gsm8k:socratic is neither a file or folder here nor in the"):
-        load("openai/gsm8k:socratic")
-
-
-def test_a_hub_that_cannot_be_reached_takes_seconds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
-    monkeypatch.setenv(HUB_OFFLINE, "0")
-    monkeypatch.setattr(network, "REACH_TIMEOUT_S", 0.3)
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(3))
-    started = time.perf_counter()
-    with pytest.raises(InputError, match="and the hub cannot be reached"):
-        load("openai/gsm8k:main")
-    assert time.perf_counter() - started < 2.5
+def test_of_a_long_split_evenly_spaced_rows_are_read() -> None:
+    parts = {part: datasets.Dataset.from_list(rows) for part, rows in SPLITS.items()}
+    thinned = of_splits("openai/gsm8k", parts, most_rows=4)
+    assert [line.row for line in thinned.lines] == SPLITS["train"][::2]
+    assert [line.row for line in thinned.evaluation or []] == SPLITS["test"]
+    assert thinned.note == "openai/gsm8k is long: one row in 2 of train is read."
 
 
 ROWS = gsm8k(12)
@@ -244,7 +173,7 @@ def test_published_forms_of_files_are_read(tmp_path: Path, name: str, content: b
     assert {row["question"] for row in [*task.train, *task.held_out]} == QUESTIONS
     assert task.reward.__name__ == "numeric"
     assert scores(task, "So #### {n+1}") == [1.0, 1.0]
-    assert not hub.is_dataset(f"data/{name}")
+    assert not is_dataset(f"data/{name}")
 
 
 def test_what_datasets_saved_is_read(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from midtune.errors import InputError
-from midtune.tasks.split import Row, Split, given_split
+from midtune.tasks.split import Row, Sizes, Split, given_split
 
 # Of GiGPO's authors (arXiv 2505.10978), said once, since an episode is one conversation here.
 PROMPT = (
@@ -94,15 +94,15 @@ def data_folder() -> Path:
     return Path(os.environ.get("ALFWORLD_DATA", "~/.cache/alfworld")).expanduser() / "json_2.1.1"
 
 
-def draw_households(arguments: Mapping[str, int], *, train_size: int, eval_size: int, seed: int) -> Split:
+def draw_households(arguments: Mapping[str, int], sizes: Sizes) -> Split:
     """Rows with the folder of a `game`: training ones from `train`, held-out ones from rooms seen there or not.
 
     Raises:
         InputError: the data is not there.
     """
     held_out = FOLDERS[2 if arguments["unseen"] else 1]
-    rows = [_rows(folder, count, seed) for folder, count in ((FOLDERS[0], train_size), (held_out, eval_size))]
-    split, _ = given_split(*rows, train_size=train_size, eval_size=eval_size, seed=seed)
+    train = _rows(FOLDERS[0], sizes.train, sizes.seed)
+    split, _ = given_split(train, _rows(held_out, sizes.held_out, sizes.seed), sizes)
     return split
 
 
