@@ -33,15 +33,6 @@ class Gain:
     high: float
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """The same problems scored before and after training."""
-
-    before: Score
-    after: Score
-    gain: Gain
-
-
 def score_interval(per_problem: ArrayLike) -> Score:
     """The mean of one score per problem, with its 95% interval.
 
@@ -83,11 +74,6 @@ def paired_gain(before: ArrayLike, after: ArrayLike) -> Gain:
     both = np.concatenate([first, second])
     limit = 1.0 if both.min() >= 0 and both.max() <= 1 else math.inf
     return Gain(float(differences.mean()), *_mean_interval(differences, smallest=-limit, largest=limit))
-
-
-def compare(before: ArrayLike, after: ArrayLike) -> Comparison:
-    """Scores before and after and the gain, from [n] scores of the same problems in the same order."""
-    return Comparison(score_interval(before), score_interval(after), paired_gain(before, after))
 
 
 def pass_at_k(samples: int, correct: ArrayLike, k: int) -> NDArray[np.float64]:

@@ -17,7 +17,7 @@ from midtune.model.loading import load_policy, load_tokenizer
 from midtune.model.policy import Policy
 from midtune.model.sources import Source, resolve
 from midtune.report.display import Advance
-from midtune.report.tables import card_text, processes_text
+from midtune.report.formats import card_text, processes_text
 from midtune.report.terminal import Terminal
 from midtune.rollout.evaluation import Evaluation, evaluate
 from midtune.rollout.sampler import Sampling
