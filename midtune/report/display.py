@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.live import Live
@@ -24,6 +23,8 @@ SPARKLINE_WIDTH = 32
 STEPS_FOR_TIME_LEFT = 10
 LINE_EVERY_S = 10.0
 SHORT_WORK_S = 2.0
+# Seconds from any origin.
+Clock = Callable[[], float]
 
 
 def say(console: Console, text: str) -> None:
@@ -40,16 +41,10 @@ class TrainingDisplay:
         total_steps: steps the run will have done at its end.
         console: where to show.
         title: what is trained, one line.
-        clock: seconds from any origin.
     """
 
     def __init__(
-        self,
-        total_steps: int,
-        console: Console,
-        title: str = "",
-        *,
-        clock: Callable[[], float] = time.monotonic,
+        self, total_steps: int, console: Console, title: str = "", *, clock: Clock = time.monotonic
     ) -> None:
         self._total = total_steps
         self._console = console
@@ -59,12 +54,11 @@ class TrainingDisplay:
         self._rewards: deque[float] = deque(maxlen=SPARKLINE_WIDTH)
         self._step_s: deque[float] = deque(maxlen=STEPS_FOR_TIME_LEFT)
         self._updated = clock()
-        self._live: Live | None = None
+        self._live = Live(self, console=console, refresh_per_second=2)
 
     def __enter__(self) -> Self:
         self._updated = self._clock()
         if _is_live(self._console):
-            self._live = Live(self, console=self._console, refresh_per_second=2)
             self._live.start()
         elif self._title:
             self.message(self._title)
@@ -72,9 +66,7 @@ class TrainingDisplay:
 
     def __exit__(self, *_: object) -> None:
         """Leave the last state on the screen."""
-        if self._live is not None:
-            live, self._live = self._live, None
-            live.stop()
+        self._live.stop()
 
     def update(self, metrics: Mapping[str, Any]) -> None:
         """Show a finished step.
@@ -87,7 +79,7 @@ class TrainingDisplay:
         for key, recent in (("reward", self._rewards), ("step_s", self._step_s)):
             if (value := self._figure(key)) is not None:
                 recent.append(value)
-        if self._live is not None:
+        if self._live.is_started:
             self._live.refresh()
         else:
             parts = [
@@ -108,7 +100,7 @@ class TrainingDisplay:
         bar = ProgressBar(total=max(self._total, 1), completed=step, width=30)
         head = Table.grid(padding=(0, 2, 0, 0))
         # How long the step now running has taken is the sign of life during a long rollout.
-        running = self._live is not None and step < self._total
+        running = self._live.is_started and step < self._total
         took = f"step {step + 1} for {whole_seconds_text(self._clock() - self._updated)}" if running else ""
         head.add_row(self._step_text(), bar, self._left_text(), took)
         yield head
@@ -165,52 +157,38 @@ class TrainingDisplay:
         return finite(self._metrics.get(key))
 
 
-class Advance(Protocol):
-    """Tells a progress bar that `amount` more units are done, and `tokens` more tokens made."""
+class WorkDisplay:
+    """Shows how work proceeds that may take longer than two seconds, while it is entered as a context.
 
-    def __call__(self, amount: float = 1, *, tokens: int = 0) -> None: ...
-
-
-@contextmanager
-def progress_bar(
-    description: str, total: float | None, console: Console, *, clock: Callable[[], float] = time.monotonic
-) -> Iterator[Advance]:
-    """Show how work proceeds that may take longer than two seconds.
-
-    On a terminal it is a bar that disappears at the end; elsewhere a line after two seconds and then
-    every ten.
+    On a terminal it is a bar that disappears at the end; elsewhere a line after two seconds and then every ten.
 
     Args:
         description: what is being done, such as `scoring before training`.
         total: units of work, or None when nobody knows.
         console: where to show.
-        clock: seconds from any origin.
-
-    Yields:
-        A function to call as work gets done.
     """
-    work = _Work(description, total, console, clock)
-    if _is_live(console):
-        with Live(work, console=console, transient=True, refresh_per_second=4):
-            yield work
-    else:
-        yield work
-
-
-class _Work:
-    """How much is done, how fast, and how long the rest will take."""
 
     def __init__(
-        self, description: str, total: float | None, console: Console, clock: Callable[[], float]
+        self, description: str, total: float | None, console: Console, *, clock: Clock = time.monotonic
     ) -> None:
         self._description, self._total, self._done, self._tokens = description, total, 0.0, 0
         self._console, self._clock, self._began = console, clock, clock()
         self._next_line = self._began + SHORT_WORK_S
+        self._live = Live(self, console=console, transient=True, refresh_per_second=4)
+
+    def __enter__(self) -> Self:
+        if _is_live(self._console):
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
 
     def __call__(self, amount: float = 1, *, tokens: int = 0) -> None:
+        """Show that `amount` more units are done, and `tokens` more tokens made."""
         self._done += amount
         self._tokens += tokens
-        if not _is_live(self._console) and self._clock() >= self._next_line:
+        if not self._live.is_started and self._clock() >= self._next_line:
             self._next_line = self._clock() + LINE_EVERY_S
             say(self._console, f"{self._description}: {self._text()}")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TextIO
 
@@ -12,7 +11,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
 from midtune.errors import plain
-from midtune.report.display import Advance, TrainingDisplay, progress_bar, say
+from midtune.report.display import TrainingDisplay, WorkDisplay, say
 
 
 class PlainConsole(Console):
@@ -63,9 +62,9 @@ class Terminal:
         """Print a line."""
         say(self.console, text)
 
-    def progress(self, description: str, total: float | None) -> AbstractContextManager[Advance]:
-        """Show how work proceeds; see `progress_bar`."""
-        return progress_bar(description, total, self.console)
+    def progress(self, description: str, total: float | None) -> WorkDisplay:
+        """A display of other work, to be used as a context; it is called as units of work get done."""
+        return WorkDisplay(description, total, self.console)
 
     def training(self, total_steps: int, title: str) -> TrainingDisplay:
         """A display of training, to be used as a context."""

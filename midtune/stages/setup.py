@@ -16,7 +16,7 @@ from midtune.model.host import embed_on_host
 from midtune.model.loading import load_policy, load_tokenizer
 from midtune.model.policy import Policy
 from midtune.model.sources import Source, resolve
-from midtune.report.display import Advance
+from midtune.report.display import WorkDisplay
 from midtune.report.formats import card_text, processes_text
 from midtune.report.terminal import Terminal
 from midtune.rollout.evaluation import Evaluation, evaluate
@@ -35,7 +35,7 @@ def with_model(config: RunConfig, name: str, revision: str | None) -> RunConfig:
 def open_source(config: RunConfig, terminal: Terminal) -> Source:
     """The model's files on this machine, fetched or converted if need be."""
     resolve_device(config.model.device)
-    bars: dict[str, Advance] = {}
+    bars: dict[str, WorkDisplay] = {}
     done_before: dict[str, int] = {}
     with contextlib.ExitStack() as shown:
 

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from midtune.report.display import TrainingDisplay, progress_bar, sparkline
+from midtune.report.display import TrainingDisplay, WorkDisplay, sparkline
 
 
 class Clock:
@@ -105,7 +105,7 @@ def test_a_quiet_console_shows_nothing(terminal: bool) -> None:
     with TrainingDisplay(4, console, "x") as display:
         display.update(metrics(1))
         display.message("note")
-    with progress_bar("scoring", 10, console) as advance:
+    with WorkDisplay("scoring", 10, console) as advance:
         advance(5, tokens=100)
     assert file.getvalue() == ""
 
@@ -113,7 +113,7 @@ def test_a_quiet_console_shows_nothing(terminal: bool) -> None:
 def test_a_pipe_gets_progress_after_2_seconds_and_then_every_10() -> None:
     console, file = piped()
     clock = Clock()
-    with progress_bar("scoring", 300, console, clock=clock) as advance:
+    with WorkDisplay("scoring", 300, console, clock=clock) as advance:
         for _ in range(30):
             clock.now += 1
             advance(10, tokens=500)
@@ -127,7 +127,7 @@ def test_a_pipe_gets_progress_after_2_seconds_and_then_every_10() -> None:
 def test_progress_without_a_total() -> None:
     console, file = piped()
     clock = Clock()
-    with progress_bar("reading", None, console, clock=clock) as advance:
+    with WorkDisplay("reading", None, console, clock=clock) as advance:
         clock.now += 3
         advance(1200)
     assert file.getvalue() == "reading: 1,200\n"
@@ -137,7 +137,7 @@ def test_a_progress_bar_disappears_from_a_terminal() -> None:
     file = io.StringIO()
     console = Console(file=file, width=80, force_terminal=True, color_system=None, _environ={"TERM": "xterm"})
     clock = Clock()
-    with progress_bar("scoring", 4, console, clock=clock) as advance:
+    with WorkDisplay("scoring", 4, console, clock=clock) as advance:
         clock.now += 1
         advance(2, tokens=50)
         clock.now += 1
