@@ -18,11 +18,7 @@ BAR = 30
 
 
 def plan_table(plan: Mapping[str, Any]) -> RenderableType:
-    """What training would hold and take.
-
-    Args:
-        plan: what `midtune plan --json` prints.
-    """
+    """What `midtune plan` worked out: the peak of each way to train, where it goes, and what fits."""
     work, arms, fitted = plan["work"], plan["arms"], plan["fitted"]
     asked = (
         f"{plan['parameters'] / 1e9:.2f} billion parameters in {plan['num_blocks']} blocks; midtune trains "

@@ -17,11 +17,7 @@ POSITIONS = {"depth": "position: minus depth", "middle": "position: closeness to
 
 
 def score_table(result: Mapping[str, Any]) -> RenderableType:
-    """Scores with 95% intervals, beside those of the base where there are any.
-
-    Args:
-        result: what `midtune eval` found: `model`, `patch`, `quantize`, `tasks`, `lm_eval`, `worse`.
-    """
+    """What `midtune eval` found: scores with 95% intervals, beside those of the base where there are any."""
     compared = result["worse"] is not None
     names = ("base", "trained", "gain") if compared else ("score",)
     table = plain_table("task", "", numbers=(*names, "95% interval", "problems"))
@@ -46,11 +42,7 @@ def _worse_text(worse: Sequence[str]) -> str:
 
 
 def vote_table(result: Mapping[str, Any]) -> RenderableType:
-    """Each run alone, their vote, and how far they solve the same problems.
-
-    Args:
-        result: what `midtune vote` found.
-    """
+    """What `midtune vote` found: each run alone, their vote, and how far they solve the same problems."""
     runs, vote, gain = result["runs"], result["vote"], result["gain_over_best"]
     sampled = ["sampled"] if any(run["sampled"] for run in runs) else []
     rows = [("", "base model", "", result["base"], "")]

@@ -56,11 +56,7 @@ def labelled(rows: Iterable[Sequence[RenderableType]]) -> Table:
 
 
 def report_table(report: Mapping[str, Any]) -> RenderableType:
-    """What a run gained and saved.
-
-    Args:
-        report: a report.json.
-    """
+    """A report.json: what a run gained and saved."""
     title = f"{report['model']} on {report['task']}: {blocks_text(report['blocks'])} trained"
     trained, total = report["trainable_parameters"], report["total_parameters"]
     notes = [

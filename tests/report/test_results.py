@@ -3,7 +3,17 @@ from typing import Any
 
 import pytest
 
-from midtune.report.results import bench_table, doctor_table, vote_table
+from midtune.report.results import (
+    bench_table,
+    compare_table,
+    doctor_table,
+    merge_text,
+    page_text,
+    score_table,
+    tasks_text,
+    vote_table,
+)
+from tests.report import toy_results
 from tests.report.printed import rendered
 
 
@@ -98,3 +108,77 @@ def test_the_doctor_on_80_columns() -> None:
 def test_the_doctor_ends_with_a_verdict(warnings: int, verdict: str) -> None:
     lines = rendered(doctor_table({"checks": [], "problems": 0, "warnings": warnings}), encoding="ascii")
     assert lines[-1] == verdict
+
+
+def test_scores_beside_those_of_the_base() -> None:
+    kinds = {"greedy": {"score": 0.45, "low": 0.391, "high": 0.508, "n": 300}}
+    gain = {"greedy": {"value": -0.125, "low": -0.203, "high": -0.04}}
+    row = {"task": "sums[a]", "scores": kinds, "before": kinds, "gain": gain}
+    found = {"model": "tiny", "patch": [2, 3], "quantize": "none", "tasks": [row], "lm_eval": []}
+    assert rendered(score_table({**found, "worse": ["sums[a]"]})) == [
+        "tiny with trained blocks 2, 3 (unquantized)",
+        "",
+        "task              base  trained    gain      95% interval  problems",
+        "───────────────────────────────────────────────────────────────────",
+        "sums[a]  greedy  0.450    0.450  -0.125  -0.203 to -0.040       300",
+        "Worse than the base: sums[a]. Each interval holds 95% alone; of many, some miss",
+        "by chance.",
+    ]
+    assert rendered(score_table({**found, "patch": None, "worse": None}))[2:] == [
+        "task             score    95% interval  problems",
+        "────────────────────────────────────────────────",
+        "sums[a]  greedy  0.450  0.391 to 0.508       300",
+    ]
+    assert rendered(score_table({**found, "worse": []}))[-2].startswith("Nothing was measurably worse")
+
+
+def test_a_bench_says_which_arm_failed_and_where_time_goes() -> None:
+    lines = rendered(bench_table(toy_results.bench()))
+    assert "trl-qlora-fp32               -               -               -            failed" in lines
+    assert "The arm trl-qlora-fp32 failed (no memory); leave it out with --arms." in lines
+    text = " ".join(lines)
+    # 700, 50 and 4 of 754 seconds; 1e15 operations at 9.9e14 a second.
+    assert "matrix products 93%, attention 7%, other kernels 1%; at this machine's 990,000 GFLOP/s" in text
+    assert "the products with weights would take 1.01 s." in text
+
+
+def test_rankings_are_compared_by_what_both_have() -> None:
+    found = toy_results.comparison()
+    lines = rendered(compare_table({**found, "pairs": found["pairs"][:1]}))
+    assert "position: closeness to the middle  -0.99 (-1.00 to -0.98)" in lines
+    assert "Compared: C(k)." in lines
+    scores = {
+        **found["pairs"][0],
+        "first": 0,
+        "second": 1,
+        "compared": "score",
+        "spearman": None,
+        "matched": "block",
+    }
+    lines = rendered(compare_table({**found, "pairs": [scores, *found["pairs"][:1]]}))
+    assert "Compared: C(k) for 11, 12, scores for the others." in lines
+    assert next(line for line in lines if line.startswith("1, 2 ")).split()[:4] == ["1,", "2", "126", "-"]
+
+
+def test_tasks_are_listed_shown_or_checked() -> None:
+    assert rendered(tasks_text({"tasks": ["gym:a", "gym:b"]})) == ["gym:a", "gym:b"]
+    checked = {"checked": "my[x].py", "doubts": ["the reward is constant"], "findings": ["it has 3 problems"]}
+    assert rendered(tasks_text(checked)) == [
+        "my[x].py can be read, but its reward is in doubt",
+        "  the reward is constant",
+        "  it has 3 problems",
+    ]
+    assert rendered(tasks_text({**checked, "doubts": []}))[0] == "my[x].py can be trained on"
+    shown = rendered(tasks_text({**toy_results.problem(), "prompt": "2 + 3 [x]?"}))
+    assert shown == [
+        *(toy_results.TASK, "  split=train", "  max_terms=4"),
+        *("", "prompt", "2 + 3 [x]?", "", "answer", "5"),
+        *("", "a right answer, which `numeric` gives 1", "It is 5."),
+        *("", "a wrong answer, which `numeric` gives 0", "It is 6."),
+    ]
+
+
+def test_files_that_were_written() -> None:
+    merged = {"folder": "merged[x]", "tensors": 14, "bytes": 3 * 2**19}
+    assert rendered(merge_text(merged)) == ["merged[x]: 14 tensors replaced, 1.5 MiB."]
+    assert rendered(page_text({"page": "runs/a[x].html"})) == ["runs/a[x].html"]
