@@ -19,11 +19,12 @@ from midtune.report.depth import (
     value_name,
 )
 from midtune.report.formats import blocks_text, finite
+from midtune.report.summary import score_kinds
 from midtune.whole import write_bytes
 
 # The mean over this share of a run smooths the reward of single steps, which is mostly the luck of its prompts.
 SMOOTHED_SHARE = 0.1
-KINDS = {"quality": ("greedy", "o", "tab:blue"), "sampled": ("sampled", "s", "tab:orange")}
+KINDS = {"greedy": ("o", "tab:blue"), "sampled": ("s", "tab:orange")}
 # Marker and colour, the later on top.
 BLOCK_KINDS = {
     "block": ("o", "0.65"),
@@ -51,20 +52,13 @@ def learning_curve(metrics: Sequence[Mapping[str, Any]], report: Mapping[str, An
     axes.plot(steps[width - 1 :], means[width - 1 :], color="0.35", label=label)
     first, last = metrics[0]["step"], metrics[-1]["step"]
     margin = 0.02 * (last - first + 1)
-    for place, (key, (name, marker, color)) in enumerate(KINDS.items(), 1):
-        if report[key] is None:
-            continue
-        for when, x in (("before", first - place * margin), ("after", last + place * margin)):
-            score = report[key][when]
-            axes.errorbar(
-                x,
-                score["score"],
-                yerr=[[score["score"] - score["low"]], [score["high"] - score["score"]]],
-                fmt=marker,
-                color=color,
-                capsize=3,
-                label=f"held-out score, {name}" if when == "before" else None,
-            )
+    scored = score_kinds(report)
+    for place, (name, (marker, color)) in enumerate(KINDS.items(), 1):
+        if name in scored:
+            ends = (scored[name][when] for when in ("before", "after"))
+            values = [(score["score"], score["low"], score["high"]) for score in ends]
+            places = (first - place * margin, last + place * margin)
+            _intervals(axes, places, values, marker, color, f"held-out score, {name}", capsize=3)
     title = f"{report['model']} on {report['task']}, {blocks_text(report['blocks'])}"
     axes.set_title(title, fontsize=10, parse_math=False)
     over_steps(axes)
@@ -167,20 +161,9 @@ def draw_depth(axes: Any, probe: Mapping[str, Any]) -> None:
     for kind, (marker, color) in BLOCK_KINDS.items():
         group = [point for point in known if kind == _kind(point.block, selected, among)]
         if group:
-            axes.errorbar(
-                [point.block for point in group],
-                [point.value for point in group],
-                # A bootstrap's interval need not hold the value itself.
-                yerr=[
-                    [_reach(point.low, point.value) for point in group],
-                    [_reach(point.value, point.high) for point in group],
-                ],
-                fmt=marker,
-                color=color,
-                markersize=5,
-                elinewidth=0.8,
-                label=kind,
-            )
+            values = [(point.value, point.low, point.high) for point in group]
+            places = [point.block for point in group]
+            _intervals(axes, places, values, marker, color, kind, markersize=5, elinewidth=0.8)
     axes.set_xlim(-0.5, depth_of(probe) - 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("block")
@@ -224,8 +207,27 @@ def _finish(axes: Any, columns: int = 3) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _reach(low: float | None, high: float | None) -> float:
-    return math.nan if low is None or high is None else max(0.0, high - low)
+def _intervals(
+    axes: Any,
+    places: Sequence[float],
+    values: Sequence[tuple[float, float | None, float | None]],
+    marker: str,
+    color: str,
+    label: str,
+    **style: Any,
+) -> None:
+    """Draw at each place a value with its interval, given as value, low and high."""
+
+    def reach(low: float | None, high: float | None) -> float:
+        # A bootstrap's interval need not hold the value itself.
+        return math.nan if low is None or high is None else max(0.0, high - low)
+
+    below, above = (
+        [reach(low, value) for value, low, _ in values],
+        [reach(value, high) for value, _, high in values],
+    )
+    middle = [value for value, _, _ in values]
+    axes.errorbar(places, middle, yerr=[below, above], fmt=marker, color=color, label=label, **style)
 
 
 def _save(figure: Any, file: Path) -> None:

@@ -53,9 +53,9 @@ def score_interval(per_problem: ArrayLike) -> Score:
 
         interval = binomtest(int(scores.sum()), n).proportion_ci(CONFIDENCE, method="wilson")
         return Score(mean, float(interval.low), float(interval.high), n)
-    if scores.min() >= 0 and scores.max() <= 1:
-        return Score(mean, *_mean_interval(scores, smallest=0.0, largest=1.0), n)
-    return Score(mean, *_mean_interval(scores, smallest=-math.inf, largest=math.inf), n)
+    within = scores.min() >= 0 and scores.max() <= 1
+    smallest, largest = (0.0, 1.0) if within else (-math.inf, math.inf)
+    return Score(mean, *_mean_interval(scores, smallest=smallest, largest=largest), n)
 
 
 def paired_gain(before: ArrayLike, after: ArrayLike) -> Gain:
