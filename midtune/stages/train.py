@@ -7,7 +7,6 @@ consumer card needs. The learning rate of a single block is the study's, unless 
 
 from __future__ import annotations
 
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,9 @@ from midtune.model.policy import Policy, count_parameters
 from midtune.model.sources import Source
 from midtune.probe.selection import parse_layers
 from midtune.report.plots import learning_curve
-from midtune.report.statistics import compare
-from midtune.report.summary import PHASES, MemoryReport, Report, TimeReport, phase_peaks
+from midtune.report.summary import BeforeAfter, build, step_times
 from midtune.report.terminal import Terminal
-from midtune.rl.collapse import find_collapse
+from midtune.rl.collapse import collapse_in
 from midtune.rl.training import require_one_process, require_tracker, train_blocks
 from midtune.rollout.evaluation import Evaluation
 from midtune.rollout.vllm import require_server
@@ -173,64 +171,40 @@ def _run(
     deployed = None
     if config.evaluation.deployed and not stored_quantized:
         deployed = _score_deployed(config, source, task, folder, terminal)
-    time = _time(config, steps)
-    if config.evaluation.baseline == "measured":
+    measured = config.evaluation.baseline == "measured"
+    time = step_times(steps, repeated=baseline.STEPS if measured else 0)
+    if measured:
         terminal.message(f"measuring full training: {baseline.STEPS} steps in a process of its own")
         full = baseline.measure(folder.config)
     else:
         full = alternatives.estimated("full", time)
-    qlora = alternatives.estimated("qlora", time.get("compared_phases") or time)
-
-    phases = phase_peaks(steps)
-    report = Report(
+    report = build(
         model=source.name,
         task=task.name,
-        blocks=tuple(blocks),
-        quality=compare(before.greedy, after.greedy),
+        blocks=blocks,
+        quality=(before.greedy, after.greedy),
         sampled=(
-            compare(before.sampled, after.sampled)
-            if before.sampled is not None and after.sampled is not None
-            else None
+            None if before.sampled is None or after.sampled is None else (before.sampled, after.sampled)
         ),
-        deployed=compare(deployed[0].greedy, deployed[1].greedy) if deployed else None,
-        time=TimeReport(
-            **time,
-            full_step=full["step"],
-            full_source=config.evaluation.baseline,
-            full_tokens=full.get("completion_length"),
-            full_phases=full["phases"],
-            qlora_step=qlora["step"],
-            qlora_phases=qlora["phases"],
-        ),
-        memory=MemoryReport(
-            # The steps of a resumed run know of the processes before.
-            peak=max([peak_bytes, *phases.values()]),
-            source=meter.source,
-            full_peak=full["peak"],
-            full_source=config.evaluation.baseline,
-            qlora_peak=qlora["peak"],
-            phases=phases or None,
-            reserved=max(phase_peaks(steps, "reserved_bytes").values(), default=None),
-        ),
+        deployed=deployed,
+        steps=steps,
+        time=time,
+        peak_bytes=peak_bytes,
+        memory_source=meter.source,
+        full=full,
+        full_source=config.evaluation.baseline,
+        qlora=alternatives.estimated("qlora", time.get("compared_phases") or time),
         trainable_parameters=trainable,
         total_parameters=total_parameters,
         patch_bytes=patch_bytes,
         probe=choice,
         seed=config.seed,
-        notes=_notes(steps),
-    ).to_dict()
+        collapse=collapse_in(steps),
+    )
     folder.write_json(folder.report, report)
     _draw(folder, steps, report, terminal)
     terminal.message(f"run folder: {folder}")
     return {**report, "run": str(folder)}
-
-
-def _notes(steps: list[dict[str, Any]]) -> tuple[str, ...]:
-    """What the report says beside its figures."""
-    known = [step for step in steps if step["reward"] is not None]
-    found = find_collapse([step["reward"] for step in known], [step["equal_groups"] for step in known])
-    said = str(found or "")
-    return (f"{said[:1].upper()}{said[1:]}.",) if said else ()
 
 
 def _train(
@@ -287,7 +261,7 @@ def _train(
 
 def _score_deployed(
     config: RunConfig, source: Source, task: Task, folder: RunFolder, terminal: Terminal
-) -> tuple[Evaluation, Evaluation]:
+) -> BeforeAfter:
     """Greedy scores of the unquantized model without and with the patch that was written."""
     policy = open_policy(config, source, terminal, quantize="none")
     before = score_policy(policy, task, task.held_out, config, terminal, "scoring the unquantized model", 0)
@@ -295,22 +269,7 @@ def _score_deployed(
     after = score_policy(policy, task, task.held_out, config, terminal, "scoring it with the patch", 0)
     del policy
     give_back()
-    return before, after
-
-
-def _time(config: RunConfig, steps: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean seconds of a step and its phases, and those of the steps that the baseline repeats."""
-    means: dict[str, Any] = {
-        name: statistics.fmean(step[f"{name}_s"] for step in steps) for name in ("step", *PHASES)
-    }
-    if config.evaluation.baseline == "measured":
-        # The fastest, as for full training: the first step also warms up.
-        first = steps[: baseline.STEPS]
-        fastest = min(first, key=lambda step: step["step_s"])
-        means["compared_step"] = fastest["step_s"]
-        means["compared_phases"] = {name: fastest[f"{name}_s"] for name in PHASES}
-        means["compared_tokens"] = statistics.fmean(step["completion_length"] for step in first)
-    return means
+    return before.greedy, after.greedy
 
 
 def _rewind(folder: RunFolder, step: int, terminal: Terminal) -> None:
