@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
+from midtune.report.formats import finite
+
 ROWS, COLUMNS = 12, 80
 # What a row may stand for, times a power of ten.
 STEPS = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.5, 10.0, 15.0, 20.0)
@@ -30,11 +32,6 @@ class Point:
     value: float
     low: float | None
     high: float | None
-
-
-def finite(value: Any) -> float | None:
-    """A number, or None for what is missing, infinite or NaN."""
-    return None if value is None or not math.isfinite(value) else float(value)
 
 
 def unit_of(largest: float) -> float:

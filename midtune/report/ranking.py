@@ -13,7 +13,6 @@ from rich.text import Text
 
 from midtune.report.depth import (
     DepthCurve,
-    finite,
     frontier,
     plateau_of,
     points,
@@ -21,7 +20,8 @@ from midtune.report.depth import (
     unit_of,
     value_name,
 )
-from midtune.report.tables import plain_table, seconds_text
+from midtune.report.formats import finite, seconds_text
+from midtune.report.tables import plain_table
 
 BAR_WIDTH = 22
 # Of a longer ranking only the best are listed.

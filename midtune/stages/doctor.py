@@ -30,7 +30,7 @@ from midtune.measure.meter import card_of
 from midtune.model.cache import cache_folder
 from midtune.model.hub import PACKAGE
 from midtune.network import within
-from midtune.report.tables import bytes_text, card_text
+from midtune.report.formats import bytes_text, card_text
 from midtune.report.terminal import Terminal
 from midtune.runs import RUNS
 

@@ -24,8 +24,8 @@ from midtune.probe.selection import (
     read_probe,
     worst,
 )
-from midtune.report.display import Advance
-from midtune.report.tables import card_text, processes_text
+from midtune.report.display import WorkDisplay
+from midtune.report.formats import card_text, processes_text
 from midtune.report.terminal import Terminal
 from midtune.runs import RUNS
 from midtune.tasks import Reward, Task, check_reward, load_task, open_sandbox
@@ -74,7 +74,7 @@ class Opened:
         from midtune.model.sources import resolve
 
         resolve_device(self.config.model.device)
-        bars: dict[str, Advance] = {}
+        bars: dict[str, WorkDisplay] = {}
         done_before: dict[str, int] = {}
         with contextlib.ExitStack() as shown:
 

@@ -27,7 +27,7 @@ from midtune.planning.step_size import Work, midtune_phases, trl_phases
 from midtune.planning.trace import Loaded
 from midtune.probe.selection import middle, parse_layers
 from midtune.published import PublishedCard, card_named
-from midtune.report.tables import bytes_text
+from midtune.report.formats import bytes_text
 from midtune.report.terminal import Terminal
 from midtune.rollout.sampling import Sampler
 from midtune.stages.beside import beside
