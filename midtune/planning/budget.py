@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from midtune.model.sizes import Sizes
+
 # Weights in a group that bitsandbytes scales together, and groups whose scales share one in turn.
 GROUP, NESTED_GROUP = 64, 256
 # CUDA's context, kernels and cuBLAS workspace: what nvidia-smi shows before there is a tensor. Assumed.
@@ -18,38 +20,6 @@ ADAM_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 2 * 4 / 256}
 HEAP_SHARE = 0.5
 
 Phases = dict[str, dict[str, int]]
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Parameters of a model.
-
-    Attributes:
-        blocks: how many there are.
-        linear, rest: of one block, in linear layers and elsewhere.
-        widths: inputs plus outputs of one block's linear layers, which LoRA's matrices span.
-        embedding: of the input embedding.
-        head: of the output head; 0 where it is the input embedding.
-        outside: of what is neither in a block nor one of these two.
-        hidden: width of the residual stream.
-    """
-
-    blocks: int
-    linear: int
-    rest: int
-    widths: int
-    embedding: int
-    head: int
-    outside: int
-    hidden: int
-
-    @property
-    def block(self) -> int:
-        return self.linear + self.rest
-
-    @property
-    def total(self) -> int:
-        return self.blocks * self.block + self.embedding + self.head + self.outside
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from midtune.planning.budget import Sizes
+from midtune.model.sizes import Sizes
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from midtune.planning.budget import Sizes, packed_bytes
+from midtune.model.sizes import Sizes
+from midtune.planning.budget import packed_bytes
 from midtune.published import PublishedCard
 
 

@@ -6,7 +6,8 @@ import functools
 from dataclasses import dataclass, replace
 
 from midtune.bench.arms import LORA_RANK
-from midtune.planning.budget import Phases, Sizes, block_phases, standing, unpacked_bytes, whole_phases
+from midtune.planning.budget import Phases, block_phases, standing, unpacked_bytes, whole_phases
+from midtune.model.sizes import Sizes
 from midtune.planning.trace import Batch, Loaded, block_update, sampling, whole_update
 from midtune.rl.algorithms import groups_per_micro_batch
 

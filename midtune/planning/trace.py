@@ -11,19 +11,17 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache, LogitsProcessorList, PretrainedConfig
-from trl.kernels import chunked_logprob
-from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
 from midtune.bench.arms import qlora
 from midtune.model.blocks import find_blocks
+from midtune.model.sizes import blocks_of
 from midtune.planning.budget import Held
-from midtune.planning.skeleton import SkeletonPolicy, blocks_of, skeleton
+from midtune.planning.skeleton import SkeletonPolicy, chunked_log_probs, skeleton
 from midtune.planning.tracker import Tracker
 from midtune.rl import tail
 from midtune.rollout.boundary import BoundaryStates, positions
@@ -151,12 +149,10 @@ def whole_update(
             ).last_hidden_state[:, scored]
             states = states.reshape(-1, states.size(-1))
         entering = states.detach().requires_grad_()
-        # What the head makes has no data either; masks of the blocks have.
-        with mode, _card_kernels() if model.on_card else contextlib.nullcontext():
-            with _mixed(model.dtype):
-                log_probs = _chunked_log_probs(held.get_output_embeddings(), entering)
-            tracker.keep()
-            log_probs.mean().backward()
+        with _mixed(model.dtype):
+            log_probs = chunked_log_probs(held.get_output_embeddings(), entering, on_card=model.on_card)
+        tracker.keep()
+        log_probs.mean().backward()
         states.backward(entering.grad)
     return tracker.held(depth - built)
 
@@ -220,15 +216,6 @@ def sampling(model: Loaded, batch: Batch, *, shared: bool, mixed: bool = False) 
     return tracker.held(depth - built)
 
 
-def _chunked_log_probs(head: Any, states: torch.Tensor) -> torch.Tensor:
-    """TRL's log-probs of as many tokens as there are states [T, H]."""
-    followed = torch.zeros(len(states), dtype=torch.long)
-    found: tuple[torch.Tensor, ...] = chunked_logprob.ChunkedLogProbFunction.apply(
-        states, head.weight, head.bias, followed, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("entropy",)
-    )
-    return found[0]
-
-
 def _held_by(model: Loaded, depth: int, arm: str) -> tuple[Any, FakeTensorMode]:
     """The model as TRL trains it in an arm, or its first block alone, and the mode of its tensors."""
     if arm == "trl-block":
@@ -239,23 +226,21 @@ def _held_by(model: Loaded, depth: int, arm: str) -> tuple[Any, FakeTensorMode]:
     dtype = torch.float32 if arm == "trl-full" else model.dtype
     held, mode = skeleton(model.config, depth=depth, dtype=dtype, quantized=model.quantized)
     if arm == "trl-qlora":
-        with mode:
-            _add_lora(held)
+        _add_lora(held, mode)
     return held, mode
 
 
-def _add_lora(model: Any) -> None:
+def _add_lora(model: Any, mode: FakeTensorMode) -> None:
     """Put PEFT's LoRA on every linear layer of the blocks, in place, in bf16, which TRL casts it to."""
     from peft import inject_adapter_in_model
 
     model.requires_grad_(False)
-    # It cannot move what has no data, and there is nowhere to move it to.
-    with mock.patch.object(nn.Module, "to", lambda part, *args, **kwargs: part):
-        inject_adapter_in_model(qlora(), model)
+    inject_adapter_in_model(qlora(), model, low_cpu_mem_usage=True)
     for part in model.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
             if parameter.requires_grad:
-                setattr(part, name, nn.Parameter(parameter.detach().to(torch.bfloat16)))
+                with mode:
+                    setattr(part, name, nn.Parameter(torch.empty(parameter.shape, dtype=torch.bfloat16)))
 
 
 def _there(model: Any) -> Iterator[torch.Tensor]:
@@ -275,16 +260,6 @@ def _give_gradients(model: Any) -> None:
 
 def _mixed(dtype: torch.dtype) -> Any:
     return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype=dtype)
-
-
-@contextlib.contextmanager
-def _card_kernels() -> Iterator[None]:
-    """TRL's kernels for cards work inside a tile; what stands in for them elsewhere copies it several times."""
-    with (
-        mock.patch.object(chunked_logprob, "_forward_tile", lambda *args, **kwargs: None),
-        mock.patch.object(chunked_logprob, "_backward_tile", lambda *args, **kwargs: None),
-    ):
-        yield
 
 
 def _repeated(tracker: Tracker, blocks: nn.ModuleList, place: int) -> contextlib.AbstractContextManager[None]:

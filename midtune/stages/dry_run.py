@@ -8,7 +8,7 @@ from typing import Any
 from midtune.config import PLANNED_CARD, PLANNED_PROMPT_TOKENS, RunConfig, require_task
 from midtune.errors import InputError
 from midtune.model.configs import config_of
-from midtune.planning.budget import Sizes
+from midtune.model.sizes import Sizes
 from midtune.runs import RunFolder
 from midtune.stages.plan import planner_of, run_stem, work_of
 from midtune.tasks.hub import is_dataset

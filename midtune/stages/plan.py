@@ -20,8 +20,9 @@ from midtune.errors import InputError
 from midtune.measure.meter import Meter
 from midtune.model.configs import config_of
 from midtune.model.policy import Policy
-from midtune.planning.budget import CONTEXT_BYTES, Phases, Sizes, peak
-from midtune.planning.skeleton import sizes_of
+from midtune.model.sizes import Sizes
+from midtune.planning.budget import CONTEXT_BYTES, Phases, peak
+from midtune.model.sizes import sizes_of
 from midtune.planning.speed import step_seconds
 from midtune.planning.step_size import Work, midtune_phases, trl_phases
 from midtune.planning.trace import Loaded
