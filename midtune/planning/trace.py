@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache, LogitsProcessorList, PretrainedConfig
 
 from midtune.bench.arms import qlora
+from midtune.bench.flops import Batch
 from midtune.model.blocks import find_blocks
 from midtune.model.sizes import blocks_of
 from midtune.planning.budget import Held
@@ -32,26 +33,6 @@ from midtune.rollout.sampler import ROOM, Rollout, choose
 FEW_CHUNKS = 4
 # Blocks of a whole model that a trace runs: the first, one that stands for all others, and the last.
 FEW_BLOCKS = 3
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What passes through a model together.
-
-    Attributes:
-        prompts: different ones.
-        group_size: completions of each.
-        prompt_tokens, new_tokens: of every prompt and every completion.
-    """
-
-    prompts: int
-    group_size: int
-    prompt_tokens: int
-    new_tokens: int
-
-    @property
-    def rows(self) -> int:
-        return self.prompts * self.group_size
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,8 +67,9 @@ def block_update(
 
 @functools.cache
 def _block_update(model: Loaded, batch: Batch, depth: int, trained: int, recompute_tokens: int) -> Tracker:
+    prompt_tokens, new_tokens = int(batch.prompt_tokens), int(batch.new_tokens)
     # A chunk holds so many logits, whatever the vocabulary: a smaller one makes for larger chunks.
-    vocabulary = max(1, FEW_CHUNKS * tail.CHUNK_VALUES // (batch.rows * batch.new_tokens))
+    vocabulary = max(1, FEW_CHUNKS * tail.CHUNK_VALUES // (batch.rows * new_tokens))
     policy = SkeletonPolicy(
         model.config,
         depth=depth,
@@ -97,8 +79,8 @@ def _block_update(model: Loaded, batch: Batch, depth: int, trained: int, recompu
         vocabulary=min(vocabulary, model.config.get_text_config().vocab_size),
     )
     hidden = policy.model.config.get_text_config().hidden_size
-    prompt_mask = torch.ones(batch.prompts, batch.prompt_tokens, dtype=torch.long)
-    completion_mask = torch.ones(batch.rows, batch.new_tokens, dtype=torch.long)
+    prompt_mask = torch.ones(batch.prompts, prompt_tokens, dtype=torch.long)
+    completion_mask = torch.ones(batch.rows, new_tokens, dtype=torch.long)
     states = [policy.empty(*mask.shape, hidden) for mask in (prompt_mask, completion_mask)]
     rollout = Rollout(
         torch.zeros_like(prompt_mask),
@@ -129,6 +111,7 @@ def whole_update(
         arm: `trl-full`, `trl-block` (only `block` is trained) or `trl-qlora` (LoRA on every linear layer).
         checkpointing: blocks keep their inputs only, and run again for the gradient.
     """
+    prompt_tokens, new_tokens = int(batch.prompt_tokens), int(batch.new_tokens)
     # Below a block that is trained alone nothing is kept.
     depth = blocks_of(model.config) - (block if arm == "trl-block" else 0)
     built = min(depth, FEW_BLOCKS)
@@ -138,9 +121,9 @@ def whole_update(
     held.train()
     with mode:
         _give_gradients(held)
-    ones = torch.ones(batch.rows, batch.prompt_tokens + batch.new_tokens, dtype=torch.long)
+    ones = torch.ones(batch.rows, prompt_tokens + new_tokens, dtype=torch.long)
     # Kernels of the card score completions only; elsewhere every position is scored.
-    scored = slice(batch.prompt_tokens - 1 if model.on_card else 0, -1)
+    scored = slice(prompt_tokens - 1 if model.on_card else 0, -1)
 
     with Tracker([*_there(held), ones]) as tracker:
         with _mixed(model.dtype), _repeated(tracker, find_blocks(held)[1], 1):
@@ -168,6 +151,7 @@ def sampling(model: Loaded, batch: Batch, *, shared: bool, mixed: bool = False) 
         shared: each prompt passes once, and writing a token copies nothing, as in midtune.
         mixed: weights are in fp32 whatever activations are.
     """
+    prompt_tokens, new_tokens = int(batch.prompt_tokens), int(batch.new_tokens)
     depth = blocks_of(model.config)
     built = min(depth, FEW_BLOCKS)
     held, mode = skeleton(
@@ -178,13 +162,13 @@ def sampling(model: Loaded, batch: Batch, *, shared: bool, mixed: bool = False) 
     )
     held.eval()
     prompts = batch.prompts if shared else batch.rows
-    ones = torch.ones(prompts, batch.prompt_tokens, dtype=torch.long)
+    ones = torch.ones(prompts, prompt_tokens, dtype=torch.long)
     with (
         Tracker([*_there(held), ones]) as tracker,
         _mixed(model.dtype),
         _repeated(tracker, find_blocks(held)[1], 1),
     ):
-        cache: Any = shared_prompts(room=min(batch.new_tokens, ROOM)) if shared else DynamicCache()
+        cache: Any = shared_prompts(room=min(new_tokens, ROOM)) if shared else DynamicCache()
         held(
             input_ids=torch.zeros_like(ones),
             attention_mask=ones,
@@ -199,12 +183,12 @@ def sampling(model: Loaded, batch: Batch, *, shared: bool, mixed: bool = False) 
                     layer.batch_repeat_interleave(batch.group_size)
                 rows, heads, _, width = layer.keys.shape
                 with mode:
-                    shape = (rows, heads, max(batch.new_tokens - 2, 0), width)
+                    shape = (rows, heads, max(new_tokens - 2, 0), width)
                     drawn = [torch.empty(shape, dtype=layer.keys.dtype) for _ in range(2)]
                 layer.update(*drawn)
                 del drawn
         tracker.keep()
-        ones = torch.ones(batch.rows, batch.prompt_tokens + batch.new_tokens - 1, dtype=torch.long)
+        ones = torch.ones(batch.rows, prompt_tokens + new_tokens - 1, dtype=torch.long)
         logits = held(
             input_ids=torch.zeros(batch.rows, 1, dtype=torch.long),
             attention_mask=ones,

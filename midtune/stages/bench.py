@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import statistics
-import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from midtune.config import RunConfig
-from midtune.device import compute_dtype_of, dtype_named, resolve_device
+from midtune.device import compute_dtype, resolve_device
 from midtune.errors import InputError, MidtuneError
 from midtune.probe.selection import middle
 from midtune.report.terminal import Terminal
 from midtune.runs import RunFolder, describe_environment
-from midtune.stages.alone import in_own_process
 from midtune.stages.setup import open_source
+from midtune.stages.subprocess_job import in_own_process
 
 MICRO_BATCH_TOKENS = RunConfig().training.micro_batch_tokens
 
@@ -100,15 +97,21 @@ def run(
     with terminal.progress("arms", len(arms)) as advance:
         for arm in arms:
             terminal.message(f"{ARMS[arm]}: {work.warmup} + {steps} steps")
-            own = replace(work, profile=profile and not first)
-            model = {
+            job = {
+                "arm": arm,
                 "model": source.name,
                 "revision": source.revision,
                 "device": device,
                 "dtype": config.model.dtype,
+                "work": asdict(replace(work, profile=profile and not first)),
             }
             try:
-                found = _run_alone({"arm": arm, **model, "work": asdict(own)})
+                found = in_own_process(
+                    f"{__name__}:{arm_alone.__name__}",
+                    job,
+                    what=f"the arm {arm}",
+                    instead="leave it out with --arms, or lower --micro-batch-tokens",
+                )
             except MidtuneError as error:
                 if not first:
                     raise
@@ -174,29 +177,16 @@ def _block(layers: str, blocks: int) -> int:
     return chosen[0]
 
 
-def _run_alone(task: dict[str, Any]) -> dict[str, Any]:
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump(task, file)
-        file.flush()
-        return in_own_process(
-            __name__,
-            Path(file.name),
-            what=f"the arm {task['arm']}",
-            instead="leave it out with --arms, or lower --micro-batch-tokens",
-        )
+def arm_alone(
+    arm: str, model: str, revision: str | None, device: str, dtype: str, work: dict[str, Any]
+) -> dict[str, Any]:
+    """Run one arm in this process; see `bench.arms.run_arm`.
 
-
-def main(file: Path) -> None:
-    """Run the arm that `file` describes and print its figures as one line of JSON."""
+    Args:
+        work: a `Workload`, as `asdict` has it.
+    """
     from midtune.bench.arms import Workload, run_arm
     from midtune.model.sources import resolve
 
-    task = json.loads(file.read_text(encoding="utf-8"))
-    source = resolve(task["model"], task["revision"])
-    device = resolve_device(task["device"])
-    dtype = dtype_named(task["dtype"]) or compute_dtype_of(device)
-    print(json.dumps(run_arm(task["arm"], source, Workload(**task["work"]), device, dtype)))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    target = resolve_device(device)
+    return run_arm(arm, resolve(model, revision), Workload(**work), target, compute_dtype(dtype, target))

@@ -28,12 +28,9 @@ from midtune.rl.collapse import find_collapse
 from midtune.rl.training import require_one_process, require_tracker, train_blocks
 from midtune.rollout.evaluation import Evaluation
 from midtune.rollout.vllm import require_server
-from midtune.runs import RunFolder, describe_environment
-from midtune.stages import baseline
-from midtune.stages.alternatives import Alternatives
+from midtune.runs import RunFolder, describe_environment, run_stem
 from midtune.stages.at_work import Stop, at_work
 from midtune.stages.choose import choose_blocks
-from midtune.stages.plan import fitted, run_stem
 from midtune.stages.report import write_page
 from midtune.stages.setup import (
     open_policy,
@@ -43,6 +40,7 @@ from midtune.stages.setup import (
     require_one_turn,
     score_policy,
 )
+from midtune.stages.subprocess_job import FULL_STEPS, measure_full_training
 from midtune.tasks import Task
 from midtune.tasks.rewards import completion_text
 
@@ -65,7 +63,11 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
         RunStopped: there was nothing to learn from, or no room to go on.
         Interrupted: Ctrl-C, SIGTERM or SIGHUP.
     """
-    folder = RunFolder.create(out, run_stem(config)) if resume is None else RunFolder.open(resume)
+    folder = (
+        RunFolder.create(out, run_stem(config.model.name, config.task.name))
+        if resume is None
+        else RunFolder.open(resume)
+    )
     if resume is not None and not folder.is_training:
         raise InputError(
             f"{folder} was made by `midtune probe`, not by `midtune train`; go on with "
@@ -120,7 +122,10 @@ def _run(
             )
     config, choice, ranking = choose_blocks(config, policy, task, terminal)
     chosen = parse_layers(config.blocks.layers or "", policy.num_blocks, config.blocks.top_k)
-    config = fitted(config, policy, task, process_bytes, terminal)
+    if config.training.fit is not None:
+        from midtune.planning.search import fitted
+
+        config = fitted(config, policy, task, chosen, process_bytes, terminal.message)
     place_embedding(config, policy)
     policy.unpack = config.model.unpack == "auto"
     policy.sampling_rows.rows = config.training.sampled_prompts * config.training.group_size or None
@@ -165,7 +170,8 @@ def _run(
     patch_bytes = save_patch(policy, folder.patch)
     _write_before_after(folder, task, before, after)
     steps = folder.read_metrics()
-    alternatives = Alternatives(config, policy, task, steps, process_bytes)
+    time = _time(config, steps)
+    estimates = _estimates(config, policy, task, steps, time, process_bytes)
     total_parameters, stored_quantized = policy.total_parameters, policy.stored_quantized
     del policy
     give_back()
@@ -173,13 +179,15 @@ def _run(
     deployed = None
     if config.evaluation.deployed and not stored_quantized:
         deployed = _score_deployed(config, source, task, folder, terminal)
-    time = _time(config, steps)
     if config.evaluation.baseline == "measured":
-        terminal.message(f"measuring full training: {baseline.STEPS} steps in a process of its own")
-        full = baseline.measure(folder.config)
+        terminal.message(f"measuring full training: {FULL_STEPS} steps in a process of its own")
+        full = measure_full_training(folder.config)
     else:
-        full = alternatives.estimated("full", time)
-    qlora = alternatives.estimated("qlora", time.get("compared_phases") or time)
+        full = estimates["trl-full"]
+    qlora = estimates["trl-qlora"]
+    unknown = [found["note"] for found in estimates.values() if found["note"]]
+    for note in unknown:
+        terminal.message(note)
 
     phases = phase_peaks(steps)
     report = Report(
@@ -217,12 +225,31 @@ def _run(
         patch_bytes=patch_bytes,
         probe=choice,
         seed=config.seed,
-        notes=_notes(steps),
+        notes=(*_notes(steps), *unknown),
     ).to_dict()
     folder.write_json(folder.report, report)
     _draw(folder, steps, report, terminal)
     terminal.message(f"run folder: {folder}")
     return {**report, "run": str(folder)}
+
+
+def _estimates(
+    config: RunConfig,
+    policy: Policy,
+    task: Task,
+    steps: list[dict[str, Any]],
+    time: dict[str, Any],
+    process_bytes: int,
+) -> dict[str, dict[str, Any]]:
+    """What is not measured: QLoRA, and full training but where it is."""
+    from midtune.planning.estimate import estimated
+
+    arms = ("trl-qlora",) if config.evaluation.baseline == "measured" else ("trl-full", "trl-qlora")
+    measured = time.get("compared_phases") or time
+    return {
+        arm: estimated(arm, config, policy, task, steps, measured=measured, process_bytes=process_bytes)
+        for arm in arms
+    }
 
 
 def _notes(steps: list[dict[str, Any]]) -> tuple[str, ...]:
@@ -305,7 +332,7 @@ def _time(config: RunConfig, steps: list[dict[str, Any]]) -> dict[str, Any]:
     }
     if config.evaluation.baseline == "measured":
         # The fastest, as for full training: the first step also warms up.
-        first = steps[: baseline.STEPS]
+        first = steps[:FULL_STEPS]
         fastest = min(first, key=lambda step: step["step_s"])
         means["compared_step"] = fastest["step_s"]
         means["compared_phases"] = {name: fastest[f"{name}_s"] for name in PHASES}
