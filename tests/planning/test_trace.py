@@ -22,6 +22,7 @@ from midtune.rollout.sampler import Rollout, Sampling, sample
 
 BATCH = Batch(prompts=2, group_size=3, prompt_tokens=20, new_tokens=12)
 
+
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
 @pytest.mark.parametrize("recompute_tokens", [0, 64])
 def test_the_update_without_data_holds_what_it_holds_with(
