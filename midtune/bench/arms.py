@@ -12,7 +12,6 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from midtune.bench.flops import Batch, rollout_flops, update_flops
 from midtune.bench.profile import Profile, peak_flops_per_s
+from midtune.bench.workload import Workload, qlora
 from midtune.config import TrainingConfig
 from midtune.measure.meter import Meter, StepClock
 from midtune.model.loading import load_policy, load_tokenizer
@@ -35,38 +35,6 @@ from midtune.rl.trainer import LayerGRPOTrainer
 from midtune.rl.training import in_order, trl_arguments
 from midtune.rollout.speech import prompt_ids
 from midtune.tasks import Reward, Row
-
-ARMS = {
-    "midtune": "midtune",
-    "trl-full": "TRL, all parameters",
-    "trl-block": "TRL, the same block over NF4",
-    "trl-qlora": "TRL, QLoRA on all linear layers",
-    "trl-qlora-fp32": "the same, adapters in fp32",
-}
-LORA_RANK = 16
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What every arm computes.
-
-    Args:
-        prompts: texts, as many for each step.
-        new_tokens: tokens of every completion.
-        block: the block that midtune and `trl-block` train.
-        warmup, steps: steps that are not counted, and that are.
-        profile: profile one more step.
-    """
-
-    prompts: list[str]
-    group_size: int
-    new_tokens: int
-    block: int
-    warmup: int
-    steps: int
-    micro_batch_tokens: int
-    seed: int = 0
-    profile: bool = False
 
 
 def run_arm(
@@ -201,7 +169,7 @@ def stock_trainer(
     """TRL's own trainer on a model as an arm holds it; it charges `rollout` and `reward` to the meter.
 
     Args:
-        arm: one of TRL's in `ARMS`.
+        arm: one of TRL's in `bench.workload.ARMS`.
         block: the one that `trl-block` trains.
     """
     tokenizer = load_tokenizer(source)
@@ -234,15 +202,6 @@ def stock_trainer(
     sample = partial(trainer.model.generate, tokenizer=tokenizer)
     trainer.model.generate = _charged(sample, meter, "rollout")
     return trainer
-
-
-def qlora() -> Any:
-    """PEFT's configuration of the adapters that `trl-qlora` trains."""
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
 
 
 class BenchMeter(Meter):

@@ -58,7 +58,7 @@ def update_flops(
     and once for each forward pass more: to recompute activations, or of the reference.
 
     Args:
-        arm: of `bench.arms.ARMS`, or `trl-full-kept`: full training without activation checkpointing.
+        arm: of `bench.workload.ARMS`, or `trl-full-kept`: full training without activation checkpointing.
         tail: blocks from the first trained one on.
         trained: how many are trained.
         recompute: midtune runs blocks again for the gradient; TRL always does where it checkpoints.

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from midtune.bench.arms import ARMS as TRAINED_ARMS
+from midtune.bench.workload import ARMS as TRAINED_ARMS
 from midtune.config import RunConfig, with_settings
 from midtune.device import total_bytes
 from midtune.errors import InputError, MidtuneError

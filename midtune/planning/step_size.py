@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from midtune.bench.arms import LORA_RANK
 from midtune.bench.flops import Batch
+from midtune.bench.workload import LORA_RANK
 from midtune.config import RunConfig
 from midtune.errors import InputError
 from midtune.model.sizes import Sizes

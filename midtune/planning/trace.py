@@ -17,8 +17,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache, LogitsProcessorList, PretrainedConfig
 
-from midtune.bench.arms import qlora
 from midtune.bench.flops import Batch
+from midtune.bench.workload import qlora
 from midtune.model.blocks import find_blocks
 from midtune.model.sizes import blocks_of
 from midtune.planning.budget import Held

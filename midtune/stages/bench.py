@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from midtune.bench.workload import ARMS, Workload
 from midtune.config import RunConfig
 from midtune.device import compute_dtype, resolve_device
 from midtune.errors import InputError, MidtuneError
@@ -38,7 +39,7 @@ def run(
 
     Args:
         config: names the model, the device and the dtype; `blocks.layers` may name the block.
-        arms: see `midtune.bench.arms.ARMS`.
+        arms: see `midtune.bench.workload.ARMS`.
         steps: counted steps of each arm, after one that warms up.
         micro_batch_tokens: most tokens in one backward pass of any arm; None: as in training.
         profile: profile one more step of the first arm.
@@ -57,7 +58,6 @@ def run(
     """
     from transformers import AutoConfig
 
-    from midtune.bench.arms import ARMS, Workload
     from midtune.model.loading import load_tokenizer
 
     unknown = [arm for arm in arms if arm not in ARMS]
@@ -185,7 +185,7 @@ def arm_alone(
     Args:
         work: a `Workload`, as `asdict` has it.
     """
-    from midtune.bench.arms import Workload, run_arm
+    from midtune.bench.arms import run_arm
     from midtune.model.sources import resolve
 
     target = resolve_device(device)

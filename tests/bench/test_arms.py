@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from midtune.bench.arms import ARMS, Workload, full_training, run_arm
+from midtune.bench.arms import full_training, run_arm
+from midtune.bench.workload import ARMS, Workload
 from midtune.config import TrainingConfig
 from midtune.model.sources import resolve
 from midtune.rl import trainer
