@@ -19,9 +19,10 @@ from midtune.model.configs import config_of
 from midtune.model.policy import Policy
 from midtune.model.sizes import Sizes, sizes_of
 from midtune.planning.budget import CONTEXT_BYTES, Phases, peak, step_phases, unpacked_bytes
+from midtune.planning.skeleton import Loaded
 from midtune.planning.speed import step_seconds
 from midtune.planning.step_size import DEAREST_FIRST, Work, leaner, standing, work_of
-from midtune.planning.trace import Loaded, block_update, sampling, whole_update
+from midtune.planning.trace import block_update, sampling, whole_update
 from midtune.probe.selection import middle, parse_layers
 from midtune.published import PublishedCard, card_named
 from midtune.report.tables import bytes_text
@@ -83,7 +84,7 @@ class Planner:
             work,
             trained=self.trained if arm == "midtune" else 1,
             quantized=model.quantized,
-            dtype_bytes=model.dtype.itemsize,
+            weight_bytes=model.weight_dtype.itemsize,
             on_card=model.on_card,
         )
         return {"held": held, "process": self.process, "on_card": model.on_card}
@@ -114,11 +115,10 @@ class Planner:
 
     def _trl(self, name: str, work: Work) -> Phases:
         arm = name.removesuffix("-kept")
-        full = arm == "trl-full"
-        model = self._unquantized if full else self.model
+        model = self._full if arm == "trl-full" else self.model
         return step_phases(
             **self._standing(model, arm, work),
-            sampling=sampling(model, work.batch(), shared=False, mixed=full),
+            sampling=sampling(model, work.batch(), shared=False),
             update=whole_update(
                 model,
                 work.batch(work.micro_prompts),
@@ -130,8 +130,8 @@ class Planner:
         )
 
     @cached_property
-    def _unquantized(self) -> Loaded:
-        return replace(self.model, quantized=False)
+    def _full(self) -> Loaded:
+        return replace(self.model, quantized=False, full=True)
 
     def arm(self, name: str, work: Work) -> dict[str, Any]:
         """What a plan says of an arm."""

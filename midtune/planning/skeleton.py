@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -22,58 +23,63 @@ LARGE_MASK = 2**28
 HEAD_TOKENS, HEAD_WORDS = 4096, 32768
 
 
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A model as a trainer loads it.
+
+    Attributes:
+        dtype: of activations, and of unquantized frozen weights.
+        quantized: linear layers of frozen blocks are in 4-bit.
+        on_card: it works on a GPU, where TRL's head has kernels of its own.
+        full: every parameter is trained, so weights are in fp32.
+    """
+
+    config: PretrainedConfig
+    dtype: torch.dtype
+    quantized: bool
+    on_card: bool
+    full: bool = False
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        return torch.float32 if self.full else self.dtype
+
+
 def skeleton(
-    config: PretrainedConfig,
-    *,
-    depth: int,
-    dtype: torch.dtype,
-    quantized: bool = False,
-    vocabulary: int | None = None,
+    model: Loaded, depth: int, vocabulary: int | None = None
 ) -> tuple[PreTrainedModel, FakeTensorMode]:
     """A model without data, and the mode that makes further tensors of its kind.
 
     Args:
-        config: of the whole model.
         depth: how many of its last blocks to build.
-        dtype: of its parameters; linear layers of blocks are packed in 4-bit and compute in it if `quantized`.
         vocabulary: tokens of the embeddings and of the head; None: the model's own.
     """
-    cut = config_from(config, blocks_of(config) - depth, blocks_of(config))
+    blocks = blocks_of(model.config)
+    cut = config_from(model.config, blocks - depth, blocks)
     if vocabulary is not None:
         cut = config_from(cut, 0, depth)
         cut.vocab_size, cut.pad_token_id = vocabulary, None
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(cut, dtype=dtype)
-        if quantized:
-            for block in find_blocks(model)[1]:
-                for name, part in list(block.named_modules()):
-                    if isinstance(part, nn.Linear):
-                        block.set_submodule(name, PackedLinear(part, dtype))
-    return model, mode
+        built: PreTrainedModel = AutoModelForCausalLM.from_config(cut, dtype=model.weight_dtype)
+        for block in find_blocks(built)[1] if model.quantized else ():
+            for name, part in list(block.named_modules()):
+                if isinstance(part, nn.Linear):
+                    block.set_submodule(name, PackedLinear(part, model.dtype))
+    return built, mode
 
 
 class SkeletonPolicy(Policy):
     """A policy without data: what it computes has the shapes, dtypes and lifetimes of the real one.
 
     Args:
+        depth, vocabulary: see `skeleton`.
         trained: how many of the first of its blocks are trained.
     """
 
-    def __init__(
-        self,
-        config: PretrainedConfig,
-        *,
-        depth: int,
-        trained: int,
-        compute_dtype: torch.dtype,
-        quantized: bool,
-        vocabulary: int | None = None,
-    ) -> None:
-        model, self.mode = skeleton(
-            config, depth=depth, dtype=compute_dtype, quantized=quantized, vocabulary=vocabulary
-        )
-        super().__init__(model, cast(Any, None), cast(Any, None), compute_dtype=compute_dtype)
+    def __init__(self, model: Loaded, depth: int, trained: int, vocabulary: int | None = None) -> None:
+        built, self.mode = skeleton(model, depth, vocabulary)
+        super().__init__(built, cast(Any, None), cast(Any, None), compute_dtype=model.dtype)
         for block in range(trained):
             self.thaw(block)
 

@@ -121,21 +121,20 @@ def work_of(config: RunConfig, prompt_tokens: int) -> Work:
 
 
 def standing(
-    sizes: Sizes, arm: str, work: Work, *, trained: int, quantized: bool, dtype_bytes: int, on_card: bool
+    sizes: Sizes, arm: str, work: Work, *, trained: int, quantized: bool, weight_bytes: int, on_card: bool
 ) -> Standing:
     """What an arm holds throughout a step.
 
     Args:
         arm: `midtune`, or one of TRL's: `trl-full`, `trl-block`, `trl-qlora`.
         trained: blocks that midtune or `trl-block` trains.
-        dtype_bytes: of a frozen unquantized weight.
+        weight_bytes: of an unquantized weight outside trained blocks.
         on_card: the optimizer works on all tensors at once, with a temporary copy of what it trains.
     """
     ours, full = arm == "midtune", arm == "trl-full"
     training, model = work.config.training, work.config.model
     optimizer = training.optimizer if ours else "adamw"
-    weight_bytes = 4 if full else dtype_bytes
-    kept = packed_bytes(sizes.linear) if quantized and not full else sizes.linear * weight_bytes
+    kept = packed_bytes(sizes.linear) if quantized else sizes.linear * weight_bytes
     # One that is the head too has to stay.
     on_host = ours and on_card and model.embeddings == "host" and sizes.head
     embedding = 0 if on_host else sizes.embedding

@@ -9,20 +9,19 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import DynamicCache, LogitsProcessorList, PretrainedConfig
+from transformers import DynamicCache, LogitsProcessorList
 
 from midtune.bench.flops import Batch
 from midtune.bench.workload import qlora
 from midtune.model.blocks import find_blocks
 from midtune.model.sizes import blocks_of
 from midtune.planning.budget import Held
-from midtune.planning.skeleton import SkeletonPolicy, chunked_log_probs, skeleton
+from midtune.planning.skeleton import Loaded, SkeletonPolicy, chunked_log_probs, skeleton
 from midtune.planning.tracker import Tracker
 from midtune.rl import tail
 from midtune.rollout.boundary import BoundaryStates, positions
@@ -33,22 +32,6 @@ from midtune.rollout.sampler import ROOM, Rollout, choose
 FEW_CHUNKS = 4
 # Blocks of a whole model that a trace runs: the first, one that stands for all others, and the last.
 FEW_BLOCKS = 3
-
-
-@dataclass(frozen=True, eq=False)
-class Loaded:
-    """A model as a trainer loads it.
-
-    Attributes:
-        dtype: of unquantized frozen weights and of activations.
-        quantized: linear layers of frozen blocks are in 4-bit.
-        on_card: it works on a GPU, where TRL's head has kernels of its own.
-    """
-
-    config: PretrainedConfig
-    dtype: torch.dtype
-    quantized: bool
-    on_card: bool
 
 
 def block_update(
@@ -70,14 +53,8 @@ def _block_update(model: Loaded, batch: Batch, depth: int, trained: int, recompu
     prompt_tokens, new_tokens = int(batch.prompt_tokens), int(batch.new_tokens)
     # A chunk holds so many logits, whatever the vocabulary: a smaller one makes for larger chunks.
     vocabulary = max(1, FEW_CHUNKS * tail.CHUNK_VALUES // (batch.rows * new_tokens))
-    policy = SkeletonPolicy(
-        model.config,
-        depth=depth,
-        trained=trained,
-        compute_dtype=model.dtype,
-        quantized=model.quantized,
-        vocabulary=min(vocabulary, model.config.get_text_config().vocab_size),
-    )
+    own = model.config.get_text_config().vocab_size
+    policy = SkeletonPolicy(model, depth, trained, min(vocabulary, own))
     hidden = policy.model.config.get_text_config().hidden_size
     prompt_mask = torch.ones(batch.prompts, prompt_tokens, dtype=torch.long)
     completion_mask = torch.ones(batch.rows, new_tokens, dtype=torch.long)
@@ -142,24 +119,18 @@ def whole_update(
 
 @functools.cache
 @torch.no_grad()
-def sampling(model: Loaded, batch: Batch, *, shared: bool, mixed: bool = False) -> Held:
+def sampling(model: Loaded, batch: Batch, *, shared: bool) -> Held:
     """Sampling of all rows together: what keys and values take, and the most at once.
 
     The first pass over the prompts and the last step of all completions are run.
 
     Args:
         shared: each prompt passes once, and writing a token copies nothing, as in midtune.
-        mixed: weights are in fp32 whatever activations are.
     """
     prompt_tokens, new_tokens = int(batch.prompt_tokens), int(batch.new_tokens)
     depth = blocks_of(model.config)
     built = min(depth, FEW_BLOCKS)
-    held, mode = skeleton(
-        model.config,
-        depth=built,
-        dtype=torch.float32 if mixed else model.dtype,
-        quantized=model.quantized,
-    )
+    held, mode = skeleton(model, built)
     held.eval()
     prompts = batch.prompts if shared else batch.rows
     ones = torch.ones(prompts, prompt_tokens, dtype=torch.long)
@@ -203,12 +174,9 @@ def sampling(model: Loaded, batch: Batch, *, shared: bool, mixed: bool = False) 
 def _held_by(model: Loaded, depth: int, arm: str) -> tuple[Any, FakeTensorMode]:
     """The model as TRL trains it in an arm, or its first block alone, and the mode of its tensors."""
     if arm == "trl-block":
-        policy = SkeletonPolicy(
-            model.config, depth=depth, trained=1, compute_dtype=model.dtype, quantized=model.quantized
-        )
+        policy = SkeletonPolicy(model, depth, trained=1)
         return policy.model, policy.mode
-    dtype = torch.float32 if arm == "trl-full" else model.dtype
-    held, mode = skeleton(model.config, depth=depth, dtype=dtype, quantized=model.quantized)
+    held, mode = skeleton(model, depth)
     if arm == "trl-qlora":
         _add_lora(held, mode)
     return held, mode

@@ -16,8 +16,8 @@ from midtune.bench.flops import Batch
 from midtune.model.configs import config_of
 from midtune.planning import skeleton
 from midtune.planning.budget import Held
-from midtune.planning.skeleton import chunked_log_probs
-from midtune.planning.trace import Loaded, block_update
+from midtune.planning.skeleton import Loaded, chunked_log_probs
+from midtune.planning.trace import block_update
 from midtune.planning.tracker import Tracker
 
 

@@ -17,7 +17,9 @@ PLAIN = Work(load_config(None, {"model.name": "x", "training.beta": 0.0}), 10)
 
 def stood(arm: str, sizes: Sizes = SIZES, **settings: Any) -> Standing:
     work = PLAIN.changed({key.replace("__", "."): value for key, value in settings.items()})
-    return standing(sizes, arm, work, trained=1, quantized=True, dtype_bytes=2, on_card=True)
+    full = arm == "trl-full"
+    weights = {"quantized": not full, "weight_bytes": 4 if full else 2}
+    return standing(sizes, arm, work, trained=1, on_card=True, **weights)  # type: ignore[arg-type]
 
 
 def held(arm: str, sizes: Sizes = SIZES, **settings: Any) -> dict[str, int]:
@@ -45,7 +47,7 @@ def test_states_in_eight_bits_take_a_quarter_and_their_scales() -> None:
 
 
 def test_a_cpu_steps_tensors_one_by_one() -> None:
-    found = standing(SIZES, "midtune", PLAIN, trained=1, quantized=True, dtype_bytes=2, on_card=False)
+    found = standing(SIZES, "midtune", PLAIN, trained=1, quantized=True, weight_bytes=2, on_card=False)
     # The largest of a block is taken to be half of it.
     assert found.step == 2 * (16384 // 2) * 4
 

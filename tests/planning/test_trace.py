@@ -15,7 +15,8 @@ from midtune.model.loading import load_policy
 from midtune.model.sources import resolve
 from midtune.planning import trace
 from midtune.planning.budget import Held
-from midtune.planning.trace import Loaded, block_update, sampling, whole_update
+from midtune.planning.skeleton import Loaded
+from midtune.planning.trace import block_update, sampling, whole_update
 from midtune.planning.tracker import Tracker
 from midtune.rl.tail import completion_log_probs
 from midtune.rollout.sampler import Rollout, Sampling, sample
