@@ -69,11 +69,11 @@ class Planner:
         """
         try:
             return self._midtune(work) if arm == "midtune" else self._trl(arm, work)
-        except Exception as error:  # whatever the architecture's own code raises
+        except Exception as error:  # noqa: BLE001 (whatever the architecture's own code raises)
             why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise MidtuneError(
-                f"the memory of {ARMS[arm]} is not known: {self.model.config.model_type} cannot run on tensors without "
-                f"data ({why}); measure it with `midtune bench`."
+                f"memory of `{arm}` is not known: {self.model.config.model_type} cannot run on tensors without data "
+                f"({why}); measure it with `midtune bench`."
             ) from error
 
     def _standing(self, model: Loaded, arm: str, work: Work) -> dict[str, Any]:

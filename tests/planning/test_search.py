@@ -59,6 +59,6 @@ def test_an_architecture_that_cannot_run_without_data_is_named() -> None:
     odd = Qwen3Config(num_hidden_layers=12, hidden_act="no such function")
     broken = replace(planner, model=replace(planner.model, config=odd))
     with pytest.raises(
-        MidtuneError, match=r"the memory of TRL, all parameters is not known: qwen3 cannot run"
+        MidtuneError, match="memory of `trl-full` is not known: qwen3 cannot run"
     ):
         broken.phases("trl-full", WORK)

@@ -10,11 +10,14 @@ import pytest
 from midtune.cli import main
 from midtune.config import RunConfig, load_config
 from midtune.errors import InputError
+from midtune.planning import search
 from midtune.planning.budget import peak
 from midtune.planning.search import ARMS
 from midtune.report.plans import plan_table
-from midtune.stages import plan
+from midtune.report.terminal import Terminal
+from midtune.stages import plan, train
 from tests.report.printed import rendered
+from tests.stages.conftest import Configured
 
 CONFIG = load_config(None, {"model.name": "tiny"})
 
@@ -89,9 +92,6 @@ def test_what_cannot_be_planned(arguments: list[str], said: str, capsys: pytest.
 
 
 def test_a_run_stays_within_what_it_was_given(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from midtune.report.terminal import Terminal
-    from midtune.stages import train
-
     monkeypatch.chdir(tmp_path)
     # What this process has resident by now is nothing that a plan could know.
     monkeypatch.setattr(train.Meter, "current_bytes", lambda self: 500 * 2**20)
@@ -113,3 +113,24 @@ def test_a_run_stays_within_what_it_was_given(tmp_path: Any, monkeypatch: pytest
     with pytest.raises(InputError, match="whatever is made leaner; lower --max-new-tokens"):
         impossible = load_config(None, {**quick, "training.fit": "0.1GB"})
         train.run(impossible, out=tmp_path / "other", resume=None, terminal=Terminal(quiet=True))
+
+
+def test_a_run_whose_alternatives_cannot_be_worked_out_says_so(
+    configured: Configured, tmp_path: Any, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no values\nand more")
+
+    monkeypatch.setattr(search, "whole_update", broken)
+    config = configured(evaluation__samples=0, evaluation__deployed=False)
+    report = train.run(config, out=tmp_path / "run", resume=None, terminal=terminal)
+    assert (report["memory"]["full_peak"], report["memory"]["qlora_peak"]) == (None, None)
+    assert report["time"]["full_step"] > 0 and report["time"]["qlora_step"] > 0
+    notes = [
+        f"Memory of `{arm}` is not known: qwen3 cannot run on tensors without data (no values); measure it with "
+        "`midtune bench`."
+        for arm in ("trl-full", "trl-qlora")
+    ]
+    assert report["notes"] == notes
+    assert all(note in terminal.console.file.getvalue() for note in notes)  # type: ignore[attr-defined]
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["notes"] == notes
