@@ -26,6 +26,7 @@ from midtune.planning.trace import block_update, sampling, whole_update
 from midtune.probe.selection import middle, parse_layers
 from midtune.published import PublishedCard, card_named
 from midtune.report.tables import bytes_text
+from midtune.rl.tail import tail_settings
 from midtune.rollout.speech import prompt_lengths
 from midtune.tasks import Task
 
@@ -107,7 +108,7 @@ class Planner:
                 work.batch(work.micro_prompts),
                 tail_blocks=self.tail,
                 trained=self.trained,
-                recompute_tokens=work.recompute_tokens,
+                **tail_settings(work.config.training),
             ),
             states=tokens * sizes.hidden * itemsize,
             unpacked=max(0, min(wanted, free // 2)) if unpacks else 0,

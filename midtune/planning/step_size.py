@@ -75,11 +75,6 @@ class Work:
         return self.config.training.sampled_prompts or self.config.training.prompts_per_step
 
     @property
-    def recompute_tokens(self) -> int:
-        """Tokens whose activations are computed again together; 0: activations are held."""
-        return self.config.training.micro_batch_tokens if self.config.training.recompute else 0
-
-    @property
     def reference(self) -> bool:
         """Whether there is a KL term."""
         return self.config.training.beta > 0

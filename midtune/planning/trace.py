@@ -30,26 +30,24 @@ from midtune.rollout.sampler import ROOM, Rollout, choose
 
 # Chunks of the head that a trace runs: they are all alike.
 FEW_CHUNKS = 4
-# Blocks of a whole model that a trace runs: the first, one that stands for all others, and the last.
+# Blocks that a trace runs: those trained (or the first), one that stands for all others, and the last.
 FEW_BLOCKS = 3
 
 
-def block_update(
-    model: Loaded, batch: Batch, *, tail_blocks: int, trained: int, recompute_tokens: int = 0
-) -> Held:
+def block_update(model: Loaded, batch: Batch, *, tail_blocks: int, trained: int, **settings: Any) -> Held:
     """midtune's update of a micro-batch, from boundary states to gradients that are there already.
 
     Args:
         tail_blocks: from the first trained block to the last one of the model.
         trained: how many blocks are trained; which ones makes no difference but for the first.
-        recompute_tokens: as for `completion_log_probs`.
+        settings: see `tail_settings`.
     """
-    built = min(tail_blocks, trained + 2)
-    return _block_update(model, batch, built, trained, recompute_tokens).held(tail_blocks - built)
+    built = min(tail_blocks, trained + FEW_BLOCKS - 1)
+    return _block_update(model, batch, built, trained, **settings).held(tail_blocks - built)
 
 
 @functools.cache
-def _block_update(model: Loaded, batch: Batch, depth: int, trained: int, recompute_tokens: int) -> Tracker:
+def _block_update(model: Loaded, batch: Batch, depth: int, trained: int, **settings: Any) -> Tracker:
     prompt_tokens, new_tokens = int(batch.prompt_tokens), int(batch.new_tokens)
     # A chunk holds so many logits, whatever the vocabulary: a smaller one makes for larger chunks.
     vocabulary = max(1, FEW_CHUNKS * tail.CHUNK_VALUES // (batch.rows * new_tokens))
@@ -71,9 +69,7 @@ def _block_update(model: Loaded, batch: Batch, depth: int, trained: int, recompu
     _give_gradients(policy.model)
     with Tracker([*_there(policy.model), *states, rollout.prompt_mask, rollout.completion_mask]) as tracker:
         with _repeated(tracker, policy.blocks, trained):
-            log_probs, _ = tail.completion_log_probs(
-                policy, rollout, temperature=1.0, recompute_tokens=recompute_tokens
-            )
+            log_probs, _ = tail.completion_log_probs(policy, rollout, temperature=1.0, **settings)
         tracker.keep()
         log_probs.mean().backward()
     return tracker

@@ -22,6 +22,7 @@ from midtune.model.policy import Policy
 from midtune.rl.algorithms import algorithm_arguments, groups_per_micro_batch, own_advantages
 from midtune.rl.gradients import Bf16Gradients
 from midtune.rl.recorder import StepRecorder
+from midtune.rl.tail import tail_settings
 from midtune.rl.trainer import FirstRollout, LayerGRPOTrainer, check_trainable, sampling_of
 from midtune.rollout.speech import prompt_lengths
 from midtune.rollout.vllm import VLLMServer
@@ -113,7 +114,7 @@ def train_blocks(
         faster=faster or {},
         # Episodes are not held, as they belong to their environments.
         first=first if game is None else None,
-        recompute_tokens=settings.micro_batch_tokens if settings.recompute else 0,
+        **tail_settings(settings),
         vllm=(
             VLLMServer(settings.vllm, policy, sampling_of(args), folder / "vllm") if settings.vllm else None
         ),

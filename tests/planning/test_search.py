@@ -58,7 +58,5 @@ def test_an_architecture_that_cannot_run_without_data_is_named() -> None:
     planner, _ = planner_of(CONFIG, "24GB")
     odd = Qwen3Config(num_hidden_layers=12, hidden_act="no such function")
     broken = replace(planner, model=replace(planner.model, config=odd))
-    with pytest.raises(
-        MidtuneError, match="memory of `trl-full` is not known: qwen3 cannot run"
-    ):
+    with pytest.raises(MidtuneError, match="memory of `trl-full` is not known: qwen3 cannot run"):
         broken.phases("trl-full", WORK)

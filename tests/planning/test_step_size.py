@@ -95,9 +95,7 @@ def test_a_step_is_that_of_the_configuration() -> None:
     assert (work.described()["sampled_prompts"], work.described()["unpack"]) == (2, False)
     assert (work.sampled_prompts, work.changed({"training.sampled_prompts": 0}).sampled_prompts) == (2, 8)
     assert work.micro_prompts == config.training.prompts_per_step
-    assert work.recompute_tokens == 0
-    again = work.changed({"training.recompute": True, "training.micro_batch_tokens": 100})
-    assert (again.recompute_tokens, again.micro_prompts) == (100, 1)
+    assert work.changed({"training.micro_batch_tokens": 100}).micro_prompts == 1
     # What was asked stays as it was.
     assert work.config == config
 
