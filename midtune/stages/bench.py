@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -93,22 +93,37 @@ def run(
         "failed": {},
         "environment": describe_environment(device, config.seed),
     }
+    model = {
+        "model": source.name,
+        "revision": source.revision,
+        "device": device,
+        "dtype": config.model.dtype,
+    }
+    # Arms take long, and what has been measured should outlive the rest.
+    for _ in _added(result, arms, model, work, profile, terminal):
+        folder.write_json(folder.path / "bench.json", result)
+    return result
+
+
+def _added(
+    result: dict[str, Any],
+    arms: Sequence[str],
+    model: dict[str, Any],
+    work: Workload,
+    profile: bool,
+    terminal: Terminal,
+) -> Iterator[None]:
+    """Add to the result what one arm after the other measures."""
     first: dict[str, Any] = {}
+    rows = len(work.prompts) * work.group_size * work.new_tokens
     with terminal.progress("arms", len(arms)) as advance:
         for arm in arms:
-            terminal.message(f"{ARMS[arm]}: {work.warmup} + {steps} steps")
-            job = {
-                "arm": arm,
-                "model": source.name,
-                "revision": source.revision,
-                "device": device,
-                "dtype": config.model.dtype,
-                "work": asdict(replace(work, profile=profile and not first)),
-            }
+            terminal.message(f"{ARMS[arm]}: {work.warmup} + {work.steps} steps")
+            own = asdict(replace(work, profile=profile and not first))
             try:
                 found = in_own_process(
                     f"{__name__}:{arm_alone.__name__}",
-                    job,
+                    {"arm": arm, **model, "work": own},
                     what=f"the arm {arm}",
                     instead="leave it out with --arms, or lower --micro-batch-tokens",
                 )
@@ -118,14 +133,14 @@ def run(
                 terminal.message(str(error))
                 result["failed"][arm] = str(error)
             else:
-                first = first or found
-                result["arms"].append(summarise(found, first, rows=prompts * group_size * new_tokens))
-            # Arms take long, and what has been measured should outlive the rest.
-            folder.write_json(folder.path / "bench.json", result)
+                if not first:
+                    first = found
+                    result |= {
+                        key: found[key] for key in ("profile", "flops", "peak_flops_per_s") if key in found
+                    }
+                result["arms"].append(summarise(found, first, rows=rows))
             advance(1)
-    result |= {key: first[key] for key in ("profile", "flops", "peak_flops_per_s") if key in first}
-    folder.write_json(folder.path / "bench.json", result)
-    return result
+            yield
 
 
 def make_prompts(tokenizer: Any, count: int, tokens: int) -> list[str]:
