@@ -93,6 +93,11 @@ def dtype_named(name: str) -> torch.dtype | None:
     return dict(zip(DTYPES, (torch.bfloat16, torch.float16, torch.float32), strict=True)).get(name)
 
 
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """What activations are computed in on a device: as named, or for `auto` what suits it."""
+    return dtype_named(name) or compute_dtype_of(device)
+
+
 def total_bytes(device: Any) -> int:
     """Bytes of memory that a torch device has, or the one of this name."""
     if is_cuda(device):

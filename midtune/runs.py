@@ -337,6 +337,18 @@ def _identity(folder: Path) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
+def run_stem(model: str, task: str | None) -> str:
+    """What a run's folder is called under `runs/`, where nothing else is asked for."""
+    source, _, part = (task or "").partition(":")
+    # `org/dataset:CONFIGURATION`, but `reasoning-gym:NAME`.
+    return f"{_bare(model)}-{_bare(source if '/' in source or not part else part)}"
+
+
+def _bare(name: str) -> str:
+    """The last part of a name, without the ending of a file; `Qwen3-1.7B` has none."""
+    return re.sub(r"\.[a-zA-Z][a-zA-Z-]*$", "", Path(name).name)
+
+
 def describe_environment(device: str, seed: int) -> dict[str, Any]:
     """What environment.json holds; `device` is such as `cuda:0 in bfloat16`. Never fails."""
     versions: dict[str, str | None] = {"python": platform.python_version()}

@@ -38,7 +38,7 @@ def build(
     patch_bytes: int,
     probe: str,
     seed: int,
-    collapse: object | None = None,
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What a run gained and what it saved, as report.json holds it: bytes, seconds and fractions.
 
@@ -53,7 +53,7 @@ def build(
         full, qlora: `step` and `phases` in seconds and `peak` in bytes, None if unknown, of full training and of
             QLoRA; where full training was measured, also its mean `completion_length` in tokens.
         probe: how the blocks were chosen, for people.
-        collapse: its text says where the reward collapsed; None: it did not.
+        notes: what the report says beside its figures, without a full stop.
     """
     compared_step = time["step"] if time.get("compared_step") is None else time["compared_step"]
     phases = phase_peaks(steps)
@@ -96,7 +96,7 @@ def build(
         "patch_bytes": patch_bytes,
         "probe": probe,
         "seed": seed,
-        "notes": [f"{sentence(str(collapse))}."] if collapse else [],
+        "notes": [f"{sentence(note)}." for note in notes],
     }
 
 
