@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from midtune.stages.setup import open_policy, open_source, open_task, score_policy
+from midtune.stages.opening import Opened, score
 
 from midtune.assets import make_tiny
 from midtune.config import BUNDLED_RECIPE, load_config
@@ -33,9 +33,9 @@ def test_its_recipe_asks_for_what_it_was_trained_on() -> None:
 def test_it_solves_a_third_to_a_half_of_its_problems() -> None:
     config = load_config(None, {"task.eval_size": 200})
     terminal = Terminal(quiet=True)
-    task = open_task(config, terminal)
-    policy = open_policy(config, open_source(config, terminal), terminal)
-    found = score_policy(policy, task, task.held_out, config, terminal, "scoring", 1)
+    opened = Opened(config, terminal)
+    sampler = opened.sampler(opened.policy())
+    found = score(sampler, opened.task, config, terminal, "scoring", samples=1)
     assert 0.30 < found.greedy.mean() < 0.55
     assert found.sampled is not None and 0.2 < found.sampled.mean() < 0.5
 
@@ -58,11 +58,9 @@ def test_hurried_answers_forget_carries() -> None:
 
 
 def test_the_script_makes_a_model_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(make_tiny, "SHALLOW", make_tiny.SHALLOW._replace(steps=60))
-    monkeypatch.setattr(make_tiny, "DEEP", make_tiny.DEEP._replace(steps=60))
-    monkeypatch.setattr(make_tiny, "WARMUP", 1)
-    monkeypatch.setattr(make_tiny, "BATCH", 2)
-    monkeypatch.setattr(make_tiny, "HELD_OUT_SIZE", 4)
+    short = {name: getattr(make_tiny, name)._replace(steps=60) for name in ("SHALLOW", "DEEP")}
+    for name, value in {**short, "WARMUP": 1, "BATCH": 2, "HELD_OUT_SIZE": 4}.items():
+        monkeypatch.setattr(make_tiny, name, value)
     monkeypatch.setattr("sys.argv", ["make_tiny", "--out", str(tmp_path / "tiny")])
     threads = torch.get_num_threads()
     make_tiny.main()

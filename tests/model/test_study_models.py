@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from midtune.stages.setup import open_task
+from midtune.stages.opening import Opened
 from transformers import AutoModelForCausalLM
 
 from midtune.config import load_config
@@ -87,5 +87,5 @@ def test_prompts_of_a_reasoning_model_end_where_thinking_begins(
     for template, expected in ((None, 1.0), ("{{ messages[0]['content'] }}", 0.0)):
         if template is not None:
             (folder / "chat_template.jinja").write_text(template)
-        rewards, _ = parts_of(open_task(config, Terminal(quiet=True)).reward)
+        rewards, _ = parts_of(Opened(config, Terminal(quiet=True)).task.reward)
         assert rewards[1](completions=["hm\n</think>\n<answer>4</answer>"]) == [expected]

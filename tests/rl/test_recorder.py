@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import TrainerControl, TrainerState
 
 from midtune.errors import RunStopped
 from midtune.measure.meter import Meter
+from midtune.rl.recorder import StepRecorder
+from midtune.rl.training import ignore
 from tests.rl.toy_training import Load, thawed, train
 
 
@@ -121,3 +125,47 @@ def test_a_message_says_once_that_the_loss_is_no_measure(load: Load, tmp_path: P
     said: list[str] = []
     train(thawed(load, 2), tmp_path, steps=3, on_message=said.append)
     assert sum(text.startswith("the loss is near zero") for text in said) == 1
+
+
+@pytest.mark.parametrize(
+    ("takes_s", "expected"),
+    [
+        # The first step has one, which tells what one takes; then 50 times that have to pass; the last has one.
+        (1.0, [1, 3, 5]),
+        # At most two minutes of steps may be lost, whatever a checkpoint takes.
+        (30.0, [1, 4, 5]),
+        (0.1, [1, 2, 3, 4, 5]),
+    ],
+)
+def test_the_first_step_has_a_checkpoint_and_the_next_come_by_time(
+    monkeypatch: pytest.MonkeyPatch, takes_s: float, expected: list[int]
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("midtune.rl.recorder.time", SimpleNamespace(perf_counter=lambda: now))
+    recorder = StepRecorder(
+        Meter(),
+        on_step=ignore,
+        on_sample=ignore,
+        on_message=ignore,
+        stop_requested=lambda: False,
+        stop_after=None,
+        stop_after_equal_rewards=0,
+        rows_per_step=8,
+        max_new_tokens=6,
+    )
+    accelerator = SimpleNamespace(optimizer_step_was_skipped=False)
+    trainer: Any = SimpleNamespace(accelerator=accelerator, checkpoint_s=0.0, check_frozen=ignore)
+    recorder.trainer = trainer
+    args: Any = SimpleNamespace(save_strategy="steps")
+    state, saved = TrainerState(max_steps=5), []
+    recorder.on_train_begin(args, state, TrainerControl())
+    for step in range(1, 6):
+        control, state.global_step = TrainerControl(), step
+        recorder.on_step_begin(args, state, control)
+        now += 30.0
+        recorder.on_step_end(args, state, control)
+        if control.should_save:
+            saved.append(step)
+            trainer.checkpoint_s = takes_s
+            recorder.on_save(args, state, control)
+    assert saved == expected
