@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from midtune.stages.opening import Opened, score
 
 from midtune.assets import make_tiny
 from midtune.config import BUNDLED_RECIPE, load_config
 from midtune.model.loading import load_policy
 from midtune.model.sources import resolve
 from midtune.report.terminal import Terminal
+from midtune.stages.opening import Opened, score
 
 FOLDER = BUNDLED_RECIPE.parent
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from midtune.stages.opening import Opened
 from transformers import AutoModelForCausalLM
 
 from midtune.config import load_config
@@ -18,6 +17,7 @@ from midtune.model.policy import Policy
 from midtune.model.sources import resolve
 from midtune.report.terminal import Terminal
 from midtune.rollout.speech import prompt_ids
+from midtune.stages.opening import Opened
 from midtune.tasks.rewards import parts_of
 from tests.conftest import STUDY
 from tests.model.toy_training import logits_of, perturb

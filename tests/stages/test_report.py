@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from midtune.stages.opening import Opened
 
 from midtune.config import load_config
 from midtune.errors import InputError
 from midtune.report.terminal import Terminal
 from midtune.runs import RunFolder
 from midtune.stages import report, train
+from midtune.stages.opening import Opened
 from tests.report.toy_probe import toy_probe
 from tests.stages.conftest import Configured
 

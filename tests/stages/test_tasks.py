@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from midtune.stages.opening import Opened
 from rich.console import Console
 
 from midtune.config import RunConfig, load_config, with_settings
@@ -15,6 +14,7 @@ from midtune.errors import InputError
 from midtune.report.results import tasks_text
 from midtune.report.terminal import Terminal
 from midtune.stages import tasks, train
+from midtune.stages.opening import Opened
 from tests.stages.conftest import Configured
 
 TASK = """

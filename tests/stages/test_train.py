@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
-from midtune.stages.opening import Opened
 
 from midtune.config import RunConfig, dump_config, load_config
 from midtune.errors import InputError, Interrupted, RunStopped
@@ -25,6 +24,7 @@ from midtune.model.patch import apply_patch
 from midtune.model.sources import resolve
 from midtune.report.terminal import Terminal
 from midtune.stages import evaluate, merge, probe, train
+from midtune.stages.opening import Opened
 from midtune.whole import damage
 from tests.stages.conftest import Configured
 

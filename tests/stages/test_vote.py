@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from midtune.stages.opening import Opened
 
 from midtune.config import load_config
 from midtune.errors import InputError
@@ -20,6 +19,7 @@ from midtune.report.statistics import paired_gain, score_interval
 from midtune.report.terminal import Terminal
 from midtune.rollout.evaluation import Evaluation
 from midtune.stages import evaluate, train, vote
+from midtune.stages.opening import Opened
 from tests.stages.conftest import small_run
 
 
