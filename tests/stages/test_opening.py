@@ -13,7 +13,6 @@ import torch
 
 from midtune.config import load_config
 from midtune.errors import RunStopped
-from midtune.measure.cards import Card, other_processes
 from midtune.report.terminal import Terminal
 from midtune.rollout.sampling import Sampler
 from midtune.stages import opening
@@ -25,8 +24,9 @@ GIB = 2**30
 def opened(terminal: Terminal, monkeypatch: pytest.MonkeyPatch, free: int) -> Sampler:
     """A sampler of the bundled model as on a card of 24 GiB; it is on the CPU."""
     monkeypatch.setattr(opening, "resolve_device", lambda name: torch.device("cuda:0"))
-    card = Card("NVIDIA L4", "0-1", free, 24 * GIB, other_processes("0-1"))
-    monkeypatch.setattr("midtune.measure.meter.card_of", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 24 * GIB))
+    card = SimpleNamespace(name="NVIDIA L4", uuid="0-1")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     found = Opened(load_config(None, {"model.device": "cpu"}), terminal)
     return found.sampler(found.policy())
 
