@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from midtune.model.policy import Policy
-from midtune.rollout.sampling import Rollout
+from midtune.rollout.sampling import Rollout, Sampling, SamplingLimits
+from midtune.rollout.text import sample
 
 # The first is longer than every architecture's window.
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [20, 21], [30, 31, 32, 33], [40]]
+
+
+def sampled(
+    policy: Policy,
+    *,
+    seed: int = 0,
+    boundary_block: int | None = None,
+    limits: SamplingLimits | None = None,
+    **settings: Any,
+) -> Rollout:
+    """Three completions of each prompt."""
+    torch.manual_seed(seed)
+    sampling = Sampling(**{"max_new_tokens": 12, **settings})
+    return sample(policy, PROMPTS, sampling, group_size=3, boundary_block=boundary_block, limits=limits)
 
 
 def stop_early(policy: Policy) -> list[int]:

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from midtune import cli
 from midtune.model.loading import load_policy
 from midtune.model.sources import resolve
+from midtune.rl.checks import MOST_DIFFERENCE
 from midtune.rl.tail import completion_log_probs
-from midtune.rl.trainer import MOST_DIFFERENCE
 from midtune.rollout.sampling import Sampling
 from midtune.rollout.text import sample
 

@@ -5,12 +5,12 @@ import random
 from pathlib import Path
 
 import pytest
-from midtune.stages.setup import open_policy, open_source, open_task, score_policy
 
 from midtune.config import BUNDLED_RECIPE, load_config
 from midtune.model.loading import load_policy
 from midtune.model.sources import resolve
 from midtune.report.terminal import Terminal
+from midtune.stages.opening import Opened, score
 from recipes.tiny import make_tiny
 
 FOLDER = BUNDLED_RECIPE.parent
@@ -32,9 +32,9 @@ def test_its_recipe_asks_for_what_it_was_trained_on() -> None:
 def test_it_solves_a_third_to_a_half_of_its_problems() -> None:
     config = load_config(None, {"task.eval_size": 200})
     terminal = Terminal(quiet=True)
-    task = open_task(config, terminal)
-    policy = open_policy(config, open_source(config, terminal), terminal)
-    found = score_policy(policy, task, task.held_out, config, terminal, "scoring", 1)
+    opened = Opened(config, terminal)
+    sampler = opened.sampler(opened.policy())
+    found = score(sampler, opened.task, config, terminal, "scoring", samples=1)
     assert 0.30 < found.greedy.mean() < 0.55
     assert found.sampled is not None and 0.2 < found.sampled.mean() < 0.5
 

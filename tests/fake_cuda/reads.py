@@ -90,16 +90,9 @@ TRL_LOGS = "TRL logs means, each by itself"
 
 WANTED = [
     # Once a sampled token.
-    Read("rollout/sampler.py:_sample_together", "output = policy.model(", NO_MASK, MASKS),
-    Read("rollout/sampler.py:_sample_together", "not going.any()", "sampling ends when every row has ended"),
-    Read("rollout/sampler.py:_sample_together", "if not going.all()", "rows that have ended leave the batch"),
-    Read("rollout/stream.py:Stream._said", "self.policy.model(", NO_MASK, MASKS),
-    Read(
-        "rollout/stream.py:Stream.draw",
-        "held[going, step] = values[going]",
-        "rows that have ended keep theirs",
-    ),
-    Read("rollout/stream.py:Stream.draw", "if not going.any()", "drawing ends when every row has ended"),
+    Read("rollout/decoding.py:Decoder._forward", "self.policy.model(", NO_MASK, MASKS),
+    Read("rollout/decoding.py:Decoder.draw", "if not going.any()", "drawing ends when every row has ended"),
+    Read("rollout/decoding.py:Decoder.draw", "not going.all()", "rows that have ended leave the batch"),
     # Whenever rows leave, and once a block where keys and values move.
     Read(
         "rollout/keys_values.py:closed_up",
@@ -114,14 +107,18 @@ WANTED = [
     ),
     # Once a rollout, or a turn of one.
     Read(
-        "rollout/sampler.py:_sample_together",
-        "longest = int(lengths.max())",
+        "rollout/text.py:sample.<locals>.together",
+        "longest = int(drawn.lengths.max())",
         "completions are cut to the longest",
     ),
-    Read("rollout/sampler.py:Rollout.completions", "self.completion_ids.tolist()", "rewards read text"),
-    Read("rollout/stream.py:Stream.draw", "kept = zip(ids.tolist()", "environments read text"),
+    Read("rollout/text.py:_gathered", "int(lengths.max())", "so are their states"),
+    Read("rollout/sampling.py:Rollout.prompts", "tolist()", "TRL takes prompts as lists"),
+    Read("rollout/sampling.py:Rollout.unpadded", "values.tolist()", "rewards read text"),
+    Read("rollout/decoding.py:Drawn.rows", "tolist()", "environments read text"),
     Read(
-        "rollout/stream.py:Stream._close_up", "self._mask.sum(1).max()", "columns without tokens are dropped"
+        "rollout/decoding.py:Decoder._close_up",
+        "self._mask.sum(1).max()",
+        "columns without tokens are dropped",
     ),
     Read("rollout/boundary.py:_below.<locals>.below", "policy.model(", NO_MASK, MASKS),
     # Once a step.
@@ -140,7 +137,9 @@ WANTED = [
         "advantages are formed in NumPy",
     ),
     Read(
-        "rl/trainer.py:LayerGRPOTrainer._cut_share", "return float(", "the share of cut completions is shown"
+        "rl/trainer.py:LayerGRPOTrainer._prepare_inputs",
+        "self.cut_share =",
+        "the share of cut completions is shown",
     ),
     Read("rl/training.py:train_blocks", "trainer.train(", "Trainer logs the loss", "transformers/trainer.py"),
     Read(
@@ -174,8 +173,8 @@ WANTED = [
     Read("rl/tail.py:completion_log_probs", "kept.nonzero()", "tokens that have log-probs"),
     Read("rl/tail.py:completion_log_probs.<locals>.completions", "tail(", NO_MASK, MASKS),
     # Once a run, or a checkpoint.
-    Read("rl/trainer.py:compare_log_probs", "difference =", "the update has to compute what the sampler did"),
-    Read("rl/trainer.py:_checksum", "return int(", "no frozen tensor may move"),
+    Read("rl/checks.py:compare_log_probs", "difference =", "the update has to compute what the sampler did"),
+    Read("rl/checks.py:_checksum", "return int(", "no frozen tensor may move"),
     Read("rl/trainer.py:LayerGRPOTrainer._save", "save_file(", "a checkpoint is a file", "safetensors/"),
     Read(
         "rl/trainer.py:LayerGRPOTrainer._save_checkpoint",

@@ -13,28 +13,26 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from trl import GRPOTrainer
 
-from midtune.measure.meter import Meter
 from midtune.model.host import embed_on_host, is_here
 from midtune.model.loading import load_policy
 from midtune.model.policy import Policy
 from midtune.model.sources import resolve
 from midtune.rl import trainer as trainer_module
-from midtune.rl.training import train_blocks
 from midtune.rollout.evaluation import evaluate
 from midtune.rollout.sampling import Rollout, Sampling
+from midtune.rollout.text import TextSampler
 from tests.fake_cuda.card import CARD, card, move
 from tests.fake_cuda.reads import WANTED, Reads, UnwantedRead
 from tests.plain import stop_early
-from tests.rl.test_agents import OWN, game
-from tests.rl.test_trainer import (
+from tests.rl.toy_training import (
     even_share,
     question_rows,
-    settings_of,
+    sampler_of,
     short_questions_only,
     train,
     trained,
 )
-from tests.rollout.corridor import ROWS
+from tests.rollout.corridor import OWN, PLAYED, episode_sampler
 
 # Weak opinions, or bf16 rounds log-probs of random models too far apart.
 SMALL = {"initializer_range": 0.05}
@@ -79,10 +77,10 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Policy], Watche
             for module in policy.model.modules():
                 if isinstance(module, nn.Linear):
                     module.register_forward_hook(lambda module, args, out: watched.see("activations", out))
-            sample, scores = trainer_module.sample, trainer_module.completion_log_probs
+            draw, scores = TextSampler.sample, trainer_module.completion_log_probs
             loss = GRPOTrainer._compute_loss
             replace = monkeypatch.setattr
-            replace(trainer_module, "sample", lambda *args, **named: watched.rollout(sample(*args, **named)))
+            replace(TextSampler, "sample", lambda *args, **named: watched.rollout(draw(*args, **named)))
             replace(
                 trainer_module,
                 "completion_log_probs",
@@ -197,13 +195,9 @@ def test_embeddings_stay_on_the_host(on_card: OnCardPolicy, tmp_path: Path) -> N
 def test_games_are_learned(on_card: OnCardPolicy, tmp_path: Path) -> None:
     policy = on_card()
     policy.thaw(2)
-    rows = [{**row, "question": str(row["width"])} for row in ROWS]
-    settings = settings_of(steps=1, algorithm="gigpo", max_new_tokens=60)
-    meter = Meter(policy.device)
-    assert (
-        train_blocks(policy, rows, OWN, settings, folder=tmp_path, seed=0, meter=meter, game=game())
-        == settings.steps
-    )
+    settings = {"steps": 1, "algorithm": "gigpo", "max_new_tokens": 60}
+    step, _ = train(episode_sampler(policy), tmp_path, OWN, PLAYED, **settings)
+    assert step == 1
 
 
 def test_a_resumed_run_equals_one_that_was_never_stopped(on_card: OnCardPolicy, tmp_path: Path) -> None:
@@ -226,7 +220,7 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(on_card: OnCardPolicy, 
 def test_a_policy_is_evaluated(on_card: OnCardPolicy) -> None:
     policy = on_card()
     before = torch.cuda.get_rng_state()
-    found = evaluate(policy, question_rows(), even_share, Sampling(6), samples=3)
+    found = evaluate(sampler_of(policy), question_rows(), even_share, Sampling(6), samples=3)
     assert found.greedy.shape == (6,)
     assert torch.equal(torch.cuda.get_rng_state(), before)
 

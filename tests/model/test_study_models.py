@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from midtune.stages.setup import open_task
 from transformers import AutoModelForCausalLM
 
 from midtune.config import load_config
@@ -18,6 +17,7 @@ from midtune.model.policy import Policy
 from midtune.model.sources import resolve
 from midtune.report.terminal import Terminal
 from midtune.rollout.speech import prompt_ids
+from midtune.stages.opening import Opened
 from midtune.tasks.rewards import parts_of
 from tests.conftest import STUDY
 from tests.model.toy_training import logits_of, perturb
@@ -87,5 +87,5 @@ def test_prompts_of_a_reasoning_model_end_where_thinking_begins(
     for template, expected in ((None, 1.0), ("{{ messages[0]['content'] }}", 0.0)):
         if template is not None:
             (folder / "chat_template.jinja").write_text(template)
-        rewards, _ = parts_of(open_task(config, Terminal(quiet=True)).reward)
+        rewards, _ = parts_of(Opened(config, Terminal(quiet=True)).task.reward)
         assert rewards[1](completions=["hm\n</think>\n<answer>4</answer>"]) == [expected]

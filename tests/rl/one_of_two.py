@@ -5,36 +5,29 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
-from midtune.rollout.GONE import sampled_elsewhere
 from safetensors.torch import save_file
 
 from midtune.model.loading import load_policy
 from midtune.model.sources import resolve
 from midtune.rl.algorithms import groups_per_micro_batch
-from midtune.rl.trainer import LayerGRPOTrainer
-from tests.rl.test_trainer import question_rows, settings_of, short_questions_only, trainer_of
+from tests.rl.toy_training import (
+    DecidedSampler,
+    question_rows,
+    settings_of,
+    short_questions_only,
+    trainer_of,
+)
 
 GROUP_SIZE = 4
 
 
-class Decided(LayerGRPOTrainer):
+def decide(prompts: list[list[int]]) -> list[list[int]]:
     """Completions follow from the prompt and their place in the group."""
-
-    def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any, **__: Any) -> Any:
-        rows = range(len(prompt_ids))
-        ids = [
-            [
-                3 + (7 * (row % GROUP_SIZE) + len(prompt_ids[row]) * t) % 250
-                for t in range(3 + row % GROUP_SIZE)
-            ]
-            for row in rows
-        ]
-        known = [[0.0] * len(own) for own in ids]
-        self._rollout = sampled_elsewhere(self.policy, prompt_ids[::GROUP_SIZE], ids, known, 2)
-        self._compared = True
-        return ids, None
+    return [
+        [3 + (7 * (row % GROUP_SIZE) + len(ids) * t) % 250 for t in range(3 + row % GROUP_SIZE)]
+        for row, ids in enumerate(prompts)
+    ]
 
 
 def main(checkpoint: str, out: str, algorithm: str, processes: int) -> None:
@@ -43,15 +36,16 @@ def main(checkpoint: str, out: str, algorithm: str, processes: int) -> None:
     settings = settings_of(steps=2, algorithm=algorithm, prompts_per_step=4, group_size=GROUP_SIZE)
     assert groups_per_micro_batch(4, 100, settings.micro_batch_tokens) == 4
     trainer = trainer_of(
-        Decided,
-        policy,
+        DecidedSampler(policy, decide),
         Path(out),
         settings,
         short_questions_only,
-        optim="sgd",
-        learning_rate=1.0,
-        per_device_train_batch_size=4 * GROUP_SIZE // processes,
-        generation_batch_size=4 * GROUP_SIZE,
+        {
+            "optim": "sgd",
+            "learning_rate": 1.0,
+            "per_device_train_batch_size": 4 * GROUP_SIZE // processes,
+            "generation_batch_size": 4 * GROUP_SIZE,
+        },
     )
     assert trainer.accelerator.num_processes == processes
     assert len(question_rows()) > 4

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from midtune.rollout.GONE import sampled_elsewhere
 
-from midtune.model.policy import Policy
 from midtune.rl.advantages import (
     Turns,
     discounted_returns,
@@ -23,10 +20,8 @@ from midtune.rl.advantages import (
 )
 from midtune.rl.algorithms import own_advantages
 from midtune.rl.tail import completion_log_probs
-from midtune.rl.trainer import LayerGRPOTrainer
-from tests.rl.test_trainer import settings_of, thawed, trainer_of
+from tests.rl.toy_training import DecidedSampler, Load, settings_of, thawed, trainer_of
 
-Load = Callable[..., Policy]
 NAN = math.nan
 
 
@@ -115,21 +110,11 @@ def test_weight_0_leaves_the_episode_alone() -> None:
 # The weight of each token: minus the derivative of the loss by its log-prob.
 
 LENGTHS = [1, 2, 3, 4]
+IDS = [list(range(10, 10 + length)) for length in LENGTHS]
 REWARDS = [1.0, 0.0, 0.0, 1.0]
 LONGEST = 8
 # Mean 0.5, deviation √(4 · 0.25 / 3), to which TRL adds 1e-4.
 SCALED = 0.5 / (math.sqrt(1 / 3) + 1e-4)
-
-
-class Given(LayerGRPOTrainer):
-    """Completions of known lengths."""
-
-    def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any, **__: Any) -> Any:
-        ids = [list(range(10, 10 + length)) for length in LENGTHS]
-        unknown = [[0.0] * length for length in LENGTHS]
-        self._rollout = sampled_elsewhere(self.policy, prompt_ids[:1], ids, unknown, 2)
-        self._compared = True
-        return ids, None
 
 
 @pytest.mark.parametrize(
@@ -164,12 +149,11 @@ def test_the_weight_of_every_token(
     monkeypatch.setattr("midtune.rl.trainer.completion_log_probs", leaf)
     settings = settings_of(steps=1, prompts_per_step=1, algorithm=algorithm, max_new_tokens=LONGEST)
     trainer = trainer_of(
-        Given,
-        thawed(load, 2, quantize="none"),
+        DecidedSampler(thawed(load, 2, quantize="none"), lambda prompts: IDS),
         tmp_path,
         settings,
         lambda completions, **_: REWARDS,
-        advantages=own_advantages(algorithm, omega=1, gamma=1),
+        advantages=own_advantages(settings),
     )
     trainer.train()
     signs = [1, -1, -1, 1]

@@ -16,7 +16,16 @@ from midtune.rl.algorithms import ALGORITHMS
 from midtune.rl.tail import completion_log_probs
 from midtune.rl.trainer import LayerGRPOTrainer
 from midtune.rollout.sampling import Rollout
-from tests.rl.test_trainer import Load, settings_of, thawed, train, trained, trainer_of
+from tests.rl.toy_training import (
+    Load,
+    sampler_of,
+    settings_of,
+    short_backward,
+    thawed,
+    train,
+    trained,
+    trainer_of,
+)
 from tests.tight import memory_for
 
 Trouble = Callable[[Policy], AbstractContextManager[Any]]
@@ -36,20 +45,18 @@ def steps_of(
     policy = thawed(load, 2, quantize="none")
     start = trained(policy)
     said: list[str] = []
+    sampler = sampler_of(policy)
+    sampler.limits.rows.on_message = said.append
     # Plain gradient descent: Adam would blow rounding up where a gradient is zero.
     trainer = trainer_of(
-        LayerGRPOTrainer,
-        policy,
+        sampler,
         folder,
         settings_of(**{**SETTINGS, **settings}),
-        optim="sgd",
-        learning_rate=1.0,
+        trl={"optim": "sgd", "learning_rate": 1.0},
         update_rows=rows,
         on_message=said.append,
     )
-    assert isinstance(trainer, LayerGRPOTrainer)
     assert trainer.args.gradient_accumulation_steps == 2
-    policy.sampling_rows.on_message = said.append
     with trouble(policy):
         trainer.train()
     return trainer, trained(policy) - start, said
@@ -96,26 +103,6 @@ def short_forward(groups: int, *, gradient: bool) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def short_backward(policy: Policy, failing: int) -> Iterator[None]:
-    """The backward pass of this number fails when a part of the block's gradient has been added."""
-    block = policy.blocks[2]
-    done = 0
-
-    def check(gradient: torch.Tensor) -> None:
-        nonlocal done
-        done += 1
-        if done == failing:
-            assert block.mlp.down_proj.weight.grad is not None
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    hook = block.self_attn.q_proj.weight.register_hook(check)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
 @pytest.mark.parametrize(
     "trouble",
     [
@@ -151,7 +138,7 @@ def test_log_probs_of_the_reference_that_do_not_fit_are_computed_again(load: Loa
 def test_a_step_survives_in_sampling(load: Load, tmp_path: Path) -> None:
     found = steps_of(load, tmp_path, lambda policy: memory_for(policy, 8, decoding))
     assert_same_steps(found, steps_of(load, tmp_path))
-    assert found[0].policy.sampling_rows.rows == 8
+    assert found[0].sampler.limits.rows.rows == 8
     assert found[0].update_rows.rows is None
     assert found[2] == [
         "memory ran out in sampling with 16 completions together; from now on at most 8 go together."
@@ -173,10 +160,11 @@ def test_a_group_that_does_not_fit_ends_the_run(load: Load, tmp_path: Path) -> N
 
 def test_metrics_say_what_fits_once_memory_has_run_out(load: Load, tmp_path: Path) -> None:
     policy = thawed(load, 2)
-    policy.sampling_rows.others = lambda: "The card is also in use by ollama (7)."
+    sampler = sampler_of(policy)
+    sampler.limits.rows.on_oom_hint = lambda: "The card is also in use by ollama (7)."
     said: list[str] = []
     with short_backward(policy, 2), memory_for(policy, 4, decoding):
-        _, metrics = train(policy, tmp_path, steps=3, on_message=said.append)
+        _, metrics = train(sampler, tmp_path, steps=3, on_message=said.append)
     limits = [(line.get("sampling_rows"), line.get("update_rows")) for line in metrics]
     assert limits == [(4, None), (4, 4), (4, 4)]
     (told,) = [text for text in said if "memory ran out in the update" in text]

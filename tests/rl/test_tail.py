@@ -18,7 +18,7 @@ from midtune.model.sources import resolve
 from midtune.rl import tail
 from midtune.rl.tail import completion_log_probs, packs
 from midtune.rollout.boundary import recompute
-from midtune.rollout.sampling import Rollout, Sampling
+from midtune.rollout.sampling import Rollout, Sampling, SamplingLimits
 from midtune.rollout.text import sample
 from tests.conftest import ARCHITECTURES, STUDY
 from tests.plain import PROMPTS, plain_log_probs, stop_early
@@ -149,7 +149,13 @@ def test_recomputed_states_serve_as_well_as_captured_ones(load: Load, architectu
     policy.thaw(2)
     rollout = rollout_of(policy)
     again = recompute(
-        policy, 2, rollout.prompt_ids, rollout.prompt_mask, rollout.completion_ids, rollout.completion_mask
+        policy,
+        2,
+        rollout.prompt_ids,
+        rollout.prompt_mask,
+        rollout.completion_ids,
+        rollout.completion_mask,
+        limit=SamplingLimits().rows,
     )
     found = completion_log_probs(policy, dataclasses.replace(rollout, boundary=again), temperature=1.0)
     assert_same(policy, found, completion_log_probs(policy, rollout, temperature=1.0))

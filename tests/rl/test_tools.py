@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import trl
 from datasets import Dataset
-from midtune.rollout.stream import Drawn, Stream
 from trl import GRPOConfig, GRPOTrainer
 
 from midtune.errors import InputError
 from midtune.model.policy import Policy
 from midtune.rl.tools import ToolSpeech, tools_for
+from midtune.rollout.decoding import Decoder, Drawn
 from midtune.rollout.episodes import play
-from midtune.rollout.sampling import Sampling
+from midtune.rollout.sampling import Sampling, padded
 from tests.tasks.toy_data import load
 
 Load = Callable[..., Policy]
@@ -127,12 +128,14 @@ def test_turns_are_those_of_trls_loop(
 
     said = script(policy)
 
-    def draw(stream: Stream, sampling: Sampling, most: list[int], luck: Any) -> list[Drawn]:
+    def draw(decoder: Decoder, sampling: Sampling, limits: list[int], *_: Any, **__: Any) -> Drawn:
         now = [turns.pop(0) for turns in said if turns]
-        assert len(now) == len(most)
-        return [Drawn(ids, [0.0] * len(ids), [0.0] * len(ids)) for ids in now]
+        assert len(now) == len(limits)
+        ids, mask = padded(policy, now, "right")
+        unknown = torch.zeros(ids.shape)
+        return Drawn(ids, unknown, unknown, mask.sum(1), torch.zeros(len(now), dtype=torch.bool))
 
-    monkeypatch.setattr(Stream, "draw", draw)
+    monkeypatch.setattr(Decoder, "draw", draw)
     matches = task.game.matches(4)
     begun = [match.reset(row)["prompt"] for match in matches]
     episodes = play(policy, task.game, begun, Sampling(2000, 0.0), group_size=4)

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from midtune.model.policy import Policy
+from midtune.rollout.episodes import EpisodeSampler
+from midtune.rollout.sampling import SamplingLimits
+from midtune.tasks.environment import Game, reward_of
+
 ROWS = [{"prompt": f"{'hall' * width} ", "width": width, "answer": ""} for width in range(1, 7)]
+# As a task gives them.
+PLAYED = [{**row, "question": str(row["width"])} for row in ROWS]
 
 
 class Corridor:
@@ -32,3 +39,14 @@ class Corridor:
     @property
     def state(self) -> int:
         return self.place
+
+
+OWN = reward_of(Corridor, "the corridor", [])
+
+
+def game() -> Game:
+    return Game("the corridor", Corridor, max_turns=4, turn_tokens=4)
+
+
+def episode_sampler(policy: Policy) -> EpisodeSampler:
+    return EpisodeSampler(policy, SamplingLimits(), game())

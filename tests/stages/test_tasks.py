@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from midtune.stages.setup import open_task
 from rich.console import Console
 
 from midtune.config import RunConfig, load_config, with_settings
@@ -15,6 +14,7 @@ from midtune.errors import InputError
 from midtune.report.results import tasks_text
 from midtune.report.terminal import Terminal
 from midtune.stages import tasks, train
+from midtune.stages.opening import Opened
 from tests.stages.conftest import Configured
 
 TASK = """
@@ -82,13 +82,13 @@ def test_long_prompts_are_counted_and_refused_or_dropped(
         "task__prompt_format": "plain",
         "task__eval_size": 4,
     }
-    whole = open_task(configured(**of_long), terminal)
+    whole = Opened(configured(**of_long), terminal).task
     assert len(whole.train) + len(whole.held_out) == 12
     with pytest.raises(
         InputError, match=r"\d of 12 prompts are longer than 20 tokens, the longest \d\d; raise"
     ):
-        open_task(configured(**of_long, task__max_prompt_tokens=20), terminal)
-    short = open_task(configured(**of_long, task__max_prompt_tokens=20, task__bad_rows="drop"), terminal)
+        _ = Opened(configured(**of_long, task__max_prompt_tokens=20), terminal).task
+    short = Opened(configured(**of_long, task__max_prompt_tokens=20, task__bad_rows="drop"), terminal).task
     kept = {row["question"] for row in [*short.train, *short.held_out]}
     assert PROMPTS[0] in {f"{question} " for question in kept}
     assert PROMPTS[11].strip() not in kept

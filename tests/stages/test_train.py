@@ -13,17 +13,18 @@ from typing import Any
 
 import pytest
 import torch
-from midtune.stages.setup import open_task
+from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from midtune.config import RunConfig, dump_config, load_config
 from midtune.errors import InputError, Interrupted, RunStopped
 from midtune.measure.meter import Meter
 from midtune.model.loading import load_policy
 from midtune.model.patch import apply_patch
-from midtune.model.policy import Policy
 from midtune.model.sources import resolve
 from midtune.report.terminal import Terminal
 from midtune.stages import evaluate, merge, probe, train
+from midtune.stages.opening import Opened
 from midtune.whole import damage
 from tests.stages.conftest import Configured
 
@@ -156,7 +157,7 @@ def ranked(tmp_path: Path) -> Path:
 def about(ranking: Path, config: RunConfig, terminal: Terminal) -> RunConfig:
     """The configuration with a ranking that is about its model and task."""
     data = json.loads(ranking.read_text())
-    task = open_task(config, terminal)
+    task = Opened(config, terminal).task
     data |= {"model": config.model.name, "revision": None, "task_fingerprint": task.fingerprint}
     ranking.write_text(json.dumps(data))
     return config
@@ -382,21 +383,39 @@ def test_a_run_stopped_by_a_signal_goes_on_exactly(
     assert resumed["quality"] == whole["quality"]
 
 
+def at_a_moment(folder: Path, when: str, does: str) -> str:
+    """A reward `digits` that does something where `run`, the folder, is as `when` says, and `armed` is there."""
+    (folder / "armed").touch()
+    (folder / "moment.py").write_text(
+        f"""
+import os, shutil, signal
+from pathlib import Path
+
+folder = Path({str(folder)!r})
+run = folder / "run"
+
+def digits(completions, **columns):
+    if (folder / "armed").exists() and {when}:
+        {does}
+    texts = [c[-1]["content"] for c in completions]
+    return [sum(map(str.isdigit, text)) / max(len(text), 1) for text in texts]
+"""
+    )
+    return f"{folder / 'moment.py'}:digits"
+
+
 def test_a_failure_keeps_the_folder_resumable(
-    configured: Configured, tmp_path: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+    configured: Configured, tmp_path: Path, terminal: Terminal
 ) -> None:
-    config = configured(training__steps=4, training__checkpoint_every=2)
+    after_training = "(run / 'checkpoints/checkpoint-4').exists()"
+    reward = at_a_moment(tmp_path, after_training, "raise MemoryError('out of memory')")
+    config = configured(training__steps=4, training__checkpoint_every=2, task__reward=reward)
     go(config, tmp_path / "whole", terminal)
-
-    def fail(*_: Any, **__: Any) -> None:
-        raise MemoryError("out of memory")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(train, "save_patch", fail)
-        with pytest.raises(
-            RunStopped, match="memory ran out; make room, then go on with `midtune train --resume"
-        ):
-            go(config, tmp_path / "run", terminal)
+    with pytest.raises(
+        RunStopped, match="memory ran out; make room, then go on with `midtune train --resume"
+    ):
+        go(config, tmp_path / "run", terminal)
+    (tmp_path / "armed").unlink()
     go(load_config(tmp_path / "run/config.yaml", {}), None, terminal, resume=tmp_path / "run")
     assert trajectory(tmp_path / "run") == trajectory(tmp_path / "whole")
     for file in ("patch/patch.safetensors", "before_after.json"):
@@ -405,28 +424,25 @@ def test_a_failure_keeps_the_folder_resumable(
 
 
 def test_a_run_that_ends_for_want_of_memory_goes_on_from_what_fitted(
-    configured: Configured, tmp_path: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+    configured: Configured, tmp_path: Path, terminal: Terminal
 ) -> None:
     config = configured(training__steps=4, training__prompts_per_step=4, training__checkpoint_every=1)
     go(config, tmp_path / "whole", terminal)
     run = tmp_path / "run"
-    open_policy = train.open_policy
 
-    def open_on_a_small_card(*arguments: Any, **settings: Any) -> Policy:
-        policy = open_policy(*arguments, **settings)
+    def check(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        if not isinstance(module, Qwen3DecoderLayer):
+            return
+        ended = (run / "metrics.jsonl").is_file() and len(metrics(run)) == 2
+        if args[0].size(1) == 1 and len(args[0]) > (0 if ended else 8):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
 
-        def check(module: Any, args: tuple[torch.Tensor, ...], kwargs: Any) -> None:
-            ended = (run / "metrics.jsonl").is_file() and len(metrics(run)) == 2
-            if args[0].size(1) == 1 and len(args[0]) > (0 if ended else 8):
-                raise torch.OutOfMemoryError("CUDA out of memory.")
-
-        policy.blocks[0].register_forward_pre_hook(check, with_kwargs=True)
-        return policy
-
-    with monkeypatch.context() as patched:
-        patched.setattr(train, "open_policy", open_on_a_small_card)
+    hook = register_module_forward_pre_hook(check)
+    try:
         with pytest.raises(RunStopped, match="memory ran out in sampling with a single group of 4"):
             go(config, run, terminal)
+    finally:
+        hook.remove()
     assert "16 completions together; from now on at most 8 go together" in terminal.console.file.getvalue()  # type: ignore[attr-defined]
     go(load_config(run / "config.yaml", {}), None, terminal, resume=run)
     assert [line["sampling_rows"] for line in metrics(run)] == [8] * 4
@@ -445,21 +461,16 @@ def test_a_run_that_lost_how_it_began_is_not_resumed(
 
 
 def test_a_stop_while_scoring_says_how_to_go_on(
-    configured: Configured, tmp_path: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+    configured: Configured, tmp_path: Path, terminal: Terminal
 ) -> None:
-    config, run = configured(training__steps=2), tmp_path / "run"
+    run = tmp_path / "run"
+    reward = at_a_moment(tmp_path, "(run / 'config.yaml').exists()", "os.kill(os.getpid(), signal.SIGHUP)")
+    config = configured(training__steps=2, task__reward=reward)
     go(config, tmp_path / "whole", terminal)
-    score_policy = train.score_policy
-
-    def interrupted(*arguments: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGHUP)
-        return score_policy(*arguments)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(train, "score_policy", interrupted)
-        for resume in (None, run):
-            with pytest.raises(Interrupted, match=f"stopped; go on with `midtune train --resume {run}`"):
-                go(config, run, terminal, resume=resume)
+    for resume in (None, run):
+        with pytest.raises(Interrupted, match=f"stopped; go on with `midtune train --resume {run}`"):
+            go(config, run, terminal, resume=resume)
+    (tmp_path / "armed").unlink()
     go(load_config(run / "config.yaml", {}), None, terminal, resume=run)
     assert trajectory(run) == trajectory(tmp_path / "whole")
     assert (run / "start.json").read_bytes() == (tmp_path / "whole/start.json").read_bytes()
@@ -480,35 +491,6 @@ def test_an_older_checkpoint_takes_the_place_of_a_damaged_one(
     assert trajectory(run) == whole
     assert (run / "patch/patch.safetensors").read_bytes() == patch
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"checkpoint-3", "checkpoint-4"}
-
-
-def test_the_first_step_has_a_checkpoint_and_the_next_come_by_time(
-    configured: Configured, tmp_path: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from midtune.rl.recorder import StepRecorder
-    from midtune.rl.trainer import LayerGRPOTrainer
-
-    saved: list[int] = []
-    save = LayerGRPOTrainer._save_checkpoint
-
-    def noted(self: LayerGRPOTrainer, *arguments: Any) -> None:
-        save(self, *arguments)
-        saved.append(self.state.global_step)
-        self.checkpoint_s = 1e6 if len(saved) == 1 else 0.0
-
-    clock = iter([0.0, 1.0, 1e7, 1e8])
-    due = StepRecorder._checkpoint_is_due
-    monkeypatch.setattr(LayerGRPOTrainer, "_save_checkpoint", noted)
-    monkeypatch.setattr("midtune.rl.recorder.MOST_LOST_S", 1e9)
-
-    def at(self: StepRecorder, step_s: float) -> bool:
-        self._saved = time.perf_counter() - next(clock)
-        return due(self, step_s)
-
-    monkeypatch.setattr(StepRecorder, "_checkpoint_is_due", at)
-    go(configured(training__steps=5), tmp_path / "run", terminal)
-    # A checkpoint of 10⁶ s is followed by one after 5·10⁷ s; the last step has one in any case.
-    assert saved == [1, 4, 5]
 
 
 @pytest.mark.parametrize("where", ["start", "checkpoint", "metrics", "patch"])
@@ -540,15 +522,9 @@ def test_a_full_disk_ends_a_run_in_a_sentence_and_it_goes_on_with_room(
 
 
 def test_a_folder_that_vanishes_ends_the_run(
-    configured: Configured, tmp_path: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+    configured: Configured, tmp_path: Path, terminal: Terminal
 ) -> None:
     run = tmp_path / "run"
-    truth = train.train_blocks
-
-    def vanished(*arguments: Any, **settings: Any) -> int:
-        shutil.rmtree(run)
-        return truth(*arguments, **settings)
-
-    monkeypatch.setattr(train, "train_blocks", vanished)
+    reward = at_a_moment(tmp_path, "(run / 'metrics.jsonl').exists()", "shutil.rmtree(run)")
     with pytest.raises(RunStopped, match=f"{run} was removed while it was worked in; start again"):
-        go(configured(), run, terminal)
+        go(configured(task__reward=reward), run, terminal)

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from midtune.stages.setup import open_policy
 
 from midtune.config import load_config
 from midtune.errors import InputError
@@ -20,6 +19,7 @@ from midtune.report.statistics import paired_gain, score_interval
 from midtune.report.terminal import Terminal
 from midtune.rollout.evaluation import Evaluation
 from midtune.stages import evaluate, train, vote
+from midtune.stages.opening import Opened
 from tests.stages.conftest import small_run
 
 
@@ -70,13 +70,9 @@ def test_base_and_runs_score_as_eval_says(runs: list[str], terminal: Terminal, q
 def test_the_base_is_bit_for_bit_itself_after_every_run(
     runs: list[str], terminal: Terminal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before: dict[str, torch.Tensor] = {}
+    config = load_config(Path(runs[0]) / "config.yaml", {})
+    before = Opened(config, terminal).policy().model.state_dict()
     changed: list[list[str]] = []
-
-    def opened(*arguments: Any) -> Policy:
-        policy = open_policy(*arguments)
-        before.update({name: tensor.clone() for name, tensor in policy.model.state_dict().items()})
-        return policy
 
     def removed(policy: Policy) -> None:
         remove_patch(policy)
@@ -84,7 +80,6 @@ def test_the_base_is_bit_for_bit_itself_after_every_run(
         assert after.keys() == before.keys()
         changed.append([name for name, tensor in before.items() if not torch.equal(tensor, after[name])])
 
-    monkeypatch.setattr(vote, "open_policy", opened)
     monkeypatch.setattr(vote, "remove_patch", removed)
     go(runs, terminal, evaluation__samples=0)
     # Each patch is tried, and then scored.
@@ -112,7 +107,7 @@ def test_a_vote_worked_out_by_hand(
     by_vote = [1, 1, 0, 1, 1, 1, 0, 0]
     made = [Evaluation(np.zeros(8), None, [""] * 8)]
     made += [Evaluation(own, None, texts) for own, texts in zip(scores, completions, strict=True)]
-    monkeypatch.setattr(vote, "score_policy", lambda *_: made.pop(0))
+    monkeypatch.setattr(vote, "score", lambda *_, **__: made.pop(0))
     found = go(runs, terminal)
     assert [scored["score"]["score"] for scored in found["runs"]] == [3 / 8, 4 / 8, 4 / 8]
     assert [scored["sampled"] for scored in found["runs"]] == [None] * 3
@@ -143,10 +138,6 @@ def test_a_run_that_may_know_the_problems_is_named(runs: list[str], terminal: Te
     assert line.startswith(f"{runs[0]} was trained with seed 0 and 8 held-out problems")
 
 
-def stopped(*_: Any) -> None:
-    raise AssertionError("something was scored")
-
-
 @pytest.mark.parametrize(
     ("others", "words"),
     [
@@ -163,7 +154,6 @@ def test_bad_input_is_one_sentence_and_nothing_is_scored(
     finished: tuple[Path, dict[str, Any]],
     tmp_path: Path,
     terminal: Terminal,
-    monkeypatch: pytest.MonkeyPatch,
     others: list[str],
     words: str,
 ) -> None:
@@ -180,8 +170,8 @@ def test_bad_input_is_one_sentence_and_nothing_is_scored(
         (tmp_path / name / "patch.json").write_text(json.dumps({**said, **changes}))
         # As patches of earlier versions, which no manifest holds against.
         (tmp_path / name / "manifest.json").unlink()
-    monkeypatch.setattr(vote, "score_policy", stopped)
     targets = [str(run), *(other.format(run=run, tmp=tmp_path) for other in others)]
     with pytest.raises(InputError, match=words) as caught:
         go(targets, terminal)
     assert "\n" not in str(caught.value)
+    assert "scoring" not in terminal.console.file.getvalue()  # type: ignore[attr-defined]

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,33 +9,18 @@ from scipy.stats import chisquare
 
 from midtune.errors import RunStopped
 from midtune.model.policy import Policy
-from midtune.rollout.boundary import home_of, recompute
-from midtune.rollout.decoding import choose
-from midtune.rollout.sampling import Rollout, Sampling
-from midtune.rollout.text import sample
+from midtune.rollout.sampling import Rollout, Sampling, SamplingLimits
+from midtune.rollout.text import AlikeSampler, FirstRollout, sample
 from tests.conftest import ARCHITECTURES
-from tests.plain import PROMPTS, plain_log_probs, stop_early
+from tests.plain import PROMPTS, plain_log_probs, sampled, stop_early
 from tests.tight import anything, memory_for, prefill
 
 Load = Callable[..., Policy]
-LOGITS = torch.tensor([[0.25, 0.5, 0.1, 0.15]]).log()
 
 
 @pytest.fixture
 def policy(load: Load) -> Policy:
     return load("qwen3", "none")
-
-
-def sampled(policy: Policy, *, seed: int = 0, boundary_block: int | None = None, **settings: Any) -> Rollout:
-    torch.manual_seed(seed)
-    sampling = Sampling(**{"max_new_tokens": 12, **settings})
-    return sample(policy, PROMPTS, sampling, group_size=3, boundary_block=boundary_block)
-
-
-def drawn(**settings: float) -> set[int]:
-    torch.manual_seed(0)
-    tokens, _, _ = choose(LOGITS.expand(400, -1), 1.0, Sampling(1, **settings).warpers(), torch.rand(400))  # type: ignore[arg-type]
-    return set(tokens.tolist())
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -87,6 +70,8 @@ def test_a_completion_ends_with_its_first_stop_token(policy: Policy) -> None:
     completions = sampled(policy).completions()
     assert all(token not in stops for ids in completions for token in ids[:-1])
     assert all(ids[-1] in stops or len(ids) == 12 for ids in completions)
+    cut = sampled(policy).cut.tolist()
+    assert cut == [ids[-1] not in stops for ids in completions]
     assert len({ids[-1] for ids in completions if ids[-1] in stops}) > 1
 
 
@@ -108,16 +93,6 @@ def test_a_stop_string_in_the_prompt_ends_nothing(policy: Policy) -> None:
     last = policy.tokenizer.decode(PROMPTS[0][-1:])
     found = sample(policy, PROMPTS[:1], Sampling(6, stop_strings=(last + "zzz",)))
     assert found.completion_ids.size(1) == 6
-
-
-def test_unlikely_draws_fall_on_tokens_that_can_be_drawn() -> None:
-    # The least and the greatest number that torch.rand gives.
-    for number in (0.0, 1 - 2**-24):
-        logits = torch.tensor([[-torch.inf, 0.3, -torch.inf, 0.1, -torch.inf, -torch.inf]])
-        token, log_prob, entropy = choose(logits, 1.0, Sampling(1).warpers(), torch.tensor([number]))
-        assert token.item() == (1 if number == 0 else 3)
-        assert torch.isfinite(log_prob).all()
-        assert torch.isfinite(entropy).all()
 
 
 def test_nothing_follows_a_stop_token(policy: Policy) -> None:
@@ -153,36 +128,6 @@ def test_top_k_of_one_is_greedy(policy: Policy) -> None:
     assert sampled(policy, top_k=1).completions() == greedy.completions()
 
 
-@pytest.mark.parametrize(
-    ("top_p", "kept"), [(0.4, {1}), (0.6, {0, 1}), (0.8, {0, 1, 3}), (0.95, {0, 1, 2, 3})]
-)
-def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, kept: set[int]) -> None:
-    assert drawn(top_p=top_p) == kept
-
-
-def test_top_k_keeps_the_k_most_likely() -> None:
-    assert drawn(top_k=3) == {0, 1, 3}
-
-
-@pytest.mark.parametrize(
-    ("min_p", "kept"), [(0.6, {1}), (0.4, {0, 1}), (0.25, {0, 1, 3}), (0.1, {0, 1, 2, 3})]
-)
-def test_min_p_keeps_what_is_likely_enough_beside_the_likeliest(min_p: float, kept: set[int]) -> None:
-    assert drawn(min_p=min_p) == kept
-
-
-def test_top_p_counts_the_probability_that_top_k_left() -> None:
-    # Of the two kept, token 1 has 0.5 / 0.75.
-    assert drawn(top_k=2, top_p=0.6) == {1}
-
-
-def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
-    torch.manual_seed(0)
-    tokens, _, _ = choose(LOGITS.expand(10_000, -1), 1.0, Sampling(1).warpers(), torch.rand(10_000))
-    shares = [Counter(tokens.tolist())[token] / 10_000 for token in range(4)]
-    assert shares == pytest.approx([0.25, 0.5, 0.1, 0.15], abs=0.02)
-
-
 def test_tokens_of_a_rollout_are_distributed_as_the_model_says(policy: Policy) -> None:
     prompt = PROMPTS[0]
     torch.manual_seed(0)
@@ -201,19 +146,7 @@ def test_tokens_of_a_rollout_are_distributed_as_the_model_says(policy: Policy) -
         assert chisquare(merged[0], merged[1] * merged[0].sum() / merged[1].sum()).pvalue > 0.001
 
 
-def test_log_probs_are_those_of_the_full_distribution() -> None:
-    _, log_probs, _ = choose(LOGITS, 1.0, Sampling(1, top_p=0.4).warpers(), torch.rand(1))
-    assert log_probs.exp().item() == pytest.approx(0.5)
-
-
-def test_temperature_flattens_the_distribution() -> None:
-    # Roots of 0.64, 0.16, 0.16 and 0.04 are 0.8, 0.4, 0.4 and 0.2; they sum to 1.8.
-    logits = torch.tensor([[0.64, 0.16, 0.16, 0.04]]).log()
-    _, log_probs, _ = choose(logits, 2.0, Sampling(1, top_k=1).warpers(), torch.rand(1))
-    assert log_probs.exp().item() == pytest.approx(0.8 / 1.8)
-
-
-def test_policies_that_answer_at_different_length_meet_the_same_luck(policy: Policy) -> None:
+def test_policies_that_answer_at_different_length_draw_by_the_same_numbers(policy: Policy) -> None:
     free = sampled(policy, seed=4)
     after_free = torch.rand(1)
     stop_early(policy)
@@ -228,52 +161,6 @@ def test_the_same_seed_gives_the_same_rollout(policy: Policy) -> None:
     first, second, other = (sampled(policy, seed=seed).completion_ids for seed in (4, 4, 5))
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
-
-
-def test_groups_are_cut_out_whole(policy: Policy) -> None:
-    stop_early(policy)
-    rollout = sampled(policy, boundary_block=2)
-    part = rollout.groups(1, 3)
-    assert torch.equal(part.prompt_ids, rollout.prompt_ids[1:3])
-    assert part.completions() == rollout.completions()[3:9]
-    assert torch.equal(part.log_probs, rollout.log_probs[3:9])
-    assert part.boundary is not None and rollout.boundary is not None
-    assert torch.equal(part.boundary.prompt, rollout.boundary.prompt[1:3])
-    assert torch.equal(part.boundary.completion, rollout.boundary.completion[3:9])
-
-
-@pytest.mark.parametrize("block", [0, 3])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_boundary_states_equal_recomputed_ones(load: Load, architecture: str, block: int) -> None:
-    policy = load(architecture)
-    stop_early(policy)
-    rollout = sampled(policy, boundary_block=block)
-    states = rollout.boundary
-    assert states is not None
-    again = recompute(
-        policy,
-        block,
-        rollout.prompt_ids,
-        rollout.prompt_mask,
-        rollout.completion_ids,
-        rollout.completion_mask,
-    )
-    tokens = rollout.prompt_mask.bool()
-    torch.testing.assert_close(states.prompt[tokens], again.prompt[tokens], atol=1e-5, rtol=1e-5)
-    fed = rollout.completion_mask[:, 1:].bool()
-    torch.testing.assert_close(
-        states.completion[:, :-1][fed], again.completion[:, :-1][fed], atol=5e-5, rtol=1e-5
-    )
-
-
-def test_states_that_would_crowd_a_card_are_kept_on_the_host(
-    policy: Policy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    on_gpu = SimpleNamespace(model=policy.model, compute_dtype=torch.bfloat16, device=torch.device("cuda:0"))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * 1000 * 64 * 2, 10**9))
-    # 64 values of 2 bytes a token, and a quarter of what is free.
-    assert home_of(on_gpu, 1000) == on_gpu.device  # type: ignore[arg-type]
-    assert home_of(on_gpu, 1001) == torch.device("cpu")  # type: ignore[arg-type]
 
 
 def test_sampling_leaves_no_hook_behind(policy: Policy) -> None:
@@ -312,17 +199,18 @@ def test_memory_that_runs_out_changes_no_token(
     expected = sampled(policy, boundary_block=2)
     after = torch.rand(1)
     said: list[str] = []
-    policy.sampling_rows.on_message = said.append
+    limits = SamplingLimits()
+    limits.rows.on_message = said.append
     policy.model.train()
     with memory_for(policy, rows, during) as found:
-        rollout = sampled(policy, boundary_block=2)
+        rollout = sampled(policy, boundary_block=2, limits=limits)
         assert len(found) == refused
         assert_equal_rollouts(rollout, expected)
         assert torch.equal(torch.rand(1), after)
         # What fitted is where the next rollout begins.
-        assert_equal_rollouts(sampled(policy, boundary_block=2), expected)
+        assert_equal_rollouts(sampled(policy, boundary_block=2, limits=limits), expected)
         assert len(found) == refused
-    assert policy.sampling_rows.rows == fitting
+    assert limits.rows.rows == fitting
     assert said[-1].endswith(f"from now on at most {fitting} go together.")
     assert policy.model.training
     assert not policy.blocks[2]._forward_pre_hooks
@@ -334,8 +222,9 @@ def test_slices_of_unequal_length_are_padded_alike(policy: Policy) -> None:
     expected = sampled(policy, boundary_block=1, seed=3)
     longest = expected.completion_mask.sum(1).view(-1, 3).amax(1)
     assert len(set(longest.tolist())) > 1
-    policy.sampling_rows.rows = 3
-    assert_equal_rollouts(sampled(policy, boundary_block=1, seed=3), expected)
+    limits = SamplingLimits()
+    limits.rows.rows = 3
+    assert_equal_rollouts(sampled(policy, boundary_block=1, seed=3, limits=limits), expected)
 
 
 def test_a_group_that_does_not_fit_ends_the_run(policy: Policy) -> None:
@@ -343,13 +232,18 @@ def test_a_group_that_does_not_fit_ends_the_run(policy: Policy) -> None:
         sampled(policy)
 
 
-def test_states_of_completions_sampled_elsewhere_need_not_fit_together(policy: Policy) -> None:
-    stop_early(policy)
-    rollout = sampled(policy)
-    given = rollout.prompt_ids, rollout.prompt_mask, rollout.completion_ids, rollout.completion_mask
-    expected = recompute(policy, 3, *given)
-    with memory_for(policy, 6) as refused:
-        found = recompute(policy, 3, *given)
-    assert refused == [12]
-    torch.testing.assert_close(found.prompt, expected.prompt, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found.completion, expected.completion, atol=1e-5, rtol=1e-5)
+def test_alike_runs_share_their_first_rollout_and_go_on_alike(load: Load) -> None:
+    first, found = FirstRollout(), []
+    for block in (1, 3):
+        policy = load("qwen3", "none")
+        stop_early(policy)
+        sampler = AlikeSampler(policy, SamplingLimits(), first)
+        torch.manual_seed(block)
+        prompts = [prompt for prompt in ("one", "three") for _ in range(2)]
+        found.append(
+            [sampler.sample(prompts, Sampling(6), group_size=2, boundary_block=block) for _ in range(2)]
+        )
+    for one, other in zip(*found, strict=True):
+        assert one.completions() == other.completions()
+        assert (one.boundary.block, other.boundary.block) == (1, 3)
+    assert found[0][0].completions() != found[0][1].completions()

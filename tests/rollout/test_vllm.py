@@ -12,12 +12,12 @@ import torch
 
 from midtune.errors import InputError, MidtuneError
 from midtune.model.policy import Policy
-from midtune.rl.trainer import LayerGRPOTrainer
-from midtune.rollout.sampling import Sampling
-from midtune.rollout.vllm import VLLMServer
+from midtune.rollout.sampling import Sampling, SamplingLimits
+from midtune.rollout.vllm import VLLMSampler
 from tests.plain import stop_early
-from tests.rl.test_trainer import (
-    Replay,
+from tests.rl.toy_training import (
+    Load,
+    replay,
     settings_of,
     short_questions_only,
     thawed,
@@ -27,8 +27,6 @@ from tests.rl.test_trainer import (
 )
 from tests.rollout.toy_vllm import Toy, serve
 
-Load = Callable[..., Policy]
-
 
 @pytest.fixture
 def toy(random_checkpoint: Callable[..., Path]) -> Iterator[Toy]:
@@ -36,8 +34,8 @@ def toy(random_checkpoint: Callable[..., Path]) -> Iterator[Toy]:
         yield toy
 
 
-def server_of(policy: Policy, toy: Toy, folder: Path) -> VLLMServer:
-    return VLLMServer(toy.url, policy, Sampling(6, temperature=0.8), folder)
+def server_of(policy: Policy, toy: Toy, folder: Path) -> VLLMSampler:
+    return VLLMSampler(toy.url, policy, SamplingLimits(), folder)
 
 
 def test_only_the_trained_block_is_sent_and_its_log_probs_come_back(
@@ -66,20 +64,9 @@ def test_updates_are_those_of_the_same_completions_sampled_here(load: Load, toy:
         drawn.append(completion_ids)
         return short_questions_only(completion_ids, **columns)
 
-    how = {"optim": "sgd", "learning_rate": 1.0}
-    trainer = trainer_of(
-        LayerGRPOTrainer,
-        policy,
-        tmp_path,
-        settings,
-        listening,
-        vllm=VLLMServer(toy.url, policy, Sampling(6), tmp_path / "vllm"),
-        **how,
-    )
-    trainer.train()
-    stock = trainer_of(Replay, plain, tmp_path, settings, short_questions_only, **how)
-    stock.completions = drawn
-    stock.train()
+    trl = {"optim": "sgd", "learning_rate": 1.0}
+    trainer_of(server_of(policy, toy, tmp_path / "vllm"), tmp_path, settings, listening, trl).train()
+    replay(plain, tmp_path, settings, drawn, short_questions_only, trl)
     torch.testing.assert_close(trained(policy), trained(plain), rtol=1e-4, atol=1e-5)
 
 
@@ -113,9 +100,13 @@ def test_a_4_bit_policy_sends_full_precision(load: Load, toy: Toy, tmp_path: Pat
 def test_settings_of_sampling_are_passed_on(load: Load, toy: Toy, tmp_path: Path) -> None:
     policy = thawed(load, 2, quantize="none")
     how = Sampling(4, temperature=0.7, top_p=0.9, top_k=5, min_p=0.1, stop_strings=("\n",))
-    VLLMServer(toy.url, policy, how, tmp_path).generate([[5, 6], [5, 6], [7], [7]], num_generations=2)
+    rollout = server_of(policy, toy, tmp_path).sample(["ab", "ab", "c", "c"], how, group_size=2)
     (asked,) = toy.asked
-    assert asked["prompt"] == [[5, 6], [7]]
+    assert (
+        asked["prompt"] == rollout.prompts() == [policy.tokenizer(text)["input_ids"] for text in ("ab", "c")]
+    )
+    ended = [ids[-1] in policy.stop_token_ids for ids in rollout.completions()]
+    assert rollout.cut.tolist() == [not end for end in ended]
     assert (asked["n"], asked["max_tokens"], asked["temperature"]) == (2, 4, 0.7)
     assert (asked["top_p"], asked["top_k"], asked["min_p"], asked["stop"]) == (0.9, 5, 0.1, ["\n"])
     assert asked["stop_token_ids"] == policy.stop_token_ids
@@ -123,7 +114,7 @@ def test_settings_of_sampling_are_passed_on(load: Load, toy: Toy, tmp_path: Path
 
 def test_no_server_is_one_sentence_that_says_how_to_start_one(load: Load, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no vLLM server at http://127.0.0.1:9.*vllm serve"):
-        VLLMServer("http://127.0.0.1:9", load("qwen3"), Sampling(4), tmp_path)
+        VLLMSampler("http://127.0.0.1:9", load("qwen3"), SamplingLimits(), tmp_path)
 
 
 def test_a_server_that_takes_no_weights_is_refused(
