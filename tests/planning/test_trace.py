@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from midtune.rollout.sampler import Rollout, Sampling, sample
 
 from midtune.bench.flops import Batch
 from midtune.model.blocks import config_from
@@ -20,6 +19,8 @@ from midtune.planning.skeleton import Loaded
 from midtune.planning.trace import block_update, sampling, whole_update
 from midtune.planning.tracker import Tracker
 from midtune.rl.tail import completion_log_probs
+from midtune.rollout.sampling import Rollout, Sampling
+from midtune.rollout.text import sample
 
 BATCH = Batch(prompts=2, group_size=3, prompt_tokens=20, new_tokens=12)
 
