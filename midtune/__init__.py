@@ -1,4 +1,22 @@
-"""midtune: reinforcement learning of one transformer block over a frozen 4-bit model."""
+"""midtune: reinforcement learning of one transformer block over a frozen 4-bit model.
+
+The rooms, from the command line down; imports point downwards only:
+
+    cli         the commands and their options        process     streams, quiet libraries
+    stages/     one file per command                  config      every setting and its default, once
+    probe/      which block to train: race, sweep     bench/      the same work through midtune and TRL
+    planning/   memory and time, worked out           report/     statistics, tables, pictures, the page
+    rl/         TRL's trainer, the tail, advantages
+    rollout/    samplers: text, episodes, vLLM; boundary states; evaluation
+    tasks/      prompts, rewards, answers, sources, games, the sandbox
+    model/      the policy: loading, 4-bit, blocks, patches
+    measure/    time and memory of this process and its card
+    runs        the name of everything a run leaves   errors, network, device, published, whole
+
+A step: `rl.trainer` asks a sampler (`rollout.text`) for completions and the states that enter the first trained
+block (`rollout.boundary`); rewards (`tasks.rewards`) and advantages follow; `rl.tail` computes log-probs from those
+states through the trained block and those above it, and the gradient reaches the trained block.
+"""
 
 import os
 
