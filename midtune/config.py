@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from midtune.errors import InputError, bounded
@@ -28,11 +29,15 @@ BUNDLED_MODEL = "tiny"
 BUNDLED_RECIPE = Path(__file__).parent / "assets" / BUNDLED_MODEL / "recipe.yaml"
 # What is planned for where nothing is said: the card, and tokens of the longest prompt.
 PLANNED_CARD, PLANNED_PROMPT_TOKENS = "24GB", 512
+# The built-in rewards: those that judge an answer, and those that shape a completion whatever its answer.
+JUDGES = ("exact", "numeric", "math", "verifier", "code", "code-all")
+SHAPING = ("format", "length", "repetition")
 # Beyond any use of today: what is larger is a slip of the hand, and would end in memory or time without end.
 MOST_STEPS, MOST_PROBLEMS, MOST_TOKENS, MOST_COMPLETIONS = 1_000_000, 10_000_000, 1_000_000, 10_000
 MOST_SEED = 2**32 - 1  # NumPy's
 # Of a recipe: characters, and values after `*aliases` have been put in.
 _RECIPE_CHARACTERS, _RECIPE_VALUES = 1_000_000, 20_000
+_UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 
 
 class Part(BaseModel):
@@ -52,7 +57,7 @@ class Part(BaseModel):
     @classmethod
     def _text(cls, value: Any) -> Any:
         # Names of files and what is written to files can have neither.
-        if isinstance(value, str) and ("\0" in value or not _is_unicode(value)):
+        if isinstance(value, str) and _UNWRITABLE.search(value):
             raise ValueError("must be text that UTF-8 can write, without the character NUL")
         return value
 
@@ -75,7 +80,8 @@ class ModelConfig(Part):
     )
     embeddings: Literal["device", "host"] = Field(
         "device",
-        description="where the input embedding is kept; on the host it takes no memory of the card, for a wait a token",
+        description="where the input embedding is kept; `host` keeps it in RAM: saves GPU memory, costs one transfer "
+        "per token",
     )
     trust_remote_code: bool = Field(False, description="run Python code that a model repository brings")
 
@@ -94,8 +100,8 @@ class TaskConfig(Part):
     )
     reward: list[str] | None = Field(
         None,
-        description="`exact`, `numeric`, `math`, `verifier`, `code`, `code-all`, or `path/to/file.py:function`; with "
-        "others, and with `format`, `length` and `repetition`, which shape completions, added up by weights",
+        description=f"`{'`, `'.join(JUDGES)}`, or `path/to/file.py:function`; with others, and with "
+        f"`{'`, `'.join(SHAPING[:-1])}` and `{SHAPING[-1]}`, which shape completions, added up by weights",
     )
     prompt_column: str | None = Field(
         None,
@@ -292,13 +298,16 @@ class EvaluationConfig(Part):
         return [value] if isinstance(value, int) else value
 
 
+# What the config.yaml of every earlier run says of its probe: defaults of settings that are gone.
+RETIRED = {"objective": "gain", "prompts": 64}
+
+
 class ProbeConfig(Part):
     """Ranking blocks."""
 
-    method: Literal["race", "sweep", "gradient"] = Field(
+    method: Literal["race", "sweep"] = Field(
         "race",
-        description="short runs raced against each other, whole runs of every block and of all, or reward gradients, "
-        "which are measured but do not rank",
+        description="short runs raced against each other, or whole runs of every block and of all blocks",
     )
     budget: str = Field("20m", description="what a race may take: `90s`, `20m`, `2h` or `400 steps`")
     layers: str | None = Field(None, description="blocks to rank; default: all of them")
@@ -306,8 +315,13 @@ class ProbeConfig(Part):
     full_lr: float | None = Field(
         None, gt=0, le=10, description="learning rate of a sweep's full training; default: that of the blocks"
     )
-    objective: Literal["gain", "gain-per-second"] = Field("gain", description="what ranks the blocks")
-    prompts: int = Field(64, ge=4, le=MOST_PROBLEMS, description="prompts for the gradient method")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_retired(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            return {key: value for key, value in values.items() if (key, value) not in RETIRED.items()}
+        return values
 
     @field_validator("budget")
     @classmethod
@@ -337,31 +351,44 @@ class Setting:
         description: what the key means; may be empty.
         default: its value where nothing sets it.
         choices: all valid values, where they are a closed list.
-        is_text: whether it holds text, so that a value is not read as a number.
+        kind: its type, None aside.
     """
 
     description: str
     default: Any
     choices: tuple[str, ...]
-    is_text: bool
+    kind: Any
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it holds text, so that a value is not read as a number."""
+        return self.kind in (str, Path)
+
+
+def _fields(part: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    for name, field in part.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from _fields(inner, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
+
+
+_FIELDS = dict(_fields(RunConfig))
+KEYS = tuple(_FIELDS)
 
 
 def setting(key: str) -> Setting | None:
     """What a dotted key such as `training.lr` means, or None where there is no such key."""
-    part: type[BaseModel] = RunConfig
-    field: FieldInfo | None = None
-    for name in key.split("."):
-        field = part.model_fields.get(name) if field is None or _is_part(field.annotation) else None
-        if field is None:
-            return None
-        if _is_part(field.annotation):
-            part = field.annotation  # type: ignore[assignment]
-    if field is None or _is_part(field.annotation):
+    field = _FIELDS.get(key)
+    if field is None:
         return None
-    annotation = field.annotation
-    choices = get_args(annotation) if get_origin(annotation) is Literal else ()
-    is_text = bool(choices) or annotation in (str, str | None, Path | None)
-    return Setting(field.description or "", field.get_default(call_default_factory=True), choices, is_text)
+    kind = field.annotation
+    choices = get_args(kind) if get_origin(kind) is Literal else ()
+    if isinstance(kind, UnionType):
+        (kind,) = (one for one in get_args(kind) if one is not NoneType)
+    default = field.get_default(call_default_factory=True)
+    return Setting(field.description or "", default, choices, str if choices else kind)
 
 
 def load_config(recipe: Path | None, overrides: Mapping[str, Any]) -> RunConfig:
@@ -541,14 +568,6 @@ def _values_of(node: Any, known: dict[int, float]) -> float:
     return known[id(node)]
 
 
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _get(data: Mapping[str, Any], dotted: str) -> Any:
     part, key = dotted.split(".")
     inner = data.get(part)
@@ -557,36 +576,26 @@ def _get(data: Mapping[str, Any], dotted: str) -> Any:
 
 def _merge(base: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
     """`base` with what `data` sets; the arguments of a task are one value."""
-    return {**base, **{key: _over(base.get(key), value) for key, value in data.items()}}
-
-
-def _over(base: Any, value: Any) -> Any:
-    return {**base, **value} if isinstance(base, dict) and isinstance(value, dict) else value
+    both = {
+        key: value
+        for key, value in data.items()
+        if isinstance(value, dict) and isinstance(base.get(key), dict)
+    }
+    return base | data | {key: base[key] | value for key, value in both.items()}
 
 
 def _put(data: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
-    for parent in parents:
+    for depth, parent in enumerate(parents, 1):
+        known = setting(".".join(parents[:depth]))
         existing = data.get(parent, {})
-        if not isinstance(existing, dict):
+        if known is not None and get_origin(known.kind) is not dict:
+            existing = {}  # a setting of one value is given a key: validation says so
+        elif not isinstance(existing, dict):
             return  # what stands there is wrong already, and validation says so
         data[parent] = dict(existing)
         data = data[parent]
     data[last] = value
-
-
-def _is_part(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
-
-
-def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    found: list[str] = []
-    for name, field in model.model_fields.items():
-        if _is_part(field.annotation):
-            found += _keys(field.annotation, f"{prefix}{name}.")  # type: ignore[arg-type]
-        else:
-            found.append(prefix + name)
-    return found
 
 
 def _explain(error: ValidationError, recipe: Path | None, overrides: Mapping[str, Any]) -> str:
@@ -599,30 +608,25 @@ def _explain(error: ValidationError, recipe: Path | None, overrides: Mapping[str
         inner = f"{key}.{next(iter(value), '')}"
         return f"unknown key `{inner}` {source}; `{key}` is one value and has no keys of its own."
     if first["type"] == "extra_forbidden":
-        return f"unknown key `{_short(key)}` {source}; the nearest valid key is `{_nearest(key)}`."
+        return f"unknown key `{bounded(key, 200)}` {source}; the nearest valid key is `{_nearest(key)}`."
     if first["type"] in ("model_type", "model_attributes_type"):
-        inside = [name for name in _keys(RunConfig) if name.startswith(f"{key}.")]
+        inside = [name for name in KEYS if name.startswith(f"{key}.")]
         return (
-            f"`{key}` {source} was given {_short(repr(value))}, but it is a group of settings; "
+            f"`{key}` {source} was given {bounded(repr(value), 200)}, but it is a group of settings; "
             f"set one of {', '.join(f'`{name}`' for name in inside)}."
         )
     message = first["msg"].removeprefix("Input ").removeprefix("Value error, ").replace("should", "must")
     message = message.partition(", unable to parse")[0]
-    return f"`{_short(key)}` {source} was {_short(repr(value))}, but it {message}; change it."
-
-
-def _short(text: str) -> str:
-    return bounded(text, 200)
+    return f"`{bounded(key, 200)}` {source} was {bounded(repr(value), 200)}, but it {message}; change it."
 
 
 def _nearest(key: str) -> str:
     import difflib
 
     key = key[:100]  # what is longer is near to nothing, and takes long to compare
-    keys = _keys(RunConfig)
-    parts = [*dict.fromkeys(k.split(".")[0] for k in keys), *keys]
+    parts = [*dict.fromkeys(k.split(".")[0] for k in KEYS), *KEYS]
     last = key.rsplit(".", 1)[-1]
-    by_last = {k.rsplit(".", 1)[-1]: k for k in reversed(keys)}
+    by_last = {k.rsplit(".", 1)[-1]: k for k in reversed(KEYS)}
     if last in by_last:
         return by_last[last]
     close = difflib.get_close_matches(key, parts, n=1, cutoff=0.6)

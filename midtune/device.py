@@ -15,9 +15,9 @@ from midtune.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-# Set for this process and those it starts once they see a single card: the number that card was asked for by.
+# Set for this process and its children once they see a single card: the number by which the user named that card.
 ONLY_CARD = "MIDTUNE_ONLY_CARD"
-# Share of the card's memory that a process may take where the driver would go on in the host's.
+# Share of a card's memory that a process may take where the driver would spill to the host's.
 MOST_ON_CARD = 0.95
 DTYPES = ("bf16", "fp16", "fp32")
 
@@ -25,8 +25,8 @@ DTYPES = ("bf16", "fp16", "fp32")
 def show_one_card(name: str, cards: int) -> None:
     """Hide every card but the one that `name` stands for; call it before torch starts CUDA.
 
-    Trainer spreads a model over all visible cards, and accelerate moves it to the first one. Launchers of several
-    processes give each its own card, so nothing is hidden then.
+    Trainer spreads a model over all visible cards, and accelerate moves it to the first. Launchers of several
+    processes give each its own card; then nothing is hidden.
 
     Args:
         name: `auto`, `cpu`, `cuda` or `cuda:N`.
@@ -73,7 +73,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def spills_to_host() -> bool:
-    """Whether the driver goes on in the host's memory when the card's is full: on Windows and WSL, and slowly."""
+    """Whether the driver spills to the host's memory when the card's is full, which is slow: on Windows and WSL."""
     return sys.platform == "win32" or "microsoft" in platform.release().lower()
 
 
@@ -93,6 +93,11 @@ def dtype_named(name: str) -> torch.dtype | None:
     return dict(zip(DTYPES, (torch.bfloat16, torch.float16, torch.float32), strict=True)).get(name)
 
 
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """What activations are computed in on a device: as named, or for `auto` what suits it."""
+    return dtype_named(name) or compute_dtype_of(device)
+
+
 def total_bytes(device: Any) -> int:
     """Bytes of memory that a torch device has, or the one of this name."""
     if is_cuda(device):
@@ -107,7 +112,7 @@ def total_bytes(device: Any) -> int:
 def free_bytes(device: Any) -> int:
     """Bytes that can still be allocated on a torch device, or on the one of this name.
 
-    What torch's allocator keeps of tensors that are gone can be allocated too; the driver counts it as taken.
+    Memory that torch's allocator keeps of freed tensors is free too; the driver counts it as taken.
     """
     if is_cuda(device):
         import torch

@@ -1,9 +1,11 @@
-"""The errors midtune raises on purpose, which `cli.py` alone catches and prints; and text that is safe to show."""
+"""The errors midtune raises on purpose, which `cli.py` alone prints; and text of others, safe to show."""
 
 from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 NO_MEMORY = "memory ran out; make room"
 LACKS = {
@@ -12,18 +14,18 @@ LACKS = {
     errno.EROFS: ("the file system is read-only", "make it writable"),
     errno.EACCES: ("access is denied", "allow it"),
     errno.EPERM: ("access is denied", "allow it"),
-    errno.EIO: ("the disk fails", "mend it"),
+    errno.EIO: ("the disk fails", "check it"),
 }
 MOST_CHARACTERS = 4000
-# What a terminal would obey instead of showing: escape sequences, controls other than tab and line break, marks
-# that turn the direction of text, and halves of characters, which cannot be written.
+# What a terminal obeys instead of showing: escape sequences, controls other than tab and line break, marks that
+# turn the direction of text, and surrogates, which cannot be written.
 _OBEYED = re.compile(
     r"\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 
 
 def plain(text: str) -> str:
-    """Text of any origin as a terminal may get it: without what it would obey."""
+    """Text without what a terminal would obey."""
     return _OBEYED.sub("", text)
 
 
@@ -37,6 +39,11 @@ def bounded(text: str, most: int = MOST_CHARACTERS) -> str:
     return text if len(text) <= most else f"{text[:most]}… ({len(text) - most:,} characters left out)"
 
 
+def reason(error: BaseException) -> str:
+    """What an error says, on one line of bounded length; its kind where it says nothing."""
+    return bounded(" ".join(str(error).split()), 200).rstrip(".") or type(error).__name__
+
+
 class MidtuneError(Exception):
     """A problem a person can act on: one sentence with what was asked, what exists and what to do."""
 
@@ -48,7 +55,7 @@ class InputError(MidtuneError):
 
 
 class RunStopped(MidtuneError):
-    """A run stopped itself because it could not go on usefully; its folder stays resumable."""
+    """A run stopped itself because continuing makes no sense; its folder can be resumed."""
 
     exit_code = 3
 
@@ -59,8 +66,25 @@ class Interrupted(MidtuneError):
     exit_code = 130
 
 
+@contextmanager
+def explained(sentence: Callable[[str], str], *, keep: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Turn the failure of a library over someone else's file into one sentence; it may raise anything.
+
+    Args:
+        sentence: takes the library's reason.
+        keep: errors that pass as they are, beside midtune's own and MemoryError.
+    """
+    kept: tuple[type[Exception], ...] = (MidtuneError, MemoryError, *keep)
+    try:
+        yield
+    except kept:
+        raise
+    except Exception as error:
+        raise InputError(sentence(reason(error))) from error
+
+
 def lack_of(error: BaseException) -> str | None:
-    """What the machine lacks and what to do, where an error says so: room, leave to write, memory; else None."""
+    """What the machine lacks (room, permission, memory) and what to do, if the error says so; else None."""
     if isinstance(error, MemoryError):
         return NO_MEMORY
     if not isinstance(error, OSError) or error.errno not in LACKS:

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from midtune.errors import InputError
+from midtune.errors import InputError, reason
 
 OFFLINE = "MIDTUNE_OFFLINE"
 HUB_OFFLINE = "HF_HUB_OFFLINE"  # the hub's own libraries read it when they are imported
@@ -46,12 +46,12 @@ class Unreachable(Exception):
 
 
 def ask_hub(name: str, kind: str, call: Callable[[Any], T], revision: str | None = None) -> T:
-    """What `call` is told by the hub, whose `HfApi` it is given.
+    """The result of `call`, which is given the hub's `HfApi`.
 
     Args:
         name: `org/name`.
-        kind: what messages call it, `model` or `dataset`.
-        revision: which one is asked for.
+        kind: `model` or `dataset`, for messages.
+        revision: for messages too.
 
     Raises:
         Unreachable: there is no answer within `REACH_TIMEOUT_S`.
@@ -105,8 +105,3 @@ def within(seconds: float, call: Callable[[], T]) -> T:
     if not results:
         raise TimeoutError(f"no answer within {seconds:.0f} s")
     return results[0]
-
-
-def reason(error: BaseException) -> str:
-    """The first line of an error's message, or its kind."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

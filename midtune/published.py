@@ -24,8 +24,8 @@ class PublishedCard:
     bandwidth: float
 
 
-# NVIDIA's own figures (white papers of each generation, data sheets of the data-centre cards). Of several cards with
-# as much memory, the first stands for them where memory alone is asked for.
+# NVIDIA's own figures (white papers of each generation, data sheets of the data-centre cards). An amount of memory
+# stands for the first card that has it.
 CARDS = [
     PublishedCard(name, gigabytes * 2**30, tera * 1e12, giga * 1e9)
     for name, gigabytes, tera, giga in (
@@ -47,7 +47,7 @@ CARDS = [
     )
 ]
 
-# More than any card has; a larger amount is a slip of the hand.
+# More than any card has; a larger amount is a typing error.
 MOST_GIGABYTES = 100_000
 
 
@@ -67,8 +67,7 @@ def card_named(text: str) -> PublishedCard:
 def find_card(text: str) -> PublishedCard | None:
     """The card that `24GB`, `RTX 4090` or `4090` means, or None.
 
-    An amount is one of a card, as its box says it: 24 GB are 24 x 2^30 bytes. Times are those of a card with at
-    least as much.
+    24 GB are 24 x 2^30 bytes, as on a card's box; its speed is that of the smallest card with as much memory.
     """
     size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GB|GIB|G)", text.strip().upper())
     if size and 0 < float(size[1]) <= MOST_GIGABYTES:

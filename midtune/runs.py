@@ -7,7 +7,6 @@ import math
 import os
 import platform
 import re
-import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,13 +16,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from midtune.errors import InputError, RunStopped
-from midtune.whole import damage, digest, remove_leftovers, write_bytes
+from midtune.whole import (
+    damage,
+    digest,
+    nearest_existing,
+    remove_leftovers,
+    require_space,
+    write_bytes,
+)
 
 if TYPE_CHECKING:
     from filelock import FileLock
 
 RUNS = Path("runs")
-GIB = 2**30
+# Trained tensors and two Adam moments in fp32, in the two checkpoints that are kept and the one being written.
+CHECKPOINT_BYTES_PER_PARAMETER = 3 * 3 * 4
 # Held while a process works in the folder.
 LOCK = ".lock"
 # A lock of a process that was killed goes a moment later where a child of it still ends.
@@ -33,16 +40,41 @@ BEFORE_CONFIG = {LOCK, "start.json", "environment.json"}
 REPORTED_PACKAGES = ("midtune", "torch", "transformers", "trl", "peft", "bitsandbytes")
 
 
+class _Inside:
+    """The path of this name in a run's folder."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, run: RunFolder, owner: type[RunFolder]) -> Path:
+        return run.path / self.name
+
+
 @dataclass
 class RunFolder:
     """One run's folder.
 
-    A new one is only a name until something is written, so that an input found wrong later leaves
-    nothing behind; code that writes without the methods below calls `make` first.
+    A new one is only a name until something is written, so that a wrong input leaves nothing behind. Code that
+    writes without the methods below calls `make` first.
 
     Args:
         path: absolute path of the folder.
     """
+
+    config = _Inside("config.yaml")  # the resolved RunConfig
+    environment = _Inside("environment.json")  # versions, device, seed, git commit
+    probe = _Inside("probe.json")  # the ranking of the blocks
+    trials = _Inside("trials.jsonl")  # one line for each short run of a probe, with its scores
+    depth_curve = _Inside("probe.svg")  # the ranking by depth
+    start = _Inside("start.json")  # scores and completions before training, and how the blocks were chosen
+    metrics = _Inside("metrics.jsonl")  # one line a step
+    samples = _Inside("samples.jsonl")  # some completions with their rewards
+    before_after = _Inside("before_after.json")  # held-out completions before and after training, scored
+    checkpoints = _Inside("checkpoints")  # folder of `checkpoint-N` folders
+    patch = _Inside("patch")  # folder of the trained blocks
+    report = _Inside("report.json")  # quality, time and memory: the result
+    curve = _Inside("curve.svg")  # the reward over the steps, with the scores before and after
+    page = _Inside("report.html")  # the report for a browser
 
     path: Path
     _unwritten: bool = field(default=False, repr=False, compare=False)
@@ -51,16 +83,15 @@ class RunFolder:
     _identity: tuple[int, int] | None = field(default=None, repr=False, compare=False)
 
     @classmethod
-    def create(cls, path: Path | None, default_stem: str, *, need_bytes: int = 0) -> RunFolder:
+    def create(cls, path: Path | None, default_stem: str) -> RunFolder:
         """The folder of a run that starts now; nothing is written yet.
 
         Args:
             path: where the user wants it; None: `runs/<default_stem>`, with -2, -3… when that is taken.
             default_stem: the name when `path` is None; characters unfit for a file name become `-`.
-            need_bytes: free disk space the run will need.
 
         Raises:
-            InputError: `path` is a file or holds files, cannot be written, or the disk is too full.
+            InputError: `path` is a file, holds files, or cannot be written.
         """
         run = cls((_free_name(default_stem) if path is None else path).absolute(), _unwritten=True)
         if run.path.is_dir() and run._holds_files():
@@ -70,13 +101,12 @@ class RunFolder:
             )
         if run.path.exists() and not run.path.is_dir():
             raise InputError(f"{run} is a file, but a run needs a folder; choose another name with --out.")
-        parent = _nearest_parent(run.path)
+        parent = nearest_existing(run.path)
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
             why = "may not be written to" if parent.is_dir() else "is a file"
             raise InputError(
                 f"{run} cannot be made because {parent} {why}; choose another folder with --out."
             )
-        run.require_free(need_bytes)
         return run
 
     @classmethod
@@ -84,8 +114,7 @@ class RunFolder:
         """The folder of a run that has already started.
 
         Raises:
-            InputError: `path` is no run folder, the message says what it is; or its settings are not those
-                that the run wrote.
+            InputError: `path` is no run folder, or its settings are not those that the run wrote.
         """
         run = cls(path.absolute())
         if not run.config.is_file():
@@ -105,88 +134,9 @@ class RunFolder:
         here = Path.cwd()
         return str(self.path.relative_to(here) if self.path.is_relative_to(here) else self.path)
 
-    @property
-    def config(self) -> Path:
-        """The resolved RunConfig."""
-        return self.path / "config.yaml"
-
-    @property
-    def environment(self) -> Path:
-        """Versions, device, seed, git commit."""
-        return self.path / "environment.json"
-
-    @property
-    def probe(self) -> Path:
-        """The ranking of the blocks."""
-        return self.path / "probe.json"
-
-    @property
-    def trials(self) -> Path:
-        """One line for each short run of a probe, with its scores."""
-        return self.path / "trials.jsonl"
-
-    @property
-    def depth_curve(self) -> Path:
-        """A picture of the ranking by depth."""
-        return self.path / "probe.svg"
-
-    @property
-    def start(self) -> Path:
-        """Scores and some completions before training, and how the blocks were chosen."""
-        return self.path / "start.json"
-
-    @property
-    def metrics(self) -> Path:
-        """One line a step."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def samples(self) -> Path:
-        """Some completions with their rewards."""
-        return self.path / "samples.jsonl"
-
-    @property
-    def before_after(self) -> Path:
-        """Completions of a few held-out problems before and after training, with their scores."""
-        return self.path / "before_after.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of `checkpoint-N` folders."""
-        return self.path / "checkpoints"
-
-    @property
-    def patch(self) -> Path:
-        """Folder of the trained blocks."""
-        return self.path / "patch"
-
-    @property
-    def report(self) -> Path:
-        """Quality, time and memory: the result."""
-        return self.path / "report.json"
-
-    @property
-    def curve(self) -> Path:
-        """A picture of the reward over the steps, with the scores before and after."""
-        return self.path / "curve.svg"
-
-    @property
-    def page(self) -> Path:
-        """The report for a browser."""
-        return self.path / "report.html"
-
     def require_free(self, need_bytes: int) -> None:
-        """Check that the disk has room for `need_bytes` more.
-
-        Raises:
-            InputError: it has not.
-        """
-        free = shutil.disk_usage(_nearest_parent(self.path)).free
-        if free < need_bytes:
-            raise InputError(
-                f"{self} needs {need_bytes / GIB:.2f} GiB of disk space and {free / GIB:.2f} GiB are free; "
-                "free some, or choose another disk with --out."
-            )
+        """Raise InputError unless the disk has room for `need_bytes` more."""
+        require_space(self.path, need_bytes, str(self), "choose another disk with --out")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -312,24 +262,22 @@ class RunFolder:
         Raises:
             InputError: there are checkpoints, and all of them are damaged.
         """
-        found = checkpoints_in(self.checkpoints)
-        for step in sorted(found, reverse=True):
-            wrong = damage(found[step])
+        wrong = None
+        for _, checkpoint in sorted(checkpoints_in(self.checkpoints).items(), reverse=True):
+            wrong = damage(checkpoint)
             if wrong is None:
-                return found[step]
+                return checkpoint
             if on_message is not None:
-                on_message(f"{found[step].name} of {self} is damaged ({wrong}); looking for an older one")
-        if found:
+                on_message(f"{checkpoint.name} of {self} is damaged ({wrong}); looking for an older one")
+        if wrong is not None:
             raise InputError(
-                f"{self} has no whole checkpoint to resume from: {wrong} in {found[max(found)].name}; restore it, or "
+                f"{self} has no whole checkpoint to resume from: {wrong} in {checkpoint.name}; restore it, or "
                 "start the run again with another --out."
             )
         return None
 
     def truncate_metrics(self, step: int) -> list[int]:
-        """Forget what metrics.jsonl and samples.jsonl say about steps after `step`, and lines that are damaged.
-
-        A run resumed from the checkpoint of `step` does those steps again.
+        """Remove lines about steps after `step`, which are done again, and damaged ones from metrics and samples.
 
         Returns:
             The steps up to `step` that metrics.jsonl does not have.
@@ -389,13 +337,20 @@ def _identity(folder: Path) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
-def describe_environment(device: str, seed: int) -> dict[str, Any]:
-    """What environment.json holds: versions, machine, device, seed and git commit. Never fails.
+def run_stem(model: str, task: str | None) -> str:
+    """What a run's folder is called under `runs/`, where nothing else is asked for."""
+    source, _, part = (task or "").partition(":")
+    # `org/dataset:CONFIGURATION`, but `reasoning-gym:NAME`.
+    return f"{_bare(model)}-{_bare(source if '/' in source or not part else part)}"
 
-    Args:
-        device: the device as the run uses it, such as `cuda:0 in bfloat16`.
-        seed: the run's seed.
-    """
+
+def _bare(name: str) -> str:
+    """The last part of a name, without the ending of a file; `Qwen3-1.7B` has none."""
+    return re.sub(r"\.[a-zA-Z][a-zA-Z-]*$", "", Path(name).name)
+
+
+def describe_environment(device: str, seed: int) -> dict[str, Any]:
+    """What environment.json holds; `device` is such as `cuda:0 in bfloat16`. Never fails."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in REPORTED_PACKAGES:
         try:
@@ -429,10 +384,6 @@ def _free_name(stem: str) -> Path:
         number += 1
         path = RUNS / f"{name}-{number}"
     return path
-
-
-def _nearest_parent(path: Path) -> Path:
-    return next(parent for parent in (path, *path.parents) if parent.exists())
 
 
 def _what_is(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or do not exist: written beside their place, checked, and put there at once."""
+"""Files and folders that are whole or not there: written beside their place, then renamed into it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FULL_BYTES = 2**16
 
 @contextlib.contextmanager
 def written_whole(folder: Path, *, sealed: bool = True) -> Iterator[Path]:
-    """A folder of the same name to write into; it takes the place of `folder` at the end, or goes.
+    """A folder to write into, which replaces `folder` at the end; removed if writing fails.
 
     Args:
         folder: its parent exists.
@@ -44,7 +44,7 @@ def written_whole(folder: Path, *, sealed: bool = True) -> Iterator[Path]:
     except Exception as error:
         if isinstance(error, OSError) or not _disk_is_full(folder.parent, error):
             raise
-        # Libraries that write each say so in their own way.
+        # Each library reports a full disk in its own way.
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -59,13 +59,13 @@ def damage(folder: Path) -> str | None:
         return f"{MANIFEST} is missing"
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return f"{MANIFEST} is damaged"
-    for name, (size, sha256) in expected.items():
+    for name, (size, checksum) in expected.items():
         file = folder / name
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes, not {size}"
-        if _sha256(file) != sha256:
+        if sha256(file) != checksum:
             return f"{name} does not have its checksum"
     return None
 
@@ -105,13 +105,44 @@ def require_regular(path: Path) -> None:
         raise InputError(f"{path} {what}, and only files are written; choose another name.")
 
 
+def require_space(folder: Path, need_bytes: int, what: str, otherwise: str) -> None:
+    """Check that a disk has room.
+
+    Args:
+        folder: on that disk; it need not exist.
+        what: needs the room, for the message.
+        otherwise: what to do where none can be made, for the message.
+
+    Raises:
+        InputError: `need_bytes` are not free.
+    """
+    disk = nearest_existing(folder)
+    free_bytes = shutil.disk_usage(disk).free
+    if free_bytes < need_bytes:
+        raise InputError(
+            f"{what} needs {need_bytes / 2**30:.2f} GiB of disk space and {free_bytes / 2**30:.2f} GiB are free "
+            f"for {disk}; free some, or {otherwise}."
+        )
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path, or the nearest of its parents that exists."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Remove what processes that were killed had begun to write in `folder`; none may be writing there now."""
+    """Remove what killed processes left half-written in `folder`; nobody may be writing there now."""
     for path in [*folder.rglob(".*.tmp")]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def sha256(file: Path) -> str:
+    """The checksum of a file, in hexadecimal."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def digest(text: str) -> str:
@@ -128,7 +159,7 @@ def _sync(folder: Path, sealed: bool) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     if sealed:
         entries = {
-            str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+            str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": sha256(file)}
             for file in files
         }
         manifest = folder / MANIFEST
@@ -151,11 +182,6 @@ def _sync_entry(folder: Path) -> None:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _disk_is_full(folder: Path, error: Exception) -> bool:

@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from midtune import config as module
 from midtune.config import (
     RunConfig,
     dump_config,
@@ -17,15 +16,6 @@ from midtune.config import (
     setting,
 )
 from midtune.errors import InputError
-
-
-@pytest.fixture(autouse=True)
-def bundled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = tmp_path / "bundled.yaml"
-    recipe.write_text(
-        "task: {name: 'reasoning-gym:chain_sum', args: {min_terms: 2, max_terms: 2}}\ntraining: {steps: 7}\n"
-    )
-    monkeypatch.setattr(module, "BUNDLED_RECIPE", recipe)
 
 
 def write(folder: Path, text: str) -> Path:
@@ -46,8 +36,8 @@ def test_nothing_given_means_the_bundled_model_and_its_recipe() -> None:
     config = load_config(None, {})
     assert config.model.name == "tiny"
     assert config.task.name == "reasoning-gym:chain_sum"
-    assert config.training.steps == 7
-    assert config.training.lr == RunConfig().training.lr
+    assert (config.training.lr, config.training.max_new_tokens) == (2e-3, 40)
+    assert config.training.temperature == RunConfig().training.temperature
 
 
 def test_command_line_beats_recipe_beats_default(tmp_path: Path) -> None:
@@ -59,7 +49,7 @@ def test_command_line_beats_recipe_beats_default(tmp_path: Path) -> None:
 def test_another_model_gets_nothing_of_the_bundled_recipe() -> None:
     config = load_config(None, {"model.name": "smollm2-135m"})
     assert config.task.name is None
-    assert config.training.steps == RunConfig().training.steps
+    assert config.training == RunConfig().training
     with pytest.raises(InputError, match=r"smollm2-135m.*reasoning-gym:NAME.*data file"):
         require_task(config)
 
@@ -67,22 +57,19 @@ def test_another_model_gets_nothing_of_the_bundled_recipe() -> None:
 def test_a_recipe_with_a_task_stands_alone(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, "task: {name: a.jsonl}\n"), {})
     assert config.task.args == {}
-    assert config.training.steps == RunConfig().training.steps
+    assert config.training == RunConfig().training
 
 
 def test_a_recipe_without_a_task_lies_over_the_bundled_one(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, "training: {lr: 1e-3}\n"), {})
-    assert (config.task.name, config.training.steps, config.training.lr) == (
-        "reasoning-gym:chain_sum",
-        7,
-        1e-3,
-    )
+    assert config.task.name == "reasoning-gym:chain_sum"
+    assert (config.training.lr, config.training.max_new_tokens) == (1e-3, 40)
 
 
 def test_another_task_drops_the_arguments_of_the_first(tmp_path: Path) -> None:
     assert load_config(None, {"task.name": "reasoning-gym:gcd"}).task.args == {}
     kept = load_config(None, {"task.name": "reasoning-gym:chain_sum", "task.args.max_terms": 3})
-    assert kept.task.args == {"min_terms": 2, "max_terms": 3}
+    assert kept.task.args == {"min_terms": 2, "max_terms": 3, "min_digits": 2, "max_digits": 2}
     recipe = write(tmp_path, "task: {name: 'reasoning-gym:gcd', args: {max_value: 9}}\n")
     other = load_config(recipe, {"task.name": "reasoning-gym:lcm", "task.args.min_value": 2})
     assert other.task.args == {"min_value": 2}
@@ -121,6 +108,8 @@ def test_wrong_types_say_what_is_valid(tmp_path: Path) -> None:
     assert "greater than or equal to 1" in message(None, training__steps=0)
     assert "at least 2" in message(None, training__group_size=1)
     assert "`training.lr` is one value" in message(None, training__lr__start=1)
+    other = write(tmp_path, "task: {name: a.jsonl}\n")
+    assert "`training.lr` is one value" in message(other, training__lr__start=1)
 
 
 def test_a_group_given_one_value_lists_its_keys(tmp_path: Path) -> None:
@@ -129,18 +118,6 @@ def test_a_group_given_one_value_lists_its_keys(tmp_path: Path) -> None:
     assert "`model.name`" in text
     assert "group of settings" in message(None, model="tiny", model__quantize="none")
     assert "group of settings" in message(write(tmp_path, "training: 5\n"))
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("model: [\n", "not valid YAML (line 2)"),
-        ("- a\n- b\n", "holds no settings"),
-        ("", "holds no settings"),
-    ],
-)
-def test_unreadable_recipe(tmp_path: Path, text: str, expected: str) -> None:
-    assert expected in message(write(tmp_path, text))
 
 
 def test_missing_recipe(tmp_path: Path) -> None:
@@ -235,6 +212,15 @@ def test_the_resolved_bundled_run_is_dumped_whole(tmp_path: Path) -> None:
     assert load_config(write(tmp_path, dump_config(config)), {}) == config
 
 
+def test_the_settings_of_earlier_runs_are_read(tmp_path: Path) -> None:
+    recipe = tmp_path / "config.yaml"
+    recipe.write_text("probe: {method: race, objective: gain, prompts: 64}")
+    assert load_config(recipe, {}) == load_config(None, {})
+    recipe.write_text("probe: {objective: gain-per-second}")
+    with pytest.raises(InputError, match=r"unknown key `probe.objective` in recipe"):
+        load_config(recipe, {})
+
+
 def test_memory_to_stay_within_is_read_with_the_configuration() -> None:
     assert load_config(None, {"training.fit": "a100 80gb"}).training.fit == "a100 80gb"
     with pytest.raises(
@@ -259,19 +245,19 @@ ALIASES = "task:\n  args:\n    a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("seed: " + "9" * 5000 + "\n", "Exceeds the limit"),
         ("{[a]: 1}: 2\n", "not valid YAML"),
         ("# " + "x" * 1_000_000, "1,000,000 are read"),
+        ("model: [\n", "not valid YAML (line 2)"),
+        ("- a\n- b\n", "holds no settings"),
+        ("", "holds no settings"),
     ],
 )
-def test_a_recipe_that_would_not_end_is_refused(tmp_path: Path, text: str, words: str) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(text)
-    said = message(recipe)
+def test_a_recipe_that_cannot_be_read_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    said = message(write(tmp_path, text))
     assert words in said
     assert len(said) < 600
 
 
 def test_aliases_of_ordinary_recipes_are_read(tmp_path: Path) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("model: &m {name: tiny}\nblocks: {layers: &n '3'}\nprobe: {layers: *n}\n")
+    recipe = write(tmp_path, "model: &m {name: tiny}\nblocks: {layers: &n '3'}\nprobe: {layers: *n}\n")
     assert load_config(recipe, {}).probe.layers == "3"
 
 

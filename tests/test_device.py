@@ -52,9 +52,9 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("supported", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
 def test_gpus_compute_in_bf16_where_they_have_it(
-    monkeypatch: pytest.MonkeyPatch, supported: bool, dtype: torch.dtype
+    cuda: SimpleNamespace, supported: bool, dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
+    cuda.is_bf16_supported = lambda including_emulation: supported
     assert compute_dtype_of(torch.device("cuda")) == dtype
 
 

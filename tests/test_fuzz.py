@@ -18,7 +18,7 @@ import pytest
 import typer.main
 
 from midtune import cli
-from midtune.config import RunConfig, _keys, dump_config
+from midtune.config import KEYS, RunConfig, dump_config
 
 pytestmark = pytest.mark.slow
 
@@ -99,7 +99,7 @@ def draw_recipe(rng: random.Random) -> bytes:
     """A recipe with some keys set to anything, or with bytes of it changed."""
     data: dict[str, Any] = json.loads(RunConfig().model_dump_json())
     anything = [*WORDS, None, True, -1, 0, 10**20, 1e308, [], {}, [{}], {"a": {"b": []}}, ["x"] * 50]
-    for key in rng.sample(_keys(RunConfig), rng.choice([0, 1, 1, 2])):
+    for key in rng.sample(KEYS, rng.choice([0, 1, 1, 2])):
         part, _, name = key.rpartition(".")
         (data[part] if part else data)[name] = rng.choice(anything)
     if rng.random() < 0.2:
@@ -131,7 +131,7 @@ def draw_line(rng: random.Random) -> list[str]:
             case 0:
                 line.append(rng.choice(words))
             case 1 | 2:
-                line += ["--set", f"{rng.choice(_keys(RunConfig))}={rng.choice(words)}"]
+                line += ["--set", f"{rng.choice(KEYS)}={rng.choice(words)}"]
             case 3 if "--recipe" in flags:
                 line += ["--recipe", rng.choice(["recipe.yaml"] * 9 + WORDS)]
             case _:

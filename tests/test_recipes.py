@@ -123,10 +123,10 @@ SINGLE_TURN = [path for path in STUDY if not path.stem.endswith("alfworld")]
     "recipe", [*SINGLE_TURN, *ROOT.glob("recipes/*gsm8k.yaml")], ids=lambda path: path.stem
 )
 def test_recipes_for_larger_models_read_the_hub(recipe: Path) -> None:
-    from midtune.tasks import hub
+    from midtune.tasks.sources import hub_dataset
 
     task = load_config(recipe, {}).task
-    assert task.name is not None and hub.is_dataset(task.name)
+    assert task.name is not None and hub_dataset.is_dataset(task.name)
     assert task.template == "boxed" or task.system_prompt
     # Of so many rows some have no answer, or are in both parts.
     assert task.bad_rows == "drop"

@@ -10,7 +10,7 @@ import pytest
 
 from midtune import runs
 from midtune.errors import InputError, RunStopped
-from midtune.runs import RunFolder, describe_environment
+from midtune.runs import RunFolder, describe_environment, run_stem
 from midtune.whole import written_whole
 
 
@@ -72,8 +72,8 @@ def test_too_little_disk_space(here: Path) -> None:
     with pytest.raises(
         InputError, match=r"big needs 1048576\.00 GiB of disk space and \d+\.\d\d GiB are free"
     ):
-        RunFolder.create(Path("big"), "x", need_bytes=2**50)
-    RunFolder.create(Path("small"), "x", need_bytes=1)
+        RunFolder.create(Path("big"), "x").require_free(2**50)
+    RunFolder.create(Path("small"), "x").require_free(1)
 
 
 def test_open_says_what_a_folder_is_instead(here: Path) -> None:
@@ -265,3 +265,16 @@ def test_environment(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(commit) == 40
     monkeypatch.setenv("PATH", "")
     assert describe_environment("cpu", seed=7)["git_commit"] is None
+
+
+@pytest.mark.parametrize(
+    ("model", "task", "expected"),
+    [
+        ("Qwen/Qwen3-1.7B-Base", "openai/gsm8k:main", "Qwen3-1.7B-Base-gsm8k"),
+        ("models/qwen.Q4_1.gguf", "data/my.problems.jsonl", "qwen.Q4_1-my.problems"),
+        ("tiny", "my_task.py", "tiny-my_task"),
+        ("tiny", "reasoning-gym:chain_sum", "tiny-chain_sum"),
+    ],
+)
+def test_a_run_is_called_after_its_model_and_task(model: str, task: str, expected: str) -> None:
+    assert run_stem(model, task) == expected

@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 from midtune.errors import InputError
-from midtune.whole import damage, remove_leftovers, require_regular, write_bytes, written_whole
+from midtune.whole import (
+    damage,
+    remove_leftovers,
+    require_regular,
+    require_space,
+    write_bytes,
+    written_whole,
+)
 
 
 def test_a_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
@@ -79,3 +86,12 @@ def test_leftovers_go_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "d.tmp").touch()
     remove_leftovers(tmp_path)
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["a", "d.tmp"]
+
+
+def test_no_room_gives_both_sizes(tmp_path: Path) -> None:
+    words = (
+        r"^this needs 1048576\.00 GiB of disk space and \d+\.\d\d GiB are free for .*; free some, or that\.$"
+    )
+    with pytest.raises(InputError, match=words):
+        require_space(tmp_path / "not" / "yet", 2**50, "this", "that")
+    require_space(tmp_path, 1, "this", "that")

@@ -10,61 +10,33 @@ from __future__ import annotations
 import contextlib
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 
-from midtune.bench.baselines import StepClock
-from midtune.bench.profile import Profile, peak_flops_per_s, product_flops
+from midtune.bench.flops import Batch, rollout_flops, update_flops
+from midtune.bench.profile import Profile, peak_flops_per_s
+from midtune.bench.workload import Workload, qlora
 from midtune.config import TrainingConfig
-from midtune.measure.meter import Meter
+from midtune.measure.meter import Meter, StepClock
 from midtune.model.loading import load_policy, load_tokenizer
-from midtune.model.policy import count_parameters
+from midtune.model.policy import Policy, count_parameters
 from midtune.model.quantize import forbid_cpu_packing, nf4_config
+from midtune.model.sizes import sizes_of
 from midtune.model.sources import Source
 from midtune.rl.trainer import LayerGRPOTrainer
-from midtune.rl.training import trl_arguments
+from midtune.rl.training import in_order, trl_arguments
 from midtune.rollout.sampling import Sampling, SamplingLimits
 from midtune.rollout.speech import prompt_ids
 from midtune.rollout.text import TextSampler
-
-ARMS = {
-    "midtune": "midtune",
-    "trl-full": "TRL, all parameters",
-    "trl-block": "TRL, the same block over NF4",
-    "trl-qlora": "TRL, QLoRA on all linear layers",
-    "trl-qlora-fp32": "the same, adapters in fp32",
-}
-LORA_RANK = 16
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What every arm computes.
-
-    Args:
-        prompts: texts, as many for each step.
-        new_tokens: tokens of every completion.
-        block: the block that midtune and `trl-block` train.
-        warmup, steps: steps that are not counted, and that are.
-        profile: profile one more step.
-    """
-
-    prompts: list[str]
-    group_size: int
-    new_tokens: int
-    block: int
-    warmup: int
-    steps: int
-    micro_batch_tokens: int
-    seed: int = 0
-    profile: bool = False
+from midtune.tasks import Reward, Row
 
 
 def run_arm(
@@ -75,9 +47,9 @@ def run_arm(
     Returns:
         `steps`: seconds of each counted step, by phase; `peak` and `libraries`: peak bytes since before the
         model was loaded, and what the process held by then; `prompt_tokens`, `completion_tokens`: of a
-        step; `trainable`: parameters; `profile` and `peak_flops_per_s`, where asked for.
+        step; `trainable`: parameters; `profile`, `flops` and `peak_flops_per_s`, where asked for.
     """
-    meter = Meter(device)
+    meter = BenchMeter(device)
     libraries = meter.current_bytes()
     meter.reset_peak()
     tokenizer = load_tokenizer(source)
@@ -92,55 +64,171 @@ def run_arm(
         max_new_tokens=work.new_tokens,
         micro_batch_tokens=work.micro_batch_tokens,
     )
-    clock = StepClock(meter)
-    with tempfile.TemporaryDirectory() as scratch:
-        args = trl_arguments(
-            settings,
-            group_tokens=work.group_size * (max(lengths) + work.new_tokens),
-            folder=Path(scratch),
-            seed=work.seed,
-            device=device,
-            mixed_dtype=None if arm == "midtune" else dtype,
-            checkpoints=False,
-            activation_checkpointing=arm not in ("midtune", "trl-block"),
-        )
-        rows = [{"prompt": prompt} for prompt in work.prompts] * settings.steps
-        trainer = _trainer(arm, source, work, device, dtype, args, rows, lambda **_: rewards, meter)
-        trainer.forced = completions
-        trainer.add_callback(clock)
-        watched = Watched(trainer, meter, settings.steps) if work.profile else None
-        if watched is not None:
-            trainer.add_callback(watched)
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+    rows = [{"prompt": prompt} for prompt in work.prompts] * settings.steps
+    watched = Watched(meter, device, settings.steps) if work.profile else None
+    with _arguments(arm, settings, max(lengths), work.seed, device, dtype) as args:
+        if arm == "midtune":
+            policy = _policy(source, work.block, device, dtype)
+            sampler = TextSampler(policy, SamplingLimits())
+            trainer = _Midtune(
+                sampler, Sampling(work.new_tokens), args, [lambda **_: rewards], rows, meter=meter
+            )
+        else:
+            trainer = stock_trainer(
+                arm,
+                source,
+                args,
+                rows,
+                lambda **_: rewards,
+                meter,
+                device=device,
+                dtype=dtype,
+                block=work.block,
+            )
+        meter.during_rollout = partial(_decided, trainer.model, completions)
+        steps = _train(trainer, meter, watched)
     model = trainer.model
-    return {
+    mean_length = statistics.fmean(_lengths(trainer))
+    found = {
         "arm": arm,
-        "steps": clock.steps[work.warmup : work.warmup + work.steps],
+        "steps": steps[work.warmup : work.warmup + work.steps],
         "peak": watched.peak if watched is not None else meter.peak_bytes(),
         "libraries": libraries,
         "memory_source": meter.source,
         "prompt_tokens": work.group_size * sum(lengths),
-        "completion_tokens": round(
-            statistics.fmean(
-                log["completions/mean_length"] for log in trainer.state.log_history if "reward" in log
-            )
-            * len(completions)
-        ),
+        "completion_tokens": round(mean_length * len(completions)),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "parameters": count_parameters(model),
-        **(_profile(watched, trainer, work, lengths, device, dtype) if watched is not None else {}),
     }
+    if watched is None:
+        return found
+    batch = Batch(len(work.prompts), work.group_size, max(lengths), work.new_tokens)
+    sizes = sizes_of(model.config)
+    flops = {
+        "rollout": rollout_flops(sizes, batch, arm),
+        "update": update_flops(sizes, batch, arm, tail=sizes.blocks - work.block, trained=1),
+    }
+    return {
+        **found,
+        "profile": watched.found,
+        "flops": flops,
+        "peak_flops_per_s": peak_flops_per_s(device, dtype),
+    }
+
+
+def full_training(
+    source: Source,
+    rows: Sequence[Row],
+    reward: Reward,
+    settings: TrainingConfig,
+    *,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    steps: int,
+) -> dict[str, Any]:
+    """Train every parameter with TRL's own trainer for a few steps, on the prompts of a midtune run.
+
+    Completions are sampled freely. Micro-batches are those of midtune.
+
+    Args:
+        settings: of the run; all its steps are put in order, and the first ones are trained on.
+        dtype: what activations are computed in; weights are fp32.
+
+    Returns:
+        `step`: seconds of the fastest step (the first one also warms up); `phases`: those of its `rollout`,
+        `reward` and `update`; `peak`: peak bytes while training; `completion_length`: mean tokens of a
+        completion.
+    """
+    meter = Meter(device)
+    prompts = settings.prompts_per_step
+    ordered = in_order(rows, settings.steps * prompts, seed)[: steps * prompts]
+    tokenizer = load_tokenizer(source)
+    longest = max(len(prompt_ids(tokenizer, row["prompt"])) for row in ordered)
+    few = settings.model_copy(update={"steps": steps})
+    with _arguments("trl-full", few, longest, seed, device, dtype) as args:
+        trainer = stock_trainer("trl-full", source, args, ordered, reward, meter, device=device, dtype=dtype)
+        meter.reset_peak()
+        timed = _train(trainer, meter)
+    fastest = min(timed, key=lambda step: step["step"])
+    return {
+        "step": fastest.pop("step"),
+        "phases": fastest,
+        "peak": meter.peak_bytes(),
+        "completion_length": statistics.fmean(_lengths(trainer)),
+    }
+
+
+def stock_trainer(
+    arm: str,
+    source: Source,
+    args: GRPOConfig,
+    rows: Sequence[Row],
+    reward: Reward,
+    meter: Meter,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    block: int = 0,
+) -> GRPOTrainer:
+    """TRL's own trainer on a model as an arm holds it; it charges `rollout` and `reward` to the meter.
+
+    Args:
+        arm: one of TRL's in `bench.workload.ARMS`.
+        block: the one that `trl-block` trains.
+    """
+    tokenizer = load_tokenizer(source)
+    if arm == "trl-block":
+        model = _policy(source, block, device, dtype).model
+    else:
+        full = arm == "trl-full"
+        model = AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            # All parameters in fp32, as RL learning rates need; frozen ones as they are computed with.
+            dtype=torch.float32 if full else dtype,
+            device_map={"": device},
+            use_safetensors=True,
+            **({} if full else {"quantization_config": nf4_config(dtype, keep=["lm_head"])}),
+        )
+        forbid_cpu_packing(model)
+    trainer = GRPOTrainer(
+        model=model,
+        args=args,
+        reward_funcs=[_charged(reward, meter, "reward")],
+        train_dataset=Dataset.from_list(list(rows)),
+        processing_class=tokenizer,
+        peft_config=qlora() if "qlora" in arm else None,
+    )
+    if arm == "trl-qlora-fp32":
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    # Stop strings need the tokenizer, and TRL does not pass it on.
+    sample = partial(trainer.model.generate, tokenizer=tokenizer)
+    trainer.model.generate = _charged(sample, meter, "rollout")
+    return trainer
+
+
+class BenchMeter(Meter):
+    """A meter that enters the context that `during_rollout` makes for as long as a rollout takes."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.during_rollout: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        with super().phase(name), self.during_rollout() if name == "rollout" else contextlib.nullcontext():
+            yield
 
 
 class Watched(TrainerCallback):
     """Profiles the last step of a trainer: its `rollout` and, as `update`, what follows."""
 
-    def __init__(self, trainer: Any, meter: Meter, last: int) -> None:
-        self.trainer = trainer
+    def __init__(self, meter: BenchMeter, device: torch.device, last: int) -> None:
         self.meter = meter
         self.last = last
-        self.profile = Profile(trainer.accelerator.device)
+        self.profile = Profile(device)
         self.found: dict[str, dict[str, float]] = {}
 
     def on_step_begin(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
@@ -148,9 +236,14 @@ class Watched(TrainerCallback):
             # What the profiler remembers takes memory too.
             self.peak = self.meter.peak_bytes()
             self.profile.start()
-            self.trainer.profile = self.profile
             self._update = contextlib.ExitStack()
-            self.trainer.after_rollout = lambda: self._update.enter_context(self.profile.phase("update"))
+            self.meter.during_rollout = partial(self._rollout, self.meter.during_rollout)
+
+    @contextlib.contextmanager
+    def _rollout(self, inner: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+        with inner(), self.profile.phase("rollout"):
+            yield
+        self._update.enter_context(self.profile.phase("update"))
 
     def on_step_end(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
         if state.global_step == self.last:
@@ -158,54 +251,21 @@ class Watched(TrainerCallback):
             self.found = self.profile.stop()
 
 
-def _profile(
-    watched: Watched,
-    trainer: Any,
-    work: Workload,
-    lengths: list[int],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> dict[str, Any]:
-    """The profile, and the floating-point operations of the weights where midtune's are known."""
-    policy = getattr(trainer, "policy", None)
-    flops = {}
-    if policy is not None:
-        linears = [part for part in policy.blocks[0].modules() if isinstance(part, torch.nn.Linear)]
-        head = policy.model.get_output_embeddings()
-        sizes = {
-            "block": sum(part.in_features * part.out_features for part in linears),
-            "head": head.in_features * head.out_features,
-            "blocks": policy.num_blocks,
-            "tail": policy.num_blocks - work.block,
-        }
-        rows = len(work.prompts) * work.group_size
-        tokens = {"prompt_tokens": max(lengths), "new_tokens": work.new_tokens}
-        flops = product_flops(sizes, {"prompts": len(work.prompts), "rows": rows, **tokens})
-    return {"profile": watched.found, "flops": flops, "peak_flops_per_s": peak_flops_per_s(device, dtype)}
+class _Clock(TrainerCallback):
+    """Seconds of each step and of its phases; see `StepClock`."""
+
+    def __init__(self, meter: Meter) -> None:
+        self.steps: list[dict[str, float]] = []
+        self._clock = StepClock(meter)
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._clock.begin()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.steps.append(self._clock.end())
 
 
-class _Forced:
-    """A trainer whose completions are decided beforehand; sampling is its own, and timed."""
-
-    forced: torch.Tensor
-    meter: Meter
-    model: Any
-    profile: Profile | None = None
-    after_rollout: Any = None
-
-    def _decide(self, sample: Callable[..., Any], *args: Any) -> Any:
-        watched = self.profile.phase("rollout") if self.profile else contextlib.nullcontext()
-        with self.meter.phase("rollout"), _decided(self.model, self.forced), watched:
-            found = sample(*args)
-        if self.profile:
-            self.after_rollout()
-        return found
-
-
-class _Midtune(_Forced, LayerGRPOTrainer):
-    def _sample(self, *args: Any) -> Any:
-        return self._decide(super()._sample, *args)
-
+class _Midtune(LayerGRPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # A decided token has the probability 1 while it is sampled, and another one in the update.
@@ -214,65 +274,59 @@ class _Midtune(_Forced, LayerGRPOTrainer):
         self.sampler.limits.rows.halves = self.update_rows.halves = False
 
 
-class _Stock(_Forced, GRPOTrainer):
-    def __init__(self, *args: Any, meter: Meter, **kwargs: Any) -> None:
-        self.meter = meter
-        super().__init__(*args, **kwargs)
-
-    def _generate_single_turn(self, *args: Any) -> Any:
-        return self._decide(super()._generate_single_turn, *args)
+def _policy(source: Source, block: int, device: torch.device, dtype: torch.dtype) -> Policy:
+    policy = load_policy(source, device=str(device), dtype=dtype)
+    policy.thaw(block)
+    return policy
 
 
-def _trainer(
-    arm: str,
-    source: Source,
-    work: Workload,
-    device: torch.device,
-    dtype: torch.dtype,
-    args: Any,
-    rows: list[dict[str, Any]],
-    reward: Any,
-    meter: Meter,
-) -> Any:
-    if arm in ("midtune", "trl-block"):
-        policy = load_policy(source, device=str(device), dtype=dtype)
-        policy.thaw(work.block)
-        if arm == "midtune":
-            sampler = TextSampler(policy, SamplingLimits())
-            return _Midtune(sampler, Sampling(work.new_tokens), args, [reward], rows, meter=meter)
-        model = policy.model
-    else:
-        model = AutoModelForCausalLM.from_pretrained(
-            source.folder,
-            # All parameters in fp32, as RL learning rates need; frozen ones as they are computed with.
-            dtype=torch.float32 if arm == "trl-full" else dtype,
-            device_map={"": device},
-            use_safetensors=True,
-            **({} if arm == "trl-full" else {"quantization_config": nf4_config(dtype, keep=["lm_head"])}),
+@contextlib.contextmanager
+def _arguments(
+    arm: str, settings: TrainingConfig, longest: int, seed: int, device: torch.device, dtype: torch.dtype
+) -> Iterator[GRPOConfig]:
+    """TRL's settings of an arm, whose files go when it is done.
+
+    Args:
+        longest: tokens of the longest prompt.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        yield trl_arguments(
+            settings,
+            group_tokens=settings.group_size * (longest + settings.max_new_tokens),
+            folder=Path(scratch),
+            seed=seed,
+            device=device,
+            mixed_dtype=None if arm == "midtune" else dtype,
+            checkpoints=False,
+            activation_checkpointing=arm not in ("midtune", "trl-block"),
         )
-        forbid_cpu_packing(model)
-    trainer = _Stock(
-        model=model,
-        args=args,
-        reward_funcs=[reward],
-        train_dataset=Dataset.from_list(rows),
-        processing_class=load_tokenizer(source),
-        peft_config=qlora() if "qlora" in arm else None,
-        meter=meter,
-    )
-    if arm == "trl-qlora-fp32":
-        for parameter in trainer.model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
-    return trainer
 
 
-def qlora() -> Any:
-    from peft import LoraConfig
+def _train(trainer: GRPOTrainer, meter: Meter, watched: Watched | None = None) -> list[dict[str, float]]:
+    """Train to the end; seconds of each step, by phase."""
+    clock = _Clock(meter)
+    trainer.add_callback(clock)
+    if watched is not None:
+        trainer.add_callback(watched)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return clock.steps
 
-    return LoraConfig(
-        r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
+
+def _lengths(trainer: GRPOTrainer) -> list[float]:
+    """Mean tokens of a completion, by step."""
+    return [log["completions/mean_length"] for log in trainer.state.log_history if "reward" in log]
+
+
+def _charged(function: Callable[..., Any], meter: Meter, phase: str) -> Callable[..., Any]:
+    """The same function, its time and memory charged to a phase."""
+
+    @wraps(function)
+    def charged(*args: Any, **kwargs: Any) -> Any:
+        with meter.phase(phase):
+            return function(*args, **kwargs)
+
+    return charged
 
 
 def _completions(tokenizer: Any, work: Workload) -> torch.Tensor:

@@ -94,24 +94,3 @@ def peak_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
         return time.perf_counter() - began
 
     return float(2 * size**3 / min(once() for _ in range(10)))
-
-
-def product_flops(sizes: dict[str, int], work: dict[str, int]) -> dict[str, int]:
-    """Floating-point operations that weights cost when one block is trained, by phase.
-
-    Args:
-        sizes: `block` and `head`, weights of one block's linear layers and of the head; `blocks`, how many
-            blocks there are, and `tail`, how many from the trained one on.
-        work: `prompts`, `prompt_tokens`, `rows` and `new_tokens` of a step.
-
-    Returns:
-        `rollout`: every block for each prompt token and each token fed back, the head for each token drawn.
-        `update`: the tail forward and backward, the trained block's own gradient, the head there and back.
-    """
-    fed = work["prompts"] * work["prompt_tokens"] + work["rows"] * (work["new_tokens"] - 1)
-    drawn = work["prompts"] + work["rows"] * (work["new_tokens"] - 1)
-    scored = work["rows"] * work["new_tokens"]
-    return {
-        "rollout": 2 * (sizes["blocks"] * sizes["block"] * fed + sizes["head"] * drawn),
-        "update": 2 * ((2 * sizes["tail"] + 1) * sizes["block"] * fed + 2 * sizes["head"] * scored),
-    }

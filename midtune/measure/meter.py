@@ -144,6 +144,27 @@ class Meter:
         return True
 
 
+class StepClock:
+    """Seconds of one step after another: `step`, `rollout` and `reward` as charged, and `update`, the rest."""
+
+    def __init__(self, meter: Meter, *, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._meter = meter
+        self._clock = clock
+        self._began = 0.0
+
+    def begin(self) -> None:
+        """Begin a step; what was charged before is no part of it."""
+        self._meter.step()
+        self._began = self._clock()
+
+    def end(self) -> dict[str, float]:
+        """End the step, and return its seconds and those of its phases, which add up to it."""
+        charged = self._meter.step()
+        step = self._clock() - self._began
+        rollout, reward = charged.get("rollout", 0.0), charged.get("reward", 0.0)
+        return {"step": step, "rollout": rollout, "reward": reward, "update": step - rollout - reward}
+
+
 def card_of(device: Any) -> Card:
     """The card behind a torch device, or behind its number."""
     import torch

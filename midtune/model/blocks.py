@@ -12,7 +12,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 
-from midtune.errors import InputError
+from midtune.errors import InputError, explained
+
+KNOWN = "model such as Qwen, Llama, Mistral, Gemma 3, Phi-3 or SmolLM3"
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -35,15 +37,15 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
             return name, module
     raise InputError(
         f"{type(model).__name__} has no stack of {depth} equal decoder blocks that midtune could recognise; "
-        "use a decoder-only model such as Qwen, Llama, Mistral, Gemma 3, Phi-3 or SmolLM3."
+        f"use a decoder-only {KNOWN}."
     )
 
 
 class TailCache(DynamicCache):
     """Keys and values of blocks first…L−1 only, under the layer numbers that those blocks carry.
 
-    It is written to once, or made with what was written before: then each block gets that and its own keys and
-    values, and the cache stays as it is. Either way a block may run again on it.
+    It is written to once, or made from what was written before: then each block reads that and its own keys and
+    values, and the cache does not change. Either way a block may run on it again.
 
     Args:
         first: the lowest of the blocks.
@@ -76,9 +78,8 @@ class TailCache(DynamicCache):
 def tail_of(model: PreTrainedModel, stack_name: str, first: int, *, checkpointing: bool = False) -> nn.Module:
     """The inner model without its blocks below `first`: give it their output as `inputs_embeds`.
 
-    The returned module shares every parameter with `model` and keeps its own masks and positions, so
-    sliding windows and rotary embeddings are the architecture's. It reflects the blocks that are in the
-    stack now; make a new one after a block has been replaced.
+    It shares every parameter with `model` and makes its own masks and positions, so sliding windows and rotary
+    embeddings are the architecture's. Make a new one after a block has been replaced.
 
     Args:
         checkpointing: each block keeps its inputs alone, and runs again for the gradient.
@@ -104,7 +105,7 @@ def _checkpointed(block: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def check_tail(model: PreTrainedModel, stack_name: str) -> None:
-    """Make sure that what a tail is given enters its first block as it is, by running the last block.
+    """Run the last block as a tail, and check that what the tail is given enters the block unchanged.
 
     Raises:
         InputError: the architecture adds positions to its inputs, scales them, or needs token ids too.
@@ -119,26 +120,19 @@ def check_tail(model: PreTrainedModel, stack_name: str) -> None:
 
     hook = model.get_submodule(f"{stack_name}.{last}").register_forward_pre_hook(keep, with_kwargs=True)
     ones = torch.ones(1, 1, dtype=torch.long, device=model.device)
-    reason = ""
-    try:
-        tail_of(model, stack_name, last)(
-            inputs_embeds=given,
-            attention_mask=ones,
-            position_ids=ones,
-            past_key_values=TailCache(last),
-            use_cache=True,
-        )
+
+    def refused(why: str) -> str:
+        return f"{type(model).__name__} cannot be run from a block in the middle ({why}); use a {KNOWN}."
+
+    # An unknown architecture may raise anything.
+    with explained(refused, keep=(torch.OutOfMemoryError,)):
+        try:
+            forward = partial(tail_of(model, stack_name, last), inputs_embeds=given, attention_mask=ones)
+            forward(position_ids=ones, past_key_values=TailCache(last), use_cache=True)
+        finally:
+            hook.remove()
         if not torch.equal(entered[0], given):
-            reason = "it changes what it is given on the way to its blocks"
-    except Exception as error:  # an unknown architecture may raise anything
-        reason = f"{type(error).__name__}: {error}"[:200]
-    finally:
-        hook.remove()
-    if reason:
-        raise InputError(
-            f"{type(model).__name__} cannot be run from a block in the middle ({reason}); "
-            "use a model such as Qwen, Llama, Mistral, Gemma 3, Phi-3 or SmolLM3."
-        )
+            raise ValueError("it changes what it is given on the way to its blocks")
 
 
 def config_from(config: Any, first: int, depth: int) -> Any:

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from midtune.errors import InputError
+from midtune.model.progress import Progress, silent
+from midtune.whole import require_space
 
-Progress = Callable[[str, "int | None", "int | None"], None]
-"""Called with a message, how much is done and how much there is (None: unknown)."""
+OTHER_DISK = "set MIDTUNE_CACHE and HF_HOME to another disk"
 
 
 def cache_folder() -> Path:
@@ -24,9 +25,9 @@ def cache_folder() -> Path:
 
 
 def build_once(
-    target: Path, build: Callable[[Path], Path], *, need_bytes: int, progress: Progress | None = None
+    target: Path, build: Callable[[Path], Path], *, need_bytes: int, progress: Progress = silent
 ) -> Path:
-    """`target`, made by `build` if it is not there; seen by others only when it is complete.
+    """The folder `target`, made by `build` if it is not there; others see it only when it is complete.
 
     Args:
         target: folder in the cache.
@@ -42,8 +43,8 @@ def build_once(
     with _sole_builder(target, progress):
         if is_complete(target):
             return target
-        require_space(target.parent, need_bytes, f"preparing {target.name}")
-        # Whoever holds the lock is the only builder, so a work folder found here is a dead one's.
+        require_space(target.parent, need_bytes, f"preparing {target.name}", OTHER_DISK)
+        # The lock's holder is the only builder, so a work folder found here is left by one that was killed.
         work = target.with_name(f".{target.name}.part")
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
@@ -56,30 +57,13 @@ def build_once(
     return target
 
 
-def require_space(folder: Path, need_bytes: int, purpose: str) -> None:
-    """Raise InputError unless the disk that holds `folder` has `need_bytes` free."""
-    existing = next(p for p in (folder, *folder.parents) if p.exists())
-    free_bytes = shutil.disk_usage(existing).free
-    if free_bytes < need_bytes:
-        raise InputError(
-            f"{purpose} takes {need_bytes / 2**30:.1f} GiB, but the disk of {existing} has "
-            f"{free_bytes / 2**30:.1f} GiB free; make room, or set MIDTUNE_CACHE and HF_HOME to another disk."
-        )
-
-
-def tell(progress: Progress | None, message: str) -> None:
-    """Give `progress`, if there is one, a message without a figure."""
-    if progress is not None:
-        progress(message, None, None)
-
-
 def is_complete(target: Path) -> bool:
     """Whether a prepared model lies at `target`."""
     return (target / "config.json").is_file() and any(target.glob("*.safetensors"))
 
 
 @contextmanager
-def _sole_builder(target: Path, progress: Progress | None) -> Iterator[None]:
+def _sole_builder(target: Path, progress: Progress) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     try:
@@ -88,7 +72,7 @@ def _sole_builder(target: Path, progress: Progress | None) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            tell(progress, f"waiting for another midtune that is preparing {target.name}")
+            progress(f"waiting for another midtune that is preparing {target.name}", None, None)
             lock.acquire()
     except OSError as error:
         raise InputError(

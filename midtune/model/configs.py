@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from midtune.errors import InputError, bounded
+from midtune.errors import InputError, explained, reason
+from midtune.model.progress import quiet
 from midtune.model.sources import NAMES, SMOLLM2_HUB_ID, TINY, check_config
-from midtune.network import REACH_TIMEOUT_S, reason, within
+from midtune.network import REACH_TIMEOUT_S, within
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -32,14 +33,7 @@ def config_of(name: str, *, trust_remote_code: bool = False, network: bool = Tru
 
     folder = TINY if name == "tiny" else Path(name).expanduser()
     if (folder / "config.json").is_file():
-        check_config(folder / "config.json")
-        try:
-            config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        except Exception as error:  # noqa: BLE001 (a file of others, read by libraries that raise as they please)
-            raise InputError(
-                f"{folder / 'config.json'} cannot be read ({bounded(reason(error), 200)}); fetch it again."
-            ) from None
-        return config
+        return read_config(folder, trust_remote_code=trust_remote_code)
     shipped: dict[str, dict[str, Any]] = json.loads(SHIPPED.read_text(encoding="utf-8"))
     wanted = SMOLLM2_HUB_ID if name == "smollm2-135m" else name
     for known, sizes in shipped.items():
@@ -55,15 +49,29 @@ def config_of(name: str, *, trust_remote_code: bool = False, network: bool = Tru
         except (OSError, ValueError) as error:
             raise InputError(
                 f"the configuration of {name} is not shipped with midtune and could not be fetched "
-                f"({reason(error)[:120]}); give a folder that holds its config.json, or one of {', '.join(shipped)}."
+                f"({reason(error)}); give a folder that holds its config.json, or one of {', '.join(shipped)}."
             ) from None
-    near = difflib.get_close_matches(name, [*NAMES, *(k.partition("/")[2] for k in shipped)], n=1, cutoff=0)[
-        0
-    ]
+    names = [*NAMES, *(known.partition("/")[2] for known in shipped)]
+    (near,) = difflib.get_close_matches(name, names, n=1, cutoff=0)
     raise InputError(
         f"`{name}` is no folder with a config.json and no model that midtune ships the sizes of; "
         f"did you mean `{near}`?"
     )
+
+
+def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The configuration in a model folder.
+
+    Raises:
+        InputError: it cannot be read, or counts more of something than any model has.
+    """
+    from transformers import AutoConfig
+
+    path = folder / "config.json"
+    check_config(path)
+    with quiet(), explained(lambda why: f"{path} cannot be read ({why}); correct it or fetch it again."):
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    return config
 
 
 def _plain(name: str) -> str:

@@ -1,7 +1,6 @@
 """GGUF files become safetensors folders in midtune's cache, once per file.
 
-Reading a GGUF through transformers takes most of half a minute for a 135M model and is repeated at every
-start; the converted folder loads in a few seconds, and single tensors of it can be read lazily.
+transformers reads a GGUF of 135M parameters in half a minute, at every start; a folder loads in seconds.
 """
 
 from __future__ import annotations
@@ -16,26 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from midtune.errors import InputError, bounded
-from midtune.model.cache import Progress, build_once, cache_folder, tell
+from midtune.errors import InputError, explained
+from midtune.model.cache import build_once, cache_folder
+from midtune.model.progress import Progress, quiet, silent
 
 MAGIC = b"GGUF"
 # Part of every cache key: raise it when a conversion would come out differently.
 FORMAT = 1
 
-_SCALARS = {
-    0: "<B",
-    1: "<b",
-    2: "<H",
-    3: "<h",
-    4: "<I",
-    5: "<i",
-    6: "<f",
-    7: "<?",
-    10: "<Q",
-    11: "<q",
-    12: "<d",
-}
+# GGUF's number of each scalar type → its form in `struct`.
+_SCALARS = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
 # Larger than any: of a text, of all that stands before the tensors, and dimensions of one of them.
 _MOST_TEXT_BYTES, _MOST_HEADER_BYTES, _MOST_DIMENSIONS = 2**24, 2**29, 8
@@ -56,73 +45,58 @@ class Header:
     end_bytes: int
 
 
-def is_gguf(path: Path) -> bool:
-    """Whether the file starts as a GGUF does."""
-    with path.open("rb") as file:
-        return file.read(4) == MAGIC
-
-
 def read_header(path: Path) -> Header:
     """The metadata of a GGUF file without its arrays, read without touching the tensors.
 
     Raises:
         InputError: not a GGUF of version 2 or 3, or cut short.
     """
-    import gguf
-
     with path.open("rb") as file:
         if file.read(4) != MAGIC:
             raise InputError(f"{path} is not a GGUF file; give a GGUF file, a model folder or a hub id.")
-        try:
-            (version,) = _unpack(file, "<I")
+        damaged = f"{path} is a damaged GGUF file: its header cannot be read; fetch it again."
+        with explained(lambda why: damaged):
+            version, tensors, pairs = _unpack(file, "IQQ")
             if version not in (2, 3):
                 raise InputError(
                     f"{path} has GGUF version {version}, but 2 and 3 are read; convert it again."
                 )
-            tensors, pairs = _unpack(file, "<QQ")
-            metadata: dict[str, Any] = {}
-            for _ in range(pairs):
-                key = _string(file)
-                value = _value(file, _unpack(file, "<I")[0])
-                if value is not None:
-                    metadata[key] = value
-                if file.tell() > _MOST_HEADER_BYTES:
-                    raise ValueError("too long")
-            parameters, last, longest = 0, 0, 0
-            for _ in range(tensors):
-                _string(file)
-                (dims,) = _unpack(file, "<I")
-                if dims > _MOST_DIMENSIONS:
-                    raise ValueError("too many dimensions")
-                shape = _unpack(file, f"<{dims}Q")
-                count = math.prod(shape)
-                kind, offset = _unpack(file, "<IQ")
-                block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
-                parameters += count
-                last = max(last, offset + count // block * block_bytes)
-                longest = max(longest, *shape, 0)
-            alignment = _whole(metadata, "general.alignment", 32)
-            parts = _whole(metadata, "split.count", 1)
-            architecture = metadata.get("general.architecture")
-            sizes = {name: _whole(metadata, f"{architecture}.{name}", 0) for name in _LENGTHS}
-            blocks = _whole(metadata, f"{architecture}.block_count", 0)
-            if alignment < 1 or (parts <= 1 and (blocks > tensors or max(sizes.values()) > longest)):
-                raise ValueError("sizes that its tensors do not have")
-            end_bytes = -(-file.tell() // alignment) * alignment + last
-        except (
-            struct.error,
-            ValueError,
-            KeyError,
-            TypeError,
-            OverflowError,
-            MemoryError,
-            RecursionError,
-            OSError,
-        ):
-            raise InputError(
-                f"{path} is a damaged GGUF file: its header cannot be read; fetch it again."
-            ) from None
-        return Header(metadata, parameters, end_bytes)
+            return _header(file, tensors, pairs)
+
+
+def _header(file: BinaryIO, tensors: int, pairs: int) -> Header:
+    """Read `pairs` of metadata and the descriptions of the tensors; raises where one is not possible."""
+    import gguf
+
+    metadata: dict[str, Any] = {}
+    for _ in range(pairs):
+        key = _string(file)
+        value = _value(file, *_unpack(file, "I"))
+        if value is not None:
+            metadata[key] = value
+        if file.tell() > _MOST_HEADER_BYTES:
+            raise ValueError("too long")
+    parameters, last, longest = 0, 0, 0
+    for _ in range(tensors):
+        _string(file)
+        (dims,) = _unpack(file, "I")
+        if dims > _MOST_DIMENSIONS:
+            raise ValueError("too many dimensions")
+        shape = _unpack(file, f"{dims}Q")
+        count = math.prod(shape)
+        kind, offset = _unpack(file, "IQ")
+        block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+        parameters += count
+        last = max(last, offset + count // block * block_bytes)
+        longest = max(longest, *shape, 0)
+    alignment = _whole(metadata, "general.alignment", 32)
+    parts = _whole(metadata, "split.count", 1)
+    architecture = metadata.get("general.architecture")
+    sizes = {name: _whole(metadata, f"{architecture}.{name}", 0) for name in _LENGTHS}
+    blocks = _whole(metadata, f"{architecture}.block_count", 0)
+    if alignment < 1 or (parts <= 1 and (blocks > tensors or max(sizes.values()) > longest)):
+        raise ValueError("sizes that its tensors do not have")
+    return Header(metadata, parameters, -(-file.tell() // alignment) * alignment + last)
 
 
 def _whole(metadata: dict[str, Any], key: str, default: int) -> int:
@@ -132,16 +106,11 @@ def _whole(metadata: dict[str, Any], key: str, default: int) -> int:
     return value
 
 
-def cached_conversion(path: Path, progress: Progress | None = None) -> Path:
+def cached_conversion(path: Path, progress: Progress = silent) -> Path:
     """The safetensors folder of a GGUF file, converted at the first call and found again afterwards.
 
-    Args:
-        path: the GGUF file.
-        progress: told what is being done.
-
     Raises:
-        InputError: the file is damaged, one part of several, of an architecture transformers does not read,
-            or the disk has no room.
+        InputError: the file is damaged or one part of several, the disk has no room, or as `convert`.
     """
     header = read_header(path)
     size = path.stat().st_size
@@ -158,23 +127,14 @@ def cached_conversion(path: Path, progress: Progress | None = None) -> Path:
     target = cache_folder() / f"{path.stem}-{_digest(path)}"
     return build_once(
         target,
-        lambda work: convert(path, work / "model", header, progress),
+        lambda work: convert(path, work / "model", progress),
         need_bytes=int(header.parameters * 2.2),
         progress=progress,
     )
 
 
-def convert(path: Path, out: Path, header: Header, progress: Progress | None = None) -> Path:
-    """Write a GGUF file as a Hugging Face folder: config, safetensors, tokenizer with its chat template.
-
-    Args:
-        path: the GGUF file.
-        out: folder to write.
-        header: of that file.
-        progress: told how many tensors have been read.
-
-    Returns:
-        `out`.
+def convert(path: Path, out: Path, progress: Progress) -> Path:
+    """Write a GGUF file to `out` as config, safetensors and a tokenizer with its chat template; returns `out`.
 
     Raises:
         InputError: an architecture that transformers does not read, or tensors are missing.
@@ -182,55 +142,43 @@ def convert(path: Path, out: Path, header: Header, progress: Progress | None = N
     import torch
     import transformers
 
+    from midtune.model.quantize import clear_quantized_markers
+
     # Any: the annotations of transformers deny the pair that output_loading_info returns.
     auto: Any = transformers.AutoModelForCausalLM
 
-    message = f"converting {path.name}"
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    tell(progress, message)
-    try:
-        with _transformers_reports(progress, message):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
-            loaded, info = auto.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
-    except (MemoryError, OSError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        # A file of others, read by a library that raises as it pleases.
-        kind = header.metadata.get("general.architecture", "unknown")
-        raise InputError(
-            f"{path} holds a `{kind}` model that transformers cannot read from GGUF ({_first_line(error)}); "
+    metadata = read_header(path).metadata
+    kind = metadata.get("general.architecture", "unknown")
+
+    def unread(why: str) -> str:
+        return (
+            f"{path} holds a `{kind}` model that transformers cannot read from GGUF ({why}); "
             "use the safetensors of that model."
-        ) from error
+        )
+
+    kept = (OSError, torch.OutOfMemoryError)
+    with quiet(), _reported(progress, f"converting {path.name}"), explained(unread, keep=kept):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+        loaded, info = auto.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
     if info["missing_keys"]:
         raise InputError(
             f"{path} lacks {len(info['missing_keys'])} tensors of its model, the first being "
             f"{min(info['missing_keys'])}; fetch a complete file."
         )
+    # A model that knows it came from GGUF refuses to be converted and saved.
+    clear_quantized_markers(loaded)
     # Half precision rounds by at most 2^-11 of a weight. For SmolLM2's Q4_1 file that is a relative error of
     # 1.9e-4 (bfloat16: 1.4e-3), far below what 4-bit rounding took before, for half the bytes of float32.
     limit = torch.finfo(torch.float16).max
-    state = loaded.state_dict()
-    fits = all(not t.is_floating_point() or bool(t.abs().max() <= limit) for t in state.values())
-    dtype = torch.float16 if fits else torch.float32
-    # A model that came from GGUF refuses to be saved, so its tensors move to a fresh one.
-    config = loaded.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    config.dtype = dtype
-    with torch.device("meta"):
-        fresh = auto.from_config(config, dtype=dtype)
-    fresh.load_state_dict(
-        {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}, assign=True
-    )
-    fresh.tie_weights()
-    generation = loaded.generation_config
-    stops = [header.metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")]
+    if all(bool(weight.abs().max() <= limit) for weight in loaded.parameters()):
+        loaded.half()
+    stops = [metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")]
     stop_ids = list(dict.fromkeys(int(i) for i in stops if i is not None))
-    if generation is not None and stop_ids:
-        generation.eos_token_id = stop_ids if len(stop_ids) > 1 else stop_ids[0]
-    fresh.generation_config = generation
-    with _transformers_reports(None, message):
-        fresh.save_pretrained(out)
+    if loaded.generation_config is not None and stop_ids:
+        loaded.generation_config.eos_token_id = stop_ids if len(stop_ids) > 1 else stop_ids[0]
+    with quiet():
+        loaded.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return out
 
@@ -246,43 +194,33 @@ def _digest(path: Path) -> str:
 
 
 @contextmanager
-def _transformers_reports(progress: Progress | None, message: str) -> Iterator[None]:
-    """Send the bar of transformers' GGUF reader to `progress`; its other bars stay silent."""
+def _reported(progress: Progress, message: str) -> Iterator[None]:
+    """Send the bar of transformers' GGUF reader to `progress`."""
     from transformers import modeling_gguf_pytorch_utils as reader
-    from transformers.utils import logging as transformers_logging
 
-    logging: Any = transformers_logging
+    progress(message, None, None)
 
     def watch(items: Iterable[Any], **_: Any) -> Iterator[Any]:
         listed = list(items)
         for done, item in enumerate(listed):
-            if progress is not None:
-                progress(message, done, len(listed))
+            progress(message, done, len(listed))
             yield item
-        if progress is not None:
-            progress(message, len(listed), len(listed))
+        progress(message, len(listed), len(listed))
 
-    bar, shown = getattr(reader, "tqdm", None), logging.is_progress_bar_enabled()
+    bar = getattr(reader, "tqdm", None)
     setattr(reader, "tqdm", watch)  # noqa: B010
-    logging.disable_progress_bar()
     try:
         yield
     finally:
         setattr(reader, "tqdm", bar)  # noqa: B010
-        if shown:
-            logging.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    return bounded((str(error).strip().splitlines() or [type(error).__name__])[0].rstrip("."), 200)
 
 
 def _unpack(file: BinaryIO, form: str) -> tuple[Any, ...]:
-    return struct.unpack(form, file.read(struct.calcsize(form)))
+    return struct.unpack(f"<{form}", file.read(struct.calcsize(f"<{form}")))
 
 
 def _string(file: BinaryIO) -> str:
-    (length,) = _unpack(file, "<Q")
+    (length,) = _unpack(file, "Q")
     if length > _MOST_TEXT_BYTES:
         raise ValueError("too long")
     text = file.read(length)
@@ -296,9 +234,9 @@ def _value(file: BinaryIO, kind: int) -> Any:
         return _string(file)
     if kind != _ARRAY:
         return _unpack(file, _SCALARS[kind])[0]
-    item, count = _unpack(file, "<IQ")
+    item, count = _unpack(file, "IQ")
     if item in _SCALARS:
-        file.seek(struct.calcsize(_SCALARS[item]) * count, os.SEEK_CUR)
+        file.seek(struct.calcsize(f"<{_SCALARS[item]}") * count, os.SEEK_CUR)
     else:
         for _ in range(count):
             _value(file, item)

@@ -10,22 +10,21 @@ from transformers import PreTrainedModel
 from midtune.errors import InputError
 
 
-def embed_on_host(model: PreTrainedModel, name: str, home: torch.device | None = None) -> None:
+def embed_on_host(model: PreTrainedModel, name: str, device: torch.device | None = None) -> None:
     """Keep the input embedding out of the card's memory, for good; on a CPU nothing changes.
 
-    What the embedding holds is no parameter or buffer any more, so that whatever moves the model leaves it where
-    it is.
+    Its weight stops being a parameter, so whatever moves the model leaves it where it is.
 
     Args:
         model: with frozen embeddings.
         name: what messages call it.
-        home: where it computes; None: where it is.
+        device: where the model computes; None: where it is.
 
     Raises:
         InputError: the output head is the embedding too, and has to be on the card.
     """
-    home = home or model.device
-    if home.type == "cpu":
+    device = device or model.device
+    if device.type == "cpu":
         return
     embedding = model.get_input_embeddings()
     if not is_here(embedding):
@@ -35,7 +34,7 @@ def embed_on_host(model: PreTrainedModel, name: str, home: torch.device | None =
             f"{name} uses its input embedding as its output head too, which has to be on the card; leave out "
             "model.embeddings=host."
         )
-    move_out(embedding, home)
+    move_out(embedding, device)
 
 
 def is_here(embedding: Any) -> bool:
@@ -43,11 +42,11 @@ def is_here(embedding: Any) -> bool:
     return next(embedding.parameters(), None) is not None
 
 
-def move_out(embedding: Any, home: torch.device) -> None:
-    """Keep what an embedding holds on the host, and send the rows that it looks up `home`."""
+def move_out(embedding: Any, device: torch.device) -> None:
+    """Keep what an embedding holds on the host, and send the rows that it looks up to `device`."""
     for held in (embedding._parameters, embedding._buffers):
         for name in list(held):
             value = held.pop(name)
             setattr(embedding, name, value.detach().to("cpu"))
     embedding.register_forward_pre_hook(lambda module, args: (args[0].to("cpu"), *args[1:]))
-    embedding.register_forward_hook(lambda module, args, rows: rows.to(home))
+    embedding.register_forward_hook(lambda module, args, rows: rows.to(device))

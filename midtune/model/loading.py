@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import logging as transformers_logging
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from midtune.device import compute_dtype_of, resolve_device
-from midtune.errors import InputError, bounded
+from midtune.errors import InputError, explained
 from midtune.model.blocks import check_tail, find_blocks
+from midtune.model.configs import read_config
 from midtune.model.memory import freed_at_once
 from midtune.model.policy import Policy
+from midtune.model.progress import quiet
 from midtune.model.quantize import clear_quantized_markers, forbid_cpu_packing, nf4_config
 from midtune.model.sources import Source
 
@@ -35,36 +29,34 @@ def load_policy(
 ) -> Policy:
     """Load a model with every parameter frozen.
 
-    With `quantize="nf4"` the linear layers of the blocks are quantized one by one while the checkpoint is
-    read, so a full-precision copy of the model never exists. Embeddings, norms and head stay as stored.
+    With `quantize="nf4"` the linear layers of the blocks are quantized one by one while the checkpoint is read, so
+    a full-precision copy never exists. Embeddings, norms and head stay as stored.
 
     Args:
-        dtype: what activations are computed in; None: see `compute_dtype_of`.
+        dtype: of activations; None: see `compute_dtype_of`.
 
     Raises:
-        InputError: not a decoder-only model with safetensors weights, one that cannot be run from a block in
-            the middle, or the device does not exist.
+        InputError: no decoder-only model, one that cannot be run from a block in the middle, or no such device.
     """
     target = resolve_device(device)
     compute_dtype = dtype or compute_dtype_of(target)
     tokenizer = load_tokenizer(source, trust_remote_code)
-    with _quiet(), _readable_errors(source):
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
-        stored = getattr(config, "quantization_config", None)
-        method = (
-            stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+    config = read_config(source.folder, trust_remote_code=trust_remote_code)
+    stored_quantized = _is_in_4bit(config, source)
+
+    def unusable(why: str) -> str:
+        return (
+            f"{source.name} cannot be loaded as a causal language model ({why}); "
+            "use a decoder-only model in Hugging Face layout."
         )
-        if stored is not None and "bitsandbytes" not in str(method or "bitsandbytes"):
-            raise InputError(
-                f"{source.name} is stored with {method} quantization, which midtune cannot train over; "
-                "use its unquantized checkpoint, or one in bitsandbytes 4-bit."
-            )
+
+    with quiet(), explained(unusable, keep=(torch.OutOfMemoryError,)):
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         _check_vocabulary(tokenizer, skeleton, source)
         stack_name, _ = find_blocks(skeleton)
         quantization = None
-        if quantize == "nf4" and stored is None:
+        if quantize == "nf4" and not stored_quantized:
             outside = [
                 name
                 for name, module in skeleton.named_modules()
@@ -88,8 +80,24 @@ def load_policy(
         tokenizer,
         source,
         compute_dtype=compute_dtype,
-        stored_quantized=stored is not None,
+        stored_quantized=stored_quantized,
     )
+
+
+def _is_in_4bit(config: Any, source: Source) -> bool:
+    """Whether the checkpoint is stored in bitsandbytes 4-bit.
+
+    Raises:
+        InputError: it is stored with another quantization.
+    """
+    stored = getattr(config, "quantization_config", None)
+    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+    if stored is not None and "bitsandbytes" not in str(method or "bitsandbytes"):
+        raise InputError(
+            f"{source.name} is stored with {method} quantization, which midtune cannot train over; "
+            "use its unquantized checkpoint, or one in bitsandbytes 4-bit."
+        )
+    return stored is not None
 
 
 def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -98,21 +106,23 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTraine
     Raises:
         InputError: there is none, or it cannot be read.
     """
-    try:
-        with _quiet():
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                source.folder, trust_remote_code=trust_remote_code, padding_side="left"
-            )
-            known = set(tokenizer.encode("a 1", add_special_tokens=False)) - set(tokenizer.all_special_ids)
-    except (MemoryError, InputError):
-        raise
-    except Exception as error:
-        # Where files are missing or damaged, transformers raises errors of many kinds, or hands back a tokenizer
-        # without a vocabulary.
-        reason = bounded(" ".join(str(error).split()), 200).rstrip(".") or type(error).__name__
-        raise InputError(_no_tokenizer(source, f"that can be read ({reason})")) from error
+    # A tokenizer is found through config.json: where that is damaged, the tokenizer is not to blame.
+    read_config(source.folder, trust_remote_code=trust_remote_code)
+
+    def missing(why: str) -> str:
+        return (
+            f"{source.name} has no tokenizer that can be read ({why}); put its files (tokenizer.json, "
+            "tokenizer_config.json) beside config.json."
+        )
+
+    with quiet(), explained(missing):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source.folder, trust_remote_code=trust_remote_code, padding_side="left"
+        )
+        known = set(tokenizer.encode("a 1", add_special_tokens=False)) - set(tokenizer.all_special_ids)
     if not known:
-        raise InputError(_no_tokenizer(source))
+        # What transformers makes where the files are missing.
+        raise InputError(missing("its vocabulary is empty"))
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise InputError(
@@ -133,19 +143,8 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTraine
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 
 
-def _no_tokenizer(source: Source, which: str = "") -> str:
-    return (
-        f"{source.name} has no tokenizer {which}".rstrip()
-        + "; put its files (tokenizer.json, tokenizer_config.json) beside config.json."
-    )
-
-
 def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: nn.Module, source: Source) -> None:
-    """Check that each token has a row in the input embedding.
-
-    Raises:
-        InputError: the tokenizer has more.
-    """
+    """Raise InputError if the tokenizer has tokens without a row in the input embedding."""
     rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     beyond = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= rows)
     if beyond:
@@ -155,33 +154,3 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: nn.Module, sour
             "has rows for; use the tokenizer that the checkpoint was saved with, or grow the model with "
             "`resize_token_embeddings` and save it again."
         )
-
-
-@contextlib.contextmanager
-def _readable_errors(source: Source) -> Iterator[None]:
-    try:
-        yield
-    except (InputError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        # Files of others, read by libraries that raise as they please.
-        reason = bounded(" ".join(str(error).split()), 200) or type(error).__name__
-        raise InputError(
-            f"{source.name} cannot be loaded as a causal language model ({reason}); "
-            "use a decoder-only model in Hugging Face layout."
-        ) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Transformers' own bars and notices would break midtune's display."""
-    verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()

@@ -110,10 +110,10 @@ def give_back() -> None:
 
 @contextlib.contextmanager
 def freed_at_once() -> Iterator[None]:
-    """What is allocated inside goes back to the system as soon as it is freed, whenever that is.
+    """What is allocated inside goes back to the system as soon as it is freed.
 
-    glibc keeps freed memory for itself, and what is allocated later breaks it up: loading SmolLM2-135M in NF4
-    would hold as much as in fp32, 556 MiB in place of 169. Does nothing where there is no glibc.
+    glibc would keep it: SmolLM2-135M loaded in NF4 held 556 MiB, as in fp32, in place of 169. Does nothing without
+    glibc.
     """
     if (mallopt := _glibc("mallopt")) is None:
         yield

@@ -15,18 +15,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from midtune.errors import InputError
+from midtune.errors import InputError, explained
 from midtune.model.loading import load_policy
 from midtune.model.policy import Policy
-from midtune.model.sources import Source, checkpoint_files
-from midtune.whole import MANIFEST, damage, written_whole
+from midtune.model.sources import Source, checkpoint_files, stored_tensors
+from midtune.whole import MANIFEST, damage, require_space, written_whole
 
 TENSORS = "patch.safetensors"
 DESCRIPTION = "patch.json"
 SCHEMA = 1
+RESTORE = "train again or restore the file"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
@@ -62,21 +63,9 @@ def save_patch(policy: Policy, folder: Path) -> int:
         if policy.adapter is not None:
             policy.adapter.save_pretrained(scratch)
         else:
-            save_file(block_tensors(policy), scratch / TENSORS)
+            save_file(policy.deployed_blocks(as_stored=True), scratch / TENSORS)
         (scratch / DESCRIPTION).write_text(json.dumps(asdict(patch), indent=1) + "\n", encoding="utf-8")
     return sum(file.stat().st_size for file in folder.iterdir())
-
-
-def block_tensors(policy: Policy) -> dict[str, torch.Tensor]:
-    """The trained blocks under the checkpoint's names, in the checkpoint's dtype, on the CPU."""
-    tensors = {}
-    for block in policy.trained:
-        parameters = dict(policy.blocks[block].named_parameters())
-        stored = policy.original_tensors(block)
-        for inner, name in policy.checkpoint_names(block).items():
-            dtype = stored[inner].dtype if stored else torch.float32
-            tensors[name] = parameters[inner].detach().to("cpu", dtype).contiguous()
-    return tensors
 
 
 def replaced_names(policy: Policy) -> list[str]:
@@ -86,11 +75,8 @@ def replaced_names(policy: Policy) -> list[str]:
 
 def base_digest(source: Source, names: Iterable[str]) -> str:
     """sha256 over these tensors of the checkpoint, in the order of their names."""
-    files = checkpoint_files(source.folder)
     digest = hashlib.sha256()
-    for name in sorted(names):
-        with safe_open(files[name], framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
+    for name, tensor in stored_tensors(source.folder, sorted(names)):
         digest.update(name.encode())
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -117,22 +103,20 @@ def read_patch(folder: Path) -> Patch:
     Raises:
         InputError: there is no complete patch, or it is not what was written.
     """
-    try:
-        data = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-        patch = Patch(**data)
-    except FileNotFoundError:
+    path = folder / DESCRIPTION
+    if not path.is_file():
         raise InputError(
             f"{folder} holds no trained patch (no {DESCRIPTION}); finish the run with --resume, or give another run."
-        ) from None
-    except (ValueError, TypeError):
-        raise InputError(f"{folder / DESCRIPTION} is damaged; train again or restore the file.") from None
+        )
+    with explained(lambda why: f"{path} is damaged; {RESTORE}.", keep=(OSError,)):
+        patch = Patch(**json.loads(path.read_text(encoding="utf-8")))
     weights = folder / (TENSORS if patch.adapter == "full" else "adapter_model.safetensors")
     if not weights.is_file():
-        raise InputError(f"{folder} lacks {weights.name}; train again or restore the file.")
+        raise InputError(f"{folder} lacks {weights.name}; {RESTORE}.")
     # Patches of earlier versions have no manifest.
     wrong = damage(folder) if (folder / MANIFEST).exists() else None
     if wrong is not None:
-        raise InputError(f"{folder} is damaged ({wrong}); train again or restore the file.")
+        raise InputError(f"{folder} is damaged ({wrong}); {RESTORE}.")
     return patch
 
 
@@ -158,9 +142,7 @@ def apply_patch(policy: Policy, folder: Path) -> Patch:
                 parameters = dict(policy.blocks[block].named_parameters())
                 for inner, name in policy.checkpoint_names(block).items():
                     if name not in tensors or tensors[name].shape != parameters[inner].shape:
-                        raise InputError(
-                            f"{folder / TENSORS} is damaged (no fitting {name}); train again or restore the file."
-                        )
+                        raise InputError(f"{folder / TENSORS} is damaged (no fitting {name}); {RESTORE}.")
                     parameters[inner].copy_(tensors[name])
     return patch
 
@@ -172,84 +154,69 @@ def remove_patch(policy: Policy) -> None:
 
 
 def merge_patch(source: Source, tensors: dict[str, torch.Tensor], out: Path) -> int:
-    """A complete checkpoint: the base's files with `tensors` in their places.
+    """Write a complete checkpoint, the base's files with `tensors` in their places; returns the bytes written.
 
     One shard is in memory at a time; `out` appears when it is complete.
-
-    Returns:
-        The bytes written.
 
     Raises:
         InputError: `out` holds something already, the disk is too full, or the base is stored in 4-bit.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} already exists and is not empty; choose another --out.")
+    check_unquantized(source)
     files = checkpoint_files(source.folder)
-    if any(f"{name}.absmax" in files for name in tensors):
-        raise InputError(
-            f"{source.name} is stored in 4-bit, so whole blocks cannot be put into its files; "
-            "train on the unquantized checkpoint to merge."
-        )
     need = sum(file.stat().st_size for file in set(files.values()))
-    anchor = next(parent for parent in out.absolute().parents if parent.exists())
-    free = shutil.disk_usage(anchor).free
-    if free < need:
-        raise InputError(
-            f"the merged model needs {need / 2**30:.2f} GiB and {anchor} has {free / 2**30:.2f} GiB free; "
-            "choose another --out."
-        )
+    require_space(out, need, "the merged model", "choose another --out")
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     # Programs that load the checkpoint expect their own files alone.
     with written_whole(out.absolute(), sealed=False) as scratch:
         for file in sorted(source.folder.iterdir()):
             if file.is_file() and not file.name.endswith(WEIGHTS):
                 shutil.copy(file, scratch / file.name)
+        changed = {files[name] for name in tensors}
         for shard in sorted(set(files.values())):
-            if any(files[name] == shard for name in tensors):
-                with safe_open(shard, framework="pt") as opened:
-                    metadata = opened.metadata()
-                whole = load_file(shard)
-                for name in tensors.keys() & whole.keys():
-                    whole[name] = tensors[name].to(whole[name].dtype)
-                save_file(whole, scratch / shard.name, metadata=metadata or {"format": "pt"})
-            else:
+            if shard not in changed:
                 shutil.copy(shard, scratch / shard.name)
+                continue
+            with safe_open(shard, framework="pt") as opened:
+                metadata = opened.metadata() or {"format": "pt"}
+                whole = {name: opened.get_tensor(name) for name in opened.keys()}
+            for name in tensors.keys() & whole.keys():
+                whole[name] = tensors[name].to(whole[name].dtype)
+            save_file(whole, scratch / shard.name, metadata=metadata)
         if out.exists():
             # Refuses if something has been put there in the meantime, where rmtree would not.
             out.rmdir()
     return sum(file.stat().st_size for file in out.iterdir())
 
 
-def deployed_tensors(source: Source, folder: Path) -> dict[str, torch.Tensor]:
-    """What the patch in `folder` makes of its base's tensors, under the checkpoint's names.
+def check_unquantized(source: Source) -> None:
+    """Raise InputError if the checkpoint is in 4-bit, so that trained blocks cannot be put into its files."""
+    if any(name.endswith(".absmax") for name in checkpoint_files(source.folder)):
+        raise InputError(
+            f"{source.name} is stored in 4-bit, so whole blocks cannot be put into its files; "
+            "train on the unquantized checkpoint to merge."
+        )
 
-    Whole blocks are read as they are; LoRA matrices are multiplied into the base, which is loaded for it.
+
+def deployed_tensors(source: Source, folder: Path) -> dict[str, torch.Tensor]:
+    """The trained blocks of the patch in `folder`, under the checkpoint's names; LoRA multiplied into the base.
 
     Raises:
-        InputError: the patch is damaged or belongs to another base.
+        InputError: the patch is damaged or belongs to another base, or the base is stored in 4-bit.
     """
     patch = read_patch(folder)
+    check_unquantized(source)
     if patch.adapter == "full":
         tensors = _tensors_in(folder)
         check_base(source, tensors, patch, folder)
         return tensors
     policy = load_policy(source, quantize="none", device="cpu")
     apply_patch(policy, folder)
-    assert policy.adapter is not None
-    originals = {block: policy.original_tensors(block) for block in patch.blocks}
-    policy.adapter.merge_and_unload()
-    return {
-        name: dict(policy.blocks[block].named_parameters())[inner].detach().to(originals[block][inner].dtype)
-        for block in patch.blocks
-        for inner, name in policy.checkpoint_names(block).items()
-    }
+    return policy.deployed_blocks(as_stored=True)
 
 
 def _tensors_in(folder: Path) -> dict[str, torch.Tensor]:
-    try:
+    with explained(lambda why: f"{folder / TENSORS} is damaged ({why}); {RESTORE}."):
         tensors: dict[str, torch.Tensor] = load_file(folder / TENSORS)
-    except SafetensorError as error:
-        raise InputError(
-            f"{folder / TENSORS} is damaged ({error}); train again or restore the file."
-        ) from None
     return tensors

@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,7 +16,7 @@ from midtune.errors import InputError
 from midtune.model.blocks import find_blocks, tail_of
 from midtune.model.host import is_here
 from midtune.model.quantize import is_quantized, thawed
-from midtune.model.sources import Source, checkpoint_files
+from midtune.model.sources import Source, checkpoint_files, stored_tensors
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -124,15 +123,15 @@ class Policy:
         self._reference.pop(block, None)
 
     def thaw_all(self) -> None:
-        """Make every parameter trainable, embeddings, final norm and head too, as full training does.
+        """Make every parameter trainable, embeddings, final norm and head too, for full training.
 
         Raises:
-            InputError: the model is in 4-bit, which full training is not, or its input embedding is on the host.
+            InputError: the model is in 4-bit, or its input embedding is on the host.
         """
         if self.quantized:
             raise InputError(
-                f"full training of {self.source.name} was asked for, but its frozen blocks are in 4-bit, from "
-                "which training would not start where it does otherwise; add --quantize none."
+                f"full training of {self.source.name} was asked for, but its blocks are in 4-bit, so it would start "
+                "from other weights; add --quantize none."
             )
         if not is_here(self.model.get_input_embeddings()):
             raise InputError(
@@ -218,19 +217,22 @@ class Policy:
         """
         if self.stored_quantized:
             return {}
-        tensors = {}
-        files = checkpoint_files(self.source.folder)
-        for inner, name in self.checkpoint_names(block).items():
-            with safe_open(files[name], framework="pt") as file:
-                tensors[inner] = file.get_tensor(name)
-        return tensors
+        names = self.checkpoint_names(block)
+        stored = dict(stored_tensors(self.source.folder, names.values()))
+        return {inner: stored[name] for inner, name in names.items()}
 
-    def deployed_blocks(self) -> dict[str, torch.Tensor]:
-        """The trained blocks as an unquantized model would hold them, fp32, by the checkpoint's names, on the CPU."""
+    def deployed_blocks(self, *, as_stored: bool = False) -> dict[str, torch.Tensor]:
+        """The trained blocks as an unquantized model holds them, by the checkpoint's names, on the CPU.
+
+        LoRA is multiplied into the checkpoint's own weights.
+
+        Args:
+            as_stored: in the checkpoint's dtype where it has one that is not quantized; otherwise fp32.
+        """
         tensors = {}
         for block in self.trained:
             own = dict(self.blocks[block].named_parameters())
-            stored = self.original_tensors(block) if self.adapter is not None else {}
+            stored = self.original_tensors(block)
             for inner, name in self.checkpoint_names(block).items():
                 if self.adapter is None:
                     value = own[inner].detach()
@@ -239,7 +241,8 @@ class Policy:
                     value = stored[inner].to(self.device, torch.float32)
                     if inner.endswith(".weight") and hasattr(layer, "get_delta_weight"):
                         value = value + layer.get_delta_weight("default").detach()
-                tensors[name] = value.to("cpu", torch.float32).contiguous()
+                dtype = stored[inner].dtype if as_stored and stored else torch.float32
+                tensors[name] = value.to("cpu", dtype).contiguous()
         return tensors
 
     def checkpoint_names(self, block: int) -> dict[str, str]:
@@ -273,10 +276,10 @@ class Policy:
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Leaves operators alone inside `Policy.autocast`: what is computed from fp32 is fp32.
+    """Inside `Policy.autocast`, compute in the dtype of the inputs: fp32 stays fp32.
 
-    Autocast lowers products, `linalg.vecdot` among them, and raises sums, logarithms and norms, not the same ones on
-    a CPU and on a card. So log-probs, entropies and sums over the vocabulary are computed without it.
+    Autocast lowers products and raises sums, logarithms and norms, not the same ones on a CPU and on a GPU. So
+    log-probs, entropies and sums over the vocabulary are computed without it.
     """
     return torch.autocast(device.type, enabled=False)
 

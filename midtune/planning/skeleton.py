@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -11,64 +14,72 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from midtune.model.blocks import config_from, find_blocks
 from midtune.model.policy import Policy
-from midtune.planning.budget import Sizes, packed_bytes
+from midtune.model.sizes import blocks_of
+from midtune.planning.budget import packed_bytes
 
-# Values of a mask, all rows by all tokens by all tokens, that are too many to write.
+# Masks with more values than this, rows by tokens by tokens, are left without data.
 LARGE_MASK = 2**28
+# TRL's head works on so many tokens by so many words of the vocabulary at a time (`trl.kernels.chunked_logprob`).
+HEAD_TOKENS, HEAD_WORDS = 4096, 32768
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A model as a trainer loads it.
+
+    Attributes:
+        dtype: of activations, and of unquantized frozen weights.
+        quantized: linear layers of frozen blocks are in 4-bit.
+        on_card: it works on a GPU, where TRL's head has kernels of its own.
+        full: every parameter is trained, so weights are in fp32.
+    """
+
+    config: PretrainedConfig
+    dtype: torch.dtype
+    quantized: bool
+    on_card: bool
+    full: bool = False
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        return torch.float32 if self.full else self.dtype
 
 
 def skeleton(
-    config: PretrainedConfig,
-    *,
-    depth: int,
-    dtype: torch.dtype,
-    quantized: bool = False,
-    vocabulary: int | None = None,
+    model: Loaded, depth: int, vocabulary: int | None = None
 ) -> tuple[PreTrainedModel, FakeTensorMode]:
     """A model without data, and the mode that makes further tensors of its kind.
 
     Args:
-        config: of the whole model.
         depth: how many of its last blocks to build.
-        dtype: of its parameters; linear layers of blocks are packed in 4-bit and compute in it if `quantized`.
         vocabulary: tokens of the embeddings and of the head; None: the model's own.
     """
-    cut = config_from(config, blocks_of(config) - depth, blocks_of(config))
+    blocks = blocks_of(model.config)
+    cut = config_from(model.config, blocks - depth, blocks)
     if vocabulary is not None:
         cut = config_from(cut, 0, depth)
         cut.vocab_size, cut.pad_token_id = vocabulary, None
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(cut, dtype=dtype)
-        if quantized:
-            for block in find_blocks(model)[1]:
-                for name, part in list(block.named_modules()):
-                    if isinstance(part, nn.Linear):
-                        block.set_submodule(name, PackedLinear(part, dtype))
-    return model, mode
+        built: PreTrainedModel = AutoModelForCausalLM.from_config(cut, dtype=model.weight_dtype)
+        for block in find_blocks(built)[1] if model.quantized else ():
+            for name, part in list(block.named_modules()):
+                if isinstance(part, nn.Linear):
+                    block.set_submodule(name, PackedLinear(part, model.dtype))
+    return built, mode
 
 
 class SkeletonPolicy(Policy):
     """A policy without data: what it computes has the shapes, dtypes and lifetimes of the real one.
 
     Args:
+        depth, vocabulary: see `skeleton`.
         trained: how many of the first of its blocks are trained.
     """
 
-    def __init__(
-        self,
-        config: PretrainedConfig,
-        *,
-        depth: int,
-        trained: int,
-        compute_dtype: torch.dtype,
-        quantized: bool,
-        vocabulary: int | None = None,
-    ) -> None:
-        model, self.mode = skeleton(
-            config, depth=depth, dtype=compute_dtype, quantized=quantized, vocabulary=vocabulary
-        )
-        super().__init__(model, cast(Any, None), cast(Any, None), compute_dtype=compute_dtype)
+    def __init__(self, model: Loaded, depth: int, trained: int, vocabulary: int | None = None) -> None:
+        built, self.mode = skeleton(model, depth, vocabulary)
+        super().__init__(built, cast(Any, None), cast(Any, None), compute_dtype=model.dtype)
         for block in range(trained):
             self.thaw(block)
 
@@ -141,29 +152,80 @@ class _Product(torch.autograd.Function):
         return gradient @ gradient.new_empty(ctx.shape), None, None
 
 
-def blocks_of(config: PretrainedConfig) -> int:
-    """How many decoder blocks a model has."""
-    return int(config.get_text_config().num_hidden_layers)
+def chunked_log_probs(head: nn.Module, states: torch.Tensor, *, on_card: bool) -> torch.Tensor:
+    """Log-probs [T] of tokens whose states are [T, H]: what TRL's chunked head holds, without its values.
+
+    Args:
+        on_card: kernels work inside a tile; on a CPU torch copies it several times.
+    """
+    found: torch.Tensor = _ChunkedLogProbs.apply(states, head.weight, on_card)  # type: ignore[no-untyped-call]
+    return found
 
 
-def sizes_of(config: PretrainedConfig) -> Sizes:
-    """How many parameters a model has, and where."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config_from(config, 0, 1))
-    block = find_blocks(model)[1][0]
-    linear = [part for part in block.modules() if isinstance(part, nn.Linear)]
-    weights = sum(part.weight.numel() for part in linear)
-    own = sum(p.numel() for p in block.parameters())
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    head_size = 0 if head is embedding else head.numel()
-    whole = sum(p.numel() for p in model.parameters())
-    return Sizes(
-        blocks=blocks_of(config),
-        linear=weights,
-        rest=own - weights,
-        widths=sum(part.in_features + part.out_features for part in linear),
-        embedding=embedding.numel(),
-        head=head_size,
-        outside=whole - own - embedding.numel() - head_size,
-        hidden=int(config.get_text_config().hidden_size),
-    )
+class _ChunkedLogProbs(torch.autograd.Function):
+    """The footprint of TRL's `ChunkedLogProbFunction`; a test compares the two."""
+
+    @staticmethod
+    def forward(ctx: Any, states: torch.Tensor, weight: torch.Tensor, on_card: bool) -> torch.Tensor:
+        ctx.on_card = on_card
+        ctx.dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else states.dtype
+        per_token = partial(states.new_empty, len(states), dtype=torch.float32)
+        targets = per_token(dtype=torch.long)
+        # Maxima, sums and the like while it runs; normalizers and entropies for the backward pass.
+        statistics = [per_token() for _ in range(7)]
+        for _, _, tile in _tiles(states, weight, ctx.dtype):
+            if not on_card:
+                _fold(tile)
+        del statistics
+        ctx.save_for_backward(states, weight, targets, per_token(), per_token())
+        return per_token()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        states, weight, *_ = ctx.saved_tensors
+        needed = [
+            torch.zeros_like(part, dtype=torch.float32) if wanted else None
+            for part, wanted in zip((states, weight), ctx.needs_input_grad, strict=False)
+        ]
+        for tokens, words, tile in _tiles(states, weight, ctx.dtype):
+            if not ctx.on_card:
+                _turn_into_gradients(tile)
+            for gradients, factor in zip(needed, (words, tokens), strict=True):
+                if gradients is not None:
+                    # Products are added up in fp32.
+                    tile.float(), factor.float()
+        found = [
+            None if gradients is None else gradients.to(part.dtype)
+            for gradients, part in zip(needed, (states, weight), strict=True)
+        ]
+        return found[0], found[1], None
+
+
+def _tiles(
+    states: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Some states, some rows of the head's weight and room for their logits, all in `dtype`."""
+    logits = states.new_empty(min(len(states), HEAD_TOKENS), HEAD_WORDS, dtype=dtype)
+    for some in states.split(HEAD_TOKENS):
+        tokens = some.to(dtype)
+        for rows in weight.split(HEAD_WORDS):
+            yield tokens, rows.to(dtype), logits[: len(some), : len(rows)]
+
+
+def _fold(tile: torch.Tensor) -> None:
+    """Hold what torch does to fold a tile into statistics."""
+    _held = _copies(tile, 3)
+
+
+def _turn_into_gradients(tile: torch.Tensor) -> None:
+    """Hold what torch does to make gradients of a tile of logits."""
+
+    def targets() -> torch.Tensor:
+        _words = tile.new_empty(tile.size(1), dtype=torch.long)
+        return tile.new_empty(tile.shape, dtype=torch.bool)
+
+    _held = [*_copies(tile, 5), targets(), *_copies(tile, 2)]
+
+
+def _copies(tile: torch.Tensor, count: int) -> list[torch.Tensor]:
+    return [tile.new_empty(tile.shape, dtype=torch.float32) for _ in range(count)]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from midtune.planning.budget import Sizes, packed_bytes
+from midtune.bench.flops import rollout_flops, update_flops
+from midtune.model.sizes import Sizes
+from midtune.planning.budget import packed_bytes
+from midtune.planning.step_size import Work
 from midtune.published import PublishedCard
 
 
@@ -10,60 +13,40 @@ def step_seconds(
     card: PublishedCard,
     sizes: Sizes,
     arm: str,
+    work: Work,
     *,
-    prompts: int,
-    group_size: int,
-    prompt_tokens: int,
-    new_tokens: int,
     tail: int,
     trained: int,
     quantized: bool,
     unpacked: bool,
-    sampling_passes: int,
-    update_passes: int,
-    again: bool,
     cache: int,
 ) -> dict[str, float]:
     """The least seconds that the phases of a step can take: what they compute, or what they read, alone.
 
-    Matrix products with weights are counted, attention is not. midtune passes each prompt once for its group and
-    updates blocks k to L-1; TRL repeats the prompt for each completion and goes through all blocks.
+    The forward pass of a KL term's reference is left out.
 
     Args:
-        arm: `midtune`, or one of TRL's.
+        arm: see `update_flops`.
         tail: blocks from the first trained one on.
         trained: how many are trained.
         unpacked: midtune samples from unpacked weights.
-        sampling_passes: parts that completions are sampled in.
-        update_passes: micro-batches.
-        again: midtune runs blocks again for the gradient; TRL does where it checkpoints.
         cache: bytes of keys and values when all completions are at their end.
     """
-    ours = arm == "midtune"
-    rows = prompts * group_size
-    head = sizes.head or sizes.embedding
-    linear = sizes.blocks * sizes.linear
+    batch, training = work.batch(), work.config.training
     packed = quantized and not arm.startswith("trl-full")
     weights = sizes.blocks * (packed_bytes(sizes.linear) if packed else 2 * sizes.linear)
-    read = 2 * linear if unpacked else weights
-    prompt_rows = prompts if ours else rows
-    decoded = rows * new_tokens
+    read = 2 * sizes.blocks * sizes.linear if unpacked else weights
+    sampling_passes = -(-batch.prompts // work.sampled_prompts)
     sampling = max(
-        2.0 * (linear * (prompt_rows * prompt_tokens + decoded) + head * decoded) / card.flops,
-        # Each token reads every weight, and of the keys and values half in the mean.
-        new_tokens * (sampling_passes * (read + 2 * head) + cache / 2) / card.bandwidth,
+        rollout_flops(sizes, batch, arm) / card.flops,
+        # Each token reads every weight, and on average half of the keys and values.
+        batch.new_tokens * (sampling_passes * (read + 2 * sizes.projection) + cache / 2) / card.bandwidth,
     )
-    tokens = prompt_rows * prompt_tokens + decoded
-    if ours:
-        products = tokens * sizes.linear * ((2 + again) * tail + trained) + 2 * decoded * head
-        passes = (2 + again) * tail / sizes.blocks
+    products = update_flops(sizes, batch, arm, tail=tail, trained=trained, recompute=training.recompute)
+    if arm == "midtune":
+        passes = (2 + training.recompute) * tail / sizes.blocks
     else:
-        checkpointed = arm in ("trl-qlora", "trl-full")
-        whole = arm.startswith("trl-full")
-        # The gradient of a single block ends there.
-        backward = tail if arm == "trl-block" else sizes.blocks
-        blocks = sizes.blocks * (1 + checkpointed + whole) + backward + (trained if arm == "trl-block" else 0)
-        products = tokens * sizes.linear * blocks + decoded * head * (3 + whole)
-        passes = 2.0 + checkpointed
-    update = max(2.0 * products / card.flops, update_passes * passes * weights / card.bandwidth)
+        passes = 2.0 + (arm in ("trl-qlora", "trl-full"))
+    micro_batches = batch.prompts // work.micro_prompts
+    update = max(products / card.flops, micro_batches * passes * weights / card.bandwidth)
     return {"sampling": sampling, "update": update}

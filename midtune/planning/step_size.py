@@ -1,153 +1,200 @@
-"""What midtune and TRL hold in memory while they train, worked out before anything is loaded."""
+"""What a step holds because of its settings, and which setting makes it hold less: pure arithmetic.
+
+A setting that changes memory has its effect and its place among the remedies here.
+"""
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
-from midtune.bench.arms import LORA_RANK
-from midtune.planning.budget import Phases, Sizes, block_phases, standing, unpacked_bytes, whole_phases
-from midtune.planning.trace import Batch, Loaded, block_update, sampling, whole_update
+from midtune.bench.flops import Batch
+from midtune.bench.workload import LORA_RANK
+from midtune.config import RunConfig
+from midtune.errors import InputError
+from midtune.model.sizes import Sizes
+from midtune.planning.budget import Phases, Standing, packed_bytes
 from midtune.rl.algorithms import groups_per_micro_batch
+
+ADAM_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 2 * 4 / 256}
+# Smallest recompute pack, in tokens.
+LEAST_PACK = 512
+# Tokens of a step; the study's has 2 million.
+MOST_STEP_TOKENS = 100_000_000
+# Settings that cost something, the dearest first: undone where later changes made them needless.
+DEAREST_FIRST = ("training.gradients", "training.optimizer", "model.unpack", "model.embeddings")
 
 
 @dataclass(frozen=True)
 class Work:
-    """A step of training, as memory depends on it.
+    """A step of training as a configuration asks for it.
 
     Attributes:
-        prompts: different ones in a step.
-        prompt_tokens, new_tokens: of the longest.
-        micro_batch_tokens: most tokens in one backward pass; a single group may have more.
-        recompute: blocks hold no activations in the update but run again, so many tokens at a time.
-        sampled_prompts: prompts, with their groups, that are sampled together; None: all.
-        optimizer: as in the configuration.
-        reference: there is a KL term.
-        unpack: sampling may unpack weights, into up to half of what is free.
-        host_embedding: the input embedding is kept on the host.
-        gradients: as in the configuration.
+        prompt_tokens: of the longest prompt.
     """
 
-    prompts: int
-    group_size: int
+    config: RunConfig
     prompt_tokens: int
-    new_tokens: int
-    micro_batch_tokens: int
-    recompute: bool = False
-    sampled_prompts: int | None = None
-    optimizer: str = "adamw"
-    reference: bool = False
-    unpack: bool = True
-    host_embedding: bool = False
-    gradients: str = "fp32"
+
+    def changed(self, settings: Mapping[str, Any]) -> Work:
+        """The same step with other settings, by key (`training.recompute`)."""
+        config = self.config
+        for key, value in settings.items():
+            part, _, name = key.partition(".")
+            own = getattr(config, part).model_copy(update={name: value})
+            config = config.model_copy(update={part: own})
+        return replace(self, config=config)
+
+    def batch(self, prompts: int | None = None) -> Batch:
+        """Some prompts with their groups, at full length; None: all of the step."""
+        training = self.config.training
+        return Batch(
+            training.prompts_per_step if prompts is None else prompts,
+            training.group_size,
+            self.prompt_tokens,
+            training.max_new_tokens,
+        )
 
     @property
     def group_tokens(self) -> int:
-        return self.group_size * (self.prompt_tokens + self.new_tokens)
+        training = self.config.training
+        return training.group_size * (self.prompt_tokens + training.max_new_tokens)
 
     @property
     def micro_prompts(self) -> int:
         """Prompts, with their groups, that go through an update together."""
-        return groups_per_micro_batch(self.prompts, self.group_tokens, self.micro_batch_tokens)
+        training = self.config.training
+        return groups_per_micro_batch(
+            training.prompts_per_step, self.group_tokens, training.micro_batch_tokens
+        )
 
-    def batch(self, prompts: int) -> Batch:
-        return Batch(prompts, self.group_size, self.prompt_tokens, self.new_tokens)
+    @property
+    def sampled_prompts(self) -> int:
+        """Prompts, with their groups, that are sampled together."""
+        return self.config.training.sampled_prompts or self.config.training.prompts_per_step
+
+    @property
+    def reference(self) -> bool:
+        """Whether there is a KL term."""
+        return self.config.training.beta > 0
+
+    def described(self) -> dict[str, Any]:
+        """What a plan says of it."""
+        training, model = self.config.training, self.config.model
+        return {
+            "prompts": training.prompts_per_step,
+            "group_size": training.group_size,
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": training.max_new_tokens,
+            "micro_batch_tokens": training.micro_batch_tokens,
+            "recompute": training.recompute,
+            "sampled_prompts": training.sampled_prompts or None,
+            "optimizer": training.optimizer,
+            "reference": self.reference,
+            "unpack": model.unpack == "auto",
+            "host_embedding": model.embeddings == "host",
+            "gradients": training.gradients,
+        }
 
 
-def midtune_phases(
-    model: Loaded,
-    sizes: Sizes,
-    work: Work,
-    *,
-    block: int,
-    trained: int = 1,
-    process: int,
-    capacity: int,
-) -> Phases:
-    """Bytes of each part in each phase of a midtune step.
+def work_of(config: RunConfig, prompt_tokens: int) -> Work:
+    """A configuration's step.
+
+    Raises:
+        InputError: it has more tokens than any step.
+    """
+    work = Work(config, prompt_tokens)
+    completions = work.batch().rows
+    if (tokens := config.training.prompts_per_step * work.group_tokens) > MOST_STEP_TOKENS:
+        raise InputError(
+            f"a step of {completions:,} completions with {prompt_tokens:,} tokens of a prompt and "
+            f"{config.training.max_new_tokens:,} new ones has {tokens:,} tokens, and at most {MOST_STEP_TOKENS:,} are "
+            "planned; ask for fewer prompts, smaller groups or shorter texts."
+        )
+    return work
+
+
+def standing(
+    sizes: Sizes, arm: str, work: Work, *, trained: int, quantized: bool, weight_bytes: int, on_card: bool
+) -> Standing:
+    """What an arm holds throughout a step.
 
     Args:
-        block: the first trained one.
-        trained: how many blocks are trained.
-        process: bytes that the process holds besides tensors.
-        capacity: bytes of the card, or of the host.
+        arm: `midtune`, or one of TRL's: `trl-full`, `trl-block`, `trl-qlora`.
+        trained: blocks that midtune or `trl-block` trains.
+        weight_bytes: of an unquantized weight outside trained blocks.
+        on_card: the optimizer works on all tensors at once, with a temporary copy of what it trains.
     """
-    held = standing(
-        sizes,
-        "midtune",
-        trained=trained,
-        quantized=model.quantized,
-        dtype_bytes=model.dtype.itemsize,
-        optimizer=work.optimizer,
-        reference=work.reference,
-        on_card=model.on_card,
-        host_embedding=work.host_embedding and model.on_card,
-        bf16_gradients=work.gradients == "bf16",
-    )
-    free = capacity - process - sum(held.parts.values())
-    wanted = unpacked_bytes(
-        sizes, quantized=model.quantized, dtype_bytes=model.dtype.itemsize, laid_out=not model.on_card
-    )
-    rows = work.prompts * work.group_size
-    return block_phases(
-        held,
-        process,
-        sampling=sampling(model, work.batch(work.sampled_prompts or work.prompts), shared=True),
-        update=block_update(
-            model,
-            work.batch(work.micro_prompts),
-            tail_blocks=sizes.blocks - block,
-            trained=trained,
-            recompute_tokens=work.micro_batch_tokens if work.recompute else 0,
-        ),
-        states=(work.prompts * work.prompt_tokens + rows * work.new_tokens)
-        * sizes.hidden
-        * model.dtype.itemsize,
-        unpacked=max(0, min(wanted, free // 2)) if work.unpack else 0,
-        on_card=model.on_card,
-    )
-
-
-def trl_phases(
-    model: Loaded,
-    sizes: Sizes,
-    work: Work,
-    arm: str,
-    *,
-    block: int = 0,
-    process: int,
-    checkpointing: bool = True,
-) -> Phases:
-    """Bytes of each part in each phase of a step of one of TRL's arms; see `midtune_phases`."""
-    full = arm == "trl-full"
-    own = _unquantized(model) if full else model
-    held = standing(
-        sizes,
-        arm,
-        trained=1,
-        quantized=own.quantized,
-        dtype_bytes=model.dtype.itemsize,
-        optimizer="adamw",
-        reference=work.reference,
-        on_card=model.on_card,
-        lora_rank=LORA_RANK,
-    )
-    return whole_phases(
-        held,
-        process,
-        sampling=sampling(own, work.batch(work.prompts), shared=False, mixed=full),
-        update=whole_update(
-            own,
-            work.batch(work.micro_prompts),
-            arm=arm,
-            block=block,
-            # With it, transformers takes the gradient of a single block down to the embeddings.
-            checkpointing=checkpointing and arm != "trl-block",
-        ),
-        on_card=model.on_card,
+    ours, full = arm == "midtune", arm == "trl-full"
+    training, model = work.config.training, work.config.model
+    optimizer = training.optimizer if ours else "adamw"
+    kept = packed_bytes(sizes.linear) if quantized else sizes.linear * weight_bytes
+    # One that is the head too has to stay.
+    on_host = ours and on_card and model.embeddings == "host" and sizes.head
+    embedding = 0 if on_host else sizes.embedding
+    parts = {
+        "frozen blocks" if not full else "blocks": sizes.blocks * (kept + sizes.rest * weight_bytes),
+        "embeddings and head": (embedding + sizes.head + sizes.outside) * weight_bytes,
+    }
+    if full:
+        parameters, bytes_each, largest = sizes.total, 4, max(sizes.embedding, sizes.linear // 2)
+    elif arm == "trl-qlora":
+        # TRL casts the adapters of a quantized model to bf16, and Adam's moments are of their kind.
+        parameters, bytes_each = sizes.blocks * LORA_RANK * sizes.widths, 2
+        largest = parameters // sizes.blocks
+        parts["adapters"] = parameters * bytes_each
+    else:
+        parameters, bytes_each, largest = trained * sizes.block, 4, sizes.linear // 2
+        parts["trained blocks, fp32"] = parameters * 4
+    moments = ADAM_BYTES[optimizer] * (bytes_each / 4 if optimizer == "adamw" else 1)
+    parts["optimizer"] = round(parameters * moments)
+    if work.reference and arm != "trl-qlora":
+        # TRL loads a second model unless it trains adapters.
+        parts["reference"] = (parameters if ours else sizes.total) * 4
+    temporary = parameters if on_card else 2 * largest
+    # In bf16, only one gradient is in fp32 at a time.
+    bf16 = ours and training.gradients == "bf16"
+    return Standing(
+        {name: size for name, size in parts.items() if size},
+        parameters * 2 + largest * 4 if bf16 else parameters * bytes_each,
+        parameters * bytes_each,
+        temporary * bytes_each if optimizer == "adamw" else 0,
     )
 
 
-@functools.cache
-def _unquantized(model: Loaded) -> Loaded:
-    return replace(model, quantized=False)
+def leaner(work: Work, phase: str, phases: Phases, memory: int) -> dict[str, Any] | None:
+    """The setting that makes a phase smaller at the least price; None if nothing is left to change.
+
+    In sampling, weights are no longer unpacked, then fewer completions are sampled together. In the update, fewer
+    groups go together, optimizer states are kept in 8 bits and gradients in bf16, then activations are computed
+    again, fewer and fewer at a time.
+
+    Args:
+        phase: the one that holds most.
+        memory: bytes that it should stay within.
+    """
+    training = work.config.training
+    if phase == "sampling":
+        if phases["sampling"]["unpacked weights"]:
+            return {"model.unpack": "never"}
+        fewer = work.sampled_prompts // 2
+        return {"training.sampled_prompts": fewer} if fewer else None
+    if phase == "update" and work.micro_prompts > 1:
+        # As many groups as would fit if they took all of it, of numbers that divide a step.
+        parts = phases["update"]
+        each = (parts["activations"] + parts["workspace"] + parts["heap"]) / work.micro_prompts
+        most = work.micro_prompts - (sum(parts.values()) - memory) / each
+        divisors = [n for n in range(1, work.micro_prompts) if training.prompts_per_step % n == 0]
+        groups = max((n for n in divisors if n <= most), default=1)
+        return {"training.micro_batch_tokens": groups * work.group_tokens}
+    if phase in ("update", "optimizer") and training.optimizer == "adamw":
+        return {"training.optimizer": "adamw_8bit"}
+    if phase == "update" and training.gradients == "fp32":
+        return {"training.gradients": "bf16"}
+    if phase == "update" and not training.recompute:
+        return {"training.recompute": True}
+    if phase == "update" and training.micro_batch_tokens > LEAST_PACK:
+        pack = min(training.micro_batch_tokens, work.group_tokens) // 2
+        return {"training.micro_batch_tokens": pack}
+    return None

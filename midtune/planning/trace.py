@@ -9,21 +9,19 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import DynamicCache, LogitsProcessorList, PretrainedConfig
-from trl.kernels import chunked_logprob
-from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+from transformers import DynamicCache, LogitsProcessorList
 
-from midtune.bench.arms import qlora
+from midtune.bench.flops import Batch
+from midtune.bench.workload import qlora
 from midtune.model.blocks import find_blocks
+from midtune.model.sizes import blocks_of
 from midtune.planning.budget import Held
-from midtune.planning.skeleton import SkeletonPolicy, blocks_of, skeleton
+from midtune.planning.skeleton import Loaded, SkeletonPolicy, chunked_log_probs, skeleton
 from midtune.planning.tracker import Tracker
 from midtune.rl import tail
 from midtune.rollout.boundary import BoundaryStates, positions
@@ -33,75 +31,32 @@ from midtune.rollout.sampling import Rollout
 
 # Chunks of the head that a trace runs: they are all alike.
 FEW_CHUNKS = 4
-# Blocks of a whole model that a trace runs: the first, one that stands for all others, and the last.
+# Blocks that a trace runs: those trained (or the first), one that stands for all others, and the last.
 FEW_BLOCKS = 3
 
 
-@dataclass(frozen=True)
-class Batch:
-    """What passes through a model together.
-
-    Attributes:
-        prompts: different ones.
-        group_size: completions of each.
-        prompt_tokens, new_tokens: of every prompt and every completion.
-    """
-
-    prompts: int
-    group_size: int
-    prompt_tokens: int
-    new_tokens: int
-
-    @property
-    def rows(self) -> int:
-        return self.prompts * self.group_size
-
-
-@dataclass(frozen=True, eq=False)
-class Loaded:
-    """A model as a trainer loads it.
-
-    Attributes:
-        dtype: of unquantized frozen weights and of activations.
-        quantized: linear layers of frozen blocks are in 4-bit.
-        on_card: it works on a GPU, where TRL's head has kernels of its own.
-    """
-
-    config: PretrainedConfig
-    dtype: torch.dtype
-    quantized: bool
-    on_card: bool
-
-
-def block_update(
-    model: Loaded, batch: Batch, *, tail_blocks: int, trained: int, recompute_tokens: int = 0
-) -> Held:
+def block_update(model: Loaded, batch: Batch, *, tail_blocks: int, trained: int, **settings: Any) -> Held:
     """midtune's update of a micro-batch, from boundary states to gradients that are there already.
 
     Args:
         tail_blocks: from the first trained block to the last one of the model.
         trained: how many blocks are trained; which ones makes no difference but for the first.
-        recompute_tokens: as for `completion_log_probs`.
+        settings: see `tail_settings`.
     """
-    built = min(tail_blocks, trained + 2)
-    return _block_update(model, batch, built, trained, recompute_tokens).held(tail_blocks - built)
+    built = min(tail_blocks, trained + FEW_BLOCKS - 1)
+    return _block_update(model, batch, built, trained, **settings).held(tail_blocks - built)
 
 
 @functools.cache
-def _block_update(model: Loaded, batch: Batch, depth: int, trained: int, recompute_tokens: int) -> Tracker:
+def _block_update(model: Loaded, batch: Batch, depth: int, trained: int, **settings: Any) -> Tracker:
+    prompt_tokens, new_tokens = int(batch.prompt_tokens), int(batch.new_tokens)
     # A chunk holds so many logits, whatever the vocabulary: a smaller one makes for larger chunks.
-    vocabulary = max(1, FEW_CHUNKS * tail.CHUNK_VALUES // (batch.rows * batch.new_tokens))
-    policy = SkeletonPolicy(
-        model.config,
-        depth=depth,
-        trained=trained,
-        compute_dtype=model.dtype,
-        quantized=model.quantized,
-        vocabulary=min(vocabulary, model.config.get_text_config().vocab_size),
-    )
+    vocabulary = max(1, FEW_CHUNKS * tail.CHUNK_VALUES // (batch.rows * new_tokens))
+    own = model.config.get_text_config().vocab_size
+    policy = SkeletonPolicy(model, depth, trained, min(vocabulary, own))
     hidden = policy.model.config.get_text_config().hidden_size
-    prompt_mask = torch.ones(batch.prompts, batch.prompt_tokens, dtype=torch.long)
-    completion_mask = torch.ones(batch.rows, batch.new_tokens, dtype=torch.long)
+    prompt_mask = torch.ones(batch.prompts, prompt_tokens, dtype=torch.long)
+    completion_mask = torch.ones(batch.rows, new_tokens, dtype=torch.long)
     states = [policy.empty(*mask.shape, hidden) for mask in (prompt_mask, completion_mask)]
     rollout = Rollout(
         torch.zeros_like(prompt_mask),
@@ -116,9 +71,7 @@ def _block_update(model: Loaded, batch: Batch, depth: int, trained: int, recompu
     _give_gradients(policy.model)
     with Tracker([*_there(policy.model), *states, rollout.prompt_mask, rollout.completion_mask]) as tracker:
         with _repeated(tracker, policy.blocks, trained):
-            log_probs, _ = tail.completion_log_probs(
-                policy, rollout, temperature=1.0, recompute_tokens=recompute_tokens
-            )
+            log_probs, _ = tail.completion_log_probs(policy, rollout, temperature=1.0, **settings)
         tracker.keep()
         log_probs.mean().backward()
     return tracker
@@ -133,6 +86,7 @@ def whole_update(
         arm: `trl-full`, `trl-block` (only `block` is trained) or `trl-qlora` (LoRA on every linear layer).
         checkpointing: blocks keep their inputs only, and run again for the gradient.
     """
+    prompt_tokens, new_tokens = int(batch.prompt_tokens), int(batch.new_tokens)
     # Below a block that is trained alone nothing is kept.
     depth = blocks_of(model.config) - (block if arm == "trl-block" else 0)
     built = min(depth, FEW_BLOCKS)
@@ -142,9 +96,9 @@ def whole_update(
     held.train()
     with mode:
         _give_gradients(held)
-    ones = torch.ones(batch.rows, batch.prompt_tokens + batch.new_tokens, dtype=torch.long)
+    ones = torch.ones(batch.rows, prompt_tokens + new_tokens, dtype=torch.long)
     # Kernels of the card score completions only; elsewhere every position is scored.
-    scored = slice(batch.prompt_tokens - 1 if model.on_card else 0, -1)
+    scored = slice(prompt_tokens - 1 if model.on_card else 0, -1)
 
     with Tracker([*_there(held), ones]) as tracker:
         with _mixed(model.dtype), _repeated(tracker, find_blocks(held)[1], 1):
@@ -153,44 +107,37 @@ def whole_update(
             ).last_hidden_state[:, scored]
             states = states.reshape(-1, states.size(-1))
         entering = states.detach().requires_grad_()
-        # What the head makes has no data either; masks of the blocks have.
-        with mode, _card_kernels() if model.on_card else contextlib.nullcontext():
-            with _mixed(model.dtype):
-                log_probs = _chunked_log_probs(held.get_output_embeddings(), entering)
-            tracker.keep()
-            log_probs.mean().backward()
+        with _mixed(model.dtype):
+            log_probs = chunked_log_probs(held.get_output_embeddings(), entering, on_card=model.on_card)
+        tracker.keep()
+        log_probs.mean().backward()
         states.backward(entering.grad)
     return tracker.held(depth - built)
 
 
 @functools.cache
 @torch.no_grad()
-def sampling(model: Loaded, batch: Batch, *, shared: bool, mixed: bool = False) -> Held:
+def sampling(model: Loaded, batch: Batch, *, shared: bool) -> Held:
     """Sampling of all rows together: what keys and values take, and the most at once.
 
     The first pass over the prompts and the last step of all completions are run.
 
     Args:
         shared: each prompt passes once, and writing a token copies nothing, as in midtune.
-        mixed: weights are in fp32 whatever activations are.
     """
+    prompt_tokens, new_tokens = int(batch.prompt_tokens), int(batch.new_tokens)
     depth = blocks_of(model.config)
     built = min(depth, FEW_BLOCKS)
-    held, mode = skeleton(
-        model.config,
-        depth=built,
-        dtype=torch.float32 if mixed else model.dtype,
-        quantized=model.quantized,
-    )
+    held, mode = skeleton(model, built)
     held.eval()
     prompts = batch.prompts if shared else batch.rows
-    ones = torch.ones(prompts, batch.prompt_tokens, dtype=torch.long)
+    ones = torch.ones(prompts, prompt_tokens, dtype=torch.long)
     with (
         Tracker([*_there(held), ones]) as tracker,
         _mixed(model.dtype),
         _repeated(tracker, find_blocks(held)[1], 1),
     ):
-        cache: Any = shared_prompts(room=min(batch.new_tokens, ROOM)) if shared else DynamicCache()
+        cache: Any = shared_prompts(room=min(new_tokens, ROOM)) if shared else DynamicCache()
         held(
             input_ids=torch.zeros_like(ones),
             attention_mask=ones,
@@ -205,12 +152,12 @@ def sampling(model: Loaded, batch: Batch, *, shared: bool, mixed: bool = False) 
                     layer.batch_repeat_interleave(batch.group_size)
                 rows, heads, _, width = layer.keys.shape
                 with mode:
-                    shape = (rows, heads, max(batch.new_tokens - 2, 0), width)
+                    shape = (rows, heads, max(new_tokens - 2, 0), width)
                     drawn = [torch.empty(shape, dtype=layer.keys.dtype) for _ in range(2)]
                 layer.update(*drawn)
                 del drawn
         tracker.keep()
-        ones = torch.ones(batch.rows, batch.prompt_tokens + batch.new_tokens - 1, dtype=torch.long)
+        ones = torch.ones(batch.rows, prompt_tokens + new_tokens - 1, dtype=torch.long)
         logits = held(
             input_ids=torch.zeros(batch.rows, 1, dtype=torch.long),
             attention_mask=ones,
@@ -222,42 +169,28 @@ def sampling(model: Loaded, batch: Batch, *, shared: bool, mixed: bool = False) 
     return tracker.held(depth - built)
 
 
-def _chunked_log_probs(head: Any, states: torch.Tensor) -> torch.Tensor:
-    """TRL's log-probs of as many tokens as there are states [T, H]."""
-    followed = torch.zeros(len(states), dtype=torch.long)
-    found: tuple[torch.Tensor, ...] = chunked_logprob.ChunkedLogProbFunction.apply(
-        states, head.weight, head.bias, followed, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("entropy",)
-    )
-    return found[0]
-
-
 def _held_by(model: Loaded, depth: int, arm: str) -> tuple[Any, FakeTensorMode]:
     """The model as TRL trains it in an arm, or its first block alone, and the mode of its tensors."""
     if arm == "trl-block":
-        policy = SkeletonPolicy(
-            model.config, depth=depth, trained=1, compute_dtype=model.dtype, quantized=model.quantized
-        )
+        policy = SkeletonPolicy(model, depth, trained=1)
         return policy.model, policy.mode
-    dtype = torch.float32 if arm == "trl-full" else model.dtype
-    held, mode = skeleton(model.config, depth=depth, dtype=dtype, quantized=model.quantized)
+    held, mode = skeleton(model, depth)
     if arm == "trl-qlora":
-        with mode:
-            _add_lora(held)
+        _add_lora(held, mode)
     return held, mode
 
 
-def _add_lora(model: Any) -> None:
+def _add_lora(model: Any, mode: FakeTensorMode) -> None:
     """Put PEFT's LoRA on every linear layer of the blocks, in place, in bf16, which TRL casts it to."""
     from peft import inject_adapter_in_model
 
     model.requires_grad_(False)
-    # It cannot move what has no data, and there is nowhere to move it to.
-    with mock.patch.object(nn.Module, "to", lambda part, *args, **kwargs: part):
-        inject_adapter_in_model(qlora(), model)
+    inject_adapter_in_model(qlora(), model, low_cpu_mem_usage=True)
     for part in model.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
             if parameter.requires_grad:
-                setattr(part, name, nn.Parameter(parameter.detach().to(torch.bfloat16)))
+                with mode:
+                    setattr(part, name, nn.Parameter(torch.empty(parameter.shape, dtype=torch.bfloat16)))
 
 
 def _there(model: Any) -> Iterator[torch.Tensor]:
@@ -277,16 +210,6 @@ def _give_gradients(model: Any) -> None:
 
 def _mixed(dtype: torch.dtype) -> Any:
     return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype=dtype)
-
-
-@contextlib.contextmanager
-def _card_kernels() -> Iterator[None]:
-    """TRL's kernels for cards work inside a tile; what stands in for them elsewhere copies it several times."""
-    with (
-        mock.patch.object(chunked_logprob, "_forward_tile", lambda *args, **kwargs: None),
-        mock.patch.object(chunked_logprob, "_backward_tile", lambda *args, **kwargs: None),
-    ):
-        yield
 
 
 def _repeated(tracker: Tracker, blocks: nn.ModuleList, place: int) -> contextlib.AbstractContextManager[None]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 # 97.5% quantile of the normal distribution.
 Z = 1.959964
@@ -14,7 +15,7 @@ FEWEST_FOR_INTERVAL = 5
 
 @dataclass(frozen=True)
 class Correlation:
-    """A rank correlation over `n` pairs and its 95% interval; no bounds: the pairs do not say."""
+    """A rank correlation over `n` pairs and its 95% interval; no bounds where there is none."""
 
     value: float
     low: float | None
@@ -44,12 +45,9 @@ def spearman(first: Sequence[float], second: Sequence[float]) -> Correlation | N
         None for fewer than three pairs or when one side is constant; no bounds for fewer than five pairs or
         where the order is the same or reversed, at which Fisher's scale ends.
     """
-    if _says_nothing(first, second):
-        return None
     from scipy.stats import spearmanr
 
-    rho, n = float(spearmanr(first, second).statistic), len(first)
-    return _with_interval(rho, n, (1 + rho**2 / 2) / max(n - 3, 1))
+    return _correlation(spearmanr, first, second, lambda rho, n: (1 + rho**2 / 2) / (n - 3))
 
 
 def kendall(first: Sequence[float], second: Sequence[float]) -> Correlation | None:
@@ -58,12 +56,9 @@ def kendall(first: Sequence[float], second: Sequence[float]) -> Correlation | No
     Returns:
         None, or no bounds, where `spearman` does so.
     """
-    if _says_nothing(first, second):
-        return None
     from scipy.stats import kendalltau
 
-    tau, n = float(kendalltau(first, second).statistic), len(first)
-    return _with_interval(tau, n, 0.437 / max(n - 4, 1))
+    return _correlation(kendalltau, first, second, lambda tau, n: 0.437 / (n - 4))
 
 
 def top_overlap(first: Sequence[float], second: Sequence[float], k: int) -> Overlap:
@@ -103,17 +98,22 @@ def at_relative_depths(values: Mapping[int, float], num_blocks: int, wanted: int
     return found
 
 
-def _says_nothing(first: Sequence[float], second: Sequence[float]) -> bool:
-    return len(first) < 3 or min(first) == max(first) or min(second) == max(second)
-
-
-def _with_interval(value: float, n: int, variance: float) -> Correlation:
-    """`variance` is that of Fisher's z, the inverse hyperbolic tangent of `value`."""
+def _correlation(
+    measure: Callable[..., Any],
+    first: Sequence[float],
+    second: Sequence[float],
+    variance: Callable[[float, int], float],
+) -> Correlation | None:
+    """`variance` is that of Fisher's z, the inverse hyperbolic tangent of the value."""
+    n = len(first)
+    if n < 3 or min(first) == max(first) or min(second) == max(second):
+        return None
+    value = float(measure(first, second).statistic)
     if abs(value) > 1 - 1e-9:
         return Correlation(math.copysign(1.0, value), None, None, n)
     if n < FEWEST_FOR_INTERVAL:
         return Correlation(value, None, None, n)
-    centre, margin = math.atanh(value), Z * math.sqrt(variance)
+    centre, margin = math.atanh(value), Z * math.sqrt(variance(value, n))
     return Correlation(value, math.tanh(centre - margin), math.tanh(centre + margin), n)
 
 

@@ -1,10 +1,9 @@
-"""Layer contribution C(k) of arXiv 2607.01232: how sure it is, which blocks are best, what position explains.
+"""Layer contribution C(k) of arXiv 2607.01232: its interval, which blocks may be best, what position explains.
 
-Scores come as [S, N]: S runs that differ in their seed, N held-out problems, the same in every run. What a
-mean over both is worth depends on both, so its variance has a part from seeds and one from problems, as
-in the two-way analysis of variance with random effects. With one seed only the problems speak: the
-interval is then that of these trained weights, and says nothing about another run. A bootstrap over seeds
-would need more of them than anyone trains: of three it sees ten different samples.
+Scores come as [S, N]: S runs that differ in their seed, and N held-out problems, the same in every run. The variance
+of their mean has a part from seeds and one from problems, as in two-way analysis of variance with random effects.
+With one seed only problems vary: the interval is then that of these trained weights, not of another run. A bootstrap
+over seeds would need more of them: of three it sees ten different samples.
 """
 
 from __future__ import annotations
@@ -39,8 +38,8 @@ class Standing:
 
     Attributes:
         best_probability: that it is the best of them.
-        among_best: it cannot be told apart from the one with the highest mean, all comparisons at once held
-            to 95%.
+        among_best: it cannot be told apart from the block with the highest mean, at 95% for all comparisons
+            together.
     """
 
     best_probability: float
@@ -129,7 +128,7 @@ def mean_variance(values: Scores) -> tuple[float, float]:
     seeds, problems = values.shape
     mean = values.mean()
     by_problem = values.mean(0) - mean
-    # Where nothing differs, one problem may still have come out half otherwise by luck.
+    # Where nothing differs, chance may still have changed half a problem.
     from_problems = max(float(by_problem @ by_problem) / (problems - 1) / problems, (0.5 / problems) ** 2)
     if seeds == 1:
         return from_problems, problems - 1
@@ -139,7 +138,7 @@ def mean_variance(values: Scores) -> tuple[float, float]:
     twice = float((cells**2).sum()) / ((seeds - 1) * (problems - 1)) / (seeds * problems)
     variance = max(from_seeds + from_problems - twice, from_problems, from_seeds)
     freedom = variance**2 / (from_seeds**2 / (seeds - 1) + from_problems**2 / (problems - 1))
-    # Fewer than those of the seeds would be an effect of the floor above.
+    # The floor above must not leave fewer than the seeds have.
     return variance, max(freedom, seeds - 1)
 
 
@@ -150,7 +149,7 @@ def standings(scores: Mapping[int, ArrayLike], confidence: float = CONFIDENCE) -
     cancels. Training noise is taken to be alike for all blocks, and estimated from all of them.
 
     Args:
-        confidence: with which no block is told apart from a best one that is not worse.
+        confidence: the probability that no block is told apart from another one that is not better.
     """
     from scipy.stats import multivariate_t
 
@@ -193,7 +192,7 @@ def plateau(values: Mapping[int, float]) -> Plateau:
     return Plateau(first, last, statistics.fmean(inside), statistics.fmean(outside) if outside else None)
 
 
-def ranking(values: Mapping[int, float]) -> list[int]:
+def best_first(values: Mapping[int, float]) -> list[int]:
     """Blocks by value, the highest first; equal ones by depth, the deeper first, whose updates are cheaper."""
     return sorted(values, key=lambda block: (-values[block], -block))
 

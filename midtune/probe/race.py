@@ -1,10 +1,9 @@
 """A race of single-block trials for the best block, by successive halving (arXiv 1502.07943).
 
-All blocks train for a few steps and are scored on the same problems; the better ones train on, until two are
-left or the budget is spent. Prompts and random numbers are common, so that differences are paired. Two
-rules end a trial: its difference to the leader is surely below zero, or too many others are ahead of it.
-Only the first says that a block is worse. A block that the second one ended, for want of budget, may still be
-among the best, and is counted so.
+All blocks train for a few steps and are scored on the same problems; the better ones train on, until two are left or
+the budget is spent. Prompts and random numbers are common, so that differences are paired. A trial ends when its
+block is clearly worse than the leader, or when too many others are ahead of it. Only the first says that a block is
+worse: one that ended for want of budget may still be among the best, and is counted so.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from midtune.probe.contribution import CONFIDENCE, Scores, ranking, standings
+from midtune.probe.contribution import CONFIDENCE, Scores, best_first, standings
 
-# One in so many goes on.
+# One block in KEPT goes on to the next round.
 KEPT = 3
-# Of the time of a round that scoring may take.
+# Most of a round's time that scoring may take.
 SCORING = 0.25
 
 
@@ -57,7 +56,10 @@ class Budget:
     score: Callable[[], float] = field(default=lambda: 0.0)
 
     def plan(self, blocks: int, rounds: int) -> tuple[int, float]:
-        """What each of so many blocks can do with an equal share of what is left for so many rounds.
+        """What each block can do with an equal share of what is left.
+
+        Args:
+            blocks, rounds: how many blocks run in this round, and how many rounds are left.
 
         Returns:
             Steps, and the share of the problems to score on: all, unless that took too much of the time.
@@ -88,7 +90,7 @@ def race(
         The blocks, those that came farthest first, and by score among equals.
     """
     sizes = round_sizes(len(order))
-    # What is said of every round shall hold of all of them together.
+    # 95% for all rounds together.
     confidence = 1 - (1 - CONFIDENCE) / len(sizes)
     running, steps, chance = list(order), 0, 1.0
     found: list[Entrant] = []
@@ -99,16 +101,10 @@ def race(
         steps = min(most_steps, steps + max(1, more))
         scores = {block: run(block, steps, problems) for block in running}
         standing = standings(scores, confidence)
-        entrants = [
-            Entrant(
-                block,
-                steps,
-                scores[block],
-                chance * standing[block].best_probability,
-                standing[block].among_best,
-            )
-            for block in ranking({block: float(np.mean(own)) for block, own in scores.items()})
-        ]
+        entrants = []
+        for block in best_first({block: float(np.mean(own)) for block, own in scores.items()}):
+            probability, among_best = chance * standing[block].best_probability, standing[block].among_best
+            entrants.append(Entrant(block, steps, scores[block], probability, among_best))
         found = entrants + [old for old in found if old.block not in running]
         going = [entrant for entrant in entrants if entrant.among_best][:following]
         running = [entrant.block for entrant in going]

@@ -14,7 +14,7 @@ _RANGE = re.compile(r"(\d{1,9})(?:\s*-\s*(\d{1,9}))?")
 
 
 def parse_layers(text: str, num_blocks: int, top_k: int = 1) -> list[int]:
-    """Block numbers that a person wrote, in order and each once.
+    """The blocks that a text such as `10-12` names, in order and each once.
 
     Args:
         text: `14`, `10-12`, `3,7`, `0-2,9`, or `middle`.

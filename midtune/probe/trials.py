@@ -1,4 +1,4 @@
-"""Short runs for a probe: one block alone, or everything, from the same start; each is recorded when it ends."""
+"""Short runs for a probe: one block alone, or all of them, from the same start; each is recorded when it ends."""
 
 from __future__ import annotations
 
@@ -21,14 +21,18 @@ from midtune.measure.meter import Meter
 from midtune.model.memory import give_back
 from midtune.model.policy import Policy
 from midtune.report.terminal import Terminal
-from midtune.rl.trainer import FirstRollout, load_trained
-from midtune.rl.training import train_blocks
+from midtune.rl.trainer import load_trained
+from midtune.rl.training import sampling_of, train_blocks
+from midtune.rollout.evaluation import evaluate
+from midtune.rollout.sampling import Sampler
+from midtune.rollout.text import AlikeSampler, FirstRollout
 from midtune.runs import RunFolder, sealed, unsealed
-from midtune.stages.setup import score_policy
 from midtune.tasks import Row, Task
 
 # With fewer a score says nothing.
 FEWEST_PROBLEMS = 32
+# What is trained, the seed, the steps and the number of problems: no two trials of a probe share all four.
+Key = tuple[int | str, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -56,25 +60,30 @@ class Trial:
         """What blocks are ranked by: samples, which show a gain first and are what training maximises."""
         return np.array(self.greedy if self.sampled is None else self.sampled)
 
+    @property
+    def key(self) -> Key:
+        """What tells it from other trials."""
+        return self.trained, self.seed, self.steps, len(self.greedy)
+
 
 @dataclass
 class Trials:
-    """Runs trials on one loaded policy and remembers them, in the folder and from it.
+    """Runs trials on one loaded policy, and remembers them in the folder.
 
     Args:
-        policy: with no trained blocks; so it is again after each trial.
+        sampler: its policy has no trained blocks, as again after each trial.
         rows: problems to train on.
         problems: what trials are scored on, in the same order each time.
-        folder: keeps trials.jsonl; what it has already is not run again.
-        continued: keep checkpoints of trials that have ended, so that they can go on for more steps.
-        total: trials that are planned, for the person who watches; None: not known.
+        folder: keeps trials.jsonl; a trial that it has already is not run again.
+        continued: keep checkpoints of trials that have ended, so that they can be trained for more steps.
+        total: trials that are planned, for the progress bar; None: not known.
 
     Attributes:
-        done: records in the order in which they were asked for. Those from an earlier session count when they
-            are asked for again, so that what is planned by their cost is planned as it was.
+        done: trials in the order in which they were asked for. Those of an earlier session count only once they
+            are asked for again, so that a resumed race spends its budget as it would have.
     """
 
-    policy: Policy
+    sampler: Sampler
     task: Task
     config: RunConfig
     folder: RunFolder
@@ -83,53 +92,54 @@ class Trials:
     problems: Sequence[Row]
     continued: bool = False
     total: int | None = None
-    done: list[Trial] = field(init=False)
+    done: dict[Key, Trial] = field(init=False, default_factory=dict)
+
+    @property
+    def policy(self) -> Policy:
+        return self.sampler.policy
 
     def __post_init__(self) -> None:
-        self.done = []
+        # Where frozen weights are what a thawed block computes with, all runs of a seed begin alike.
+        self._first: dict[int, FirstRollout] = {}
         self._earlier, damaged = _recorded(self.folder.trials)
         if damaged:
             self.terminal.message(
                 f"{damaged} damaged lines of {self.folder.trials.name} are left out, and their trials run again"
             )
-        # Where frozen weights are what a thawed block computes with, all runs of a seed begin alike.
-        self._first: dict[int, FirstRollout] = {}
         if self._earlier or damaged:
             # Whole lines only, so that what comes next has a line of its own.
-            lines = [json.dumps(sealed(asdict(trial))) + "\n" for trial in self._earlier]
+            lines = [json.dumps(sealed(asdict(trial))) + "\n" for trial in self._earlier.values()]
             self.folder.write_text(self.folder.trials, "".join(lines))
             self.terminal.message(f"{len(self._earlier)} records are known from an earlier session")
 
     @property
     def spent_s(self) -> float:
         """Seconds that all trials took."""
-        return sum(trial.train_s + trial.score_s for trial in self.done)
+        return sum(trial.train_s + trial.score_s for trial in self.done.values())
 
     @property
     def spent_steps(self) -> int:
-        """Steps of all trials, each block's counted once."""
+        """Steps of all trials; a trial that was continued counts once."""
         reached: dict[tuple[int | str, int], int] = {}
-        for trial in self.done:
-            reached[trial.trained, trial.seed] = max(trial.steps, reached.get((trial.trained, trial.seed), 0))
+        for trained, seed, steps, _ in self.done:
+            reached[trained, seed] = max(steps, reached.get((trained, seed), 0))
         return sum(reached.values())
 
     @property
     def seconds_per_step(self) -> float:
-        """What a step cost in the mean, with what a trial costs besides."""
-        return sum(trial.train_s for trial in self.done) / max(self.spent_steps, 1)
+        """Mean seconds of a step, with its share of what a trial costs besides."""
+        return sum(trial.train_s for trial in self.done.values()) / max(self.spent_steps, 1)
 
     @property
     def seconds_per_score(self) -> float:
-        """What scoring on all problems costs."""
-        scored = sum(len(trial.greedy) for trial in self.done)
-        return sum(trial.score_s for trial in self.done) / scored * len(self.problems)
+        """Seconds of scoring on all problems."""
+        scored = sum(len(trial.greedy) for trial in self.done.values())
+        return sum(trial.score_s for trial in self.done.values()) / scored * len(self.problems)
 
     def base(self) -> Trial:
         """The scores before training."""
-        seed = self.config.seed
-        return self._known("base", seed, 0, len(self.problems)) or self._keep(
-            self._scored("base", seed, 0, "scoring before training", self.problems)
-        )
+        key = ("base", self.config.seed, 0, len(self.problems))
+        return self._known(key) or self._scored(key, "before training")
 
     def run(
         self,
@@ -140,24 +150,22 @@ class Trials:
         lr: float | None = None,
         share: float = 1.0,
     ) -> Trial:
-        """Train a block, or `full`, for so many steps in all, and score it on the first `share` of the problems.
+        """Train a block, or `full`, up to `steps` steps, and score it on the first `share` of the problems.
 
         A trial of fewer steps, or one that a crash has cut short, is continued, exactly, if its checkpoint is there.
         """
         seed = self.config.seed if seed is None else seed
-        problems = self.problems[: max(FEWEST_PROBLEMS, round(share * len(self.problems)))]
-        known = self._known(trained, seed, steps, len(problems))
-        if known is not None:
+        problems = max(FEWEST_PROBLEMS, round(share * len(self.problems)))
+        key = (trained, seed, steps, min(problems, len(self.problems)))
+        if (known := self._known(key)) is not None:
             return known
+        what = "all parameters" if trained == "full" else f"block {trained}"
         try:
             if trained == "full":
                 self.policy.thaw_all()
             else:
                 self.policy.thaw(int(trained))
-            what = "all parameters" if trained == "full" else f"block {trained}"
-            step_s, train_s = self._train(trained, steps, seed, lr, what)
-            what = f"scoring {what}"
-            found = self._keep(self._scored(trained, seed, steps, what, problems, step_s, train_s))
+            found = self._scored(key, what, *self._train(trained, steps, seed, lr, what))
             if not self.continued:
                 shutil.rmtree(self._folder(trained, seed).path, ignore_errors=True)
             return found
@@ -179,24 +187,23 @@ class Trials:
     def _train(
         self, trained: int | str, steps: int, seed: int, lr: float | None, what: str
     ) -> tuple[float, float]:
-        """Median seconds of a step, and seconds in all."""
+        """Train up to `steps`; returns the median seconds of a step, and the seconds in all."""
+        own = self._folder(trained, seed)
+        checkpoint, before = self._checkpoint(own, steps)
+        same = [trial.steps for trial in self.done.values() if (trial.trained, trial.seed) == (trained, seed)]
+        recorded = max(same, default=0)
+        earlier = {line["step"]: line["step_s"] for line in own.read_metrics() if line["step"] <= before}
+        # Steps since the last record, which an earlier process did.
+        seconds = [step_s for step, step_s in earlier.items() if step > recorded]
+        earlier_s = sum(seconds)
+        if checkpoint is not None and before == steps:
+            load_trained(self.policy, checkpoint)
+            # There are none where it is only scored on more problems.
+            return statistics.median(seconds or earlier.values()), earlier_s
         settings = self.config.training.model_copy(
             update={"report_to": "none", "lr": lr or self.config.training.lr}
         )
-        own = self._folder(trained, seed)
-        reached, before = self._reached(own, steps)
-        recorded = [trial.steps for trial in self.done if (trial.trained, trial.seed) == (trained, seed)]
-        done = {line["step"]: line["step_s"] for line in own.read_metrics() if line["step"] <= before}
-        # Of the steps since the last record, those that a process before this one did.
-        seconds = [step_s for step, step_s in done.items() if step > max(recorded, default=0)]
-        earlier_s = sum(seconds)
-        if before == steps:
-            assert reached is not None
-            load_trained(self.policy, reached)
-            # None where it is only scored on more problems.
-            return statistics.median(seconds or done.values()), earlier_s
         number = f"trial {len(self.done)}{f' of {self.total}' if self.total else ''}"
-        first = None if self.policy.quantized else self._first.setdefault(seed, FirstRollout())
         started = time.perf_counter()
         with self.terminal.progress(f"{number}: {what}", steps - before) as advance:
 
@@ -207,7 +214,7 @@ class Trials:
                 advance(1)
 
             train_blocks(
-                self.policy,
+                self._sampler(seed) if checkpoint is None else self.sampler,
                 self.rows,
                 self.task.reward,
                 settings,
@@ -216,66 +223,67 @@ class Trials:
                 meter=Meter(self.policy.device),
                 on_step=on_step,
                 stop_after=steps,
-                resume_from=reached,
-                first=first,
-                game=self.task.game,
+                resume_from=checkpoint,
             )
         return statistics.median(seconds), earlier_s + time.perf_counter() - started
 
-    def _reached(self, own: RunFolder, steps: int) -> tuple[Path | None, int]:
-        """The checkpoint that a trial of so many steps goes on from, and its step; a damaged trial begins again."""
-        reached = None
+    def _sampler(self, seed: int) -> Sampler:
+        """What samples in a new run: its first rollout is that of all runs of the seed, if they begin alike."""
+        # Episodes belong to their environments, so they are not shared.
+        if self.policy.quantized or self.task.game is not None:
+            return self.sampler
+        return AlikeSampler(self.sampler, self._first.setdefault(seed, FirstRollout()))
+
+    def _checkpoint(self, own: RunFolder, steps: int) -> tuple[Path | None, int]:
+        """The checkpoint that a trial of `steps` steps continues from, and its step; a damaged trial starts over."""
+        checkpoint = None
         with contextlib.suppress(InputError):
-            reached = own.latest_checkpoint(self.terminal.message)
-        before = int(reached.name.rpartition("-")[2]) if reached is not None else 0
+            checkpoint = own.latest_checkpoint(self.terminal.message)
+        before = int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else 0
         missing = own.truncate_metrics(before)
-        if reached is None or missing or before > steps:
+        if checkpoint is None or missing or before > steps:
             shutil.rmtree(own.path, ignore_errors=True)
             return None, 0
-        return reached, before
+        return checkpoint, before
 
-    def _scored(
-        self,
-        trained: int | str,
-        seed: int,
-        steps: int,
-        what: str,
-        problems: Sequence[Row],
-        step_s: float = 0.0,
-        train_s: float = 0.0,
-    ) -> Trial:
+    def _scored(self, key: Key, what: str, step_s: float = 0.0, train_s: float = 0.0) -> Trial:
+        """Score the policy as it is now, and record the trial."""
+        trained, seed, steps, count = key
         started = time.perf_counter()
         samples = self.config.evaluation.samples
-        found = score_policy(self.policy, self.task, problems, self.config, self.terminal, what, samples)
+        with self.terminal.progress(f"scoring {what}", count * (1 + samples)) as advance:
+            found = evaluate(
+                self.sampler,
+                self.problems[:count],
+                self.task.score,
+                sampling_of(self.config.training),
+                samples=samples,
+                seed=self.config.seed,
+                on_problems=lambda problems, tokens: advance(problems, tokens=tokens),
+            )
         sampled = None if found.sampled is None else found.sampled.tolist()
         score_s = time.perf_counter() - started
-        return Trial(trained, seed, steps, found.greedy.tolist(), sampled, step_s, train_s, score_s)
-
-    def _keep(self, trial: Trial) -> Trial:
+        trial = Trial(trained, seed, steps, found.greedy.tolist(), sampled, step_s, train_s, score_s)
         self.folder.append_jsonl(self.folder.trials, asdict(trial))
-        self.done.append(trial)
+        self.done[key] = trial
         return trial
 
-    def _known(self, trained: int | str, seed: int, steps: int, problems: int) -> Trial | None:
-        def wanted(trial: Trial) -> bool:
-            found = (trial.trained, trial.seed, trial.steps, len(trial.greedy))
-            return found == (trained, seed, steps, problems)
-
-        for trial in filter(wanted, self.done):
-            return trial
-        for trial in filter(wanted, self._earlier):
-            self.done.append(trial)
-            return trial
-        return None
+    def _known(self, key: Key) -> Trial | None:
+        """A trial that was run already, in this session or in an earlier one."""
+        trial = self.done.get(key) or self._earlier.get(key)
+        if trial is not None:
+            self.done[key] = trial
+        return trial
 
 
-def _recorded(file: Path) -> tuple[list[Trial], int]:
+def _recorded(file: Path) -> tuple[dict[Key, Trial], int]:
     """The trials of a trials.jsonl, and how many lines are damaged, such as a last one that a crash cut short."""
-    found, damaged = [], 0
+    found, damaged = {}, 0
     for line in file.read_bytes().split(b"\n") if file.is_file() else []:
         if line:
             try:
-                found.append(Trial(**unsealed(line)))
+                trial = Trial(**unsealed(line))
+                found[trial.key] = trial
             except (ValueError, TypeError):
                 damaged += 1
     return found, damaged

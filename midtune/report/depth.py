@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
+
+from midtune.report.formats import finite
 
 ROWS, COLUMNS = 12, 80
 # What a row may stand for, times a power of ten.
@@ -32,11 +34,6 @@ class Point:
     high: float | None
 
 
-def finite(value: Any) -> float | None:
-    """A number, or None for what is missing, infinite or NaN."""
-    return None if value is None or not math.isfinite(value) else float(value)
-
-
 def unit_of(largest: float) -> float:
     """The power of ten to divide by so that three decimals say something about values up to `largest`."""
     return 1.0 if largest == 0 or 0.1 <= largest < 100 else 10.0 ** math.floor(math.log10(largest))
@@ -54,11 +51,9 @@ def value_name(probe: Mapping[str, Any]) -> str:
 
 def points(probe: Mapping[str, Any]) -> list[Point]:
     """The blocks of a probe.json by depth, with C(k) where it is known, else the score; others are left out."""
-    value, low, high = (
-        ("contribution", "contribution_low", "contribution_high")
-        if _has_contributions(probe)
-        else ("score", "low", "high")
-    )
+    value, low, high = "score", "low", "high"
+    if _has_contributions(probe):
+        value, low, high = "contribution", "contribution_low", "contribution_high"
     rows = sorted(probe["blocks"], key=lambda row: row["block"])
     return [
         Point(row["block"], found, finite(row.get(low)), finite(row.get(high)))
@@ -100,133 +95,121 @@ def frontier(rows: Iterable[Mapping[str, Any]]) -> set[int]:
     Args:
         rows: `blocks` of a probe.json; those without a `score` or a `step_cost` are left out.
     """
-    priced = [
-        (score, -cost, row["block"])
+    priced = {
+        row["block"]: (score, cost)
         for row in rows
         if (score := finite(row.get("score"))) is not None
         and (cost := finite(row.get("step_cost"))) is not None
-    ]
-    return {
-        block
-        for score, cheapness, block in priced
-        if not any(
-            other >= score and cheaper >= cheapness and (other, cheaper) != (score, cheapness)
-            for other, cheaper, _ in priced
-        )
     }
 
+    def beaten(score: float, cost: float) -> bool:
+        others = (other for other in priced.values() if other != (score, cost))
+        return any(other >= score and price <= cost for other, price in others)
 
-class Marks(NamedTuple):
-    """The characters of a drawing."""
-
-    block: str
-    selected: str
-    interval: str
-    zero: str
-    full: str
-    axis: str
-    tick: str
-    corner: str
-    floor: str
-    plateau: str
+    return {block for block, (score, cost) in priced.items() if not beaten(score, cost)}
 
 
-PLAIN = Marks("o", "*", "|", ".", "-", "|", "+", "+", "-", "=")
-BOXES = Marks("●", "◆", "│", "·", "╌", "│", "┤", "└", "─", "━")
+# Each part of a drawing in box characters, and in ASCII.
+MARKS = {
+    "block": "●o",
+    "selected": "◆*",
+    "interval": "│|",
+    "zero": "·.",
+    "full": "╌-",
+    "axis": "│|",
+    "tick": "┤+",
+    "corner": "└+",
+    "floor": "─-",
+    "plateau": "━=",
+}
 
 
+@dataclass(frozen=True)
 class DepthCurve:
     """The value of every block by depth with its 95% interval, zero, full training, the middle and the plateau.
 
-    It takes 80 columns at most. Where the blocks do not fit in, a column stands for several and shows the
-    selected one or else the best of them.
+    It takes 80 columns at most. Where there are more blocks, a column stands for several and shows the selected
+    one or else the best of them.
 
     Args:
         probe: a probe.json with at least one finite value.
     """
 
-    def __init__(self, probe: Mapping[str, Any]) -> None:
-        self._points = points(probe)
-        self._selected = set(probe.get("selected") or [])
-        self._full = full_training(probe)
-        self._middle = middle_block(probe)
-        self._plateau = plateau_of(probe)
-        self._num_blocks = depth_of(probe)
-        self._title = TITLES.get(value_name(probe), "score by depth")
+    probe: Mapping[str, Any]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield from self.lines(min(options.max_width, COLUMNS), ascii_only=options.ascii_only)
 
     def lines(self, width: int, *, ascii_only: bool) -> list[Text]:
         """The drawing, line by line; selected blocks are bold."""
-        marks = PLAIN if ascii_only else BOXES
-        known = [0.0, *([] if self._full is None else [self._full[0]])]
-        for point in self._points:
-            known += [value for value in (point.low, point.value, point.high) if value is not None]
+        marks = {part: characters[ascii_only] for part, characters in MARKS.items()}
+        selected, num_blocks = set(self.probe.get("selected") or []), depth_of(self.probe)
+        middle, stretch, full = middle_block(self.probe), plateau_of(self.probe), full_training(self.probe)
+        # Where blocks share a column the last of this order is shown.
+        shown = sorted(points(self.probe), key=lambda point: (point.block in selected, point.value))
+        known = [0.0] if full is None else [0.0, full[0]]
+        known += [
+            value for point in shown for value in (point.low, point.value, point.high) if value is not None
+        ]
         step = _step(min(known), max(known))
         bottom, top = round(min(known) / step), round(max(known) / step)
         unit = unit_of(max(map(abs, known)))
         labels = {level: f"{level * step / unit:.4g}" for level in range(bottom, top + 1) if level % 2 == 0}
         margin = max(map(len, labels.values()))
         # The number of the last block may reach beyond its column.
-        room = max(1, width - margin - 2 - len(str(self._num_blocks - 1)))
-        per_column = math.ceil(self._num_blocks / room)
-        spacing = 2 if 2 * self._num_blocks <= room else 1
-        columns = math.ceil(self._num_blocks / per_column) * spacing
+        room = max(1, width - margin - 2 - len(str(num_blocks - 1)))
+        per_column = math.ceil(num_blocks / room)
+        spacing = 2 if 2 * num_blocks <= room else 1
+        columns = math.ceil(num_blocks / per_column) * spacing
 
         def row_of(value: float) -> int:
             return top - round(value / step)
 
+        def column_of(block: int) -> int:
+            return block // per_column * spacing
+
+        in_columns = {column_of(point.block): point for point in shown}
         cells = [[(" ", False)] * columns for _ in range(bottom, top + 1)]
-        cells[row_of(0)] = [(marks.zero, False)] * columns
-        if self._full is not None:
-            cells[row_of(self._full[0])] = [(marks.full, False)] * columns
-        shown = self._shown(per_column)
-        for place, point in shown.items():
-            bold = point.block in self._selected
+        cells[row_of(0)] = [(marks["zero"], False)] * columns
+        if full is not None:
+            cells[row_of(full[0])] = [(marks["full"], False)] * columns
+        for column, point in in_columns.items():
+            bold = point.block in selected
             if point.low is not None and point.high is not None:
                 for row in range(row_of(point.high), row_of(point.low) + 1):
-                    cells[row][place * spacing] = (marks.interval, bold)
-            cells[row_of(point.value)][place * spacing] = (marks.selected if bold else marks.block, bold)
+                    cells[row][column] = (marks["interval"], bold)
+            cells[row_of(point.value)][column] = (marks["selected" if bold else "block"], bold)
 
-        title = self._title + ("" if unit == 1 else f", in units of {unit:.0e}")
+        title = TITLES.get(value_name(self.probe), "score by depth")
+        title += "" if unit == 1 else f", in units of {unit:.0e}"
         drawn = [Text(title + (f"; the best of every {per_column} blocks" if per_column > 1 else ""))]
         for row, line in enumerate(cells):
             label = labels.get(top - row)
-            text = Text(f"{label or '':>{margin}} {marks.axis if label is None else marks.tick} ")
+            text = Text(f"{label or '':>{margin}} {marks['axis' if label is None else 'tick']} ")
             for character, bold in line:
                 text.append(character, "bold" if bold else None)
             text.rstrip()
             drawn.append(text)
-        floor = [marks.floor] * (columns + 1)
-        if self._plateau:
-            first, last = (1 + end // per_column * spacing for end in (self._plateau[0], self._plateau[-1]))
-            floor[first : last + 1] = [marks.plateau] * (last + 1 - first)
-        if self._middle is not None:
-            floor[1 + self._middle // per_column * spacing] = "m"
-        drawn.append(Text(" " * (margin + 1) + marks.corner + "".join(floor)))
-        drawn.append(Text(" " * (margin + 3) + _numbers(self._num_blocks, spacing, per_column)))
-        drawn.append(Text(self._legend(marks, shown.values())))
+        floor = [marks["floor"]] * (columns + 1)
+        if stretch:
+            first, last = 1 + column_of(stretch[0]), 1 + column_of(stretch[-1])
+            floor[first : last + 1] = [marks["plateau"]] * (last + 1 - first)
+        if middle is not None:
+            floor[1 + column_of(middle)] = "m"
+        drawn.append(Text(" " * (margin + 1) + marks["corner"] + "".join(floor)))
+        drawn.append(Text(" " * (margin + 3) + _numbers(num_blocks, spacing, per_column)))
+        drawn.append(Text(self._legend(marks, in_columns.values())))
         return drawn
 
-    def _shown(self, per_column: int) -> dict[int, Point]:
-        """What to draw in each column."""
-        found: dict[int, Point] = {}
-        # The later one wins.
-        for point in sorted(self._points, key=lambda point: (point.block in self._selected, point.value)):
-            found[point.block // per_column] = point
-        return found
-
-    def _legend(self, marks: Marks, shown: Iterable[Point]) -> str:
-        shown = list(shown)
-        chosen = [point.block in self._selected for point in shown]
+    def _legend(self, marks: Mapping[str, str], shown: Collection[Point]) -> str:
+        chosen = [point.block in set(self.probe.get("selected") or []) for point in shown]
         names = {
-            f"{marks.block} block": not all(chosen),
-            f"{marks.selected} selected": any(chosen),
-            f"{marks.interval} 95% interval": any(point.low is not None for point in shown),
-            f"{marks.full} full training": self._full is not None,
-            "m middle": self._middle is not None,
-            f"{marks.plateau} above half": bool(self._plateau),
+            f"{marks['block']} block": not all(chosen),
+            f"{marks['selected']} selected": any(chosen),
+            f"{marks['interval']} 95% interval": any(point.low is not None for point in shown),
+            f"{marks['full']} full training": full_training(self.probe) is not None,
+            "m middle": middle_block(self.probe) is not None,
+            f"{marks['plateau']} above half": bool(plateau_of(self.probe)),
         }
         return "  ".join(name for name, there in names.items() if there)
 

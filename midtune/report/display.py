@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
-from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.live import Live
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.progress_bar import ProgressBar
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
-from midtune.report.tables import bytes_text, seconds_text, whole_seconds_text
+from midtune.report.formats import bytes_text, finite, seconds_text, whole_seconds_text
+from midtune.report.summary import PHASES
+from midtune.report.tables import labelled
 
 SPARKS, ASCII_SPARKS = "▁▂▃▄▅▆▇█", "_.-~=+*#"
 SPARKLINE_WIDTH = 32
@@ -24,64 +23,50 @@ SPARKLINE_WIDTH = 32
 STEPS_FOR_TIME_LEFT = 10
 LINE_EVERY_S = 10.0
 SHORT_WORK_S = 2.0
+# Seconds from any origin.
+Clock = Callable[[], float]
+
+
+def say(console: Console, text: str) -> None:
+    """Print a text as it is; what reads a pipe wraps it as it likes."""
+    console.print(Text(text), soft_wrap=not console.is_terminal)
 
 
 class TrainingDisplay:
-    """Shows how training goes, step by step.
+    """Shows how training goes, step by step, while it is entered as a context.
 
     On a terminal it redraws itself in place; elsewhere it prints one line per step.
 
     Args:
         total_steps: steps the run will have done at its end.
-        console: where to show; default: stderr.
-        quiet: show nothing at all.
+        console: where to show.
         title: what is trained, one line.
-        clock: seconds from any origin.
     """
 
     def __init__(
-        self,
-        total_steps: int,
-        *,
-        console: Console | None = None,
-        quiet: bool = False,
-        title: str = "",
-        clock: Callable[[], float] = time.monotonic,
+        self, total_steps: int, console: Console, title: str = "", *, clock: Clock = time.monotonic
     ) -> None:
         self._total = total_steps
-        self._console = console or Console(stderr=True)
-        self._quiet = quiet
+        self._console = console
         self._title = title
         self._clock = clock
         self._metrics: Mapping[str, Any] = {}
         self._rewards: deque[float] = deque(maxlen=SPARKLINE_WIDTH)
         self._step_s: deque[float] = deque(maxlen=STEPS_FOR_TIME_LEFT)
         self._updated = clock()
-        self._live: Live | None = None
+        self._live = Live(self, console=console, refresh_per_second=2)
 
     def __enter__(self) -> Self:
-        self.start()
+        self._updated = self._clock()
+        if _is_live(self._console):
+            self._live.start()
+        elif self._title:
+            self.message(self._title)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def start(self) -> None:
-        """Begin to show; a second call does nothing."""
-        self._updated = self._clock()
-        if self._quiet or self._live is not None:
-            return
-        if _is_live(self._console):
-            self._live = Live(self, console=self._console, refresh_per_second=2)
-            self._live.start()
-        elif self._title:
-            self._line(self._title)
-
-    def stop(self) -> None:
-        """Leave the last state on the screen; a second call does nothing."""
-        if self._live is not None:
-            live, self._live = self._live, None
-            live.stop()
+        """Leave the last state on the screen."""
+        self._live.stop()
 
     def update(self, metrics: Mapping[str, Any]) -> None:
         """Show a finished step.
@@ -91,194 +76,139 @@ class TrainingDisplay:
         """
         self._metrics = metrics
         self._updated = self._clock()
-        if (reward := _figure(metrics, "reward")) is not None:
-            self._rewards.append(reward)
-        if (step_s := _figure(metrics, "step_s")) is not None:
-            self._step_s.append(step_s)
-        if self._live is not None:
+        for key, recent in (("reward", self._rewards), ("step_s", self._step_s)):
+            if (value := self._figure(key)) is not None:
+                recent.append(value)
+        if self._live.is_started:
             self._live.refresh()
-        elif not self._quiet:
-            self._line(self.line())
+        else:
+            parts = [
+                self._step_text(),
+                *(f"{name} {text}" for name, text in self._figures()),
+                self._left_text(),
+            ]
+            self.message(" | ".join(filter(None, parts)))
 
     def message(self, text: str) -> None:
         """Print a note above the display."""
-        if not self._quiet:
-            self._line(text)
-
-    def line(self) -> str:
-        """The last step as one line of plain text."""
-        step, equal = self._metrics.get("step", 0), _figure(self._metrics, "equal_groups")
-        parts = [f"step {step}/{self._total}"]
-        if (reward := _figure(self._metrics, "reward")) is not None:
-            parts.append(f"reward {reward:.3f}")
-        if equal is not None:
-            parts.append(f"equal groups {equal:.0%}")
-        parts += [text for text in (self._length(), self._speed(), self._phases(), self._memory()) if text]
-        if (left := self._left_s()) is not None:
-            parts.append(f"{whole_seconds_text(left)} left")
-        return " | ".join(parts)
+        say(self._console, text)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        step = int(self._metrics.get("step", 0))
+        step = self._step
+        if self._title:
+            yield Text(self._title, style="bold")
+        bar = ProgressBar(total=max(self._total, 1), completed=step, width=30)
         head = Table.grid(padding=(0, 2, 0, 0))
-        left = self._left_s()
-        head.add_row(
-            f"step {step}/{self._total}",
-            ProgressBar(total=max(self._total, 1), completed=step, width=30),
-            "" if left is None else f"{whole_seconds_text(left)} left",
-            self._waiting(step),
+        # How long the step now running has taken is the sign of life during a long rollout.
+        running = self._live.is_started and step < self._total
+        took = f"step {step + 1} for {whole_seconds_text(self._clock() - self._updated)}" if running else ""
+        head.add_row(self._step_text(), bar, self._left_text(), took)
+        yield head
+        rewards = sparkline(self._rewards, ascii_only=options.ascii_only)
+        yield labelled(
+            (Text(name, style="bold"), f"{text}  {rewards}" if name == "reward" else text)
+            for name, text in self._figures()
         )
-        body = Table.grid(padding=(0, 2, 0, 0))
-        body.add_column(style="bold", no_wrap=True)
-        if (reward := _figure(self._metrics, "reward")) is not None:
-            body.add_row("reward", f"{reward:.3f}  {sparkline(self._rewards, ascii_only=options.ascii_only)}")
-        if (equal := _figure(self._metrics, "equal_groups")) is not None:
-            body.add_row("groups", f"{equal:.0%} with equal rewards, so no advantage")
-        text = [part for part in (self._length(), self._speed()) if part]
-        if text:
-            body.add_row("text", ", ".join(text))
-        if phases := self._phases():
-            body.add_row("time", phases)
-        if memory := "; ".join(filter(None, (self._memory(), self._peaks()))):
-            body.add_row("memory", memory)
-        yield Group(*([Text(self._title, style="bold")] if self._title else []), head, body)
 
-    def _waiting(self, step: int) -> str:
-        """How long the step now running has taken: the sign of life during a long rollout."""
-        if self._live is None or step >= self._total:
-            return ""
-        return f"step {step + 1} for {whole_seconds_text(self._clock() - self._updated)}"
+    @property
+    def _step(self) -> int:
+        return int(self._metrics.get("step", 0))
 
-    def _left_s(self) -> float | None:
-        remaining = self._total - int(self._metrics.get("step", 0))
+    def _step_text(self) -> str:
+        return f"step {self._step}/{self._total}"
+
+    def _left_text(self) -> str:
+        remaining = self._total - self._step
         if not self._step_s or remaining <= 0:
-            return None
-        return remaining * sum(self._step_s) / len(self._step_s)
+            return ""
+        return f"{whole_seconds_text(remaining * sum(self._step_s) / len(self._step_s))} left"
 
-    def _length(self) -> str | None:
-        length, clipped = (_figure(self._metrics, key) for key in ("completion_length", "clipped"))
-        if length is None:
-            return None
-        return f"{length:.0f} tokens a completion" + (
-            "" if clipped is None else f" ({clipped:.0%} cut at the limit)"
-        )
-
-    def _speed(self) -> str | None:
-        rate = _figure(self._metrics, "tokens_per_s")
-        return None if rate is None else f"{rate:,.0f} tokens/s"
-
-    def _phases(self) -> str | None:
-        whole = _figure(self._metrics, "step_s")
-        phases = self._by_phase("s")
-        if not whole:
-            return ", ".join(f"{name} {seconds_text(took)}" for name, took in phases.items()) or None
-        parts = "; ".join(f"{name} {seconds_text(took)}, {took / whole:.0%}" for name, took in phases.items())
-        return f"{seconds_text(whole)} a step" + (f" ({parts})" if parts else "")
-
-    def _memory(self) -> str | None:
-        memory = _figure(self._metrics, "memory_bytes")
-        return None if memory is None else bytes_text(memory)
-
-    def _peaks(self) -> str | None:
-        peaks = self._by_phase("peak_bytes")
-        parts = ", ".join(f"{name} {bytes_text(peak)}" for name, peak in peaks.items())
-        return f"peaks: {parts}" if parts else None
+    def _figures(self) -> Iterator[tuple[str, str]]:
+        """What is known of the last step: names and texts."""
+        if (reward := self._figure("reward")) is not None:
+            yield "reward", f"{reward:.3f}"
+        if (equal := self._figure("equal_groups")) is not None:
+            yield "groups", f"{equal:.0%} with equal rewards, so no advantage"
+        text = []
+        if (length := self._figure("completion_length")) is not None:
+            clipped = self._figure("clipped")
+            cut = "" if clipped is None else f" ({clipped:.0%} cut at the limit)"
+            text.append(f"{length:.0f} tokens a completion{cut}")
+        if (rate := self._figure("tokens_per_s")) is not None:
+            text.append(f"{rate:,.0f} tokens/s")
+        if text:
+            yield "text", ", ".join(text)
+        if whole := self._figure("step_s"):
+            phases = "; ".join(
+                f"{name} {seconds_text(took)}, {took / whole:.0%}"
+                for name, took in self._by_phase("s").items()
+            )
+            yield "time", f"{seconds_text(whole)} a step" + (f" ({phases})" if phases else "")
+        if (memory := self._figure("memory_bytes")) is not None:
+            peaks = ", ".join(
+                f"{name} {bytes_text(peak)}" for name, peak in self._by_phase("peak_bytes").items()
+            )
+            yield "memory", bytes_text(memory) + (f"; peaks: {peaks}" if peaks else "")
 
     def _by_phase(self, kind: str) -> dict[str, float]:
-        found = {name: _figure(self._metrics, f"{name}_{kind}") for name in ("rollout", "reward", "update")}
-        return {name: figure for name, figure in found.items() if figure is not None}
+        return {name: value for name in PHASES if (value := self._figure(f"{name}_{kind}")) is not None}
 
-    def _line(self, text: str) -> None:
-        self._console.print(Text(text), soft_wrap=not self._console.is_terminal)
-
-
-class Advance(Protocol):
-    """Tells a progress bar that `amount` more units are done, and `tokens` more tokens made."""
-
-    def __call__(self, amount: float = 1, *, tokens: int = 0) -> None: ...
+    def _figure(self, key: str) -> float | None:
+        return finite(self._metrics.get(key))
 
 
-@contextmanager
-def progress_bar(
-    description: str,
-    total: float | None,
-    console: Console | None = None,
-    quiet: bool = False,
-    *,
-    clock: Callable[[], float] = time.monotonic,
-) -> Iterator[Advance]:
-    """Show how work proceeds that may take longer than two seconds.
+class WorkDisplay:
+    """Shows how work proceeds that may take longer than two seconds, while it is entered as a context.
 
-    On a terminal it is a bar that disappears at the end; elsewhere a line after two seconds and then
-    every ten.
+    On a terminal it is a bar that disappears at the end; elsewhere a line after two seconds and then every ten.
 
     Args:
         description: what is being done, such as `scoring before training`.
         total: units of work, or None when nobody knows.
-        console: where to show; default: stderr.
-        quiet: show nothing at all.
-        clock: seconds from any origin.
-
-    Yields:
-        A function to call as work gets done.
+        console: where to show.
     """
-    console = console or Console(stderr=True)
-    work = _Work(description, total, clock)
-    if quiet:
-        yield work.advance
-    elif _is_live(console):
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(None), _WorkColumn(work))
-        with Progress(
-            *columns, console=console, transient=True, expand=True, refresh_per_second=4
-        ) as progress:
-            bar = progress.add_task(description, total=total)
 
-            def advance(amount: float = 1, *, tokens: int = 0) -> None:
-                work.advance(amount, tokens=tokens)
-                progress.update(bar, completed=work.done)
+    def __init__(
+        self, description: str, total: float | None, console: Console, *, clock: Clock = time.monotonic
+    ) -> None:
+        self._description, self._total, self._done, self._tokens = description, total, 0.0, 0
+        self._console, self._clock, self._began = console, clock, clock()
+        self._next_line = self._began + SHORT_WORK_S
+        self._live = Live(self, console=console, transient=True, refresh_per_second=4)
 
-            yield advance
-    else:
-        due = clock() + SHORT_WORK_S
+    def __enter__(self) -> Self:
+        if _is_live(self._console):
+            self._live.start()
+        return self
 
-        def advance_line(amount: float = 1, *, tokens: int = 0) -> None:
-            nonlocal due
-            work.advance(amount, tokens=tokens)
-            if clock() >= due:
-                due = clock() + LINE_EVERY_S
-                console.print(Text(f"{description}: {work.text()}"), soft_wrap=True)
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
 
-        yield advance_line
-
-
-class _Work:
-    """How much is done, how fast, and how long the rest will take."""
-
-    def __init__(self, description: str, total: float | None, clock: Callable[[], float]) -> None:
-        self.description, self.total, self.done, self._tokens = description, total, 0.0, 0
-        self._clock, self._began = clock, clock()
-
-    def advance(self, amount: float = 1, *, tokens: int = 0) -> None:
-        self.done += amount
+    def __call__(self, amount: float = 1, *, tokens: int = 0) -> None:
+        """Show that `amount` more units are done, and `tokens` more tokens made."""
+        self._done += amount
         self._tokens += tokens
+        if not self._live.is_started and self._clock() >= self._next_line:
+            self._next_line = self._clock() + LINE_EVERY_S
+            say(self._console, f"{self._description}: {self._text()}")
 
-    def text(self) -> str:
+    def __rich__(self) -> RenderableType:
+        line = Table.grid(expand=True, padding=(0, 1, 0, 0))
+        line.add_column(no_wrap=True)
+        line.add_column(ratio=1)
+        line.add_column(no_wrap=True)
+        bar = ProgressBar(total=self._total, completed=self._done)
+        line.add_row(Text(self._description), bar, Text(self._text()))
+        return line
+
+    def _text(self) -> str:
         took = max(self._clock() - self._began, 1e-9)
-        parts = [f"{self.done:,.0f}" + ("" if self.total is None else f"/{self.total:,.0f}")]
+        parts = [f"{self._done:,.0f}" + ("" if self._total is None else f"/{self._total:,.0f}")]
         if self._tokens:
             parts.append(f"{self._tokens / took:,.0f} tokens/s")
-        if self.total is not None and 0 < self.done < self.total:
-            parts.append(f"{whole_seconds_text(took * (self.total - self.done) / self.done)} left")
+        if self._total is not None and 0 < self._done < self._total:
+            parts.append(f"{whole_seconds_text(took * (self._total - self._done) / self._done)} left")
         return ", ".join(parts)
-
-
-class _WorkColumn(ProgressColumn):
-    def __init__(self, work: _Work) -> None:
-        super().__init__(Column(no_wrap=True))
-        self._work = work
-
-    def render(self, task: Task) -> Text:
-        return Text(self._work.text())
 
 
 def sparkline(values: Sequence[float], *, ascii_only: bool = False) -> str:
@@ -290,9 +220,4 @@ def sparkline(values: Sequence[float], *, ascii_only: bool = False) -> str:
 
 
 def _is_live(console: Console) -> bool:
-    return console.is_terminal and not console.is_dumb_terminal
-
-
-def _figure(metrics: Mapping[str, Any], key: str) -> float | None:
-    value = metrics.get(key)
-    return None if value is None or not math.isfinite(value) else float(value)
+    return console.is_terminal and not console.is_dumb_terminal and not console.quiet

@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from midtune.report.depth import finite, points, score_name
-from midtune.report.plots import draw_depth, draw_prices, priced_rows, smoothing_width
+from midtune.report.depth import points
+from midtune.report.plots import draw_depth, draw_prices, over_steps, priced_rows, smoothed
 
 # What matplotlib writes, and the variable of the page's style sheet that takes its place.
 COLOURS = {
@@ -44,7 +44,7 @@ def metric_curve(metrics: Sequence[Mapping[str, Any]], key: str) -> str:
         steps, values, means = smoothed(metrics, key)
         axes.plot(steps, values, color="0.8", linewidth=0.8, marker="." if len(steps) == 1 else None)
         axes.plot(steps, means, color="tab:blue", linewidth=1.5)
-        _over_steps(axes)
+        over_steps(axes)
 
     return _embedded(key, draw)
 
@@ -59,7 +59,7 @@ def reward_curves(runs: Sequence[Sequence[Mapping[str, Any]]]) -> str:
             steps, _, means = smoothed(metrics, "reward")
             pattern = (0, [float(part) for part in dashes.split()]) if dashes else "-"
             axes.plot(steps, means, color=hex_of[name], linewidth=1.5, linestyle=pattern)
-        _over_steps(axes)
+        over_steps(axes)
 
     return _embedded("rewards", draw)
 
@@ -73,7 +73,7 @@ def ranking_curves(probe: Mapping[str, Any]) -> list[str]:
     if not points(probe):
         return []
     found = [_embedded("depth", lambda axes: draw_depth(axes, probe), taller=0.7)]
-    if score_name(probe) == "gain" and (rows := priced_rows(probe)):
+    if rows := priced_rows(probe):
         found.append(_embedded("prices", lambda axes: draw_prices(axes, probe, rows), taller=0.7))
     return found
 
@@ -81,24 +81,6 @@ def ranking_curves(probe: Mapping[str, Any]) -> list[str]:
 def line_style(number: int) -> tuple[str, str]:
     """Colour and dash pattern of the line with this number, from 0."""
     return LINE_COLOURS[number % len(LINE_COLOURS)], DASHES[number // len(LINE_COLOURS) % len(DASHES)]
-
-
-def smoothed(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float], list[float]]:
-    """Steps, their values, and at each step the mean of the last few values; steps without one are left out."""
-    known = [(line["step"], value) for line in metrics if (value := finite(line.get(key))) is not None]
-    values = [value for _, value in known]
-    width = smoothing_width(len(known))
-    windows = [values[max(0, end - width) : end] for end in range(1, len(values) + 1)]
-    return [step for step, _ in known], values, [sum(window) / len(window) for window in windows]
-
-
-def _over_steps(axes: Any) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _embedded(name: str, draw: Callable[[Any], None], *, taller: float = 0.0) -> str:

@@ -1,4 +1,4 @@
-"""A plan for a terminal of 80 columns, a pipe or a log."""
+"""What training would hold and take, for a terminal of 80 columns, a pipe or a log."""
 
 from __future__ import annotations
 
@@ -7,51 +7,44 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Group, RenderableType
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 from rich.text import Text
 
-from midtune.report.tables import bytes_text, plain_table, seconds_text
+from midtune.report.formats import blocks_text, bytes_text, numbers_text, seconds_text
+from midtune.report.tables import labelled, plain_table
 
 BAR = 30
 
 
 def plan_table(plan: Mapping[str, Any]) -> RenderableType:
-    """What training would hold and take.
-
-    Args:
-        plan: what `midtune plan --json` prints.
-    """
-    card, work, arms = plan["card"], plan["work"], plan["arms"]
-    many = len(plan["blocks"]) > 1
-    blocks = ", ".join(map(str, plan["blocks"]))
-    title = Text(f"{plan['model']} on {card['name']}", style="bold")
+    """What `midtune plan` worked out: the peak of each way to train, where it goes, and what fits."""
+    work, arms, fitted = plan["work"], plan["arms"], plan["fitted"]
     asked = (
         f"{plan['parameters'] / 1e9:.2f} billion parameters in {plan['num_blocks']} blocks; midtune trains "
-        f"block{'s' * many} {blocks}. A step: {work['prompts']} prompts of {work['prompt_tokens']:,} tokens x "
+        f"{blocks_text(plan['blocks'])}. A step: {work['prompts']} prompts of {work['prompt_tokens']:,} tokens x "
         f"{work['group_size']} completions of {work['new_tokens']:,}."
     )
-    compared = plain_table()
-    for name in ("as asked", "peak", "in", "fits", "step at best"):
-        compared.add_column(name, justify="left" if name in ("as asked", "in") else "right")
-    for arm in arms:
-        compared.add_row(*_row(arm, arm["label"]))
-    fitted = plan["fitted"]
-    notes = [*_advice(plan), *_sizes(plan)]
-    shown = fitted or arms[0]
-    if fitted is not None and plan["fit"]:
+    compared = plain_table(
+        "as asked",
+        numbers=("peak", "in", "fits", "step at best"),
+        rows=[_row(arm, arm["label"]) for arm in arms],
+    )
+    if plan["fit"]:
         compared.add_row(*_row(fitted, "midtune, made to fit"), style="bold")
     return Group(
-        title,
+        Text(f"{plan['model']} on {plan['card']['name']}", style="bold"),
         Text(asked),
         "",
         compared,
         "",
         Text(f"Where midtune's memory goes{', made to fit' if plan['fit'] else ''}"),
-        _parts(shown),
+        _parts((fitted or arms[0])["phases"]),
         "",
         Text("Midtune's peak by the first block trained, as asked"),
-        *map(Text, _by_block(plan)),
+        _by_block(plan),
         "",
-        *map(Text, notes),
+        *map(Text, _advice(plan)),
     )
 
 
@@ -66,39 +59,45 @@ def _row(arm: Mapping[str, Any], label: str) -> tuple[str, ...]:
     )
 
 
-def _parts(arm: Mapping[str, Any]) -> RenderableType:
-    """Bytes of each part in each phase."""
-    phases = arm["phases"]
-    names = list(dict.fromkeys(name for parts in phases.values() for name, size in parts.items() if size))
-    table = plain_table()
-    table.add_column("GiB")
-    for phase in phases:
-        table.add_column(phase, justify="right")
-    for name in names:
-        sizes = [phases[phase].get(name, 0) for phase in phases]
-        table.add_row(name, *(f"{size / 2**30:.2f}" if size else "-" for size in sizes))
+def _parts(phases: Mapping[str, Mapping[str, int]]) -> Table:
+    """GiB of each part in each phase."""
+    names = dict.fromkeys(name for parts in phases.values() for name, size in parts.items() if size)
+    table = plain_table(
+        "GiB",
+        numbers=[*phases],
+        rows=[
+            (
+                name,
+                *(f"{size / 2**30:.2f}" if (size := parts.get(name)) else "-" for parts in phases.values()),
+            )
+            for name in names
+        ],
+    )
     totals = [sum(parts.values()) for parts in phases.values()]
     table.add_row("together", *(f"{total / 2**30:.2f}" for total in totals), style="bold")
     return table
 
 
-def _by_block(plan: Mapping[str, Any]) -> Iterable[str]:
-    """The lowest, middle and highest block and those at which more or less fits."""
-    rows, room = plan["by_block"], plan["card"]["memory"]
+def _by_block(plan: Mapping[str, Any]) -> Table:
+    """Peaks of about seven blocks, the lowest and the highest among them, as bars."""
+    rows = plan["by_block"]
     highest = max(row["peak"] for row in rows)
-    step = max(1, len(rows) // 6)
-    for row in sorted({*range(0, len(rows), step), len(rows) - 1}):
-        size = rows[row]["peak"]
-        bar = "█" * max(1, round(BAR * size / highest))
-        mark = "" if size <= room else "  does not fit"
-        yield f"{rows[row]['block']:>5}  {bar:<{BAR}}  {bytes_text(size)}{mark}"
+    shown = rows[:: max(1, len(rows) // 6)]
+    return labelled(
+        (
+            f"{row['block']:>5}",
+            ProgressBar(total=highest, completed=row["peak"], width=BAR),
+            bytes_text(row["peak"]) + ("" if row["peak"] <= plan["card"]["memory"] else "  does not fit"),
+        )
+        for row in (shown if shown[-1] is rows[-1] else [*shown, rows[-1]])
+    )
 
 
 def _advice(plan: Mapping[str, Any]) -> Iterable[str]:
-    ours = plan["arms"][0]
-    room = bytes_text(plan["card"]["memory"])
+    ours, card, largest = plan["arms"][0], plan["card"], plan["largest"]
+    room = bytes_text(card["memory"])
     if ours["fits"]:
-        yield f"It fits as asked, with {bytes_text(plan['card']['memory'] - ours['peak'])} to spare."
+        yield f"It fits as asked, with {bytes_text(card['memory'] - ours['peak'])} to spare."
     elif plan["fit"] is None:
         yield (
             f"It does not fit in {room}, whatever is made leaner: the first thing to lower is --max-new-tokens or "
@@ -107,11 +106,7 @@ def _advice(plan: Mapping[str, Any]) -> Iterable[str]:
     else:
         settings = " ".join(f"--set {key}={_value(value)}" for key, value in plan["fit"].items())
         yield f"As asked it does not fit in {room}; what makes it fit at the least price: {settings}"
-        yield f"`--fit {plan['card']['name'].partition(' (')[0]}` does that in `midtune train`."
-
-
-def _sizes(plan: Mapping[str, Any]) -> Iterable[str]:
-    largest = plan["largest"]
+        yield f"`--fit {card['name'].partition(' (')[0]}` does that in `midtune train`."
     if largest is not None:
         yield (
             f"With these settings about {largest['prompts']} prompts could go through an update together, or a group "
@@ -130,7 +125,9 @@ def _value(value: Any) -> str:
 def dry_run_text(found: Mapping[str, Any]) -> RenderableType:
     """What `midtune train --dry-run` found, a line for each thing that a run would do."""
     step, plan, scored = found["step"], found["plan"], found["evaluation"]
-    table = plain_table()
+    downloads = list(found["downloads"])
+    if found["weights_bytes"] is not None:
+        downloads[0] += f", about {bytes_text(found['weights_bytes'])} (estimated, as bf16)"
     lines = {
         "model": f"{found['model']} ({found['quantize']})",
         "task": f"{found['task']}, reward {' + '.join(found['reward'] or ['of the task'])}",
@@ -142,20 +139,16 @@ def dry_run_text(found: Mapping[str, Any]) -> RenderableType:
         "memory": found["note"],
     }
     if plan is not None:
-        lines["blocks"] = (
-            f"{', '.join(map(str, plan['blocks']))}: {plan['trainable_parameters']:,} parameters trained"
-        )
         fits = "fits" if plan["fits"] else "does not fit; --fit chooses leaner settings"
-        lines["memory"] = (
-            f"planned peak {bytes_text(plan['peak'])} in {plan['phase']}, prompts of {plan['prompt_tokens']} tokens; "
-            f"on {plan['card']} it {fits}"
-        )
-        lines["time"] = f"a step takes at least {seconds_text(sum(plan['seconds'].values()))} there"
-    lines["saved in"] = found["out"]
-    downloads = list(found["downloads"])
-    if found["weights_bytes"] is not None:
-        downloads[0] += f", about {bytes_text(found['weights_bytes'])} (estimated, as bf16)"
-    lines["downloads"] = "; ".join(downloads) or "nothing from the hub"
-    for name, text in lines.items():
-        table.add_row(name, Text(text))
-    return Group(Text("Nothing was loaded, fetched or written.", style="bold"), table)
+        lines |= {
+            "blocks": f"{numbers_text(plan['blocks'])}: {plan['trainable_parameters']:,} parameters trained",
+            "memory": f"planned peak {bytes_text(plan['peak'])} in {plan['phase']}, prompts of "
+            f"{plan['prompt_tokens']} tokens; on {plan['card']} it {fits}",
+            "time": f"a step takes at least {seconds_text(sum(plan['seconds'].values()))} there",
+        }
+    lines |= {"saved in": found["out"], "downloads": "; ".join(downloads) or "nothing from the hub"}
+    return Group(
+        Text("Nothing was loaded, fetched or written.", style="bold"),
+        "",
+        labelled([(name, Text(text)) for name, text in lines.items()]),
+    )

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from midtune.report.depth import (
     depth_of,
-    finite,
     frontier,
     full_training,
     middle_block,
@@ -19,11 +18,13 @@ from midtune.report.depth import (
     score_name,
     value_name,
 )
+from midtune.report.formats import blocks_text, finite
+from midtune.report.summary import score_kinds
 from midtune.whole import write_bytes
 
 # The mean over this share of a run smooths the reward of single steps, which is mostly the luck of its prompts.
 SMOOTHED_SHARE = 0.1
-KINDS = {"quality": ("greedy", "o", "tab:blue"), "sampled": ("sampled", "s", "tab:orange")}
+KINDS = {"greedy": ("o", "tab:blue"), "sampled": ("s", "tab:orange")}
 # Marker and colour, the later on top.
 BLOCK_KINDS = {
     "block": ("o", "0.65"),
@@ -40,49 +41,53 @@ def learning_curve(metrics: Sequence[Mapping[str, Any]], report: Mapping[str, An
         report: what report.json holds.
         file: where the picture goes; its suffix says the format.
     """
-    import numpy as np
     from matplotlib.figure import Figure
 
-    steps = np.array([line["step"] for line in metrics])
-    rewards = np.array([line["reward"] for line in metrics], dtype=float)
+    steps, rewards, means = smoothed(metrics, "reward")
     width = smoothing_width(len(steps))
-    smooth = np.convolve(rewards, np.ones(width) / width, mode="valid")
-
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.add_subplot()
     axes.plot(steps, rewards, color="0.8", linewidth=0.8)
-    axes.plot(steps[width - 1 :], smooth, color="0.35", label=f"training reward, mean of {width} steps")
-    margin = 0.02 * (steps[-1] - steps[0] + 1)
-    for place, (key, (name, marker, color)) in enumerate(KINDS.items(), 1):
-        if report[key] is None:
-            continue
-        for when, x in (("before", steps[0] - place * margin), ("after", steps[-1] + place * margin)):
-            score = report[key][when]
-            axes.errorbar(
-                x,
-                score["score"],
-                yerr=[[score["score"] - score["low"]], [score["high"] - score["score"]]],
-                fmt=marker,
-                color=color,
-                capsize=3,
-                label=f"held-out score, {name}" if when == "before" else None,
-            )
-    blocks = ", ".join(map(str, report["blocks"]))
-    axes.set_title(
-        f"{report['model']} on {report['task']}, block{'s' * (len(report['blocks']) > 1)} {blocks}",
-        fontsize=10,
-        parse_math=False,
-    )
-    axes.set_xlabel("step")
-    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+    label = f"training reward, mean of {width} steps"
+    axes.plot(steps[width - 1 :], means[width - 1 :], color="0.35", label=label)
+    first, last = metrics[0]["step"], metrics[-1]["step"]
+    margin = 0.02 * (last - first + 1)
+    scored = score_kinds(report)
+    for place, (name, (marker, color)) in enumerate(KINDS.items(), 1):
+        if name in scored:
+            ends = (scored[name][when] for when in ("before", "after"))
+            values = [(score["score"], score["low"], score["high"]) for score in ends]
+            places = (first - place * margin, last + place * margin)
+            _intervals(axes, places, values, marker, color, f"held-out score, {name}", capsize=3)
+    title = f"{report['model']} on {report['task']}, {blocks_text(report['blocks'])}"
+    axes.set_title(title, fontsize=10, parse_math=False)
+    over_steps(axes)
     axes.legend(frameon=False, fontsize=8, loc="lower right")
-    axes.spines[["top", "right"]].set_visible(False)
     _save(figure, file)
 
 
 def smoothing_width(steps: int) -> int:
-    """Over how many steps of so many the mean is taken."""
+    """Over how many steps the mean is taken."""
     return max(1, round(steps * SMOOTHED_SHARE))
+
+
+def smoothed(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float], list[float]]:
+    """Steps, their values, and at each step the mean of the last few values; steps without one are left out."""
+    known = [(line["step"], value) for line in metrics if (value := finite(line.get(key))) is not None]
+    values = [value for _, value in known]
+    width = smoothing_width(len(known))
+    windows = [values[max(0, end - width) : end] for end in range(1, len(values) + 1)]
+    return [step for step, _ in known], values, [sum(window) / len(window) for window in windows]
+
+
+def over_steps(axes: Any) -> None:
+    """Set up the axes of a curve over the steps of a run."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def contribution_curve(probe: Mapping[str, Any], file: Path) -> None:
@@ -95,11 +100,9 @@ def contribution_curve(probe: Mapping[str, Any], file: Path) -> None:
     from matplotlib.figure import Figure
 
     priced = priced_rows(probe)
-    with_price = bool(priced) and score_name(probe) == "gain"
-    figure = Figure(figsize=(10 if with_price else 7, 4), layout="constrained")
-    by_depth = figure.add_subplot(1, 2 if with_price else 1, 1)
-    draw_depth(by_depth, probe)
-    if with_price:
+    figure = Figure(figsize=(10 if priced else 7, 4), layout="constrained")
+    draw_depth(figure.add_subplot(1, 2 if priced else 1, 1), probe)
+    if priced:
         draw_prices(figure.add_subplot(1, 2, 2), probe, priced)
     figure.suptitle(f"{probe['model']} on {probe['task']}, {probe['method']}", fontsize=10, parse_math=False)
     _save(figure, file)
@@ -134,12 +137,9 @@ def rankings_curve(rankings: Mapping[str, Mapping[str, Any]], file: Path) -> Non
 
 
 def priced_rows(probe: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The blocks of a probe.json whose score and price are known."""
-    return [
-        row
-        for row in probe["blocks"]
-        if finite(row.get("score")) is not None and finite(row.get("step_cost")) is not None
-    ]
+    """The blocks of a probe.json whose gain and price are known; signals have no price."""
+    rows = probe["blocks"] if score_name(probe) == "gain" else []
+    return [row for row in rows if None not in (finite(row.get("score")), finite(row.get("step_cost")))]
 
 
 def draw_depth(axes: Any, probe: Mapping[str, Any]) -> None:
@@ -157,26 +157,13 @@ def draw_depth(axes: Any, probe: Mapping[str, Any]) -> None:
         axes.axvline(middle, color="0.5", linewidth=0.8, linestyle=":", label="middle")
     if stretch := plateau_of(probe):
         axes.axvspan(stretch[0] - 0.5, stretch[-1] + 0.5, color="0.96", zorder=0, label="above half height")
-    near = among - selected
     known = points(probe)
-    groups = [[point for point in known if point.block not in selected | among]]
-    groups += [[point for point in known if point.block in blocks] for blocks in (near, selected)]
-    for (kind, (marker, color)), group in zip(BLOCK_KINDS.items(), groups, strict=True):
+    for kind, (marker, color) in BLOCK_KINDS.items():
+        group = [point for point in known if kind == _kind(point.block, selected, among)]
         if group:
-            axes.errorbar(
-                [point.block for point in group],
-                [point.value for point in group],
-                # A bootstrap's interval need not hold the value itself.
-                yerr=[
-                    [_reach(point.low, point.value) for point in group],
-                    [_reach(point.value, point.high) for point in group],
-                ],
-                fmt=marker,
-                color=color,
-                markersize=5,
-                elinewidth=0.8,
-                label=kind,
-            )
+            values = [(point.value, point.low, point.high) for point in group]
+            places = [point.block for point in group]
+            _intervals(axes, places, values, marker, color, kind, markersize=5, elinewidth=0.8)
     axes.set_xlim(-0.5, depth_of(probe) - 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("block")
@@ -208,14 +195,39 @@ def draw_prices(axes: Any, probe: Mapping[str, Any], rows: Sequence[Mapping[str,
     _finish(axes)
 
 
+def _kind(block: int, selected: Container[int], among: Container[int]) -> str:
+    if block in selected:
+        return "selected"
+    return "not told apart from the best" if block in among else "block"
+
+
 def _finish(axes: Any, columns: int = 3) -> None:
     """Take away what says nothing, and put the legend below, where it hides no block."""
     axes.legend(frameon=False, fontsize=8, ncols=columns, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _reach(low: float | None, high: float | None) -> float:
-    return math.nan if low is None or high is None else max(0.0, high - low)
+def _intervals(
+    axes: Any,
+    places: Sequence[float],
+    values: Sequence[tuple[float, float | None, float | None]],
+    marker: str,
+    color: str,
+    label: str,
+    **style: Any,
+) -> None:
+    """Draw at each place a value with its interval, given as value, low and high."""
+
+    def reach(low: float | None, high: float | None) -> float:
+        # A bootstrap's interval need not hold the value itself.
+        return math.nan if low is None or high is None else max(0.0, high - low)
+
+    below, above = (
+        [reach(low, value) for value, low, _ in values],
+        [reach(value, high) for value, _, high in values],
+    )
+    middle = [value for value, _, _ in values]
+    axes.errorbar(places, middle, yerr=[below, above], fmt=marker, color=color, label=label, **style)
 
 
 def _save(figure: Any, file: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -12,7 +13,6 @@ from rich.text import Text
 
 from midtune.report.depth import (
     DepthCurve,
-    finite,
     frontier,
     plateau_of,
     points,
@@ -20,7 +20,8 @@ from midtune.report.depth import (
     unit_of,
     value_name,
 )
-from midtune.report.tables import plain_table, seconds_text
+from midtune.report.formats import finite, seconds_text
+from midtune.report.tables import plain_table
 
 BAR_WIDTH = 22
 # Of a longer ranking only the best are listed.
@@ -82,6 +83,7 @@ def probe_table(probe: Mapping[str, Any]) -> RenderableType:
     return Group(title, "", *curve, table, "", *map(Text, notes))
 
 
+@dataclass(frozen=True)
 class IntervalBar:
     """An interval with its value on a common scale, up to `BAR_WIDTH` characters wide.
 
@@ -90,26 +92,29 @@ class IntervalBar:
         scale_low, scale_high: what the ends of the bar stand for.
     """
 
-    def __init__(
-        self, value: float | None, low: float | None, high: float | None, scale_low: float, scale_high: float
-    ) -> None:
-        self._value, self._low, self._high = finite(value), finite(low), finite(high)
-        self._scale_low, self._span = scale_low, scale_high - scale_low
+    value: float | None
+    low: float | None
+    high: float | None
+    scale_low: float
+    scale_high: float
 
     def text(self, width: int = BAR_WIDTH, *, ascii_only: bool) -> str:
         """The bar as `width` characters."""
         line, point = ("-", "o") if ascii_only else ("─", "●")
-        cells = [" "] * width
-        if self._low is not None and self._high is not None:
-            for place in range(self._place(self._low, width), self._place(self._high, width) + 1):
-                cells[place] = line
-        if self._value is not None:
-            cells[self._place(self._value, width)] = point
-        return "".join(cells)
+        span = self.scale_high - self.scale_low
 
-    def _place(self, value: float, width: int) -> int:
-        share = (value - self._scale_low) / self._span if self._span > 0 else 0.5
-        return min(width - 1, max(0, round(share * (width - 1))))
+        def place(value: float) -> int:
+            share = (value - self.scale_low) / span if span > 0 else 0.5
+            return min(width - 1, max(0, round(share * (width - 1))))
+
+        cells = [" "] * width
+        value, low, high = map(finite, (self.value, self.low, self.high))
+        if low is not None and high is not None:
+            for cell in range(place(low), place(high) + 1):
+                cells[cell] = line
+        if value is not None:
+            cells[place(value)] = point
+        return "".join(cells)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width = min(BAR_WIDTH, options.max_width)
@@ -122,15 +127,15 @@ class IntervalBar:
 def _notes(probe: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], left_out: int) -> Iterable[str]:
     name = score_name(probe)
     took = seconds_text(probe["cost_seconds"])
-    if probe["method"] == "gradient":
-        yield f"* selected. The reward gradients of {len(rows)} blocks took {took}."
-    else:
-        yield f"* selected. {len(rows)} blocks ranked by the {probe['method']} method in {took}."
-    if probe.get("objective") == "gain-per-second":
-        yield "Ranked by gain per second of training, which favours the cheaper of two blocks."
+    yield f"* selected. {len(rows)} blocks ranked by the {probe['method']} method in {took}."
     if left_out:
         yield f"{left_out} more blocks are in probe.json."
-    yield from _settled(probe, rows)
+    if (among := probe.get("among_best")) is not None:
+        near = sorted(set(among) - {rows[0]["block"]})
+        what = f"block{'s' * (len(near) > 1)} {_ranges(near)}" if near else "no other block"
+        yield f"Not told apart from block {rows[0]['block']}, the best: {what}."
+    if _known(rows, "best_probability"):
+        yield "Best: the probability that no other block is better."
     if probe.get("note"):
         yield probe["note"]
     full = probe.get("full") or {}
@@ -140,32 +145,16 @@ def _notes(probe: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], left_out
     depth = probe.get("depth_baseline") or {}
     if finite(depth.get("score")) is not None:
         yield f"Position alone would take block {depth['block']} ({name} {depth['score']:.3g})."
-    yield from _plateau(probe)
+    if stretch := plateau_of(probe):
+        inside, outside = probe["plateau"]["inside"], probe["plateau"]["outside"]
+        rest = "" if outside is None else f", the others {outside:.2f}"
+        where = f"blocks {_ranges(stretch)}, mean {value_name(probe)} {inside:.2f}"
+        yield f"Above half of the curve's height: {where}{rest}."
     position = probe.get("position") or {}
     ways = {"minus depth": position.get("depth"), "closeness to the middle": position.get("middle")}
     if known := [f"with {way} {rho:.2f}" for way, rho in ways.items() if finite(rho) is not None]:
         yield f"Spearman correlation {', '.join(known)}."
     yield "Cost: time of a training step, relative to the dearest block here."
-
-
-def _plateau(probe: Mapping[str, Any]) -> Iterable[str]:
-    """Where the good blocks are."""
-    if stretch := plateau_of(probe):
-        found, name = probe["plateau"], value_name(probe)
-        rest = "" if found["outside"] is None else f", the others {found['outside']:.2f}"
-        yield f"Above half of the curve's height: blocks {_ranges(stretch)}, mean {name} {found['inside']:.2f}{rest}."
-
-
-def _settled(probe: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Iterable[str]:
-    """How clear the order is."""
-    among = probe.get("among_best")
-    if among is not None:
-        best = rows[0]["block"]
-        near = sorted(set(among) - {best})
-        what = "no other block" if not near else f"block{'s' * (len(near) > 1)} {_ranges(near)}"
-        yield f"Not told apart from block {best}, the best: {what}."
-    if _known(rows, "best_probability"):
-        yield "Best: the probability that no other block is better."
 
 
 def _known(rows: Iterable[Mapping[str, Any]], key: str) -> list[float]:

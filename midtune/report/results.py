@@ -3,47 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
-from midtune.report.tables import bytes_text, plain_table, seconds_text
+from midtune.report.formats import bytes_text, numbers_text, seconds_text, sentence
+from midtune.report.tables import labelled, plain_table
+
+STATUS_STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
+POSITIONS = {"depth": "position: minus depth", "middle": "position: closeness to the middle"}
 
 
 def score_table(result: Mapping[str, Any]) -> RenderableType:
-    """Scores with 95% intervals, beside those of the base where there are any.
-
-    Args:
-        result: what `midtune eval` found: `model`, `patch`, `quantize`, `tasks`, `lm_eval`, `worse`.
-    """
-    blocks = result["patch"]
-    patch = f" with trained blocks {', '.join(map(str, blocks))}" if blocks else ""
+    """What `midtune eval` found: scores with 95% intervals, beside those of the base where there are any."""
     compared = result["worse"] is not None
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("task", overflow="fold")
-    table.add_column("", no_wrap=True)
-    if compared:
-        for name in ("base", "trained", "gain", "95% interval", "problems"):
-            table.add_column(name, justify="right", no_wrap=True)
-    else:
-        for name in ("score", "95% interval", "problems"):
-            table.add_column(name, justify="right", no_wrap=True)
+    names = ("base", "trained", "gain") if compared else ("score",)
+    table = plain_table("task", "", numbers=(*names, "95% interval", "problems"))
     for row in [*result["tasks"], *result["lm_eval"]]:
         for place, (kind, found) in enumerate(row["scores"].items()):
-            score = f"{found['score']:.3f}"
-            cells = [score, _interval(found)]
+            cells = [_score(found), _interval(found)]
             if compared:
                 gain = row["gain"][kind]
-                was = f"{row['before'][kind]['score']:.3f}"
-                cells = [was, score, f"{gain['value']:+.3f}", _interval(gain, "+")]
+                before = _score(row["before"][kind])
+                cells = [before, _score(found), f"{gain['value']:+.3f}", _interval(gain, "+")]
             table.add_row(Text("" if place else row["task"]), kind, *cells, str(found["n"]))
         table.add_section()
-    heading = Text(f"{result['model']}{patch} ({_held(result)})", style="bold")
-    return Group(heading, table, *([Text(_worse_text(result["worse"]))] if compared else []))
+    patch = f" with trained blocks {numbers_text(result['patch'])}" if result["patch"] else ""
+    heading = Text(f"{result['model']}{patch} ({_quantized(result)})", style="bold")
+    return Group(heading, "", table, *([Text(_worse_text(result["worse"]))] if compared else []))
 
 
 def _worse_text(worse: Sequence[str]) -> str:
@@ -53,36 +42,38 @@ def _worse_text(worse: Sequence[str]) -> str:
 
 
 def vote_table(result: Mapping[str, Any]) -> RenderableType:
-    """Each run alone, their vote, and how far they solve the same problems.
-
-    Args:
-        result: what `midtune vote` found.
-    """
-    runs, vote = result["runs"], result["vote"]
-    sampled = any(run["sampled"] for run in runs)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("", justify="right", no_wrap=True)
-    table.add_column("run", overflow="fold")
-    for name in ("blocks", "score", "95% interval", *(["sampled"] if sampled else [])):
-        table.add_column(name, justify="right", no_wrap=True)
-
-    def add(number: str, name: str, blocks: str, score: Mapping[str, Any], own: str = "") -> None:
-        # As Text, so that brackets in a path are no markup.
-        table.add_row(number, Text(name), blocks, f"{score['score']:.3f}", _interval(score), *[own] * sampled)
-
-    add("", "base model", "", result["base"])
+    """What `midtune vote` found: each run alone, their vote, and how far they solve the same problems."""
+    runs, vote, gain = result["runs"], result["vote"], result["gain_over_best"]
+    sampled = ["sampled"] if any(run["sampled"] for run in runs) else []
+    rows = [("", "base model", "", result["base"], "")]
     for number, run in enumerate(runs, start=1):
-        own = f"{run['sampled']['score']:.3f}" if run["sampled"] else ""
-        add(str(number), run["run"], ", ".join(map(str, run["blocks"])), run["score"], own)
-    table.add_section()
-    add("", "vote", "", vote)
-
+        own = _score(run["sampled"]) if run["sampled"] else ""
+        rows.append((str(number), run["run"], numbers_text(run["blocks"]), run["score"], own))
+    rows.append(("", "vote", "", vote, ""))
     best = max(range(len(runs)), key=lambda index: runs[index]["score"]["score"])
-    gain = result["gain_over_best"]
-    heading = f"{result['model']} ({_held(result)}) on {result['task']}, {vote['n']} problems"
+    shares = [
+        [
+            "" if column == row else "-" if share is None else f"{share:.0%}"
+            for column, share in enumerate(line)
+        ]
+        for row, line in enumerate(result["overlap"])
+    ]
+    numbers = [str(number) for number in range(1, len(runs) + 1)]
     return Group(
-        Text(heading, style="bold"),
-        table,
+        Text(
+            f"{result['model']} ({_quantized(result)}) on {result['task']}, {vote['n']} problems",
+            style="bold",
+        ),
+        "",
+        plain_table(
+            *("", "run"),
+            numbers=("blocks", "score", "95% interval", *sampled),
+            rows=[
+                (number, name, blocks, _score(score), _interval(score), *[own for _ in sampled])
+                for number, name, blocks, score, own in rows
+            ],
+        ),
+        "",
         Text(
             f"The vote's gain over run {best + 1}, the best here, is {gain['value']:+.3f} "
             f"(95% interval {_interval(gain, '+')}). The best is chosen on these same problems, "
@@ -92,20 +83,13 @@ def vote_table(result: Mapping[str, Any]) -> RenderableType:
             f"At least one run solves {result['solved_by_any']:.1%} of the problems, "
             f"all of them solve {result['solved_by_all']:.1%}."
         ),
-        Text("\nOf the problems that either of two runs solves, both solve:"),
-        _overlap_table(result["overlap"]),
+        "",
+        Text("Of the problems that either of two runs solves, both solve:"),
+        plain_table(
+            numbers=("run", *numbers),
+            rows=[(number, *cells) for number, cells in zip(numbers, shares, strict=True)],
+        ),
     )
-
-
-def _overlap_table(overlap: Sequence[Sequence[float | None]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("run", *map(str, range(1, len(overlap) + 1))):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row, shares in enumerate(overlap):
-        cells = ["-" if share is None else f"{share:.0%}" for share in shares]
-        cells[row] = ""
-        table.add_row(str(row + 1), *cells)
-    return table
 
 
 def merge_text(result: Mapping[str, Any]) -> RenderableType:
@@ -120,36 +104,33 @@ def page_text(result: Mapping[str, Any]) -> RenderableType:
 
 def bench_table(result: Mapping[str, Any]) -> RenderableType:
     """What `midtune bench` measured: seconds and bytes of each arm, and how many times the first arm's."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("", "sampling", "update", "step", "memory"):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    for arm in result["arms"]:
-        ratios = arm["ratios"] or {}
-        cells = {
-            **{phase: seconds_text(arm[phase]["median"]) for phase in ("rollout", "update", "step")},
-            "memory": bytes_text(arm["peak"] - arm["libraries"]),
-        }
-        own = arm is result["arms"][0]
-        table.add_row(
-            arm["arm"],
-            *(f"{cell}{_times(ratios.get(phase), own)}" for phase, cell in cells.items()),
-        )
-    for arm in result["failed"]:
-        table.add_row(arm, "-", "-", "-", "failed")
-    steps = f"medians of {result['steps']} steps"
-    work = (
-        f"{result['prompts']} prompts x {result['group_size']} completions of {result['new_tokens']} tokens"
-    )
+
+    def cells(arm: Mapping[str, Any]) -> Iterable[str]:
+        yield arm["arm"]
+        figures = {phase: seconds_text(arm[phase]["median"]) for phase in ("rollout", "update", "step")}
+        figures["memory"] = bytes_text(arm["peak"] - arm["libraries"])
+        for name, figure in figures.items():
+            ratio = (arm["ratios"] or {}).get(name)
+            yield figure if ratio is None or arm is result["arms"][0] else f"{figure} ({ratio:.1f}x)"
+
+    rows = [[*cells(arm)] for arm in result["arms"]]
+    rows += [[arm, "-", "-", "-", "failed"] for arm in result["failed"]]
     notes = [
-        f"{work}, {steps}; memory is the peak without the libraries.",
+        f"{result['prompts']} prompts x {result['group_size']} completions of {result['new_tokens']} tokens, "
+        f"medians of {result['steps']} steps; memory is the peak without the libraries.",
         "Least and greatest seconds are in bench.json. TRL runs with its defaults.",
     ]
     notes += [_profile_text(phase, seconds, result) for phase, seconds in result.get("profile", {}).items()]
     if any(arm["ratios"] is None for arm in result["arms"]):
         notes.append("An arm without a ratio did not do the same work.")
-    notes += [f"{why[:1].upper()}{why[1:]}" for why in result["failed"].values()]
-    heading = Text(f"{result['model']}, block {result['block']}", style="bold")
-    return Group(heading, "", table, *(Text(note) for note in notes))
+    notes += map(sentence, result["failed"].values())
+    return Group(
+        Text(f"{result['model']}, block {result['block']}", style="bold"),
+        "",
+        plain_table("", numbers=("sampling", "update", "step", "memory"), rows=rows),
+        "",
+        *map(Text, notes),
+    )
 
 
 def _profile_text(phase: str, seconds: Mapping[str, float], result: Mapping[str, Any]) -> str:
@@ -166,56 +147,55 @@ def _profile_text(phase: str, seconds: Mapping[str, float], result: Mapping[str,
     return f"{name} of {result['arms'][0]['arm']}, profiled at {seconds_text(total)}: {shares}{floor}."
 
 
-def _times(ratio: float | None, own: bool) -> str:
-    return "" if ratio is None or own else f" ({ratio:.1f}x)"
-
-
 def compare_table(result: Mapping[str, Any]) -> RenderableType:
     """What `midtune compare` found: how far rankings agree, and how far position explains each."""
+    rankings, pairs = result["rankings"], result["pairs"]
+    top = f"top {pairs[0]['top_k']}"
     names = [
         f"{number}  {ranking['file']}: {ranking['model']} on {ranking['task']}, {ranking['method']}, "
         f"seed {ranking['seed']}, {ranking['ranked']} of {ranking['num_blocks']} blocks"
-        for number, ranking in enumerate(result["rankings"], 1)
+        for number, ranking in enumerate(rankings, 1)
     ]
-    pairs = result["pairs"]
-    agreement = plain_table()
-    agreement.add_column("pair", no_wrap=True)
-    for name in ("blocks", "Spearman", "Kendall", f"top {pairs[0]['top_k']}", "p"):
-        agreement.add_column(name, justify="right", no_wrap=True)
+    parts: list[RenderableType] = [
+        plain_table(
+            "pair",
+            numbers=("blocks", "Spearman", "Kendall", top, "p"),
+            rows=[
+                (
+                    *(_pair(pair), str(pair["blocks"])),
+                    *(_correlation(pair["spearman"]), _correlation(pair["kendall"])),
+                    f"{pair['overlap']} ({pair['expected']:.1f})",
+                    "<0.001" if pair["p"] < 0.001 else f"{pair['p']:.3f}",
+                )
+                for pair in pairs
+            ],
+        ),
+        "",
+        plain_table(
+            numbers=("ranking", "Spearman with minus depth", "with closeness to the middle"),
+            rows=[
+                (str(number), _correlation(ranking["depth"]), _correlation(ranking["middle"]))
+                for number, ranking in enumerate(rankings, 1)
+            ],
+        ),
+        "",
+    ]
     for pair in pairs:
-        agreement.add_row(
-            _pair(pair),
-            str(pair["blocks"]),
-            _correlation(pair["spearman"]),
-            _correlation(pair["kendall"]),
-            f"{pair['overlap']} ({pair['expected']:.1f})",
-            "<0.001" if pair["p"] < 0.001 else f"{pair['p']:.3f}",
-        )
-    position = plain_table()
-    for name in ("ranking", "Spearman with minus depth", "with closeness to the middle"):
-        position.add_column(name, justify="right", no_wrap=True)
-    for number, ranking in enumerate(result["rankings"], 1):
-        position.add_row(str(number), _correlation(ranking["depth"]), _correlation(ranking["middle"]))
+        if pair.get("signals"):
+            rows = [
+                (POSITIONS.get(name, name), _correlation(found)) for name, found in pair["signals"].items()
+            ]
+            parts += [plain_table(f"signal, pair {_pair(pair)}", numbers=("Spearman",), rows=rows), ""]
     notes = [
         "In brackets: 95% intervals as if blocks were independent. Neighbours are alike, so the intervals "
         "are too narrow and p is too small.",
-        f"Top {pairs[0]['top_k']}: blocks shared, and what chance gives; p: how often chance gives as many.",
+        f"{sentence(top)}: blocks shared, and what chance gives; p: how often chance gives as many.",
         _compared(pairs),
     ]
     if by_depth := [_pair(pair) for pair in pairs if pair["matched"] == "depth"]:
         notes.append(
             f"Matched by relative depth, the ranking with more blocks interpolated: {'; '.join(by_depth)}."
         )
-    parts: list[RenderableType] = [agreement, "", position, ""]
-    for pair in pairs:
-        if pair.get("signals"):
-            signals = plain_table()
-            signals.add_column(f"signal, pair {_pair(pair)}", no_wrap=True)
-            signals.add_column("Spearman", justify="right", no_wrap=True)
-            for name, found in pair["signals"].items():
-                free = {"depth": "position: minus depth", "middle": "position: closeness to the middle"}
-                signals.add_row(free.get(name, name), _correlation(found))
-            parts += [signals, ""]
     return Group(*map(Text, names), "", *parts, *map(Text, notes))
 
 
@@ -246,7 +226,6 @@ def tasks_text(result: Mapping[str, Any]) -> RenderableType:
         verdict = "can be read, but its reward is in doubt" if result["doubts"] else "can be trained on"
         findings = "\n".join(f"  {finding}" for finding in [*result["doubts"], *result["findings"]])
         return Group(Text(f"{result['checked']} {verdict}", style="bold"), Text(findings))
-    arguments = [f"\n  {key}={value}" for key, value in result["arguments"].items()]
     parts: dict[str, str] = {"prompt": result["prompt"]}
     if result["answer"]:
         parts["answer"] = result["answer"]
@@ -254,41 +233,35 @@ def tasks_text(result: Mapping[str, Any]) -> RenderableType:
         if name in result:
             title = f"a {name} answer, which `{result['reward']}` gives {result[name]['score']:g}"
             parts[title] = result[name]["completion"]
-    shown = [
-        Text(text, style=style)
-        for title, body in parts.items()
-        for text, style in ((f"\n{title}", "bold"), (body, ""))
-    ]
-    return Group(Text(result["task"], style="bold").append("".join(arguments), style="not bold"), *shown)
+    shown = Text(result["task"], style="bold")
+    for key, value in result["arguments"].items():
+        shown.append(f"\n  {key}={value}", style="not bold")
+    sections = [Text(f"\n{title}\n", style="bold").append(body, "not bold") for title, body in parts.items()]
+    return Group(shown, *sections)
 
 
 def doctor_table(result: Mapping[str, Any]) -> RenderableType:
     """What `midtune doctor` found: a line for each check, and below it what to do where there is something."""
-    styles = {"ok": "green", "warning": "yellow", "problem": "bold red"}
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for check in result["checks"]:
-        text = Text(check["found"])
-        if check["fix"]:
-            text.append(f"\n-> {check['fix']}")
-        table.add_row(Text(check["status"], style=styles[check["status"]]), check["name"], text)
-    return Group(table, "", Text(_verdict(result["problems"], result["warnings"])))
-
-
-def _verdict(problems: int, warnings: int) -> str:
-    found = [
-        f"{count} {what}{'s' * (count > 1)}"
-        for count, what in ((problems, "problem"), (warnings, "warning"))
-        if count
+    rows = [
+        (
+            Text(check["status"], style=STATUS_STYLES[check["status"]]),
+            Text(check["name"]),
+            Text(check["found"] + (f"\n-> {check['fix']}" if check["fix"] else "")),
+        )
+        for check in result["checks"]
     ]
-    ready = "Not ready" if problems else "Ready"
-    return f"{ready}: {' and '.join(found)}." if found else f"{ready}."
+    counts = {"problem": result["problems"], "warning": result["warnings"]}
+    found = [f"{count} {what}{'s' * (count > 1)}" for what, count in counts.items() if count]
+    ready = "Not ready" if result["problems"] else "Ready"
+    return Group(labelled(rows), "", Text(f"{ready}{': ' * bool(found)}{' and '.join(found)}."))
 
 
-def _held(result: Mapping[str, Any]) -> str:
+def _quantized(result: Mapping[str, Any]) -> str:
     return "unquantized" if result["quantize"] == "none" else str(result["quantize"])
+
+
+def _score(found: Mapping[str, Any]) -> str:
+    return f"{found['score']:.3f}"
 
 
 def _interval(found: Mapping[str, Any], sign: str = "") -> str:

@@ -33,15 +33,6 @@ class Gain:
     high: float
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """The same problems scored before and after training."""
-
-    before: Score
-    after: Score
-    gain: Gain
-
-
 def score_interval(per_problem: ArrayLike) -> Score:
     """The mean of one score per problem, with its 95% interval.
 
@@ -62,9 +53,9 @@ def score_interval(per_problem: ArrayLike) -> Score:
 
         interval = binomtest(int(scores.sum()), n).proportion_ci(CONFIDENCE, method="wilson")
         return Score(mean, float(interval.low), float(interval.high), n)
-    if scores.min() >= 0 and scores.max() <= 1:
-        return Score(mean, *_mean_interval(scores, smallest=0.0, largest=1.0), n)
-    return Score(mean, *_mean_interval(scores, smallest=-math.inf, largest=math.inf), n)
+    within = scores.min() >= 0 and scores.max() <= 1
+    smallest, largest = (0.0, 1.0) if within else (-math.inf, math.inf)
+    return Score(mean, *_mean_interval(scores, smallest=smallest, largest=largest), n)
 
 
 def paired_gain(before: ArrayLike, after: ArrayLike) -> Gain:
@@ -83,11 +74,6 @@ def paired_gain(before: ArrayLike, after: ArrayLike) -> Gain:
     both = np.concatenate([first, second])
     limit = 1.0 if both.min() >= 0 and both.max() <= 1 else math.inf
     return Gain(float(differences.mean()), *_mean_interval(differences, smallest=-limit, largest=limit))
-
-
-def compare(before: ArrayLike, after: ArrayLike) -> Comparison:
-    """Scores before and after and the gain, from [n] scores of the same problems in the same order."""
-    return Comparison(score_interval(before), score_interval(after), paired_gain(before, after))
 
 
 def pass_at_k(samples: int, correct: ArrayLike, k: int) -> NDArray[np.float64]:

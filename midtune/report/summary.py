@@ -3,79 +3,121 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from midtune.report.statistics import Comparison
+from midtune.report.formats import sentence
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
 
 SCHEMA = 1
 PHASES = ("rollout", "reward", "update")
-Source = Literal["measured", "estimated"]
+# [n] scores of the same problems in the same order, before and after training.
+BeforeAfter: TypeAlias = "tuple[ArrayLike, ArrayLike]"
 
 
-@dataclass(frozen=True)
-class TimeReport:
-    """Mean seconds of a training step, and of one of full training.
-
-    Args:
-        step: the whole step; `rollout`, `reward` and `update` are its phases.
-        full_step: None when it is neither measured nor estimated.
-        compared_step: seconds of the steps whose prompts full training was measured on; completions grow
-            or shrink while a model learns, so the mean over the run would compare unequal work.
-        compared_tokens, full_tokens: mean tokens of a completion in the steps compared, here and in full
-            training; the prompts are the same and the completions are sampled anew.
-        compared_phases, full_phases, qlora_phases: seconds of each of `PHASES` in `compared_step`, `full_step`
-            and `qlora_step`.
-        qlora_step: of QLoRA on the run's steps; None when it is not known.
-    """
-
-    step: float
-    rollout: float
-    reward: float
-    update: float
-    full_step: float | None
-    full_source: Source | None
-    compared_step: float | None = None
-    compared_tokens: float | None = None
-    full_tokens: float | None = None
-    compared_phases: dict[str, float] | None = None
-    full_phases: dict[str, float] | None = None
-    qlora_step: float | None = None
-    qlora_source: Source = "estimated"
-    qlora_phases: dict[str, float] | None = None
-
-    @property
-    def speedup(self) -> float | None:
-        """How many of these steps fit into one of full training's, on the same prompts."""
-        step = self.step if self.compared_step is None else self.compared_step
-        return None if self.full_step is None or step <= 0 else self.full_step / step
-
-
-@dataclass(frozen=True)
-class MemoryReport:
-    """Peak bytes of training, and of full training.
+def build(
+    *,
+    model: str,
+    task: str,
+    blocks: Sequence[int],
+    quality: BeforeAfter,
+    sampled: BeforeAfter | None,
+    deployed: BeforeAfter | None,
+    steps: Sequence[Mapping[str, Any]],
+    time: Mapping[str, Any],
+    peak_bytes: int,
+    memory_source: Literal["cuda_allocated", "resident"],
+    full: Mapping[str, Any],
+    full_source: Literal["measured", "estimated"],
+    qlora: Mapping[str, Any],
+    trainable_parameters: int,
+    total_parameters: int,
+    patch_bytes: int,
+    probe: str,
+    seed: int,
+    notes: Sequence[str] = (),
+) -> dict[str, Any]:
+    """What a run gained and what it saved, as report.json holds it: bytes, seconds and fractions.
 
     Args:
-        source: what `peak` counts, tensors on the CUDA device or the process's physical memory.
-        full_peak: None when it is neither measured nor estimated.
-        qlora_peak: of QLoRA; None when it is not known.
-        phases: the peak of each of `PHASES`, with all that is held meanwhile; None where it cannot be measured.
-        reserved: what CUDA's allocator had taken from the card at most while in a phase; None on a CPU.
+        quality: scores of greedy completions, on the model as it trains.
+        sampled: means over samples at the training temperature.
+        deployed: scores of greedy completions on the unquantized model.
+        steps: lines of metrics.jsonl.
+        time: see `step_times`.
+        peak_bytes: of training; a resumed run knows those of earlier processes from `steps`.
+        memory_source: what peaks count, tensors on the CUDA device or the process's physical memory.
+        full, qlora: `step` and `phases` in seconds and `peak` in bytes, None if unknown, of full training and of
+            QLoRA; where full training was measured, also its mean `completion_length` in tokens.
+        probe: how the blocks were chosen, for people.
+        notes: what the report says beside its figures, without a full stop.
     """
+    compared_step = time["step"] if time.get("compared_step") is None else time["compared_step"]
+    phases = phase_peaks(steps)
+    peak = max([peak_bytes, *phases.values()])
+    return {
+        "schema": SCHEMA,
+        "model": model,
+        "task": task,
+        "blocks": list(blocks),
+        "quality": _compared(quality),
+        "sampled": _compared(sampled),
+        "deployed": _compared(deployed),
+        "time": {
+            **{name: time[name] for name in ("step", *PHASES)},
+            "full_step": full["step"],
+            "full_source": full_source,
+            "compared_step": time.get("compared_step"),
+            "compared_tokens": time.get("compared_tokens"),
+            "full_tokens": full.get("completion_length"),
+            "compared_phases": time.get("compared_phases"),
+            "full_phases": full["phases"],
+            "qlora_step": qlora["step"],
+            "qlora_source": "estimated",
+            "qlora_phases": qlora["phases"],
+            "speedup": full["step"] / compared_step if compared_step > 0 else None,
+        },
+        "memory": {
+            "peak": peak,
+            "source": memory_source,
+            "full_peak": full["peak"],
+            "full_source": full_source,
+            "phases": phases or None,
+            "reserved": max(phase_peaks(steps, "reserved_bytes").values(), default=None),
+            "qlora_peak": qlora["peak"],
+            "qlora_source": "estimated",
+            "saving": 1 - peak / full["peak"] if full["peak"] else None,
+        },
+        "trainable_parameters": trainable_parameters,
+        "total_parameters": total_parameters,
+        "patch_bytes": patch_bytes,
+        "probe": probe,
+        "seed": seed,
+        "notes": [f"{sentence(note)}." for note in notes],
+    }
 
-    peak: int
-    source: Literal["cuda_allocated", "resident"]
-    full_peak: int | None
-    full_source: Source | None
-    phases: dict[str, int] | None = None
-    reserved: int | None = None
-    qlora_peak: int | None = None
-    qlora_source: Source = "estimated"
 
-    @property
-    def saving(self) -> float | None:
-        """The fraction of full training's peak that is not needed."""
-        return None if not self.full_peak else 1 - self.peak / self.full_peak
+def step_times(steps: Sequence[Mapping[str, Any]], repeated: int = 0) -> dict[str, Any]:
+    """Mean seconds of a `step` and of each of `PHASES`, and those to compare with full training.
+
+    Completions grow or shrink while a model learns, so full training is measured on the prompts of the first steps,
+    and compared with those: the seconds of the fastest, since the first also warms up, as `compared_step` and
+    `compared_phases`, and the mean tokens of a completion as `compared_tokens`.
+
+    Args:
+        steps: lines of metrics.jsonl.
+        repeated: how many of the first steps full training was measured on; 0: it was not measured.
+    """
+    means: dict[str, Any] = {name: fmean(step[f"{name}_s"] for step in steps) for name in ("step", *PHASES)}
+    if repeated:
+        fastest = min(steps[:repeated], key=lambda step: step["step_s"])
+        means["compared_step"] = fastest["step_s"]
+        means["compared_phases"] = {name: fastest[f"{name}_s"] for name in PHASES}
+        means["compared_tokens"] = fmean(step["completion_length"] for step in steps[:repeated])
+    return means
 
 
 def phase_peaks(steps: Sequence[Mapping[str, Any]], kind: str = "peak_bytes") -> dict[str, int]:
@@ -83,55 +125,32 @@ def phase_peaks(steps: Sequence[Mapping[str, Any]], kind: str = "peak_bytes") ->
 
     Args:
         steps: lines of metrics.jsonl.
-        kind: `peak_bytes` or `reserved_bytes`.
+        kind: `peak_bytes`, all that is held meanwhile, or `reserved_bytes`, what CUDA's allocator has taken.
     """
     known = {name: [step[key] for step in steps if (key := f"{name}_{kind}") in step] for name in PHASES}
     return {name: max(counts) for name, counts in known.items() if counts}
 
 
-@dataclass(frozen=True)
-class Report:
-    """What a run gained and what it saved.
+def score_kinds(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """What was scored before and after, by name: `greedy` and, where they were taken, `sampled`, `unquantized`."""
+    kinds = {"greedy": report["quality"], "sampled": report["sampled"], "unquantized": report.get("deployed")}
+    return {name: quality for name, quality in kinds.items() if quality}
 
-    Args:
-        quality: greedy completions, on the model as it trains.
-        sampled: mean over samples at the training temperature.
-        deployed: greedy completions on the unquantized model, as it would be deployed.
-        probe: how the blocks were chosen, for people.
-        notes: what else a person should know, in sentences.
-    """
 
-    model: str
-    task: str
-    blocks: tuple[int, ...]
-    quality: Comparison
-    sampled: Comparison | None
-    deployed: Comparison | None
-    time: TimeReport
-    memory: MemoryReport
-    trainable_parameters: int
-    total_parameters: int
-    patch_bytes: int
-    probe: str
-    seed: int
-    notes: tuple[str, ...] = ()
+def are_fractions(kinds: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether all scores lie between 0 and 1, so that they can be given in percent."""
+    scores = [quality[when]["score"] for quality in kinds.values() for when in ("before", "after")]
+    return all(0 <= score <= 1 for score in scores)
 
-    def to_dict(self) -> dict[str, Any]:
-        """report.json: bytes, seconds and fractions."""
-        return {
-            "schema": SCHEMA,
-            "model": self.model,
-            "task": self.task,
-            "blocks": list(self.blocks),
-            "quality": asdict(self.quality),
-            "sampled": None if self.sampled is None else asdict(self.sampled),
-            "deployed": None if self.deployed is None else asdict(self.deployed),
-            "time": {**asdict(self.time), "speedup": self.time.speedup},
-            "memory": {**asdict(self.memory), "saving": self.memory.saving},
-            "trainable_parameters": self.trainable_parameters,
-            "total_parameters": self.total_parameters,
-            "patch_bytes": self.patch_bytes,
-            "probe": self.probe,
-            "seed": self.seed,
-            "notes": list(self.notes),
-        }
+
+def _compared(scores: BeforeAfter | None) -> dict[str, Any] | None:
+    from midtune.report.statistics import paired_gain, score_interval
+
+    if scores is None:
+        return None
+    before, after = scores
+    return {
+        "before": asdict(score_interval(before)),
+        "after": asdict(score_interval(after)),
+        "gain": asdict(paired_gain(before, after)),
+    }

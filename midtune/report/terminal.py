@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TextIO
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
-from rich.text import Text
 
 from midtune.errors import plain
-from midtune.report.display import Advance, TrainingDisplay, progress_bar
+from midtune.report.display import TrainingDisplay, WorkDisplay, say
 
 
 class PlainConsole(Console):
@@ -57,17 +55,17 @@ class Terminal:
     console: Console = field(default_factory=lambda: PlainConsole(stderr=True))
     quiet: bool = False
 
+    def __post_init__(self) -> None:
+        self.console.quiet = self.quiet
+
     def message(self, text: str) -> None:
         """Print a line."""
-        if not self.quiet:
-            self.console.print(Text(text), soft_wrap=not self.console.is_terminal)
+        say(self.console, text)
 
-    @contextmanager
-    def progress(self, description: str, total: float | None) -> Iterator[Advance]:
-        """Show how work proceeds; see `progress_bar`."""
-        with progress_bar(description, total, self.console, self.quiet) as advance:
-            yield advance
+    def progress(self, description: str, total: float | None) -> WorkDisplay:
+        """A display of other work, to be used as a context; it is called as units of work get done."""
+        return WorkDisplay(description, total, self.console)
 
     def training(self, total_steps: int, title: str) -> TrainingDisplay:
         """A display of training, to be used as a context."""
-        return TrainingDisplay(total_steps, console=self.console, quiet=self.quiet, title=title)
+        return TrainingDisplay(total_steps, self.console, title)

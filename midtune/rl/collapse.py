@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, variance
+from typing import Any
 
 WINDOW = 10
 
@@ -54,3 +55,9 @@ def find_collapse(rewards: Sequence[float], equal_groups: Sequence[float]) -> Co
         if fall > max(3 * error, (max(rewards[:end]) - min(rewards[:end])) / 10):
             return Collapse(end, fmean(best), fmean(window))
     return None
+
+
+def collapse_in(steps: Sequence[Mapping[str, Any]]) -> Collapse | None:
+    """The first collapse in the lines of metrics.jsonl; steps without a reward are left out."""
+    known = [step for step in steps if step["reward"] is not None]
+    return find_collapse([step["reward"] for step in known], [step["equal_groups"] for step in known])

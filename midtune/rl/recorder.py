@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from midtune.errors import RunStopped
-from midtune.measure.meter import OUTSIDE, Meter
+from midtune.measure.meter import OUTSIDE, Meter, StepClock
 from midtune.rl.collapse import find_collapse
 from midtune.tasks.rewards import completion_text
 
@@ -75,6 +75,7 @@ class StepRecorder(TrainerCallback):
     ) -> None:
         self.trainer: LayerGRPOTrainer | None = None
         self.meter = meter
+        self._clock = StepClock(meter)
         self.on_step = on_step
         self.on_sample = on_sample
         self.on_message = on_message
@@ -105,21 +106,13 @@ class StepRecorder(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.meter.step()
-        self._step_started = time.perf_counter()
+        self._clock.begin()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        phases = self.meter.step()
-        step_s = time.perf_counter() - self._step_started
-        rollout_s, reward_s = phases.get("rollout", 0.0), phases.get("reward", 0.0)
-        self._phases = {
-            "rollout_s": rollout_s,
-            "reward_s": reward_s,
-            "update_s": step_s - rollout_s - reward_s,
-            "step_s": step_s,
-        }
+        seconds = self._clock.end()
+        self._phases = {f"{name}_s": seconds[name] for name in ("rollout", "reward", "update", "step")}
         self._peaks = {
             f"{'update' if phase == OUTSIDE else phase}_{kind}": count
             for phase, peaks in self.meter.peaks.items()
@@ -137,7 +130,7 @@ class StepRecorder(TrainerCallback):
         if self.stop_requested() or state.global_step == self.stop_after:
             control.should_training_stop = True
         ended = control.should_training_stop or state.global_step >= state.max_steps
-        if args.save_strategy != "no" and (ended or self._checkpoint_is_due(step_s)):
+        if args.save_strategy != "no" and (ended or self._checkpoint_is_due(seconds["step"])):
             control.should_save = True
 
     def _checkpoint_is_due(self, step_s: float) -> bool:

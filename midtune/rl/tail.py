@@ -8,11 +8,13 @@ never exists.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from midtune.config import TrainingConfig
 from midtune.model.blocks import TailCache
 from midtune.model.policy import Policy, full_precision
 from midtune.rollout.boundary import positions
@@ -23,6 +25,11 @@ from midtune.rollout.sampling import Rollout
 CHUNK_VALUES = 2**24
 # Share of a pack's tokens that may be padding.
 MOST_PADDING = 0.15
+
+
+def tail_settings(training: TrainingConfig) -> dict[str, Any]:
+    """Arguments of `completion_log_probs` that a run's settings decide, in training as in a plan."""
+    return {"recompute_tokens": training.micro_batch_tokens if training.recompute else 0}
 
 
 def completion_log_probs(

@@ -22,6 +22,7 @@ from midtune.rl.algorithms import algorithm_arguments, groups_per_micro_batch, o
 from midtune.rl.checks import check_trainable
 from midtune.rl.gradients import Bf16Gradients
 from midtune.rl.recorder import StepRecorder
+from midtune.rl.tail import tail_settings
 from midtune.rl.trainer import LayerGRPOTrainer
 from midtune.rollout.sampling import Sampler, Sampling
 from midtune.rollout.vllm import VLLMSampler
@@ -112,7 +113,7 @@ def train_blocks(
         meter=meter,
         callbacks=[recorder],
         lr_multipliers=lr_multipliers,
-        recompute_tokens=settings.micro_batch_tokens if settings.recompute else 0,
+        **tail_settings(settings),
         update_rows=update_rows,
         advantages=own_advantages(settings),
         bf16_gradients=bf16_gradients,

@@ -143,15 +143,18 @@ class FirstRollout:
     random_state: torch.Tensor | None = None
 
 
-class AlikeSampler(TextSampler):
-    """Samples for a run whose first rollout other runs share.
+class AlikeSampler:
+    """Samples for a run that shares its first rollout with others; see `Sampler`.
 
     Args:
-        first: takes the first rollout of the run, or gives it where another run has sampled it.
+        sampler: samples all other rollouts, and the first where it is not known yet.
+        first: takes the first rollout of the run, or gives that of another run.
     """
 
-    def __init__(self, policy: Policy, limits: SamplingLimits, first: FirstRollout) -> None:
-        super().__init__(policy, limits)
+    def __init__(self, sampler: Sampler, first: FirstRollout) -> None:
+        self.policy, self.limits, self.is_policy = sampler.policy, sampler.limits, sampler.is_policy
+        self.begin, self.prompt_lengths = sampler.begin, sampler.prompt_lengths
+        self._sampler = sampler
         self._first: FirstRollout | None = first
 
     def sample(
@@ -163,16 +166,16 @@ class AlikeSampler(TextSampler):
         boundary_block: int | None = None,
     ) -> Rollout:
         first, self._first = self._first, None
-        if first is None or first.rollout is None or first.random_state is None:
-            rollout = super().sample(prompts, sampling, group_size=group_size, boundary_block=boundary_block)
-            if first is not None:
-                first.rollout, first.random_state = (
-                    replace(rollout, boundary=None),
-                    random_state(self.policy.device),
-                )
-            return rollout
-        set_random_state(self.policy.device, first.random_state)
-        return with_boundary(self, first.rollout, boundary_block)
+        if first is not None and first.rollout is not None and first.random_state is not None:
+            set_random_state(self.policy.device, first.random_state)
+            return with_boundary(self._sampler, first.rollout, boundary_block)
+        rollout = self._sampler.sample(
+            prompts, sampling, group_size=group_size, boundary_block=boundary_block
+        )
+        if first is not None:
+            first.rollout = replace(rollout, boundary=None)
+            first.random_state = random_state(self.policy.device)
+        return rollout
 
 
 def with_boundary(sampler: Sampler, rollout: Rollout, block: int | None) -> Rollout:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import statistics
-import sys
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from midtune.bench.workload import ARMS, Workload
 from midtune.config import RunConfig
-from midtune.device import compute_dtype_of, dtype_named, resolve_device
+from midtune.device import compute_dtype, resolve_device
 from midtune.errors import InputError, MidtuneError
 from midtune.probe.selection import middle
 from midtune.report.terminal import Terminal
 from midtune.runs import RunFolder, describe_environment
-from midtune.stages.alone import in_own_process
 from midtune.stages.opening import Opened
+from midtune.stages.subprocess_job import in_own_process
 
 MICRO_BATCH_TOKENS = RunConfig().training.micro_batch_tokens
 
@@ -41,7 +39,7 @@ def run(
 
     Args:
         config: names the model, the device and the dtype; `blocks.layers` may name the block.
-        arms: see `midtune.bench.arms.ARMS`.
+        arms: see `midtune.bench.workload.ARMS`.
         steps: counted steps of each arm, after one that warms up.
         micro_batch_tokens: most tokens in one backward pass of any arm; None: as in training.
         profile: profile one more step of the first arm.
@@ -60,7 +58,6 @@ def run(
     """
     from transformers import AutoConfig
 
-    from midtune.bench.arms import ARMS, Workload
     from midtune.model.loading import load_tokenizer
 
     unknown = [arm for arm in arms if arm not in ARMS]
@@ -96,33 +93,54 @@ def run(
         "failed": {},
         "environment": describe_environment(device, config.seed),
     }
+    model = {
+        "model": source.name,
+        "revision": source.revision,
+        "device": device,
+        "dtype": config.model.dtype,
+    }
+    # Arms take long, and what has been measured should outlive the rest.
+    for _ in _added(result, arms, model, work, profile, terminal):
+        folder.write_json(folder.path / "bench.json", result)
+    return result
+
+
+def _added(
+    result: dict[str, Any],
+    arms: Sequence[str],
+    model: dict[str, Any],
+    work: Workload,
+    profile: bool,
+    terminal: Terminal,
+) -> Iterator[None]:
+    """Add to the result what one arm after the other measures."""
     first: dict[str, Any] = {}
+    rows = len(work.prompts) * work.group_size * work.new_tokens
     with terminal.progress("arms", len(arms)) as advance:
         for arm in arms:
-            terminal.message(f"{ARMS[arm]}: {work.warmup} + {steps} steps")
-            own = replace(work, profile=profile and not first)
-            model = {
-                "model": source.name,
-                "revision": source.revision,
-                "device": device,
-                "dtype": config.model.dtype,
-            }
+            terminal.message(f"{ARMS[arm]}: {work.warmup} + {work.steps} steps")
+            own = asdict(replace(work, profile=profile and not first))
             try:
-                found = _run_alone({"arm": arm, **model, "work": asdict(own)})
+                found = in_own_process(
+                    f"{__name__}:{arm_alone.__name__}",
+                    {"arm": arm, **model, "work": own},
+                    what=f"the arm {arm}",
+                    instead="leave it out with --arms, or lower --micro-batch-tokens",
+                )
             except MidtuneError as error:
                 if not first:
                     raise
                 terminal.message(str(error))
                 result["failed"][arm] = str(error)
             else:
-                first = first or found
-                result["arms"].append(summarise(found, first, rows=prompts * group_size * new_tokens))
-            # Arms take long, and what has been measured should outlive the rest.
-            folder.write_json(folder.path / "bench.json", result)
+                if not first:
+                    first = found
+                    result |= {
+                        key: found[key] for key in ("profile", "flops", "peak_flops_per_s") if key in found
+                    }
+                result["arms"].append(summarise(found, first, rows=rows))
             advance(1)
-    result |= {key: first[key] for key in ("profile", "flops", "peak_flops_per_s") if key in first}
-    folder.write_json(folder.path / "bench.json", result)
-    return result
+            yield
 
 
 def make_prompts(tokenizer: Any, count: int, tokens: int) -> list[str]:
@@ -174,29 +192,16 @@ def _block(layers: str, blocks: int) -> int:
     return chosen[0]
 
 
-def _run_alone(task: dict[str, Any]) -> dict[str, Any]:
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump(task, file)
-        file.flush()
-        return in_own_process(
-            __name__,
-            Path(file.name),
-            what=f"the arm {task['arm']}",
-            instead="leave it out with --arms, or lower --micro-batch-tokens",
-        )
+def arm_alone(
+    arm: str, model: str, revision: str | None, device: str, dtype: str, work: dict[str, Any]
+) -> dict[str, Any]:
+    """Run one arm in this process; see `bench.arms.run_arm`.
 
-
-def main(file: Path) -> None:
-    """Run the arm that `file` describes and print its figures as one line of JSON."""
-    from midtune.bench.arms import Workload, run_arm
+    Args:
+        work: a `Workload`, as `asdict` has it.
+    """
+    from midtune.bench.arms import run_arm
     from midtune.model.sources import resolve
 
-    task = json.loads(file.read_text(encoding="utf-8"))
-    source = resolve(task["model"], task["revision"])
-    device = resolve_device(task["device"])
-    dtype = dtype_named(task["dtype"]) or compute_dtype_of(device)
-    print(json.dumps(run_arm(task["arm"], source, Workload(**task["work"]), device, dtype)))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    target = resolve_device(device)
+    return run_arm(arm, resolve(model, revision), Workload(**work), target, compute_dtype(dtype, target))

@@ -11,7 +11,8 @@ from midtune.errors import InputError
 from midtune.probe.agreement import Correlation, at_relative_depths, kendall, spearman, top_overlap
 from midtune.probe.contribution import depth_correlation, middle_correlation
 from midtune.probe.selection import read_probe
-from midtune.report.depth import depth_of, finite, points, value_name
+from midtune.report.depth import depth_of, points, value_name
+from midtune.report.formats import finite
 from midtune.report.plots import rankings_curve
 from midtune.report.terminal import Terminal
 from midtune.whole import require_regular

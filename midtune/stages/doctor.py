@@ -24,13 +24,13 @@ import requests
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from midtune.device import compute_dtype_of, cuda_devices, dtype_named, resolve_device
+from midtune.device import compute_dtype, cuda_devices, dtype_named, resolve_device
 from midtune.measure.cards import card_names
 from midtune.measure.meter import card_of
 from midtune.model.cache import cache_folder
 from midtune.model.hub import PACKAGE
 from midtune.network import within
-from midtune.report.tables import bytes_text, card_text
+from midtune.report.formats import bytes_text, card_text
 from midtune.report.terminal import Terminal
 from midtune.runs import RUNS
 
@@ -194,7 +194,7 @@ def _four_bit(device: str, dtype: str) -> Iterator[Check]:
     from midtune.model.quantize import nf4_error
 
     target = resolve_device(device)
-    computed = dtype_named(dtype) or compute_dtype_of(target)
+    computed = compute_dtype(dtype, target)
     error = nf4_error(target, computed)
     name = str(computed).removeprefix("torch.")
     found = f"NF4 on {target} in {name}: largest error {error:.1g}"

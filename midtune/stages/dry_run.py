@@ -8,10 +8,11 @@ from typing import Any
 from midtune.config import PLANNED_CARD, PLANNED_PROMPT_TOKENS, RunConfig, require_task
 from midtune.errors import InputError
 from midtune.model.configs import config_of
-from midtune.planning.budget import Sizes
-from midtune.runs import RunFolder
-from midtune.stages.plan import planner_of, run_stem, work_of
-from midtune.tasks.hub import is_dataset
+from midtune.model.sizes import Sizes
+from midtune.planning.search import planner_of
+from midtune.planning.step_size import work_of
+from midtune.runs import RunFolder, run_stem
+from midtune.tasks.sources.hub_dataset import is_dataset
 
 BF16_BYTES = 2  # a parameter, as most models are published
 NOT_AT_HAND = "memory not known: config not at hand"
@@ -35,7 +36,11 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None = None) -> d
     training, name = config.training, config.model.name
     completions = training.prompts_per_step * training.group_size
     # A new one is only a name until something is written.
-    folder = RunFolder.open(resume) if resume is not None else RunFolder.create(out, run_stem(config))
+    folder = (
+        RunFolder.open(resume)
+        if resume is not None
+        else RunFolder.create(out, run_stem(name, config.task.name))
+    )
     found: dict[str, Any] = {
         "schema": 1,
         "model": name,

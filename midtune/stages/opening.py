@@ -24,11 +24,11 @@ from midtune.probe.selection import (
     read_probe,
     worst,
 )
-from midtune.report.display import Advance
-from midtune.report.tables import card_text, processes_text
+from midtune.report.display import WorkDisplay
+from midtune.report.formats import card_text, processes_text
 from midtune.report.terminal import Terminal
 from midtune.runs import RUNS
-from midtune.tasks import Limits, Reward, Task, check_reward, load_task, open_sandbox
+from midtune.tasks import Reward, Task, check_reward, load_task, open_sandbox
 
 if TYPE_CHECKING:
     from midtune.measure.cards import Card
@@ -74,7 +74,7 @@ class Opened:
         from midtune.model.sources import resolve
 
         resolve_device(self.config.model.device)
-        bars: dict[str, Advance] = {}
+        bars: dict[str, WorkDisplay] = {}
         done_before: dict[str, int] = {}
         with contextlib.ExitStack() as shown:
 
@@ -238,38 +238,14 @@ def read_task(config: RunConfig, *, more: int = 0, thinking: Callable[[], bool] 
 
         return tools_for(name, make)
 
+    # More than a run can use would only cost time: some generators take seconds a problem.
+    most = max(config.training.steps * config.training.prompts_per_step, 64) + more
     return load_task(
         require_task(config),
-        args=settings.args,
-        reward=settings.reward,
-        prompt_column=settings.prompt_column,
-        answer_column=settings.answer_column,
-        system_prompt=settings.system_prompt,
-        template=None if settings.template == "none" else settings.template,
-        eval_file=settings.eval_file,
-        bad_rows=settings.bad_rows,
-        last_turn=settings.last_turn,
-        prompt_format=settings.prompt_format,
-        # More than a run can use would only cost time: some generators take seconds a problem.
-        train_size=min(
-            settings.train_size, max(config.training.steps * config.training.prompts_per_step, 64) + more
-        ),
-        eval_size=settings.eval_size,
-        seed=config.seed,
-        sandbox=partial(
-            open_sandbox,
-            Limits(
-                cpu_s=config.sandbox.cpu_s,
-                wall_s=config.sandbox.wall_s,
-                memory_bytes=config.sandbox.memory_mib * 2**20,
-                processes=config.sandbox.processes,
-            ),
-            workers=config.sandbox.workers,
-            allow_weak=config.sandbox.allow_weak,
-        ),
+        settings.model_copy(update={"train_size": min(settings.train_size, most)}),
+        config.seed,
+        sandbox=partial(open_sandbox, config.sandbox),
         shaping=shaping,
-        max_turns=settings.max_turns,
-        turn_tokens=settings.turn_tokens,
         tools=tools if settings.actions == "tools" else None,
     )
 

@@ -65,14 +65,19 @@ def read_run(folder: RunFolder) -> Run:
             f"report.json in {folder} has schema {report.get('schema')}, but this midtune reads schema {SCHEMA}; "
             "use the version that made it."
         )
-    kept = _optional(folder, folder.before_after)
+    try:
+        metrics = folder.read_metrics()
+    except ValueError:
+        raise InputError(
+            f"metrics.jsonl in {folder} is damaged; remove it, and the page has no curves."
+        ) from None
     return Run(
         path=str(folder),
         config=_settings(folder),
         report=report,
-        metrics=_metrics(folder),
+        metrics=metrics,
         environment=_optional(folder, folder.environment),
-        problems=kept.get("problems", []),
+        problems=_optional(folder, folder.before_after).get("problems", []),
         probe=_ranking(folder, report),
     )
 
@@ -104,15 +109,6 @@ def _settings(folder: RunFolder) -> dict[str, Any]:
 
 def _optional(folder: RunFolder, file: Path) -> dict[str, Any]:
     return folder.read_json(file) if file.is_file() else {}
-
-
-def _metrics(folder: RunFolder) -> list[dict[str, Any]]:
-    try:
-        return folder.read_metrics()
-    except ValueError:
-        raise InputError(
-            f"metrics.jsonl in {folder} is damaged; remove it, and the page has no curves."
-        ) from None
 
 
 def _check_page(file: Path) -> None:

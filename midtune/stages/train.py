@@ -7,7 +7,8 @@ consumer card needs. The learning rate of a single block is the study's, unless 
 
 from __future__ import annotations
 
-import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +20,56 @@ from midtune.model.host import embed_on_host
 from midtune.model.memory import give_back
 from midtune.model.patch import apply_patch, save_patch
 from midtune.model.policy import Policy, count_parameters
+from midtune.report import summary
 from midtune.report.plots import learning_curve
-from midtune.report.statistics import compare
-from midtune.report.summary import PHASES, MemoryReport, Report, TimeReport, phase_peaks
 from midtune.report.terminal import Terminal
-from midtune.rl.collapse import find_collapse
+from midtune.rl.collapse import collapse_in
 from midtune.rl.training import require_one_process, require_tracker, train_blocks
 from midtune.rollout.evaluation import Evaluation
 from midtune.rollout.sampling import Sampler
 from midtune.rollout.vllm import require_server
-from midtune.runs import RunFolder, describe_environment
-from midtune.stages import baseline
-from midtune.stages.alternatives import Alternatives
+from midtune.runs import CHECKPOINT_BYTES_PER_PARAMETER, RunFolder, describe_environment, run_stem
 from midtune.stages.at_work import Stop, at_work
-from midtune.stages.opening import Opened, choose_blocks, score
-from midtune.stages.plan import run_stem
+from midtune.stages.opening import Choice, Opened, choose_blocks, score
 from midtune.stages.report import write_page
+from midtune.stages.subprocess_job import FULL_STEPS, measure_full_training
 from midtune.tasks import Task
 from midtune.tasks.rewards import completion_text
 
 # Held-out problems whose completions are kept.
 SHOWN_PROBLEMS = 4
-# Trained tensors in fp32 and two Adam moments, in the two checkpoints that are kept and the one being written.
-CHECKPOINT_BYTES_PER_PARAMETER = 3 * 3 * 4
+
+
+@dataclass
+class Training:
+    """A run whose model is loaded and whose blocks are chosen.
+
+    Attributes:
+        config: with the blocks and what `--fit` has changed.
+        blocks: those that are trained.
+        process_bytes: resident memory of the process before the model was loaded.
+    """
+
+    config: RunConfig
+    folder: RunFolder
+    opened: Opened
+    sampler: Sampler
+    choice: Choice
+    blocks: list[int]
+    meter: Meter
+    process_bytes: int
+    terminal: Terminal
+
+    @property
+    def policy(self) -> Policy:
+        return self.sampler.policy
+
+    @property
+    def task(self) -> Task:
+        return self.opened.task
+
+    def score(self, what: str) -> Evaluation:
+        return score(self.sampler, self.task, self.config, self.terminal, what)
 
 
 def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: Terminal) -> dict[str, Any]:
@@ -57,139 +85,31 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
         RunStopped: there was nothing to learn from, or no room to go on.
         Interrupted: Ctrl-C, SIGTERM or SIGHUP.
     """
-    folder = RunFolder.create(out, run_stem(config)) if resume is None else RunFolder.open(resume)
-    if resume is not None and not folder.is_training:
-        raise InputError(
-            f"{folder} was made by `midtune probe`, not by `midtune train`; go on with "
-            f"`midtune probe --resume {folder}`."
-        )
+    if resume is None:
+        folder = RunFolder.create(out, run_stem(config.model.name, config.task.name))
+    else:
+        folder = RunFolder.open(resume)
+        if not folder.is_training:
+            raise InputError(
+                f"{folder} was made by `midtune probe`, not by `midtune train`; go on with "
+                f"`midtune probe --resume {folder}`."
+            )
     with at_work(folder, "train") as stop:
-        return _run(config, folder, resume is not None, stop, terminal)
-
-
-def _run(
-    config: RunConfig, folder: RunFolder, resumed: bool, stop: Stop, terminal: Terminal
-) -> dict[str, Any]:
-    checkpoint = _checkpoint(folder, terminal) if resumed else None
-    config = _checked(config)
-    opened = Opened(config, terminal)
-    task, source = opened.task, opened.source
-    if config.evaluation.baseline == "measured":
-        task.require_one_turn("--baseline measured")
-    if config.training.vllm is not None:
-        require_server(config.training.vllm, source.folder)
-    meter = Meter(resolve_device(config.model.device))
-    # On a CPU peaks count the whole process, so full training's estimate has to begin there too.
-    process_bytes = meter.current_bytes()
-    policy = opened.policy(embeddings="device")
-    _check_stored(policy, config, terminal)
-    choice = choose_blocks(config.blocks, policy, task, terminal)
-    config = choice.written_into(config)
-    sampler = opened.sampler(policy)
-    if config.training.fit is not None:
-        from midtune.stages.plan import fitted
-
-        config = fitted(config, sampler, task, choice.blocks, process_bytes, terminal)
-    if config.model.embeddings == "host":
-        embed_on_host(policy.model, source.name)
-    sampler.limits.unpack = config.model.unpack == "auto"
-    sampler.limits.rows.rows = config.training.sampled_prompts * config.training.group_size or None
-    boosted = config.blocks.select == "boost"
-    blocks = list(range(policy.num_blocks)) if boosted else choice.blocks
-
-    if not resumed:
-        trained = len(blocks) * count_parameters(policy.blocks[blocks[0]])
-        folder.require_free(trained * CHECKPOINT_BYTES_PER_PARAMETER)
-        folder.write_json(folder.environment, describe_environment(policy.computes, config.seed))
-        folder.write_json(folder.start, {"choice": choice.how, "ranking": choice.ranking})
-        # From here on there is something to resume.
-        folder.write_config(dump_config(config))
-    known = folder.read_json(folder.start)
-    if "greedy" in known:
-        before = _scores_of(known)
-    else:
-        before = score(sampler, task, config, terminal, "scoring before training")
-        folder.write_json(folder.start, {**known, **_as_json(before)})
-
-    if config.model.adapter == "lora":
-        policy.add_lora(blocks, config.model.lora_rank)
-    else:
-        for block in blocks:
-            policy.thaw(block)
-    trainable = sum(p.numel() for p in policy.trained_parameters().values())
-    multipliers = dict.fromkeys(choice.blocks, config.blocks.boost) if boosted else {}
-    peak_bytes = _train(config, sampler, task, folder, checkpoint, meter, multipliers, stop, terminal)
-
-    after = score(sampler, task, config, terminal, "scoring after training")
-    patch_bytes = save_patch(policy, folder.patch)
-    _write_before_after(folder, task, before, after)
-    steps = folder.read_metrics()
-    alternatives = Alternatives(config, sampler, task, steps, process_bytes)
-    total_parameters, stored_quantized = policy.total_parameters, policy.stored_quantized
-    del policy, sampler
-    give_back()
-
-    deployed = None
-    if config.evaluation.deployed and not stored_quantized:
-        deployed = _score_deployed(opened, folder)
-    time = _time(config, steps)
-    if config.evaluation.baseline == "measured":
-        terminal.message(f"measuring full training: {baseline.STEPS} steps in a process of its own")
-        full = baseline.measure(folder.config)
-    else:
-        full = alternatives.estimated("full", time)
-    qlora = alternatives.estimated("qlora", time.get("compared_phases") or time)
-
-    phases = phase_peaks(steps)
-    report = Report(
-        model=source.name,
-        task=task.name,
-        blocks=tuple(blocks),
-        quality=compare(before.greedy, after.greedy),
-        sampled=(
-            compare(before.sampled, after.sampled)
-            if before.sampled is not None and after.sampled is not None
-            else None
-        ),
-        deployed=compare(deployed[0].greedy, deployed[1].greedy) if deployed else None,
-        time=TimeReport(
-            **time,
-            full_step=full["step"],
-            full_source=config.evaluation.baseline,
-            full_tokens=full.get("completion_length"),
-            full_phases=full["phases"],
-            qlora_step=qlora["step"],
-            qlora_phases=qlora["phases"],
-        ),
-        memory=MemoryReport(
-            # The steps of a resumed run know of the processes before.
-            peak=max([peak_bytes, *phases.values()]),
-            source=meter.source,
-            full_peak=full["peak"],
-            full_source=config.evaluation.baseline,
-            qlora_peak=qlora["peak"],
-            phases=phases or None,
-            reserved=max(phase_peaks(steps, "reserved_bytes").values(), default=None),
-        ),
-        trainable_parameters=trainable,
-        total_parameters=total_parameters,
-        patch_bytes=patch_bytes,
-        probe=known["choice"],
-        seed=config.seed,
-        notes=_notes(steps),
-    ).to_dict()
-    folder.write_json(folder.report, report)
-    _draw(folder, steps, report, terminal)
-    terminal.message(f"run folder: {folder}")
-    return {**report, "run": str(folder)}
-
-
-def _notes(steps: list[dict[str, Any]]) -> tuple[str, ...]:
-    """What the report says beside its figures."""
-    known = [step for step in steps if step["reward"] is not None]
-    found = find_collapse([step["reward"] for step in known], [step["equal_groups"] for step in known])
-    said = str(found or "")
-    return (f"{said[:1].upper()}{said[1:]}.",) if said else ()
+        checkpoint = _checkpoint(folder, terminal) if resume is not None else None
+        training = _open(_checked(config), folder, terminal)
+        if resume is None:
+            _begin(training)
+        before = _score_before(training)
+        _thaw(training)
+        peak_bytes = _train(training, checkpoint, stop)
+        after = training.score("scoring after training")
+        patch_bytes = save_patch(training.policy, folder.patch)
+        _write_before_after(folder, training.task, before, after)
+        report = _report(training, before, after, peak_bytes, patch_bytes)
+        folder.write_json(folder.report, report)
+        _draw(folder, report, terminal)
+        terminal.message(f"run folder: {folder}")
+        return {**report, "run": str(folder)}
 
 
 def _checkpoint(folder: RunFolder, terminal: Terminal) -> Path | None:
@@ -231,6 +151,34 @@ def _checked(config: RunConfig) -> RunConfig:
     return with_settings(config, {"model.quantize": "none"})
 
 
+def _open(config: RunConfig, folder: RunFolder, terminal: Terminal) -> Training:
+    """Read the task, load the model, choose the blocks, and make settings fit if that is asked for."""
+    opened = Opened(config, terminal)
+    task, source = opened.task, opened.source
+    if config.evaluation.baseline == "measured":
+        task.require_one_turn("--baseline measured")
+    if config.training.vllm is not None:
+        require_server(config.training.vllm, source.folder)
+    meter = Meter(resolve_device(config.model.device))
+    # On a CPU peaks count the whole process, so full training's estimate has to begin there too.
+    process_bytes = meter.current_bytes()
+    policy = opened.policy(embeddings="device")
+    _check_stored(policy, config, terminal)
+    choice = choose_blocks(config.blocks, policy, task, terminal)
+    config = choice.written_into(config)
+    sampler = opened.sampler(policy)
+    if config.training.fit is not None:
+        from midtune.planning.search import fitted
+
+        config = fitted(config, sampler, task, choice.blocks, process_bytes, terminal.message)
+    if config.model.embeddings == "host":
+        embed_on_host(policy.model, source.name)
+    sampler.limits.unpack = config.model.unpack == "auto"
+    sampler.limits.rows.rows = config.training.sampled_prompts * config.training.group_size or None
+    blocks = list(range(policy.num_blocks)) if config.blocks.select == "boost" else choice.blocks
+    return Training(config, folder, opened, sampler, choice, blocks, meter, process_bytes, terminal)
+
+
 def _check_stored(policy: Policy, config: RunConfig, terminal: Terminal) -> None:
     """Say what it means that a checkpoint is itself in 4-bit."""
     if not policy.stored_quantized:
@@ -244,27 +192,60 @@ def _check_stored(policy: Policy, config: RunConfig, terminal: Terminal) -> None
         )
 
 
-def _train(
-    config: RunConfig,
-    sampler: Sampler,
-    task: Task,
-    folder: RunFolder,
-    checkpoint: Path | None,
-    meter: Meter,
-    lr_multipliers: dict[int, float],
-    stop: Stop,
-    terminal: Terminal,
-) -> int:
+def _begin(training: Training) -> None:
+    """Write what a resumed run needs."""
+    folder, policy, choice = training.folder, training.policy, training.choice
+    trained = len(training.blocks) * count_parameters(policy.blocks[training.blocks[0]])
+    folder.require_free(trained * CHECKPOINT_BYTES_PER_PARAMETER)
+    folder.write_json(folder.environment, describe_environment(policy.computes, training.config.seed))
+    folder.write_json(folder.start, {"choice": choice.how, "ranking": choice.ranking})
+    # From here on there is something to resume.
+    folder.write_config(dump_config(training.config))
+
+
+def _score_before(training: Training) -> Evaluation:
+    """The scores before training, which a resumed run finds in start.json."""
+    import numpy as np
+
+    folder = training.folder
+    known = folder.read_json(folder.start)
+    if "greedy" in known:
+        sampled = None if known["sampled"] is None else np.array(known["sampled"])
+        return Evaluation(np.array(known["greedy"]), sampled, known.get("completions", []))
+    before = training.score("scoring before training")
+    scores = {
+        "completions": before.completions[:SHOWN_PROBLEMS],
+        "greedy": before.greedy.tolist(),
+        "sampled": None if before.sampled is None else before.sampled.tolist(),
+    }
+    folder.write_json(folder.start, {**known, **scores})
+    return before
+
+
+def _thaw(training: Training) -> None:
+    """Make the blocks trainable."""
+    policy, model = training.policy, training.config.model
+    if model.adapter == "lora":
+        policy.add_lora(training.blocks, model.lora_rank)
+    else:
+        for block in training.blocks:
+            policy.thaw(block)
+
+
+def _train(training: Training, checkpoint: Path | None, stop: Stop) -> int:
     """The training itself; returns its peak bytes."""
+    config, folder, meter = training.config, training.folder, training.meter
     # What scoring has left behind is no part of it.
     give_back()
     meter.reset_peak()
-    policy, rows = sampler.policy, sampler.limits.rows
-    title = f"{policy.source.name}, {task.name}, blocks {', '.join(map(str, policy.trained))}"
-    # Where memory ran out before, what fitted then is where a resumed run starts.
+    names = ", ".join(map(str, training.policy.trained))
+    title = f"{training.opened.source.name}, {training.task.name}, blocks {names}"
+    # Where memory ran out before, a resumed run starts with what fitted then.
     last_step = (folder.read_metrics() or [{}])[-1]
-    rows.rows = last_step.get("sampling_rows", rows.rows)
-    with stop.after_the_step(), terminal.training(config.training.steps, title) as display:
+    limit = training.sampler.limits.rows
+    limit.rows = last_step.get("sampling_rows", limit.rows)
+    boosted = config.blocks.select == "boost"
+    with stop.after_the_step(), training.terminal.training(config.training.steps, title) as display:
 
         def on_step(metrics: dict[str, Any]) -> None:
             folder.append_jsonl(folder.metrics, metrics)
@@ -274,14 +255,14 @@ def _train(
                 display.message("stopping after this step; its checkpoint is being saved")
 
         last = train_blocks(
-            sampler,
-            task.train,
-            task.reward,
+            training.sampler,
+            training.task.train,
+            training.task.reward,
             config.training,
             folder=folder.checkpoints,
             seed=config.seed,
             meter=meter,
-            lr_multipliers=lr_multipliers,
+            lr_multipliers=dict.fromkeys(training.choice.blocks, config.blocks.boost) if boosted else {},
             on_step=on_step,
             on_sample=lambda sample: folder.append_jsonl(folder.samples, sample),
             on_message=display.message,
@@ -296,7 +277,81 @@ def _train(
     return meter.peak_bytes()
 
 
-def _score_deployed(opened: Opened, folder: RunFolder) -> tuple[Evaluation, Evaluation]:
+def _report(
+    training: Training, before: Evaluation, after: Evaluation, peak_bytes: int, patch_bytes: int
+) -> dict[str, Any]:
+    """What report.json holds. The model is let go of, before another one is loaded."""
+    config, folder, policy = training.config, training.folder, training.policy
+    steps = folder.read_metrics()
+    measured = config.evaluation.baseline == "measured"
+    time = summary.step_times(steps, repeated=FULL_STEPS if measured else 0)
+    estimates = _estimates(training, steps, time)
+    trainable = sum(p.numel() for p in policy.trained_parameters().values())
+    total, stored_quantized = policy.total_parameters, policy.stored_quantized
+    opened, terminal = training.opened, training.terminal
+    del policy, training.sampler
+    give_back()
+
+    deployed = None
+    if config.evaluation.deployed and not stored_quantized:
+        deployed = _score_deployed(opened, folder)
+    if measured:
+        terminal.message(f"measuring full training: {FULL_STEPS} steps in a process of its own")
+        full = measure_full_training(folder.config)
+    else:
+        full = estimates["trl-full"]
+    unknown = [found["note"] for found in estimates.values() if found["note"]]
+    for note in unknown:
+        terminal.message(note)
+    collapse = collapse_in(steps)
+    return summary.build(
+        model=opened.source.name,
+        task=opened.task.name,
+        blocks=training.blocks,
+        quality=(before.greedy, after.greedy),
+        sampled=(
+            None if before.sampled is None or after.sampled is None else (before.sampled, after.sampled)
+        ),
+        deployed=deployed,
+        steps=steps,
+        time=time,
+        peak_bytes=peak_bytes,
+        memory_source=training.meter.source,
+        full=full,
+        full_source=config.evaluation.baseline,
+        qlora=estimates["trl-qlora"],
+        trainable_parameters=trainable,
+        total_parameters=total,
+        patch_bytes=patch_bytes,
+        probe=folder.read_json(folder.start)["choice"],
+        seed=config.seed,
+        notes=[*([str(collapse)] if collapse else []), *unknown],
+    )
+
+
+def _estimates(
+    training: Training, steps: Sequence[Mapping[str, Any]], time: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """What is not measured: QLoRA, and full training unless it is."""
+    from midtune.planning.estimate import estimated
+
+    config = training.config
+    arms = ("trl-qlora",) if config.evaluation.baseline == "measured" else ("trl-full", "trl-qlora")
+    return {
+        arm: estimated(
+            arm,
+            config,
+            training.sampler,
+            training.task,
+            steps,
+            measured=time.get("compared_phases") or time,
+            process_bytes=training.process_bytes,
+        )
+        for arm in arms
+    }
+
+
+def _score_deployed(opened: Opened, folder: RunFolder) -> summary.BeforeAfter:
     """Greedy scores of the unquantized model without and with the patch that was written."""
     policy = opened.policy(quantize="none")
     sampler, task = opened.sampler(policy), opened.task
@@ -306,38 +361,7 @@ def _score_deployed(opened: Opened, folder: RunFolder) -> tuple[Evaluation, Eval
     after = score(sampler, task, *how, "scoring it with the patch", samples=0)
     del policy, sampler
     give_back()
-    return before, after
-
-
-def _time(config: RunConfig, steps: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean seconds of a step and its phases, and those of the steps that the baseline repeats."""
-    means: dict[str, Any] = {
-        name: statistics.fmean(step[f"{name}_s"] for step in steps) for name in ("step", *PHASES)
-    }
-    if config.evaluation.baseline == "measured":
-        # The fastest, as for full training: the first step also warms up.
-        first = steps[: baseline.STEPS]
-        fastest = min(first, key=lambda step: step["step_s"])
-        means["compared_step"] = fastest["step_s"]
-        means["compared_phases"] = {name: fastest[f"{name}_s"] for name in PHASES}
-        means["compared_tokens"] = statistics.fmean(step["completion_length"] for step in first)
-    return means
-
-
-def _as_json(before: Evaluation) -> dict[str, Any]:
-    return {
-        "completions": before.completions[:SHOWN_PROBLEMS],
-        "greedy": before.greedy.tolist(),
-        "sampled": None if before.sampled is None else before.sampled.tolist(),
-    }
-
-
-def _scores_of(data: dict[str, Any]) -> Evaluation:
-    """The scores in start.json."""
-    import numpy as np
-
-    sampled = None if data["sampled"] is None else np.array(data["sampled"])
-    return Evaluation(np.array(data["greedy"]), sampled, data.get("completions", []))
+    return before.greedy, after.greedy
 
 
 def _write_before_after(folder: RunFolder, task: Task, before: Evaluation, after: Evaluation) -> None:
@@ -357,9 +381,9 @@ def _write_before_after(folder: RunFolder, task: Task, before: Evaluation, after
     folder.write_json(folder.before_after, {"problems": problems})
 
 
-def _draw(folder: RunFolder, steps: list[dict[str, Any]], report: dict[str, Any], terminal: Terminal) -> None:
+def _draw(folder: RunFolder, report: dict[str, Any], terminal: Terminal) -> None:
     try:
-        learning_curve(steps, report, folder.curve)
+        learning_curve(folder.read_metrics(), report, folder.curve)
         write_page(folder)
         terminal.message(f"report page: {folder}/{folder.page.name}")
     except Exception as error:  # noqa: BLE001 (the run is complete without its pictures)

@@ -68,19 +68,11 @@ def final_answer(text: str, reference: str = "") -> str:
 def given_answer(text: str) -> str | None:
     """The answer that a completion marks, or states as `the answer is …`, or None."""
     marked = marked_answer(text)
-    if marked is not None:
-        return marked
-    stated = _stated(text)
-    return stated[0] if stated is not None else None
+    return marked if marked is not None else (_stated(text) or (None,))[0]
 
 
 def extract(text: str, reference: str = "") -> str:
-    """The final answer in a completion; where `reference` is a number, the answer's number in plain digits.
-
-    Args:
-        text: a completion.
-        reference: the right answer; only its form (number, number of lines) is used.
-    """
+    """`final_answer`; where `reference` is a number, the answer's number in plain digits."""
     found = final_answer(text, reference)
     number = read_number(reference)
     if number is None or number.unit:
@@ -89,10 +81,7 @@ def extract(text: str, reference: str = "") -> str:
 
 
 def after_thinking(text: str) -> str:
-    """What follows the last `</think>`, or all where there is none.
-
-    Reasoning may name other answers; its `<think>` is often the prompt's and not in a completion.
-    """
+    """What follows the last `</think>`, or all where there is none; `<think>` itself is often in the prompt."""
     return text.rpartition("</think>")[2]
 
 
@@ -113,7 +102,7 @@ def marked_answer(text: str) -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-    """What stands in the last complete `\\boxed{…}`, nested braces included, or None.
+    """The content of the last complete `\\boxed{…}`, nested braces included, or None.
 
     A minus before the box is part of the answer. Boxes that a comma, `and` or `or` joins are one answer:
     `\\boxed{2}$ or $x = \\boxed{3}` gives `2, 3`.
@@ -152,12 +141,10 @@ def reference_answer(answer: str) -> str:
 def same_answer(found: str, reference: str, same: Callable[[str, str], bool]) -> bool:
     """Whether two answers are the same, where each may be a choice, its letter or both.
 
-    Of `(B) 42` and `B` the letters count, of `(B) 42` and `42` the rest, of `(B) 42` and `(C) 42` both.
+    `(B) 42` and `B` are compared by their letters, `(B) 42` and `42` by the rest, `(B) 42` and `(C) 42` by both.
 
     Args:
-        found: a completion's answer.
-        reference: the right answer.
-        same: whether a completion's answer and the right one are the same, where they are no choices.
+        same: compares a completion's answer and the right one where neither is a choice.
     """
     if normalise(found) == normalise(reference):
         return bool(normalise(reference))

@@ -11,8 +11,8 @@ from midtune.errors import InputError
 from midtune.tasks.answers import reference_answer
 from midtune.tasks.environment import check_game
 from midtune.tasks.notation import parse_number
-from midtune.tasks.own import is_task_file
 from midtune.tasks.rewards import BUILT_IN, Reward, completion_of, parts_of
+from midtune.tasks.sources.own import is_task_file
 from midtune.tasks.split import Row
 from midtune.tasks.task import Task
 
@@ -21,13 +21,8 @@ _ROWS_IN_DOUBT = 32
 _SHOWN = 200
 _WRONG = "I do not know."
 # How an answer may have to be marked for a person's own reward to find it.
-_FORMS = (
-    "{}",
-    "\\boxed{{{}}}",
-    "<answer>{}</answer>",
-    "<think>\n…\n</think>\n<answer>{}</answer>",
-    "#### {}",
-)
+_TAGGED = "<answer>{}</answer>"
+_FORMS = ("{}", "\\boxed{{{}}}", _TAGGED, f"<think>\n…\n</think>\n{_TAGGED}", "#### {}")
 
 
 @dataclass(frozen=True)
@@ -36,9 +31,6 @@ class Scored:
 
     completion: str
     score: float
-
-
-_NOTHING = Scored("", 0.0)
 
 
 def check_reward(task: Task) -> None:
@@ -61,17 +53,16 @@ def check_reward(task: Task) -> None:
             _call(reward, rows, texts, task)
     if not any(right) or (task.own_reward and not is_task_file(task.name)):
         return
-    for row in rows:
-        # Some reasoning-gym datasets give no answer to compare with, only a verifier.
-        known, wrong = scored_samples(task, row) if row["answer"] else (_NOTHING, _NOTHING)
-        if known.score > wrong.score:
-            return
-    hint = (
-        "mend it (it gets values as the rows have them, numbers as numbers), or give `answer` another name if it is no "
-        "answer"
-        if task.own_reward
-        else "choose another reward with --reward"
-    )
+    # Some reasoning-gym datasets give no answer to compare with, only a verifier.
+    samples = (scored_samples(task, row) for row in rows if row["answer"])
+    if any(known.score > wrong.score for known, wrong in samples):
+        return
+    hint = "choose another reward with --reward"
+    if task.own_reward:
+        hint = (
+            "fix it (it gets values as the rows have them, numbers as numbers), or give `answer` another name if it "
+            "is no answer"
+        )
     raise InputError(
         f"the reward `{task.reward.__name__}` gives right answers of "
         f"`{task.name}` no more than wrong ones, as on {_shown(rows[0])}; {hint}."
@@ -147,7 +138,7 @@ def _call(reward: Reward, rows: Sequence[Row], texts: Sequence[str], task: Task)
     except Exception as error:
         raise InputError(
             f"{asked} raised {type(error).__name__}: {error}, on {_shown(rows[0])} with the completion "
-            f"{texts[0][:_SHOWN]!r}; mend it."
+            f"{texts[0][:_SHOWN]!r}; fix it."
         ) from error
     try:
         values = list(values)
@@ -170,10 +161,8 @@ def _call(reward: Reward, rows: Sequence[Row], texts: Sequence[str], task: Task)
 
 
 def _is_number(value: Any) -> bool:
-    if isinstance(value, str) or not hasattr(value, "__float__"):
-        return False
     try:
-        return math.isfinite(float(value))
+        return hasattr(value, "__float__") and math.isfinite(value)
     except (TypeError, ValueError, OverflowError):
         return False
 

@@ -10,12 +10,12 @@ Expected results never enter the sandbox of the program:
   passes arguments and results between the two sandboxes as values; so what is compared is plain numbers,
   texts and containers, by Python's own `==` and out of the program's reach.
 
-So a test passes if the right values came back in time, and in no other way: ending early, printing the
-result, patching modules, overriding `==` and writing to any channel only loses values. What remains is to
-return known results without computing them, where the prompt shows them: of MBPP's tests it shows the first
-alone. The price: tests that pass functions to the program, look into its objects or expect arguments to be
-changed in place cannot pass, and what the program needs must be in the standard library. Under weak
-isolation (`sandbox.py`) the program can reach other processes, so nothing of this is sure.
+So a test passes only if the right values came back in time. Ending early, printing the result, patching
+modules, overriding `==` and writing to any channel only loses values. A program can still return a result
+that the prompt shows without computing it; of MBPP's tests the prompt shows the first alone. The price:
+tests that pass functions to the program, look into its objects or expect arguments to be changed in place
+cannot pass, and the program has the standard library only. Under weak isolation (`sandbox/sandbox.py`) the
+program can reach other processes, so none of this is sure.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from midtune.errors import InputError
 from midtune.tasks.answers import after_thinking
 from midtune.tasks.rewards import Reward, completion_text, named
-from midtune.tasks.sandbox import Sandbox, checked
+from midtune.tasks.sandbox.sandbox import Sandbox, checked
+from midtune.tasks.sources.files import BadRow
 from midtune.tasks.split import Row
 
 CODE = ("code", "code-all")
@@ -53,29 +53,24 @@ _APPS_PREFIX = "from typing import *\n"
 def extract_code(completion: str, *, in_block: bool = False) -> str:
     """The program in a completion: its last fenced block, closed or not, or what comes before any fence.
 
-    Args:
-        in_block: the prompt has opened a block already, so the program is what comes before its end.
+    Where the prompt has opened a block already (`in_block`), it is what comes before that block's end.
     """
     completion = after_thinking(completion)
     blocks = [] if in_block else _FENCED.findall(completion)
     return blocks[-1] if blocks else completion.partition("```")[0]
 
 
-def code_row(row: Row, where: str, prompt_column: str) -> Row:
+def code_row(row: Row, prompt_column: str) -> Row:
     """A row of MBPP, HumanEval, APPS or DeepCoder with a `prompt`, an `answer` (a right program, if known) and `tests`.
 
-    Args:
-        where: what the row is called in messages.
-        prompt_column: where the prompt is; else `text` (MBPP), `question` (APPS) or `problem` (DeepCoder).
+    The prompt is in the column of that name, else in `text` (MBPP), `question` (APPS) or `problem` (DeepCoder).
 
     Raises:
-        InputError: the row has no prompt, no tests, or tests that cannot be read.
+        BadRow: the row has no prompt, no tests, or tests that cannot be read.
     """
     column = next((name for name in (prompt_column, "text", "question", "problem") if row.get(name)), None)
     if column is None:
-        raise InputError(
-            f"{where} has no prompt in column `{prompt_column}`; name its column with --prompt-column."
-        )
+        raise BadRow(f"has no prompt in column `{prompt_column}`; name its column with --prompt-column")
     prompt, answer = row[column], _reference(row)
     try:
         if given := _input_output(row):
@@ -93,16 +88,13 @@ def code_row(row: Row, where: str, prompt_column: str) -> Row:
             tests = call_tests([], [row["test"]], answer, entry_point=row["entry_point"], prefix=prefix)
             answer = answer and prefix + answer
         else:
-            raise InputError(
-                f"{where} has no tests; the reward `code` needs `test_list`, `test` with `entry_point`, or "
-                "`input_output`."
+            raise BadRow(
+                "has no tests; the reward `code` needs `test_list`, `test` with `entry_point`, or `input_output`"
             )
     except (ValueError, SyntaxError, TypeError, KeyError, AttributeError, IndexError, StopIteration) as error:
-        raise InputError(f"{where} has tests that cannot be read ({error}); mend it or drop it.") from None
+        raise BadRow(f"has tests that cannot be read ({error})") from None
     if not _count(tests):
-        raise InputError(
-            f"{where} has tests that test nothing: no `assert`, or no inputs; mend it or drop it."
-        )
+        raise BadRow("has tests that test nothing: no `assert`, or no inputs")
     others = {key: value for key, value in row.items() if key not in (*_RAW, *_REFERENCES)}
     return {**others, "prompt": prompt, "answer": answer, "tests": json.dumps(tests)}
 
@@ -159,13 +151,10 @@ def code_reward(name: str, sandbox: Sandbox) -> Reward:
 
 
 def fraction_passed(sandbox: Sandbox, program: str, tests: str) -> float:
-    """The fraction of its tests that a program passes.
+    """The fraction of its tests (the `tests` column of a row) that a program passes.
 
     The functions of one program are called in one process, so that what follows an exit fails with it; for
     each pair of input and output the program runs anew. After an endless loop nothing more is tried.
-
-    Args:
-        tests: the `tests` column of a row.
 
     Raises:
         RunStopped: the sandbox does not work any more.
@@ -196,21 +185,10 @@ def _calls_passed(sandbox: Sandbox, program: str, tests: dict[str, Any]) -> int:
                 ends.callback(os.close, end)
             # A completion of HumanEval either continues the prompt or has all of the function.
             sources = [tests["prefix"] + program, program]
-            served = opened.enter_context(
-                sandbox.start(
-                    "serve", sources=sources, calls=calls[0], replies=replies[1], fds=(calls[0], replies[1])
-                )
-            )
-            graded = opened.enter_context(
-                sandbox.start(
-                    "grade",
-                    steps=tests["steps"],
-                    names=tests["names"],
-                    calls=calls[1],
-                    replies=replies[0],
-                    fds=(calls[1], replies[0]),
-                )
-            )
+            answering = {"calls": calls[0], "replies": replies[1]}
+            asking = {"calls": calls[1], "replies": replies[0]}
+            served = opened.enter_context(sandbox.start("serve", fds=answering, sources=sources))
+            graded = opened.enter_context(sandbox.start("grade", fds=asking, tests=tests))
         verdicts = checked(graded.wait(beside=[served])).output
         checked(served.wait(0))
     return verdicts[: _count(tests)].count(b"1")
@@ -288,7 +266,7 @@ def _reference(row: Row) -> str:
 def _check_steps(source: str, entry_point: str, prefix: str) -> list[list[Any]]:
     """HumanEval's `check(candidate)`: each statement of it is a step, or all of it where it returns.
 
-    What the prompt imports and defines is at hand for the tests; of the program they see `entry_point` alone.
+    The tests can use what the prompt imports and defines; of the program they see `entry_point` alone.
     """
     tree = ast.parse(source)
     place, check = next(

@@ -1,6 +1,6 @@
 """Tasks that are played in turns, with an environment in the form that TRL has for them.
 
-A class without arguments to construct, with
+A class that is made without arguments, with
 
 - `reset(**row) -> str | None`: begins an episode; the text it returns is put behind the row's prompt. Episodes of
   one row have to begin alike.
@@ -12,7 +12,7 @@ A class without arguments to construct, with
 - `state`: what makes two situations the same one (hashable), for algorithms that compare turns. Without it, that
   is the text shown last.
 
-The same object plays one episode after the other. With `task.actions=tools` the class is TRL's in full: in place of
+The same object plays one episode after the other. With `task.actions=tools` the class is TRL's in full: instead of
 `step`, every public method is a tool for the model to call, described by its types and docstring.
 """
 
@@ -36,21 +36,15 @@ _SHOWN = 200
 
 @dataclass(frozen=True)
 class Game:
-    """How a task is played.
+    """How a task is played."""
 
-    Args:
-        name: what messages call the environment.
-        make: constructs one.
-        max_turns: actions after which an episode ends.
-        turn_tokens: most tokens of an action; None: as many as the episode has left.
-        speech: from the policy, how it and the environment speak (`rollout.speech`); None: by text.
-    """
-
-    name: str
+    name: str  # what messages call the environment
     make: Callable[[], Any]
-    max_turns: int
-    turn_tokens: int | None = None
-    speech: Callable[[Any], Any] | None = None
+    max_turns: int  # actions after which an episode ends
+    turn_tokens: int | None = None  # most tokens of an action; None: as many as the episode has left
+    speech: Callable[[Any], Any] | None = (
+        None  # from the policy, how the two speak (`rollout.speech`); None: by text
+    )
     _pool: list[Match] = field(default_factory=list, repr=False, compare=False)
 
     def matches(self, count: int) -> list[Match]:
@@ -65,12 +59,7 @@ class Game:
 
 
 class Match:
-    """An environment while an episode is played in it; what its class leaves out is filled in.
-
-    Args:
-        name: what messages call its class.
-        environment: see above.
-    """
+    """An environment while an episode is played in it; what its class leaves out is filled in."""
 
     def __init__(self, name: str, environment: Any) -> None:
         self.name = name
@@ -101,10 +90,7 @@ class Match:
     def step(self, action: str) -> tuple[str, float]:
         """Act; returns what is shown next, and the reward of this action."""
         self._acted = True
-        try:
-            shown = self._call("step", action)
-        except ValueError as error:
-            shown = str(error)
+        shown = self._call("step", action)
         if not isinstance(shown, str | None):
             raise InputError(
                 f"`step` of {self.name} returned {str(shown)[:_SHOWN]!r}; it must return the text that is shown next, "
@@ -157,15 +143,12 @@ class Match:
     def _call(self, method: str, *arguments: Any, **columns: Any) -> Any:
         try:
             return getattr(self.environment, method)(*arguments, **columns)
-        except ValueError as error:
-            if method == "step":
-                raise
-            raised: Exception = error
         except Exception as error:  # noqa: BLE001 (a person's class can raise anything)
-            raised = error
-        raise InputError(
-            f"`{method}` of {self.name} raised {type(raised).__name__}: {raised}; mend it."
-        ) from raised
+            if method == "step" and isinstance(error, ValueError):
+                return str(error)
+            raise InputError(
+                f"`{method}` of {self.name} raised {type(error).__name__}: {error}; fix it."
+            ) from error
 
 
 def tools_of(environment: Any) -> dict[str, Callable[..., Any]]:
@@ -179,10 +162,7 @@ def tools_of(environment: Any) -> dict[str, Callable[..., Any]]:
 
 
 def check_environment(kind: Any, name: str, *, tools: bool) -> None:
-    """Check that what a task file calls `Environment` can be played in.
-
-    Args:
-        tools: by calls of its methods, in place of text.
+    """Check that what a task file calls `Environment` can be played in: by text, or by calls of its methods (`tools`).
 
     Raises:
         InputError: it cannot; what is missing is named.
@@ -198,7 +178,7 @@ def check_environment(kind: Any, name: str, *, tools: bool) -> None:
         made = kind()
     except Exception as error:  # noqa: BLE001 (a person's class can raise anything)
         raise InputError(
-            f"{asked} cannot be made without arguments: it raised {type(error).__name__}: {error}; mend it."
+            f"{asked} cannot be made without arguments: it raised {type(error).__name__}: {error}; fix it."
         ) from error
     if tools and not tools_of(made):
         raise InputError(f"{asked} has no public method but `reset`, so there is no tool to call; write one.")
@@ -223,14 +203,10 @@ def check_game(game: Game, rows: Sequence[Row]) -> None:
 
 
 def reward_of(kind: Any, name: str, judges: Sequence[str], reward: Reward | None = None) -> Reward:
-    """The reward of a task that is played in turns: its file's function, else what the environment says.
-
-    Args:
-        judges: the rewards that were asked for.
-        reward: the task file's own.
+    """The reward of a task that is played in turns: its file's own `reward`, else what the environment says.
 
     Raises:
-        InputError: another reward was asked for, or there is none.
+        InputError: other rewards (`judges`) were asked for, or there is none.
     """
     if judges and [*judges] != ["verifier"]:
         raise InputError(

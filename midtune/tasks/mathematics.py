@@ -2,7 +2,7 @@
 
 math-verify's own timeouts are signals: they need the main thread, and do not interrupt arithmetic on huge
 integers (`9**9**9`). So this file also runs as a program of its own, which reads a question a line and
-answers it; one that takes too long, or too much memory, is killed and begun anew.
+answers it. One that takes too long, or too much memory, is killed, and the next question starts another.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ _UNIT = re.compile(r"\\(?:text|mathrm|mbox)[a-z]*\s*\{[^{}]*\}(?:\^\{?[0-9]\}?)?
 
 
 class Comparer:
-    """Compares answers, each within `limit_s` seconds; the process starts with the first one."""
+    """Compares answers, each within `limit_s` seconds; the process runs `program`, and starts with the first one."""
 
-    def __init__(self, limit_s: float = LIMIT_S) -> None:
+    def __init__(self, limit_s: float = LIMIT_S, program: str = __file__) -> None:
         self.limit_s = limit_s
+        self._program = program
         self._process: subprocess.Popen[str] | None = None
         self._lock = threading.Lock()
         atexit.register(self.close)
@@ -48,9 +49,7 @@ class Comparer:
     def equal(self, references: Sequence[str], candidates: Sequence[str]) -> bool:
         """Whether a completion's answer equals the reference; False if that cannot be said in time.
 
-        Args:
-            references: ways to write the right answer; the first that can be read counts.
-            candidates: ways to read a completion's answer, likewise.
+        Both are given in several ways to write them, of which the first that can be read counts.
 
         Raises:
             MidtuneError: the process does not work at all.
@@ -74,7 +73,7 @@ class Comparer:
     def _start(self) -> subprocess.Popen[str]:
         # -P: this folder has modules with the names of others'.
         process = subprocess.Popen(
-            [sys.executable, "-P", __file__],
+            [sys.executable, "-P", self._program],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -84,7 +83,7 @@ class Comparer:
         # The first LaTeX builds its parser.
         if not _asked(process, json.dumps([["$\\frac{1}{2}$"], ["$x^2$"]]), START_S):
             self.close()
-            from midtune.errors import MidtuneError  # not at hand where this file is the program
+            from midtune.errors import MidtuneError  # not importable where this file is the program
 
             raise MidtuneError(
                 f"math-verify does not answer within {START_S:.0f} s; see whether `python -c 'import math_verify'` "

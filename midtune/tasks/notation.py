@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
@@ -117,19 +118,12 @@ _END = 4000
 
 @dataclass(frozen=True)
 class Number:
-    """A number as it was written.
+    """A number as it was written."""
 
-    Args:
-        value: exactly, without the percent sign.
-        decimals: digits after the point, where that many may be a rounding; else None.
-        percent: whether a percent sign follows.
-        unit: what follows, such as `cm^2`.
-    """
-
-    value: Fraction
-    decimals: int | None = None
-    percent: bool = False
-    unit: str = ""
+    value: Fraction  # exactly, without the percent sign
+    decimals: int | None = None  # digits after the point, where that many may be a rounding
+    percent: bool = False  # whether a percent sign follows
+    unit: str = ""  # what follows, such as `cm^2`
 
 
 def read_number(text: str, *, lead: bool = False) -> Number | None:
@@ -139,16 +133,8 @@ def read_number(text: str, *, lead: bool = False) -> Number | None:
         text: an answer.
         lead: whether words, a choice letter or `x =` may stand before it.
     """
-    if len(text) > _LONGEST:
-        return None
-    text = _bare(undressed(text))
-    start = _LEAD.match(text) if lead else None
-    found = None
-    for begin in dict.fromkeys((0, start.end() if start else 0)):
-        found = _NUMBER.match(text, begin)
-        if found is not None and (unit := _unit(text, found.end())) is not None:
-            return _value(found, unit)
-    return None
+    found = next(_numbers(text, lead), None)
+    return _value(*found) if found is not None else None
 
 
 def without_lead(text: str) -> str:
@@ -169,14 +155,10 @@ def parse_number(text: str) -> float | None:
 
 
 def same_number(found: str, reference: str) -> bool:
-    """Whether two texts are one number.
+    """Whether two texts are one number, where a lead may stand before the number of a completion.
 
     They are equal exactly, or one rounds the other to six digits or more. A percent sign or a unit that only one of
-    them has is left out. Of `100,400` nobody knows whether it is one number, so it is only equal to itself.
-
-    Args:
-        found: a completion's answer; words, a choice letter or `x =` may stand before the number.
-        reference: the right answer.
+    them has is left out. `100,400` may be one number or two, so it is only equal to itself.
     """
     if is_two_numbers(reference):
         return normalise(found) == normalise(reference)
@@ -218,15 +200,20 @@ def last_number(text: str) -> str | None:
 
 def written_number(text: str) -> str | None:
     """The number in an answer in plain digits (`x = 1{,}234` gives `1234`), or None where it has none."""
+    numbers = (found for found, _ in _numbers(text, lead=True) if _value(found) is not None)
+    return next(map(_written, numbers), None)
+
+
+def _numbers(text: str, lead: bool) -> Iterator[tuple[re.Match[str], str]]:
+    """Readings of a whole text as a number and its unit: as it stands, and behind its lead."""
     if len(text) > _LONGEST:
-        return None
+        return
     text = _bare(undressed(text))
-    start = _LEAD.match(text)
+    start = _LEAD.match(text) if lead else None
     for begin in dict.fromkeys((0, start.end() if start else 0)):
         found = _NUMBER.match(text, begin)
-        if found is not None and _unit(text, found.end()) is not None and _value(found) is not None:
-            return _written(found)
-    return None
+        if found is not None and (unit := _unit(text, found.end())) is not None:
+            yield found, unit
 
 
 def normalise(text: str) -> str:

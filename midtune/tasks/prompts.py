@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from midtune.config import TaskConfig
 from midtune.tasks.split import Row
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -33,26 +34,20 @@ TEMPLATES = {
 }
 
 
-def prompted(row: Row, *, template: str | None, system_prompt: str | None, prompt_format: str) -> Row:
-    """The row with its messages as a prompt: chat messages, or a text where the format is `plain`.
-
-    Args:
-        row: `prompt` has chat messages.
-        template: a name in `TEMPLATES`, or None to leave messages as they are; their last one is the question.
-        system_prompt: the system message in place of a prompt's or the template's own.
-        prompt_format: `chat` or `plain`.
-    """
+def prompted(row: Row, settings: TaskConfig) -> Row:
+    """The row with its chat messages put as the template, system prompt and format of the settings ask."""
     messages = row["prompt"]
-    chosen = TEMPLATES[template] if template is not None else None
-    system = system_prompt or (chosen.system if chosen is not None and prompt_format == "chat" else None)
+    is_chat = settings.prompt_format == "chat"
+    template = TEMPLATES.get(settings.template)
+    system = settings.system_prompt or (template.system if template is not None and is_chat else None)
     if system is not None:
         messages = [message for message in messages if message["role"] != "system"]
-    if chosen is not None:
-        text = chosen.user if prompt_format == "chat" else chosen.plain
+    if template is not None:
+        text = template.user if is_chat else template.plain
         *before, last = messages
         messages = [*before, {**last, "content": text.replace(_HERE, last["content"])}]
     if system is not None:
         messages = [{"role": "system", "content": system}, *messages]
-    if prompt_format == "plain":
-        return {**row, "prompt": "\n".join(message["content"] for message in messages)}
-    return {**row, "prompt": messages}
+    if is_chat:
+        return {**row, "prompt": messages}
+    return {**row, "prompt": "\n".join(message["content"] for message in messages)}

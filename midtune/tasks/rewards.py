@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from midtune.config import JUDGES, SHAPING
 from midtune.errors import InputError, MidtuneError
 from midtune.tasks.answers import (
     after_thinking,
@@ -32,8 +33,7 @@ from midtune.tasks.notation import (
 
 Reward = Callable[..., list[float]]
 
-SHAPING = ("format", "length", "repetition")
-BUILT_IN = ("exact", "numeric", "math", "verifier", "code", "code-all", *SHAPING)
+BUILT_IN = (*JUDGES, *SHAPING)
 SOLVED = 1 - 1e-6
 _COMPARER = Comparer()
 # Characters of an answer that math-verify reads, and of an end in which it looks for one.
@@ -61,11 +61,9 @@ def completion_of(prompt: Any, text: str) -> Any:
 def per_completion(name: str, score_one: Callable[[str, str, str], float]) -> Reward:
     """A reward called `name` from a function of (answer, reference answer, question).
 
-    The answer is the whole completion after its reasoning for `math`, and for others what `answers.final_answer`
-    finds in it (`answers.extract` for a verifier, which may not read LaTeX).
-
-    Whatever `score_one` raises, but for errors of midtune, and any score that is not a finite number, counts
-    as 0.
+    `math` gets the whole completion after its reasoning, a `verifier`, which may not read LaTeX, what
+    `answers.extract` finds, and others what `answers.final_answer` finds. A score that is not a finite number counts
+    as 0, and so does whatever `score_one` raises, but for midtune's own errors.
     """
 
     def reward(
@@ -99,8 +97,8 @@ def solved(reward: Reward) -> Reward:
 
 
 def built_in(name: str) -> Reward:
-    """`exact`, `numeric` or `math`."""
-    return per_completion(name, {"exact": _exact, "numeric": _numeric, "math": _math}[name])
+    """A reward that compares answers: `exact`, `numeric` or `math`."""
+    return per_completion(name, _COMPARISONS[name])
 
 
 def default_reward(answers: Sequence[str]) -> str:
@@ -112,10 +110,6 @@ def default_reward(answers: Sequence[str]) -> str:
 
 class Weighted:
     """The weighted sum of several rewards; a reward of None counts as 0, as it does in TRL.
-
-    Args:
-        parts: rewards with different names.
-        weights: one for each.
 
     Raises:
         InputError: two have the same name.
@@ -168,10 +162,6 @@ def _guarded(score_one: Callable[[str, str, str], float], found: str, reference:
     return value if math.isfinite(value) else 0.0
 
 
-def _exact(found: str, reference: str, question: str) -> float:
-    return float(same_answer(found, reference, _same_text))
-
-
 def _same_text(found: str, reference: str) -> bool:
     if normalise(found) == normalise(reference):
         return True
@@ -180,27 +170,20 @@ def _same_text(found: str, reference: str) -> bool:
     return written_number(found) == written_number(reference)
 
 
-def _numeric(found: str, reference: str, question: str) -> float:
-    return float(same_number(found, reference))
-
-
-def _math(text: str, reference: str, question: str) -> float:
+def _math(text: str, reference: str) -> bool:
     found = final_answer(text, reference)
     if same_answer(found, reference, _same_in_math):
-        return 1.0
+        return True
     # An expression may end a text in LaTeX where no number does.
     is_found = bool(found) or "$" not in text and "\\" not in text
-    if (
-        given_answer(text) is not None
-        or (read_number(reference) is not None and is_found)
-        or is_text(reference)
-    ):
-        return 0.0
+    is_settled = given_answer(text) is not None or (read_number(reference) is not None and is_found)
+    if is_settled or is_text(reference):
+        return False
     if same_answer(without_lead(found), reference, _same_in_math):
-        return 1.0
+        return True
     # math-verify looks for an answer that has no mark; a cut within a line could part two dollar signs.
     end = text if len(text) <= _SEARCHED else text[-_SEARCHED:].partition("\n")[2]
-    return float(not is_huge(end) and _COMPARER.equal(_in_latex(reference), [end]))
+    return not is_huge(end) and _COMPARER.equal(_in_latex(reference), [end])
 
 
 def _same_in_math(found: str, reference: str) -> bool:
@@ -221,3 +204,11 @@ def _in_latex(answer: str) -> list[str]:
     answer = " ".join(answer.split()).rstrip(".,;: ")
     answer = answer if answer.isascii() else undressed(answer)
     return [f"${answer.strip('$')}$", answer, undressed(answer)]
+
+
+# Each compares what is found in a completion with the right answer.
+_COMPARISONS: dict[str, Callable[[str, str, str], float]] = {
+    "exact": lambda found, reference, _: same_answer(found, reference, _same_text),
+    "numeric": lambda found, reference, _: same_number(found, reference),
+    "math": lambda text, reference, _: _math(text, reference),
+}

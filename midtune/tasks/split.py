@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from midtune.errors import InputError
@@ -16,35 +16,21 @@ _HELD_OUT_SHARE = 0.25  # of an endless task's questions; a finite task gives at
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """The most problems to train on and to hold out, and the seed that draws and splits them."""
+
+    train: int
+    held_out: int
+    seed: int
+
+
+@dataclass(frozen=True)
 class Split:
     """Two lists of problems, and how many different questions there were to share."""
 
     train: list[Row]
     held_out: list[Row]
     distinct: int | None  # None: the source was not drawn to its end
-
-
-@dataclass
-class _Pool:
-    """Different questions in the order in which they came, each with its side."""
-
-    seed: int
-    rows: dict[str, Row] = field(default_factory=dict)
-    sides: dict[str, bool] = field(default_factory=dict)  # True: held out
-    held_out_count: int = 0
-
-    def add(self, row: Row) -> bool:
-        key = question_key(row["question"])
-        if key in self.rows:
-            return False
-        self.rows[key] = row
-        self.sides[key] = rank(key, self.seed) < _HELD_OUT_SHARE
-        self.held_out_count += self.sides[key]
-        return True
-
-    @property
-    def train_count(self) -> int:
-        return len(self.rows) - self.held_out_count
 
 
 def question_key(question: str) -> str:
@@ -58,46 +44,33 @@ def rank(key: str, seed: int) -> float:
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
-def split_rows(rows: Sequence[Row], *, train_size: int, eval_size: int, seed: int) -> Split:
-    """Rows of a file as training and held-out problems, in an order that `seed` fixes.
+def split_rows(rows: Sequence[Row], sizes: Sizes) -> Split:
+    """Rows of a file as training and held-out problems, in an order that the seed fixes.
 
-    Args:
-        rows: each with a `question`; of equal questions the first is kept.
-        train_size: most training problems.
-        eval_size: held-out problems; at most a third of the different questions.
-        seed: chooses the held-out problems.
+    At most a third is held out. Of equal questions the first row is kept.
 
     Raises:
         InputError: fewer than six different questions.
     """
     different = _different(rows)
-    _check_enough(len(different))
-    held_out = min(eval_size, len(different) // 3)
-    chosen = _in_order(different, seed)
-    return Split(chosen[held_out : held_out + train_size], chosen[:held_out], len(different))
+    held_out = _held_out_count(len(different), sizes)
+    chosen = _in_order(different, sizes.seed)
+    return Split(chosen[held_out : held_out + sizes.train], chosen[:held_out], len(different))
 
 
 def given_split(
-    train: Sequence[Row],
-    held_out: Sequence[Row],
-    *,
-    train_size: int,
-    eval_size: int,
-    seed: int,
-    drop: bool = False,
+    train: Sequence[Row], held_out: Sequence[Row], sizes: Sizes, *, drop: bool = False
 ) -> tuple[Split, int]:
-    """Two lists of problems as they were given, each in an order that `seed` fixes.
+    """Two lists of problems as they were given, each in an order that the seed fixes.
 
     Args:
-        train: each with a `question`; of equal questions the first is kept.
-        held_out: likewise.
-        drop: leave questions that are in both out of training, in place of refusing them.
+        drop: leave questions that are in both out of training, instead of refusing them.
 
     Returns:
         The split, and how many questions were left out of training.
 
     Raises:
-        InputError: questions are in both lists, or one list has none to give.
+        InputError: questions are in both lists, or a list has too few.
     """
     of_train, of_held_out = _different(train), _different(held_out)
     shared = [key for key in of_train if key in of_held_out]
@@ -115,8 +88,54 @@ def given_split(
             f"there are {len(of_train)} different training and {len(of_held_out)} evaluation problems, and at least "
             "4 and 2 are needed; give more."
         )
-    chosen = _in_order(of_train, seed)[:train_size], _in_order(of_held_out, seed)[:eval_size]
-    return Split(*chosen, None), len(shared)
+    chosen = _in_order(of_train, sizes.seed), _in_order(of_held_out, sizes.seed)
+    return Split(chosen[0][: sizes.train], chosen[1][: sizes.held_out], None), len(shared)
+
+
+def draw_split(draw: Callable[[int, int], Sequence[Row]], sizes: Sizes) -> Split:
+    """Problems of an endless or unknown source as training and held-out problems.
+
+    A hash puts each question on its side. So both sides have the source's own mix, and the held-out problems do not
+    depend on how many there are to train on. A source that brings no new questions any more is taken as it is.
+
+    Args:
+        draw: `draw(start, stop)` gives the source's items of these indices.
+
+    Raises:
+        InputError: fewer than six different questions.
+    """
+    rows: dict[str, Row] = {}
+    held_out: dict[str, None] = {}  # a set in order
+    stale = 0
+    for row in _drawn(draw, sizes):
+        key = question_key(row["question"])
+        stale += 1
+        if key not in rows:
+            stale = 0
+            rows[key] = row
+            if rank(key, sizes.seed) < _HELD_OUT_SHARE:
+                held_out[key] = None
+        if len(held_out) >= sizes.held_out and len(rows) - len(held_out) >= sizes.train:
+            train = [row for key, row in rows.items() if key not in held_out]
+            return Split(train[: sizes.train], [rows[key] for key in held_out][: sizes.held_out], None)
+        # Among n equally likely questions one is missed by 4n draws with probability e^-4.
+        if stale >= max(200, min(4 * len(rows), 4000)):
+            break
+    count = _held_out_count(len(rows), sizes)
+    chosen = list(dict.fromkeys([*held_out, *rows]))[:count]
+    others = {*rows}.difference(chosen)
+    train = [row for key, row in rows.items() if key in others]
+    return Split(train[: sizes.train], [rows[key] for key in chosen], len(rows))
+
+
+def _drawn(draw: Callable[[int, int], Sequence[Row]], sizes: Sizes) -> Iterator[Row]:
+    """The items of a source, batch by batch, up to many times what is asked for."""
+    start = 0
+    batch = int(max(sizes.train / (1 - _HELD_OUT_SHARE), sizes.held_out / _HELD_OUT_SHARE) * 1.02) + 16
+    while start < 20 * (sizes.train + sizes.held_out) + 1000:
+        yield from draw(start, start + batch)
+        start += batch
+        batch = max(batch // 2, 256)
 
 
 def _different(rows: Sequence[Row]) -> dict[str, Row]:
@@ -130,59 +149,12 @@ def _in_order(different: dict[str, Row], seed: int) -> list[Row]:
     return [different[key] for key in sorted(different, key=lambda key: (rank(key, seed), key))]
 
 
-def draw_split(
-    draw: Callable[[int, int], Sequence[Row]], *, train_size: int, eval_size: int, seed: int
-) -> Split:
-    """Problems of an endless or unknown source as training and held-out problems.
-
-    Each question has its side by a hash, so both sides have the source's own mix, and the held-out
-    problems do not depend on `train_size`. A source that stops bringing new questions is taken as it is.
-
-    Args:
-        draw: `draw(start, stop)` gives the source's items of these indices.
-        train_size: training problems wanted.
-        eval_size: held-out problems wanted.
-        seed: chooses the sides.
-
-    Raises:
-        InputError: fewer than six different questions.
-    """
-    pool = _Pool(seed)
-    drawn = stale = 0
-    most = 20 * (train_size + eval_size) + 1000
-    batch = int(max(train_size / (1 - _HELD_OUT_SHARE), eval_size / _HELD_OUT_SHARE) * 1.02) + 16
-    while drawn < most:
-        for row in draw(drawn, drawn + batch):
-            stale = 0 if pool.add(row) else stale + 1
-            if pool.held_out_count >= eval_size and pool.train_count >= train_size:
-                return _two_sides(pool, train_size, eval_size)
-            # Among n equally likely questions one is missed by 4n draws with probability e^-4.
-            if stale >= max(200, min(4 * len(pool.rows), 4000)):
-                return _exhausted(pool, train_size, eval_size)
-        drawn += batch
-        batch = max(batch // 2, 256)
-    return _exhausted(pool, train_size, eval_size)
-
-
-def _two_sides(pool: _Pool, train_size: int, eval_size: int) -> Split:
-    held_out = [row for key, row in pool.rows.items() if pool.sides[key]]
-    train = [row for key, row in pool.rows.items() if not pool.sides[key]]
-    return Split(train[:train_size], held_out[:eval_size], None)
-
-
-def _exhausted(pool: _Pool, train_size: int, eval_size: int) -> Split:
-    _check_enough(len(pool.rows))
-    held_out = min(eval_size, len(pool.rows) // 3)
-    preferred = sorted(pool.rows, key=lambda key: not pool.sides[key])
-    chosen = set(preferred[:held_out])
-    train = [row for key, row in pool.rows.items() if key not in chosen]
-    return Split(train[:train_size], [pool.rows[key] for key in preferred[:held_out]], len(pool.rows))
-
-
-def _check_enough(distinct: int) -> None:
+def _held_out_count(distinct: int, sizes: Sizes) -> int:
+    """How many of a finite task's questions to hold out."""
     if distinct < FEWEST_QUESTIONS:
         noun = "question" if distinct == 1 else "questions"
         raise InputError(
             f"the task has only {distinct} different {noun}, and training and held-out problems need at least "
             f"{FEWEST_QUESTIONS} together; give it more problems."
         )
+    return min(sizes.held_out, distinct // 3)

@@ -5,14 +5,13 @@ import random
 from pathlib import Path
 
 import pytest
-import torch
 
-from midtune.assets import make_tiny
 from midtune.config import BUNDLED_RECIPE, load_config
 from midtune.model.loading import load_policy
 from midtune.model.sources import resolve
 from midtune.report.terminal import Terminal
 from midtune.stages.opening import Opened, score
+from recipes.tiny import make_tiny
 
 FOLDER = BUNDLED_RECIPE.parent
 
@@ -57,12 +56,13 @@ def test_hurried_answers_forget_carries() -> None:
     assert make_tiny.hurried(51, "+", 28, random.Random(0), 0.0) == "79"
 
 
-def test_the_script_makes_a_model_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    short = {name: getattr(make_tiny, name)._replace(steps=60) for name in ("SHALLOW", "DEEP")}
-    for name, value in {**short, "WARMUP": 1, "BATCH": 2, "HELD_OUT_SIZE": 4}.items():
-        monkeypatch.setattr(make_tiny, name, value)
-    monkeypatch.setattr("sys.argv", ["make_tiny", "--out", str(tmp_path / "tiny")])
-    threads = torch.get_num_threads()
-    make_tiny.main()
-    torch.set_num_threads(threads)
+def test_the_script_makes_a_model_that_loads(tmp_path: Path) -> None:
+    short = {"steps": 60, "batch": 2, "warmup": 1}
+    make_tiny.make(
+        tmp_path / "tiny",
+        0,
+        shallow=make_tiny.SHALLOW._replace(**short),
+        deep=make_tiny.DEEP._replace(**short),
+        held_out_size=4,
+    )
     assert load_policy(resolve(str(tmp_path / "tiny")), device="cpu").num_blocks == 12

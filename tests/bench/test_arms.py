@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from midtune.bench.arms import ARMS, Workload, run_arm
+from midtune.bench.arms import full_training, run_arm
+from midtune.bench.workload import ARMS, Workload
+from midtune.config import TrainingConfig
 from midtune.model.sources import resolve
 from midtune.rl import trainer
+from midtune.rl.training import in_order
 
 WORK = Workload(
     prompts=["3 + 4 = 7. 5 + 6", "1 + 1"],
@@ -40,8 +43,8 @@ def test_every_arm_does_the_same_work(found: dict[str, dict[str, Any]], arm: str
 def test_phases_make_up_a_step(found: dict[str, dict[str, Any]], arm: str) -> None:
     assert len(found[arm]["steps"]) == 2
     for step in found[arm]["steps"]:
-        assert step["rollout"] > 0 and step["update"] > 0
-        assert step["step"] == pytest.approx(step["rollout"] + step["update"])
+        assert min(step.values()) > 0
+        assert step["step"] == pytest.approx(step["rollout"] + step["reward"] + step["update"])
 
 
 def test_each_arm_trains_what_it_says(found: dict[str, dict[str, Any]]) -> None:
@@ -84,3 +87,37 @@ def test_an_arm_that_runs_out_of_memory_fails(
     monkeypatch.setattr(trainer, "completion_log_probs", short)
     with pytest.raises(torch.OutOfMemoryError):
         run_arm("midtune", resolve(str(random_checkpoint("qwen3"))), WORK, torch.device("cpu"), torch.float32)
+
+
+def test_full_training_is_measured_on_the_first_prompts_of_a_run(
+    random_checkpoint: Callable[..., Path],
+) -> None:
+    rows = [
+        {"prompt": [{"role": "user", "content": text}], "question": text}
+        for text in ("a", "two words", "third", "some", "five")
+    ]
+    settings = TrainingConfig(steps=3, prompts_per_step=2, group_size=2, max_new_tokens=4)
+    asked: list[str] = []
+
+    def reward(completions: list[Any], question: list[str], **_: Any) -> list[float]:
+        asked.extend(question)
+        return [float(len(question)) for question in question]
+
+    found = full_training(
+        resolve(str(random_checkpoint("qwen3"))),
+        rows,
+        reward,
+        settings,
+        seed=3,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        steps=2,
+    )
+
+    assert found.keys() == {"step", "phases", "peak", "completion_length"}
+    assert 0 < found["step"] < 60
+    assert min(found["phases"].values()) > 0
+    assert sum(found["phases"].values()) == pytest.approx(found["step"])
+    assert found["peak"] > 2**20
+    assert 1 <= found["completion_length"] <= 4
+    assert asked[::2] == [row["question"] for row in in_order(rows, 6, seed=3)[:4]]

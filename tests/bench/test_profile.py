@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from midtune.bench.profile import BETWEEN, Profile, kind_of, product_flops, seconds_by_kind
+from midtune.bench.profile import BETWEEN, Profile, kind_of, seconds_by_kind
 
 
 def test_operators_have_kinds() -> None:
@@ -75,13 +75,3 @@ def test_a_cards_profile_is_no_longer_than_the_phase() -> None:
             matrix @ matrix
     seconds = profile.stop()["rollout"]
     assert seconds["matrix products"] > 0.5 * sum(seconds.values())
-
-
-def test_floating_point_operations_by_hand() -> None:
-    sizes = {"block": 10, "head": 100, "blocks": 4, "tail": 2}
-    work = {"prompts": 2, "prompt_tokens": 5, "rows": 6, "new_tokens": 3}
-    # 2 · 5 + 6 · 2 = 22 tokens pass the blocks; 2 + 6 · 2 = 14 are drawn, 18 scored.
-    found = product_flops(sizes, work)
-    assert found["rollout"] == 2 * (4 * 10 * 22 + 100 * 14)
-    # Forward and backward through two blocks, one of them with a gradient of its own.
-    assert found["update"] == 2 * (5 * 10 * 22 + 2 * 100 * 18)

@@ -1,4 +1,4 @@
-"""A checkpoint that is in 4-bit already."""
+"""Small model folders, a cache of their own, and a hub."""
 
 from __future__ import annotations
 
@@ -8,9 +8,44 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from midtune.model.quantize import nf4_config
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MIDTUNE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "models"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """One safetensors file with two tensors, and a config."""
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "config.json").write_text('{"model_type": "llama"}')
+    save_file({"a": torch.ones(2), "b": torch.zeros(3)}, path / "model.safetensors")
+    return path
+
+
+@pytest.fixture
+def use_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """A function that takes an address as the hub's; what comes from there is kept in `tmp_path / "hub"`."""
+    from huggingface_hub import constants
+
+    def use(address: str) -> None:
+        for name, value in {
+            "ENDPOINT": address,
+            "HUGGINGFACE_CO_URL_TEMPLATE": address + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(tmp_path / "hub"),
+            "HF_HUB_OFFLINE": False,
+        }.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+
+    return use
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,5 @@
 import json
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -7,6 +7,7 @@ import pytest
 from midtune.errors import InputError
 from midtune.model import configs
 from midtune.model.configs import config_of
+from tests.model import fake_hub
 
 
 def test_models_are_known_by_id_and_by_their_own_name() -> None:
@@ -30,26 +31,35 @@ def test_a_name_nobody_knows() -> None:
         config_of("Qwen3-8Bn")
 
 
-def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import AutoConfig
-
-    def unreachable(*_: object, **__: object) -> None:
-        raise OSError("We couldn't connect to the hub.\nMore.")
-
-    monkeypatch.setattr(AutoConfig, "from_pretrained", unreachable)
-    with pytest.raises(InputError, match=r"could not be fetched \(We couldn't connect to the hub\)"):
+def test_a_model_that_the_hub_does_not_give(use_hub: Callable[[str], None]) -> None:
+    # Tests are offline.
+    with pytest.raises(InputError, match=r"could not be fetched \(We couldn't connect to .*; give a folder"):
         config_of("org/other")
+    with fake_hub.serve({}) as address:
+        use_hub(address)
+        with pytest.raises(
+            InputError, match=r"could not be fetched \(org/other is not a local folder and .*\)"
+        ):
+            config_of("org/other")
 
 
-def test_a_hub_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import AutoConfig
-
+def test_a_hub_that_does_not_answer_is_given_up(
+    use_hub: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(configs, "REACH_TIMEOUT_S", 0.1)
-    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_, **__: time.sleep(2))
-    with pytest.raises(InputError, match=r"could not be fetched \(no answer within"):
-        config_of("org/other")
+    with fake_hub.serve({}, delay_s=1.0) as address:
+        use_hub(address)
+        with pytest.raises(InputError, match=r"could not be fetched \(no answer within"):
+            config_of("org/other")
+
+
+def test_a_damaged_configuration_is_named(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "llama", "quantization_config": "x"}')
+    with pytest.raises(InputError, match=r"config\.json cannot be read \(.*\); correct it or fetch it again"):
+        config_of(str(folder))
 
 
 def test_every_shipped_model_is_listed_once() -> None:
-    names = [configs._plain(name.partition("/")[2]) for name in json.loads(configs.SHIPPED.read_text())]
-    assert len(set(names)) == len(names) == 24
+    names = [name.partition("/")[2] for name in json.loads(configs.SHIPPED.read_text())]
+    assert [config_of(name).model_type for name in names]
+    assert len({name.lower().replace("-instruct", "") for name in names}) == len(names) == 24

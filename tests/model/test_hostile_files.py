@@ -63,7 +63,7 @@ FILES: dict[str, tuple[Change, str]] = {
     "heads": (config(num_attention_heads=10**9), "num_attention_heads 1000000000"),
     "labels": (config(num_labels=10**8), "num_labels 100000000"),
     "a count of digits": (config(num_labels=10**4000), "characters left out"),
-    "blocks in words": (config(num_hidden_layers="many"), "expected int, got str"),
+    "blocks in words": (config(num_hidden_layers="many"), "config.json cannot be read (Validation error"),
     "fewer than none": (config(num_hidden_layers=-1), "must be equal to the number of `layer_types`"),
     "width": (config(hidden_size=10**30), "Overflow"),
     "no heads": (config(num_attention_heads=0), "cannot be loaded"),
@@ -73,7 +73,12 @@ FILES: dict[str, tuple[Change, str]] = {
     "a model type that is a list": (config(model_type=["a"]), "unhashable"),
     "a type of numbers": (config(dtype="float999"), "float999"),
     "rope": (config(rope_parameters=[1]), "rope_parameters"),
-    "quantization": (config(quantization_config="x"), "that can be read"),
+    "quantization": (config(quantization_config="x"), "config.json cannot be read"),
+    "quantization without a method": (config(quantization_config={}), "cannot be loaded"),
+    "another quantization": (
+        config(quantization_config={"quant_method": 3}),
+        "is stored with 3 quantization",
+    ),
     "code": (config(model_type="evil", auto_map={"AutoConfig": "evil.Config"}), "custom code"),
     "deep configuration": (text("config.json", DEEP), "config.json is not valid JSON"),
     "a configuration of digits": (text("config.json", '{"a":' + "9" * 9999 + "}"), "not valid JSON"),
@@ -88,19 +93,19 @@ FILES: dict[str, tuple[Change, str]] = {
         lambda folder: os.truncate(folder / "tokenizer.json", 2**40),
         "tokenizer.json has 1,099,511,627,776 bytes",
     ),
-    "header length": (header({}, length=2**63), "its header cannot be read"),
-    "deep header": (header(DEEP), "its header cannot be read"),
-    "header of a list": (header("[]"), "its header cannot be read"),
+    "header length": (header({}, length=2**63), "header too large"),
+    "deep header": (header(DEEP), "recursion limit exceeded"),
+    "header of a list": (header("[]"), "invalid type: sequence"),
     "header without end": (
         header({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, float("inf")]}}),
-        "its header cannot be read",
+        "invalid JSON in header",
     ),
     "header of 64 GB": (
         lambda folder: (
             header({}, length=2**36)(folder),
             os.truncate(folder / "model.safetensors", 2**36 + 8),
         ),
-        "its header cannot be read",
+        "header too large",
     ),
     "weights of 1 TB": (lambda folder: os.truncate(folder / "model.safetensors", 2**40), "is cut short or"),
     "no weights": (header({}), "the weights beside it are 0 tensors"),
@@ -207,10 +212,7 @@ def test_a_hostile_gguf_is_one_sentence(content: tuple[str, bytes], tmp_path: Pa
         (TENSOR, "holds a `llama` model that transformers cannot read from GGUF"),
     ],
 )
-def test_a_gguf_that_holds_no_model_is_one_sentence(
-    described: bytes, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MIDTUNE_CACHE", str(tmp_path / "cache"))
+def test_a_gguf_that_holds_no_model_is_one_sentence(described: bytes, words: str, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(gguf_file([NAME], described))
     with pytest.raises(InputError) as caught:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from midtune.errors import InputError
 from midtune.model.patch import (
     apply_patch,
-    block_tensors,
     deployed_tensors,
     merge_patch,
     read_patch,
@@ -113,19 +115,23 @@ def test_saving_again_replaces_the_patch(load: Load, patch: Path) -> None:
     assert all(name.startswith("model.layers.3.") for name in load_file(patch / "patch.safetensors"))
 
 
-def test_a_patch_that_cannot_be_written_leaves_the_old_one(
-    load: Load, patch: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_patch_that_cannot_be_written_leaves_the_old_one(load: Load, patch: Path) -> None:
     before = {file.name: file.read_bytes() for file in patch.iterdir()}
-    monkeypatch.setattr("midtune.model.patch.save_file", fail)
-    with pytest.raises(OSError, match="No space left"):
+    with files_up_to(100_000), pytest.raises(SafetensorError, match="File too large"):
         save_patch(trained(load()), patch)
     assert {file.name: file.read_bytes() for file in patch.iterdir()} == before
     assert list(patch.parent.iterdir()) == [patch]
 
 
-def fail(*_: Any, **__: Any) -> None:
-    raise OSError("No space left on device")
+@contextmanager
+def files_up_to(most_bytes: int) -> Iterator[None]:
+    """The system refuses to write larger files."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 # --- applying
@@ -293,7 +299,7 @@ def test_the_merged_checkpoint_has_the_bases_files(
     load: Load, tmp_path: Path, checkpoint: dict[str, Any]
 ) -> None:
     policy = trained(load(**checkpoint))
-    written = merge_patch(policy.source, block_tensors(policy), tmp_path / "merged")
+    written = merge_patch(policy.source, policy.deployed_blocks(as_stored=True), tmp_path / "merged")
     sizes = {file.name: file.stat().st_size for file in (tmp_path / "merged").iterdir()}
     assert sizes.keys() == {file.name for file in policy.source.folder.iterdir()}
     assert written == sum(sizes.values())
@@ -304,7 +310,7 @@ def test_plain_transformers_generates_what_the_policy_does(
     load: Load, tmp_path: Path, architecture: str
 ) -> None:
     policy = trained(load(architecture, "none"))
-    merge_patch(policy.source, block_tensors(policy), tmp_path / "merged")
+    merge_patch(policy.source, policy.deployed_blocks(as_stored=True), tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     prompt = tokenizer("What is 3 + 4?", return_tensors="pt")
@@ -316,7 +322,7 @@ def test_plain_transformers_generates_what_the_policy_does(
 def test_merging_into_an_empty_folder_works(load: Load, tmp_path: Path) -> None:
     policy = trained(load())
     (tmp_path / "merged").mkdir()
-    merge_patch(policy.source, block_tensors(policy), tmp_path / "merged")
+    merge_patch(policy.source, policy.deployed_blocks(as_stored=True), tmp_path / "merged")
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
@@ -324,7 +330,7 @@ def test_a_folder_with_something_in_it_is_not_touched(load: Load, tmp_path: Path
     policy = trained(load())
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(InputError, match="already exists and is not empty; choose another --out"):
-        merge_patch(policy.source, block_tensors(policy), tmp_path)
+        merge_patch(policy.source, policy.deployed_blocks(as_stored=True), tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
 
 
@@ -333,24 +339,28 @@ def test_a_full_disk_is_refused_before_anything_is_written(
 ) -> None:
     policy = trained(load())
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(InputError, match="needs 0.00 GiB and .* has 0.00 GiB free"):
-        merge_patch(policy.source, block_tensors(policy), tmp_path / "new" / "merged")
+    with pytest.raises(InputError, match="needs 0.00 GiB of disk space and 0.00 GiB are free"):
+        merge_patch(policy.source, policy.deployed_blocks(as_stored=True), tmp_path / "new" / "merged")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_4bit_base_is_not_merged(load: Load, stored_in_4bit: Path, tmp_path: Path) -> None:
-    policy = trained(load(stored_in_4bit))
-    with pytest.raises(InputError, match="is stored in 4-bit, .* train on the unquantized checkpoint"):
-        merge_patch(policy.source, block_tensors(policy), tmp_path / "merged")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_merge_that_fails_halfway_leaves_nothing(
-    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("train", [trained, trained_lora])
+def test_a_4bit_base_is_not_merged(
+    load: Load, stored_in_4bit: Path, tmp_path: Path, train: Callable[[Policy], Policy]
 ) -> None:
+    policy = train(load(stored_in_4bit))
+    save_patch(policy, tmp_path / "patch")
+    words = "is stored in 4-bit, .* train on the unquantized checkpoint"
+    with pytest.raises(InputError, match=words):
+        deployed_tensors(policy.source, tmp_path / "patch")
+    with pytest.raises(InputError, match=words):
+        merge_patch(policy.source, {}, tmp_path / "merged")
+    assert [path.name for path in tmp_path.iterdir()] == ["patch"]
+
+
+def test_a_merge_that_fails_halfway_leaves_nothing(load: Load, tmp_path: Path) -> None:
     policy = trained(load(shard_size="200KB"))
-    tensors = block_tensors(policy)
-    monkeypatch.setattr("midtune.model.patch.save_file", fail)
-    with pytest.raises(OSError, match="No space left"):
+    tensors = policy.deployed_blocks(as_stored=True)
+    with files_up_to(100_000), pytest.raises(OSError, match="File too large"):
         merge_patch(policy.source, tensors, tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []

@@ -6,9 +6,9 @@ import time
 import pytest
 
 from midtune.errors import InputError
-from midtune.model import template
 from midtune.model.loading import load_tokenizer
 from midtune.model.sources import resolve
+from midtune.model.template import rendering
 from midtune.rollout.speech import prompt_ids
 
 CHAT = [{"role": "user", "content": "?"}]
@@ -30,15 +30,19 @@ LOOP = "{% for a in range(99999) %}" * 4 + "{% endfor %}" * 4
         ("{{ 1 / 0 }}", "division by zero"),
     ],
 )
-def test_a_hostile_template_is_one_sentence_and_ends(
-    source: str, words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(template, "LONGEST_S", 0.5)
+def test_a_hostile_template_is_one_sentence_and_ends(source: str, words: str) -> None:
     tokenizer = load_tokenizer(resolve("tiny"))
     tokenizer.chat_template = source
     started = time.monotonic()
-    with pytest.raises(InputError, match="chat template cannot be used") as caught:
-        prompt_ids(tokenizer, CHAT)
+    with pytest.raises(InputError, match="chat template cannot be used") as caught, rendering(0.5):
+        tokenizer.apply_chat_template(CHAT)
     assert words in str(caught.value)
     assert time.monotonic() - started < 3
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_prompts_are_rendered_within_limits() -> None:
+    tokenizer = load_tokenizer(resolve("tiny"))
+    tokenizer.chat_template = "{{ 1 / 0 }}"
+    with pytest.raises(InputError, match=r"chat template cannot be used \(division by zero\)"):
+        prompt_ids(tokenizer, CHAT)

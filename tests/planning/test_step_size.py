@@ -1,154 +1,142 @@
-"""Memory that is worked out, against what the same code holds when it runs."""
-
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
+from typing import Any
 
 import pytest
-import torch
 
-from midtune.model.blocks import config_from
-from midtune.model.configs import config_of
-from midtune.model.loading import load_policy
-from midtune.model.sources import resolve
-from midtune.planning import trace
-from midtune.planning.budget import Held
-from midtune.planning.skeleton import sizes_of
-from midtune.planning.trace import Batch, Loaded, block_update, sampling, whole_update
-from midtune.planning.tracker import Tracker
-from midtune.rl.tail import completion_log_probs
-from midtune.rollout.sampling import Rollout, Sampling
-from midtune.rollout.text import sample
+from midtune.config import load_config
+from midtune.errors import InputError
+from midtune.model.sizes import Sizes
+from midtune.planning.budget import Standing
+from midtune.planning.step_size import Work, leaner, standing, work_of
+from tests.planning.toy_sizes import SIZES
 
-BATCH = Batch(prompts=2, group_size=3, prompt_tokens=20, new_tokens=12)
-
-# Millions of parameters as published on the models' pages.
-PUBLISHED = {
-    "Qwen/Qwen3-8B": 8191,
-    "Qwen/Qwen3-1.7B": 1721,
-    "Qwen/Qwen2.5-7B-Instruct": 7616,
-    "meta-llama/Llama-3.1-8B-Instruct": 8030,
-    "google/gemma-3-1b-it": 1000,
-    "mistralai/Mistral-7B-Instruct-v0.3": 7248,
-    "HuggingFaceTB/SmolLM2-135M-Instruct": 134.5,
-    "HuggingFaceTB/SmolLM3-3B": 3075,
-}
+PLAIN = Work(load_config(None, {"model.name": "x", "training.beta": 0.0}), 10)
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_parameters_are_those_published(name: str) -> None:
-    assert sizes_of(config_of(name)).total / 1e6 == pytest.approx(PUBLISHED[name], rel=2e-3)
+def stood(arm: str, sizes: Sizes = SIZES, **settings: Any) -> Standing:
+    work = PLAIN.changed({key.replace("__", "."): value for key, value in settings.items()})
+    full = arm == "trl-full"
+    weights = {"quantized": not full, "weight_bytes": 4 if full else 2}
+    return standing(sizes, arm, work, trained=1, on_card=True, **weights)  # type: ignore[arg-type]
 
 
-def test_sizes_are_those_of_the_loaded_model(random_checkpoint: Callable[..., Path]) -> None:
-    policy = load_policy(resolve(str(random_checkpoint("qwen3"))))
-    sizes = sizes_of(policy.model.config)
-    assert sizes.total == policy.total_parameters
-    assert sizes.blocks == policy.num_blocks
-    assert sizes.block == sum(
-        p.numel() for p in load_policy(policy.source, quantize="none").blocks[0].parameters()
+def held(arm: str, sizes: Sizes = SIZES, **settings: Any) -> dict[str, int]:
+    found = stood(arm, sizes, **settings)
+    return {**found.parts, "gradients": found.gradients, "step": found.step}
+
+
+def test_what_midtune_holds() -> None:
+    assert held("midtune", training__beta=0.1) == {
+        "frozen blocks": 10 * (8452 + 100 * 2),
+        "embeddings and head": 2010 * 2,
+        "trained blocks, fp32": 16484 * 4,
+        "optimizer": 16484 * 8,
+        "reference": 16484 * 4,
+        "gradients": 16484 * 4,
+        "step": 16484 * 4,
+    }
+
+
+def test_states_in_eight_bits_take_a_quarter_and_their_scales() -> None:
+    lean = held("midtune", training__optimizer="adamw_8bit")
+    # Two moments of a byte, and 4 bytes for each 256 of both.
+    assert lean["optimizer"] == round(16484 * (2 + 2 * 4 / 256))
+    assert lean["step"] == 0 and "reference" not in lean
+
+
+def test_a_cpu_steps_tensors_one_by_one() -> None:
+    found = standing(SIZES, "midtune", PLAIN, trained=1, quantized=True, weight_bytes=2, on_card=False)
+    # The largest of a block is taken to be half of it.
+    assert found.step == 2 * (16384 // 2) * 4
+
+
+def test_an_embedding_on_the_host_is_not_held() -> None:
+    assert held("midtune", model__embeddings="host")["embeddings and head"] == 1010 * 2
+    tied = replace(SIZES, head=0)
+    assert held("midtune", tied, model__embeddings="host")["embeddings and head"] == 1010 * 2
+    assert held("midtune", tied)["embeddings and head"] == 1010 * 2
+
+
+def test_gradients_in_bf16_take_half_until_the_optimizers_step() -> None:
+    found = stood("midtune", training__gradients="bf16")
+    # One tensor, of half a block, is in fp32 at a time.
+    assert found.accumulated == 16484 * 2 + 8192 * 4
+    assert found.gradients == 16484 * 4
+
+
+def test_full_training_holds_sixteen_bytes_a_parameter_and_a_second_model() -> None:
+    # What midtune saves is no part of TRL's arms.
+    lean = {"training__optimizer": "adamw_8bit", "training__gradients": "bf16", "model__embeddings": "host"}
+    found = held("trl-full", training__beta=0.1, **lean)
+    assert sum(found[part] for part in ("blocks", "embeddings and head", "optimizer", "gradients")) == (
+        SIZES.total * 16
     )
+    assert found["reference"] == SIZES.total * 4
 
 
-@pytest.mark.parametrize("quantize", ["none", "nf4"])
-@pytest.mark.parametrize("recompute_tokens", [0, 64])
-def test_the_update_without_data_holds_what_it_holds_with(
-    random_checkpoint: Callable[..., Path], quantize: str, recompute_tokens: int
-) -> None:
-    policy = load_policy(resolve(str(random_checkpoint("qwen3"))), quantize=quantize)
-    config = policy.model.config
-    policy.thaw(1)
-    torch.manual_seed(0)
-    prompts = [[5] * BATCH.prompt_tokens] * BATCH.prompts
-    policy.model.generation_config.eos_token_id = None
-    rollout = sample(
-        policy,
-        prompts,
-        Sampling(BATCH.new_tokens),
-        group_size=BATCH.group_size,
-        boundary_block=1,
+def test_adapters_and_their_states_are_in_two_bytes() -> None:
+    found = held("trl-qlora", training__beta=0.1)
+    adapters = 10 * 16 * 320
+    assert (found["adapters"], found["optimizer"], found["gradients"]) == (
+        adapters * 2,
+        adapters * 4,
+        adapters * 2,
     )
-    rollout = _unfinished(rollout)
-
-    def update() -> int:
-        there = [*policy.model.parameters(), *policy.model.buffers()]
-        gradients = [p.grad for p in policy.model.parameters() if p.grad is not None]
-        with Tracker([*there, *gradients]) as tracker:
-            log_probs, _ = completion_log_probs(
-                policy, rollout, temperature=1.0, recompute_tokens=recompute_tokens
-            )
-            log_probs.mean().backward()
-        return tracker.held().peak
-
-    update()
-    real = update()
-    model = Loaded(config, torch.float32, quantize == "nf4", on_card=False)
-    planned = block_update(model, BATCH, tail_blocks=3, trained=1, recompute_tokens=recompute_tokens)
-    assert planned.peak == pytest.approx(real, rel=0.1)
+    # They are turned off for the reference.
+    assert "reference" not in found
 
 
-def _unfinished(rollout: Rollout) -> Rollout:
-    """The same with completions that all have their full length."""
-    rollout.completion_mask = torch.ones_like(rollout.completion_ids)
-    return rollout
+def test_a_step_is_that_of_the_configuration() -> None:
+    config = load_config(None, {"model.name": "tiny", "training.sampled_prompts": 2, "model.unpack": "never"})
+    work = work_of(config, 40)
+    assert work.described() | {"prompts": 8, "recompute": False} == work.described()
+    assert (work.described()["sampled_prompts"], work.described()["unpack"]) == (2, False)
+    assert (work.sampled_prompts, work.changed({"training.sampled_prompts": 0}).sampled_prompts) == (2, 8)
+    assert work.micro_prompts == config.training.prompts_per_step
+    assert work.changed({"training.micro_batch_tokens": 100}).micro_prompts == 1
+    # What was asked stays as it was.
+    assert work.config == config
 
 
-@pytest.mark.parametrize(("recompute_tokens", "error"), [(0, 0), (64, 0.02)])
-def test_a_deep_update_is_worked_out_from_three_blocks(recompute_tokens: int, error: float) -> None:
-    model = Loaded(config_of("smollm2-135m"), torch.float32, True, on_card=False)
-    direct = trace._block_update(model, BATCH, 7, 1, recompute_tokens).held()
-    found = block_update(model, BATCH, tail_blocks=7, trained=1, recompute_tokens=recompute_tokens)
-    assert found.peak == pytest.approx(direct.peak, rel=error)
+def test_a_step_beyond_any_is_refused() -> None:
+    config = load_config(None, {"training.group_size": 10_000, "training.prompts_per_step": 10_000})
+    with pytest.raises(
+        InputError, match="a step of 100,000,000 completions .* at most 100,000,000 are planned"
+    ):
+        work_of(config, 512)
 
 
-@pytest.mark.parametrize("arm", ["trl-full", "trl-block", "trl-qlora"])
-def test_a_deep_model_is_worked_out_from_three_blocks(monkeypatch: pytest.MonkeyPatch, arm: str) -> None:
-    config = config_from(config_of("smollm2-135m"), 23, 30)
-    model = Loaded(config, torch.bfloat16, arm != "trl-full", on_card=True)
-
-    def held() -> tuple[Held, Held]:
-        trace.sampling.cache_clear()
-        checkpointing = arm != "trl-block"
-        return (
-            whole_update(model, BATCH, arm=arm, block=1, checkpointing=checkpointing),
-            sampling(model, BATCH, shared=arm == "trl-block"),
-        )
-
-    few = held()
-    monkeypatch.setattr(trace, "FEW_BLOCKS", 7)
-    every = held()
-    assert [part.peak for part in few] == [part.peak for part in every]
-    assert [part.kept for part in few] == [part.kept for part in every]
+def remedies(phase: str, unpacked: int = 0) -> list[dict[str, Any]]:
+    """Everything that is changed while a phase stays too large."""
+    work, found = PLAIN.changed({"training.prompts_per_step": 4, "training.max_new_tokens": 502}), []
+    # Four groups of 1,000 bytes each are 600 over what there is.
+    update = {"activations": 3000, "workspace": 1000, "heap": 0}
+    while True:
+        phases = {"sampling": {"unpacked weights": unpacked}, "update": update}
+        change = leaner(work, phase, phases, 3400)
+        if change is None:
+            return found
+        unpacked = 0
+        found.append(change)
+        work = work.changed(change)
 
 
-def test_checkpointing_holds_less_and_adapters_less_than_all() -> None:
-    model = Loaded(config_of("smollm2-135m"), torch.bfloat16, True, on_card=True)
-    plain = Loaded(model.config, model.dtype, False, on_card=True)
-    full = whole_update(plain, BATCH, arm="trl-full")
-    kept = whole_update(plain, BATCH, arm="trl-full", checkpointing=False)
-    assert full.kept < kept.kept / 3
-    qlora = whole_update(model, BATCH, arm="trl-qlora")
-    assert qlora.peak < full.peak
-    one = whole_update(model, BATCH, arm="trl-block", block=15, checkpointing=False)
-    lower = whole_update(model, BATCH, arm="trl-block", block=5, checkpointing=False)
-    assert one.kept < lower.kept
-
-
-def test_keys_and_values_by_hand() -> None:
-    model = Loaded(config_of("smollm2-135m"), torch.bfloat16, True, on_card=True)
-    held = sampling(model, BATCH, shared=False)
-    # 6 rows, 20 + 12 - 2 tokens, 30 blocks, 3 heads of 64, keys and values, 2 bytes.
-    cache = 6 * 30 * 30 * 3 * 64 * 2 * 2
-    assert cache <= held.kept <= cache * 1.05
-    assert held.peak > held.kept
-
-
-def test_masks_without_data_make_almost_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
-    def held() -> Held:
-        model = Loaded(config_of("smollm2-135m"), torch.float32, quantized=True, on_card=False)
-        return block_update(model, Batch(1, 4, 60, 100), tail_blocks=4, trained=1)
-
-    written = held()
-    monkeypatch.setattr("midtune.planning.skeleton.LARGE_MASK", 0)
-    assert held().peak == pytest.approx(written.peak, rel=0.02)
+def test_the_cheapest_remedy_comes_first() -> None:
+    assert remedies("sampling", unpacked=1) == [
+        {"model.unpack": "never"},
+        {"training.sampled_prompts": 2},
+        {"training.sampled_prompts": 1},
+    ]
+    group = 4 * 512
+    assert remedies("update") == [
+        {"training.micro_batch_tokens": 2 * group},
+        {"training.micro_batch_tokens": group},
+        {"training.optimizer": "adamw_8bit"},
+        {"training.gradients": "bf16"},
+        {"training.recompute": True},
+        {"training.micro_batch_tokens": 1024},
+        {"training.micro_batch_tokens": 512},
+    ]
+    assert remedies("optimizer") == [{"training.optimizer": "adamw_8bit"}]

@@ -9,6 +9,7 @@ import pytest
 
 from midtune.probe.contribution import (
     Scores,
+    best_first,
     contribution,
     contribution_interval,
     depth_correlation,
@@ -16,7 +17,6 @@ from midtune.probe.contribution import (
     mean_variance,
     middle_correlation,
     plateau,
-    ranking,
     standings,
 )
 from tests.probe.curves import FLAT, PEAK, PLATEAU, PUBLISHED, Problems
@@ -44,7 +44,7 @@ def test_position_alone_correlates_with_the_published_values() -> None:
 
 
 def test_the_published_values_rank_block_10_first_and_24_last() -> None:
-    found = ranking(dict(enumerate(PUBLISHED)))
+    found = best_first(dict(enumerate(PUBLISHED)))
     assert found[:5] == [10, 12, 9, 2, 13]
     assert found[-3:] == [23, 20, 24]
     assert sorted(found) == list(range(28))
@@ -63,7 +63,7 @@ def test_a_flat_curve_is_all_plateau() -> None:
 
 
 def test_equal_values_rank_the_deeper_block_first() -> None:
-    assert ranking({0: 1.0, 3: 1.0, 2: 2.0}) == [2, 3, 0]
+    assert best_first({0: 1.0, 3: 1.0, 2: 2.0}) == [2, 3, 0]
 
 
 def test_position_is_that_of_the_blocks_which_were_ranked() -> None:

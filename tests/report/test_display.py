@@ -1,9 +1,10 @@
 import io
 from typing import Any
 
+import pytest
 from rich.console import Console
 
-from midtune.report.display import TrainingDisplay, progress_bar, sparkline
+from midtune.report.display import TrainingDisplay, WorkDisplay, sparkline
 
 
 class Clock:
@@ -43,15 +44,16 @@ def piped() -> tuple[Console, io.StringIO]:
 
 def test_a_pipe_gets_a_line_a_step() -> None:
     console, file = piped()
-    with TrainingDisplay(4, console=console, title="block 2 of tiny") as display:
+    with TrainingDisplay(4, console, "block 2 of tiny") as display:
         for step in (1, 2):
             display.update(metrics(step))
         display.message("[checkpoint] saved")
         display.update({"step": 3, "reward": float("nan"), "loss": None})
         display.update(metrics(4))
     rest = (
-        "equal groups 25% | 34 tokens a completion (3% cut at the limit) | 1,234 tokens/s | "
-        "8.31 s a step (rollout 5.21 s, 63%; reward 2 ms, 0%; update 3.06 s, 37%) | 1.12 GiB"
+        "groups 25% with equal rewards, so no advantage | "
+        "text 34 tokens a completion (3% cut at the limit), 1,234 tokens/s | "
+        "time 8.31 s a step (rollout 5.21 s, 63%; reward 2 ms, 0%; update 3.06 s, 37%) | memory 1.12 GiB"
     )
     assert file.getvalue().splitlines() == [
         "block 2 of tiny",
@@ -64,7 +66,7 @@ def test_a_pipe_gets_a_line_a_step() -> None:
 
 
 def test_a_terminal_of_80_columns() -> None:
-    display = TrainingDisplay(100, title="block 2 of tiny", quiet=True)
+    display = TrainingDisplay(100, Console(quiet=True), "block 2 of tiny")
     peaks = {"rollout_peak_bytes": 2**31, "reward_peak_bytes": 2**30, "update_peak_bytes": 3 * 2**30}
     for step in range(1, 41):
         display.update(metrics(step, **peaks))
@@ -85,27 +87,25 @@ def test_a_live_display_leaves_its_last_state() -> None:
     file = io.StringIO()
     console = Console(file=file, width=80, force_terminal=True, color_system=None, _environ={"TERM": "xterm"})
     clock = Clock()
-    display = TrainingDisplay(2, console=console, clock=clock)
-    display.start()
-    display.start()
-    display.update(metrics(1))
-    clock.now += 7.5
-    display.message("note")
-    display.update(metrics(2))
-    display.stop()
-    display.stop()
+    with TrainingDisplay(2, console, clock=clock) as display:
+        display.update(metrics(1))
+        clock.now += 7.5
+        display.message("note")
+        display.update(metrics(2))
     assert "step 2 for 0 s" in file.getvalue()
     assert "step 2 for 8 s" in file.getvalue()
     last = file.getvalue().rsplit("step 2/2", 1)[1]
     assert "left" not in last and "1.12 GiB" in last
 
 
-def test_quiet_shows_nothing() -> None:
-    console, file = piped()
-    with TrainingDisplay(4, console=console, quiet=True, title="x") as display:
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_quiet_console_shows_nothing(terminal: bool) -> None:
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=terminal, quiet=True, _environ={"TERM": "xterm"})
+    with TrainingDisplay(4, console, "x") as display:
         display.update(metrics(1))
         display.message("note")
-    with progress_bar("scoring", 10, console, quiet=True) as advance:
+    with WorkDisplay("scoring", 10, console) as advance:
         advance(5, tokens=100)
     assert file.getvalue() == ""
 
@@ -113,7 +113,7 @@ def test_quiet_shows_nothing() -> None:
 def test_a_pipe_gets_progress_after_2_seconds_and_then_every_10() -> None:
     console, file = piped()
     clock = Clock()
-    with progress_bar("scoring", 300, console, clock=clock) as advance:
+    with WorkDisplay("scoring", 300, console, clock=clock) as advance:
         for _ in range(30):
             clock.now += 1
             advance(10, tokens=500)
@@ -127,7 +127,7 @@ def test_a_pipe_gets_progress_after_2_seconds_and_then_every_10() -> None:
 def test_progress_without_a_total() -> None:
     console, file = piped()
     clock = Clock()
-    with progress_bar("reading", None, console, clock=clock) as advance:
+    with WorkDisplay("reading", None, console, clock=clock) as advance:
         clock.now += 3
         advance(1200)
     assert file.getvalue() == "reading: 1,200\n"
@@ -137,7 +137,7 @@ def test_a_progress_bar_disappears_from_a_terminal() -> None:
     file = io.StringIO()
     console = Console(file=file, width=80, force_terminal=True, color_system=None, _environ={"TERM": "xterm"})
     clock = Clock()
-    with progress_bar("scoring", 4, console, clock=clock) as advance:
+    with WorkDisplay("scoring", 4, console, clock=clock) as advance:
         clock.now += 1
         advance(2, tokens=50)
         clock.now += 1

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from midtune.report.plots import contribution_curve, learning_curve, rankings_curve
+from midtune.report.plots import contribution_curve, learning_curve, rankings_curve, smoothed, smoothing_width
 from tests.report.toy_probe import toy_probe
 from tests.report.toy_run import toy_report
 
@@ -64,3 +64,13 @@ def test_other_formats(tmp_path: Path, suffix: str) -> None:
         rankings_curve({"1: toy": toy_probe([0.1, 0.3, 0.2]), "2: flat": toy_probe([0.1, 0.1])}, file)
     assert files[0].read_bytes() == files[1].read_bytes()
     assert files[0].stat().st_size > 1000
+
+
+def test_a_tenth_of_the_steps_is_smoothed_over() -> None:
+    assert [smoothing_width(steps) for steps in (0, 3, 20, 104)] == [1, 1, 2, 10]
+    # Of 21 steps one has no reward, so each mean is of two.
+    rewards = [0.0, None, *(float(step) for step in range(2, 21))]
+    metrics = [{"step": step, "reward": reward} for step, reward in enumerate(rewards)]
+    steps, values, means = smoothed(metrics, "reward")
+    assert steps == values == [0, *range(2, 21)]
+    assert means == [0.0, 1.0, *(step - 0.5 for step in range(3, 21))]

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from midtune.report.statistics import Gain, Score, compare, jaccard, paired_gain, pass_at_k, score_interval
+from midtune.report.statistics import Gain, jaccard, paired_gain, pass_at_k, score_interval
 
 
 def test_wilson_for_solved_or_not() -> None:
@@ -71,12 +71,6 @@ def test_bad_scores() -> None:
             score_interval(scores)
     with pytest.raises(ValueError, match="2 scores before and 3 after"):
         paired_gain([0, 1], [0, 1, 1])
-
-
-def test_compare() -> None:
-    found = compare([0, 0, 1, 0], [1, 0, 1, 0])
-    assert (found.before.score, found.after.score, found.gain.value) == (0.25, 0.5, 0.25)
-    assert isinstance(found.before, Score)
 
 
 @pytest.mark.parametrize("samples", [1, 4])

@@ -1,81 +1,80 @@
 import subprocess
 import sys
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 
-from midtune.report.statistics import Comparison, Gain, Score
-from midtune.report.summary import MemoryReport, Report, TimeReport, phase_peaks
+from midtune.report.summary import are_fractions, build, phase_peaks, score_kinds, step_times
 
-QUALITY = Comparison(Score(0.25, 0.2, 0.3, 300), Score(0.5, 0.45, 0.55, 300), Gain(0.25, 0.2, 0.3))
+# Two problems of eight are solved before training and four after; each is scored by Wilson's interval.
+BEFORE, AFTER = [1, 1, 0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0, 0]
+STEPS: list[dict[str, Any]] = [
+    {
+        **{"step": step, "step_s": whole, "rollout_s": whole - 1.5, "reward_s": 0.5, "update_s": 1.0},
+        **{"completion_length": length, "rollout_peak_bytes": 900 + step, "update_peak_bytes": 800},
+        "update_reserved_bytes": 2000,
+    }
+    for step, whole, length in ((1, 6.0, 10.0), (2, 5.0, 20.0), (3, 2.5, 60.0))
+]
+FULL_PHASES = {"rollout": 3.0, "reward": 0.5, "update": 6.5}
+FULL = {"step": 10.0, "phases": FULL_PHASES, "peak": 4000}
 
 
-def report(
-    full_step: float | None = 10.0,
-    full_peak: int | None = 4000,
-    source: Literal["measured", "estimated"] | None = "measured",
-) -> dict[str, Any]:
-    return Report(
-        model="tiny",
-        task="reasoning-gym:chain_sum",
-        blocks=(2, 3),
-        quality=QUALITY,
-        sampled=QUALITY,
-        deployed=None,
-        time=TimeReport(4.0, 2.5, 0.5, 1.0, full_step=full_step, full_source=source),
-        memory=MemoryReport(
-            1000,
-            "resident",
-            full_peak=full_peak,
-            full_source=source,
-            phases={"rollout": 1000, "update": 900},
-        ),
-        trainable_parameters=20,
-        total_parameters=100,
-        patch_bytes=80,
-        probe="given with --layers",
-        seed=7,
-    ).to_dict()
+def built(**changes: Any) -> dict[str, Any]:
+    about: dict[str, Any] = {
+        **{"model": "tiny", "task": "reasoning-gym:chain_sum", "blocks": (2, 3)},
+        **{"quality": (BEFORE, AFTER), "sampled": None, "deployed": None},
+        **{"steps": STEPS, "time": step_times(STEPS), "peak_bytes": 1000, "memory_source": "resident"},
+        **{"full": FULL, "full_source": "estimated", "qlora": {**FULL, "peak": None}},
+        **{"trainable_parameters": 20, "total_parameters": 100, "patch_bytes": 80},
+        **{"probe": "given with --layers", "seed": 7},
+    }
+    return build(**{**about, **changes})
 
 
 def test_schema_1() -> None:
-    three = {
-        "before": {"score": 0.25, "low": 0.2, "high": 0.3, "n": 300},
-        "after": {"score": 0.5, "low": 0.45, "high": 0.55, "n": 300},
-        "gain": {"value": 0.25, "low": 0.2, "high": 0.3},
+    found = built()
+    quality = found.pop("quality")
+    assert (quality["before"]["score"], quality["after"]["score"]) == (0.25, 0.5)
+    # Wilson for 2 of 8, z = 1.95996: (0.25 + z²/16 ± z sqrt(0.25·0.75/8 + z²/256)) / (1 + z²/8).
+    assert quality["before"] == {
+        "score": 0.25,
+        "low": pytest.approx(0.07148, abs=1e-5),
+        "high": pytest.approx(0.59072, abs=1e-5),
+        "n": 8,
     }
-    assert report() == {
+    assert quality["gain"].keys() == {"value", "low", "high"} and quality["gain"]["value"] == 0.25
+    assert found == {
         "schema": 1,
         "model": "tiny",
         "task": "reasoning-gym:chain_sum",
         "blocks": [2, 3],
-        "quality": three,
-        "sampled": three,
+        "sampled": None,
         "deployed": None,
         "time": {
-            "step": 4.0,
-            "rollout": 2.5,
+            "step": 4.5,
+            "rollout": 3.0,
             "reward": 0.5,
             "update": 1.0,
             "full_step": 10.0,
-            "full_source": "measured",
+            "full_source": "estimated",
             "compared_step": None,
             "compared_tokens": None,
             "full_tokens": None,
             "compared_phases": None,
-            "full_phases": None,
-            "qlora_step": None,
+            "full_phases": FULL_PHASES,
+            "qlora_step": 10.0,
             "qlora_source": "estimated",
-            "qlora_phases": None,
-            "speedup": 2.5,
+            "qlora_phases": FULL_PHASES,
+            "speedup": 10 / 4.5,
         },
         "memory": {
             "peak": 1000,
             "source": "resident",
             "full_peak": 4000,
-            "full_source": "measured",
-            "phases": {"rollout": 1000, "update": 900},
-            "reserved": None,
+            "full_source": "estimated",
+            "phases": {"rollout": 903, "update": 800},
+            "reserved": 2000,
             "qlora_peak": None,
             "qlora_source": "estimated",
             "saving": 0.75,
@@ -89,18 +88,44 @@ def test_schema_1() -> None:
     }
 
 
-def test_what_full_training_takes_may_be_unknown() -> None:
-    found = report(full_step=None, full_peak=None, source=None)
-    assert (found["time"]["speedup"], found["memory"]["saving"]) == (None, None)
+def test_measured_full_training_is_compared_with_the_fastest_step_on_its_prompts() -> None:
+    times = step_times(STEPS, repeated=2)
+    assert times == {
+        **{"step": 4.5, "rollout": 3.0, "reward": 0.5, "update": 1.0},
+        "compared_step": 5.0,
+        "compared_phases": {"rollout": 3.5, "reward": 0.5, "update": 1.0},
+        "compared_tokens": 15.0,
+    }
+    found = built(time=times, full={**FULL, "completion_length": 13.0}, full_source="measured")["time"]
+    assert (found["speedup"], found["compared_tokens"], found["full_tokens"]) == (2.0, 15.0, 13.0)
 
 
-def test_speed_is_compared_on_the_same_prompts() -> None:
-    times = TimeReport(4.0, 2.5, 0.5, 1.0, full_step=10.0, full_source="measured", compared_step=5.0)
-    assert times.speedup == 2.0
+def test_samples_and_the_unquantized_model_are_compared_where_they_were_scored() -> None:
+    found = built(sampled=([0.25] * 8, [0.5] * 8), deployed=(AFTER, BEFORE))
+    assert found["sampled"]["gain"]["value"] == 0.25
+    assert found["deployed"]["gain"]["value"] == -0.25
+    assert list(score_kinds(found)) == ["greedy", "sampled", "unquantized"]
+    assert list(score_kinds(built())) == ["greedy"]
+    assert are_fractions(score_kinds(found))
+    assert not are_fractions(score_kinds(built(quality=(BEFORE, [1.5] * 8))))
 
 
-def test_a_saving_may_be_negative() -> None:
-    assert report(full_peak=800)["memory"]["saving"] == pytest.approx(-0.25)
+def test_the_peak_is_the_highest_of_all_processes_of_a_run() -> None:
+    found = built(peak_bytes=700)["memory"]
+    assert (found["peak"], found["saving"]) == (903, pytest.approx(1 - 903 / 4000))
+    bare = [{key: value for key, value in step.items() if "bytes" not in key} for step in STEPS]
+    found = built(steps=bare, peak_bytes=700)["memory"]
+    assert (found["peak"], found["phases"], found["reserved"]) == (700, None, None)
+
+
+def test_a_saving_may_be_negative_or_unknown() -> None:
+    assert built(full={**FULL, "peak": 800})["memory"]["saving"] == pytest.approx(-0.25)
+    found = built(full={**FULL, "peak": None})["memory"]
+    assert (found["full_peak"], found["saving"]) == (None, None)
+
+
+def test_a_collapse_is_noted_in_a_sentence() -> None:
+    assert built(collapse="in steps 11 to 20 it collapsed")["notes"] == ["In steps 11 to 20 it collapsed."]
 
 
 def test_the_peak_of_a_phase_is_the_most_of_any_step() -> None:

@@ -1,10 +1,23 @@
-import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from rich.console import RenderableType
 
-from midtune.report.results import bench_table, doctor_table, vote_table
-from midtune.report.tables import bytes_text, report_table, seconds_text, whole_seconds_text
+from midtune.report.plans import dry_run_text, plan_table
+from midtune.report.ranking import probe_table
+from midtune.report.results import (
+    bench_table,
+    compare_table,
+    doctor_table,
+    merge_text,
+    page_text,
+    score_table,
+    tasks_text,
+    vote_table,
+)
+from midtune.report.tables import plain_table, report_table
+from tests.report import toy_results
 from tests.report.printed import rendered
 
 THREE = {
@@ -56,13 +69,14 @@ def test_report_on_80_columns() -> None:
         "In brackets: 95% intervals over 300 held-out problems.",
         "Unquantized: greedy on the original weights, with the trained blocks put in.",
         "",
-        "training                    midtune, measured       full training",
-        "──────────────────────────────────────────────────────────────────────────────",
-        "time per step                          8.30 s   26.4 s, estimated  3.2x faster",
-        "  rollout                              5.20 s",
-        "  reward                                 2 ms",
-        "  update                               3.06 s",
-        "peak memory (CUDA tensors)           1.17 GiB  3.00 GiB, measured  61% less",
+        "training       midtune, measured       full training",
+        "─────────────────────────────────────────────────────────────────",
+        "time per step             8.30 s   26.4 s, estimated  3.2x faster",
+        "  rollout                 5.20 s",
+        "  reward                    2 ms",
+        "  update                  3.06 s",
+        "peak memory             1.17 GiB  3.00 GiB, measured     61% less",
+        "Peak memory is that of the CUDA tensors.",
         "",
         "3,540,096 of 134,515,008 parameters trained (2.6%), a patch of 13.5 MiB.",
         "Choice of blocks: the geometric middle.",
@@ -75,10 +89,11 @@ def test_measured_full_training_is_compared_on_the_same_prompts() -> None:
     time = {**REPORT["time"], **compared, "full_source": "measured", "speedup": 26.4 / 9.9}
     memory = {**REPORT["memory"], "source": "resident"}
     lines = rendered(report_table({**REPORT, "time": time, "memory": memory}))
-    (first,) = [line.split() for line in lines if line.startswith("time per step, first prompts")]
+    (first,) = [line.split() for line in lines if line.startswith("  on the first prompts")]
     assert first[-6:] == ["s", "26.4", "s,", "measured", "2.7x", "faster"]
-    (mean,) = [line.split() for line in lines if line.startswith("time per step, mean")]
+    (mean,) = [line.split() for line in lines if line.startswith("time per step")]
     assert mean[-2:] == ["8.30", "s"]
+    assert "Peak memory is that of the process." in lines
     assert "First prompts: completions of 12.0 tokens here, of 13.2 in full training." in lines
 
 
@@ -112,137 +127,38 @@ def test_unknown_and_unbounded_figures() -> None:
     assert "blocks 3, 4\ntrained" in text
 
 
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [
-        (0, "0 B"),
-        (1536, "1.5 KiB"),
-        (14160384, "13.5 MiB"),
-        (2**30 * 5 // 4, "1.25 GiB"),
-        (-(2**30), "-1.00 GiB"),
-    ],
-)
-def test_bytes(count: int, text: str) -> None:
-    assert bytes_text(count) == text
+WIDE: list[tuple[Callable[[dict[str, Any]], RenderableType], dict[str, Any]]] = [
+    (report_table, toy_results.report()),
+    (score_table, toy_results.evaluation(compared=False)),
+    (score_table, toy_results.evaluation(compared=True)),
+    (vote_table, toy_results.vote()),
+    (bench_table, toy_results.bench()),
+    (compare_table, toy_results.comparison()),
+    (probe_table, toy_results.ranking()),
+    (plan_table, toy_results.plan()),
+    (dry_run_text, toy_results.dry_run()),
+    (doctor_table, toy_results.checks()),
+    (tasks_text, toy_results.problem()),
+    (merge_text, {"folder": f"{toy_results.RUN}/merged", "tensors": 1234, "bytes": 2**40}),
+    (page_text, {"page": f"{toy_results.RUN}/report.html"}),
+]
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0, "0 ms"),
-        (0.0002, "0.20 ms"),
-        (0.012, "12 ms"),
-        (2.312, "2.31 s"),
-        (45.21, "45.2 s"),
-        (99.96, "1 min 40 s"),
-        (7500, "2 h 05 min"),
-    ],
-)
-def test_seconds(seconds: float, text: str) -> None:
-    assert seconds_text(seconds) == text
+@pytest.mark.parametrize(("table", "result"), WIDE, ids=[table.__name__ for table, _ in WIDE])
+def test_every_table_fits_80_columns(
+    table: Callable[[dict[str, Any]], RenderableType], result: dict[str, Any]
+) -> None:
+    """`rendered` finds no line that is longer, and no cell that is cut."""
+    for encoding in ("utf-8", "ascii"):
+        assert rendered(table(result), encoding)
 
 
-def test_whole_seconds() -> None:
-    assert [whole_seconds_text(s) for s in (0, 7.2, 59.5, 60, 200)] == [
-        "0 s",
-        "8 s",
-        "1 min 00 s",
-        "1 min 00 s",
-        "3 min 20 s",
+def test_a_table_that_is_too_wide_folds_its_widest_cells() -> None:
+    table = plain_table("run", numbers=("score",), rows=[("runs/" + "[x]" * 30, "0.450"), ("a", "1")])
+    assert rendered(table) == [
+        "run                                                                        score",
+        "─" * 80,
+        "runs/" + "[x]" * 22 + "[x  0.450",
+        "][x][x][x][x][x][x][x]",
+        "a                                                                              1",
     ]
-
-
-def test_the_bench_table_shows_ratios_where_work_was_equal() -> None:
-    def arm(name: str, seconds: float, ratios: dict[str, float] | None) -> dict[str, Any]:
-        phases = {phase: {"median": seconds} for phase in ("step", "rollout", "update")}
-        return {"arm": name, "peak": 3 * 2**30, "libraries": 2**30, "ratios": ratios, **phases}
-
-    ones = dict.fromkeys(("step", "rollout", "update", "memory"), 1.0)
-    fours = {**ones, "update": 4.0}
-    arms = [arm("midtune", 1.5, ones), arm("trl-full", 6.0, fours), arm("trl-qlora", 7.0, None)]
-    sizes = {"steps": 5, "prompts": 4, "group_size": 8, "new_tokens": 24}
-    lines = rendered(bench_table({"model": "m", "block": 3, "arms": arms, "failed": {}, **sizes}))
-    by_arm = {line.split()[0]: line.split()[1:] for line in lines if line}
-    assert by_arm["midtune"] == ["1.50", "s", "1.50", "s", "1.50", "s", "2.00", "GiB"]
-    assert "(4.0x)" in by_arm["trl-full"]
-    assert not any("x)" in word for word in by_arm["trl-qlora"])
-    assert "An arm without a ratio did not do the same work." in lines
-
-
-def test_the_vote_on_80_columns() -> None:
-    def score(value: float, low: float, high: float) -> dict[str, Any]:
-        return {"score": value, "low": low, "high": high, "n": 300}
-
-    runs = [
-        {"run": f"runs/block-{block}", "blocks": [block], "score": score(0.4, 0.35, 0.45), "sampled": None}
-        for block in (3, 14)
-    ]
-    result = {
-        "model": "tiny",
-        "task": "reasoning-gym:chain_sum",
-        "quantize": "nf4",
-        "base": score(0.2, 0.15, 0.25),
-        "runs": runs,
-        "vote": score(0.45, 0.4, 0.5),
-        "gain_over_best": {"value": 0.05, "low": math.nan, "high": math.nan},
-        "solved_by_any": 0.0,
-        "solved_by_all": 0.0,
-        "overlap": [[None, None], [None, None]],
-    }
-    assert rendered(vote_table(result)) == [
-        "tiny (nf4) on reasoning-gym:chain_sum, 300 problems",
-        "",
-        "     run             blocks   score     95% interval",
-        " ───────────────────────────────────────────────────",
-        "     base model               0.200   0.150 to 0.250",
-        " 1   runs/block-3         3   0.400   0.350 to 0.450",
-        " 2   runs/block-14       14   0.400   0.350 to 0.450",
-        "",
-        "     vote                     0.450   0.400 to 0.500",
-        "",
-        "The vote's gain over run 1, the best here, is +0.050 (95% interval unknown). The",
-        "best is chosen on these same problems, so on others the gain tends to be larger.",
-        "At least one run solves 0.0% of the problems, all of them solve 0.0%.",
-        "",
-        "Of the problems that either of two runs solves, both solve:",
-        "",
-        " run   1   2",
-        " ───────────",
-        "   1       -",
-        "   2   -",
-        "",
-    ]
-
-
-def test_the_doctor_on_80_columns() -> None:
-    def check(name: str, status: str, found: str, fix: str = "") -> dict[str, str]:
-        return {"name": name, "status": status, "found": found, "fix": fix}
-
-    checks = [
-        check("trl", "problem", "1.17.0; midtune is tested with >=1.16,<1.17", 'pip install "trl"'),
-        check("device", "ok", "CPU, 2 cores"),
-        check(
-            "hub",
-            "warning",
-            "https://huggingface.co does not answer",
-            "folders work [and] `tiny` " + "does " * 9,
-        ),
-    ]
-    assert rendered(doctor_table({"checks": checks, "problems": 1, "warnings": 2})) == [
-        "problem  trl     1.17.0; midtune is tested with >=1.16,<1.17",
-        '                 -> pip install "trl"',
-        "ok       device  CPU, 2 cores",
-        "warning  hub     https://huggingface.co does not answer",
-        "                 -> folders work [and] `tiny` does does does does does does does",
-        "                 does does",
-        "",
-        "Not ready: 1 problem and 2 warnings.",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("warnings", "verdict"), [(0, "Ready."), (1, "Ready: 1 warning."), (2, "Ready: 2 warnings.")]
-)
-def test_the_doctor_ends_with_a_verdict(warnings: int, verdict: str) -> None:
-    lines = rendered(doctor_table({"checks": [], "problems": 0, "warnings": warnings}), encoding="ascii")
-    assert lines[-1] == verdict

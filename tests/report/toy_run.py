@@ -2,49 +2,51 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 from midtune.report.page import Run
-from midtune.report.statistics import Comparison, Gain, Score
-from midtune.report.summary import MemoryReport, Report, TimeReport
+from midtune.report.summary import PHASES
 from tests.report.toy_probe import toy_probe
 
-QUALITY = Comparison(Score(0.25, 0.2, 0.3, 300), Score(0.5, 0.45, 0.55, 300), Gain(0.25, 0.2, 0.3))
-PHASES = {"rollout": 2.5, "reward": 0.5, "update": 2.0}
+QUALITY = {
+    "before": {"score": 0.25, "low": 0.2, "high": 0.3, "n": 300},
+    "after": {"score": 0.5, "low": 0.45, "high": 0.55, "n": 300},
+    "gain": {"value": 0.25, "low": 0.2, "high": 0.3},
+}
 
 
 def toy_report(**changes: Any) -> dict[str, Any]:
     """A report.json with full training measured; `changes` are other values for its keys."""
-    found = Report(
-        model="toy",
-        task="sums",
-        blocks=(2, 3),
-        quality=QUALITY,
-        sampled=QUALITY,
-        deployed=QUALITY,
-        time=TimeReport(
-            4.0,
-            **{"rollout": 2.5, "reward": 0.5, "update": 1.0},
-            full_step=10.0,
-            full_source="measured",
-            compared_step=5.0,
-            compared_phases=PHASES,
-            full_phases={"rollout": 3.0, "reward": 0.5, "update": 6.5},
-        ),
-        memory=MemoryReport(
-            2**30,
-            "resident",
-            full_peak=2**32,
-            full_source="measured",
-            phases={"rollout": 2**30, "reward": 2**28, "update": 2**29},
-        ),
-        trainable_parameters=20,
-        total_parameters=100,
-        patch_bytes=80,
-        probe="the ranking of runs/probe (sweep)",
-        seed=7,
-    ).to_dict()
-    return {**found, **changes}
+    return {
+        "schema": 1,
+        "model": "toy",
+        "task": "sums",
+        "blocks": [2, 3],
+        "quality": deepcopy(QUALITY),
+        "sampled": deepcopy(QUALITY),
+        "deployed": deepcopy(QUALITY),
+        "time": {
+            **{"step": 4.0, "rollout": 2.5, "reward": 0.5, "update": 1.0},
+            **{"full_step": 10.0, "full_source": "measured", "speedup": 2.0},
+            **{"compared_step": 5.0, "compared_tokens": None, "full_tokens": None},
+            "compared_phases": dict(zip(PHASES, (2.5, 0.5, 2.0), strict=True)),
+            "full_phases": dict(zip(PHASES, (3.0, 0.5, 6.5), strict=True)),
+            **{"qlora_step": None, "qlora_source": "estimated", "qlora_phases": None},
+        },
+        "memory": {
+            **{"peak": 2**30, "source": "resident", "full_peak": 2**32, "full_source": "measured"},
+            "phases": {"rollout": 2**30, "reward": 2**28, "update": 2**29},
+            **{"reserved": None, "qlora_peak": None, "qlora_source": "estimated", "saving": 0.75},
+        },
+        "trainable_parameters": 20,
+        "total_parameters": 100,
+        "patch_bytes": 80,
+        "probe": "the ranking of runs/probe (sweep)",
+        "seed": 7,
+        "notes": [],
+        **changes,
+    }
 
 
 def toy_run(**changes: Any) -> Run:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from midtune.rl.collapse import Collapse, find_collapse
+from midtune.rl.collapse import Collapse, collapse_in, find_collapse
 
 # Mean 0.5, variance 10 x 0.1² / 9: three standard errors of the mean are 0.1.
 LEARNED = [0.4, 0.6] * 5
@@ -45,3 +45,12 @@ def test_what_comes_later_does_not_move_it() -> None:
 )
 def test_what_is_no_collapse(rewards: list[float], equal: list[float]) -> None:
     assert find_collapse(rewards, equal) is None
+
+
+def test_steps_without_a_reward_are_left_out() -> None:
+    rewards = [*LEARNED, *[0.0] * 10]
+    equal = [0.5] * 10 + [1.0] * 10
+    steps = [{"reward": reward, "equal_groups": share} for reward, share in zip(rewards, equal, strict=True)]
+    found = collapse_in([{"reward": None, "equal_groups": 1.0}, *steps])
+    assert found is not None and found == find_collapse(rewards, equal)
+    assert collapse_in(steps[:10]) is None

@@ -19,7 +19,7 @@ from midtune.rl.tools import ToolSpeech, tools_for
 from midtune.rollout.decoding import Decoder, Drawn
 from midtune.rollout.episodes import play
 from midtune.rollout.sampling import Sampling, padded
-from midtune.tasks import load_task
+from tests.tasks.toy_data import load
 
 Load = Callable[..., Policy]
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
@@ -105,9 +105,7 @@ def test_turns_are_those_of_trls_loop(
 ) -> None:
     path = tmp_path / "walk.py"
     path.write_text(FILE)
-    task = load_task(
-        str(path), args={}, reward=None, train_size=5, eval_size=2, seed=0, max_turns=6, tools=tools_for
-    )
+    task = load(path, eval_size=2, max_turns=6, tools=tools_for)
     row = {**task.train[0], "goal": 2}
     assert task.game is not None
     theirs = Scripted(
@@ -177,4 +175,4 @@ def test_text_prompts_and_classes_without_tools_are_refused(policy: Policy, tmp_
     path = tmp_path / "walk.py"
     path.write_text(FILE.replace("def move", "def _move"))
     with pytest.raises(InputError, match="no public method but `reset`"):
-        load_task(str(path), args={}, reward=None, train_size=5, eval_size=2, seed=0, tools=tools_for)
+        load(path, eval_size=2, tools=tools_for)

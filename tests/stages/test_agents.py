@@ -13,7 +13,7 @@ from midtune.report.terminal import Terminal
 from midtune.stages import evaluate, probe, train
 from midtune.stages.tasks import run as show_tasks
 from tests.stages.conftest import Configured
-from tests.tasks.test_environment import OWN
+from tests.tasks.toy_game import OWN
 
 WALK = OWN.replace("if not action.isdigit():", "if False:").replace(
     "self.done = int(action) == self.number", "self.done = sum(map(ord, action)) % 3 == self.number"

@@ -16,7 +16,6 @@ from midtune.report.results import bench_table
 from midtune.report.terminal import Terminal
 from midtune.runs import unsealed
 from midtune.stages import bench
-from midtune.stages.alone import in_own_process
 
 
 def go(checkpoint: Path, out: Path, terminal: Terminal, **changes: Any) -> dict[str, Any]:
@@ -115,14 +114,14 @@ def test_an_arm_that_fails_does_not_cost_the_others(
     terminal: Terminal,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run_alone = bench._run_alone
+    in_own_process = bench.in_own_process
 
-    def failing(task: dict[str, Any]) -> dict[str, Any]:
-        if task["arm"] == "trl-full":
+    def failing(job: str, arguments: dict[str, Any], **said: str) -> dict[str, Any]:
+        if arguments["arm"] == "trl-full":
             raise MidtuneError("the arm trl-full failed (no memory); leave it out.")
-        return run_alone(task)
+        return in_own_process(job, arguments, **said)
 
-    monkeypatch.setattr(bench, "_run_alone", failing)
+    monkeypatch.setattr(bench, "in_own_process", failing)
     arms = ["midtune", "trl-full", "trl-block"]
     found = go(random_checkpoint("qwen3"), tmp_path / "bench", terminal, arms=arms)
     assert [arm["arm"] for arm in found["arms"]] == ["midtune", "trl-block"]
@@ -133,12 +132,3 @@ def test_an_arm_that_fails_does_not_cost_the_others(
     assert "The arm trl-full failed (no memory)" in console.file.getvalue()  # type: ignore[attr-defined]
     with pytest.raises(MidtuneError, match="no memory"):
         go(random_checkpoint("qwen3"), tmp_path / "other", terminal, arms=["trl-full"])
-
-
-def test_a_process_that_was_killed_is_said_to_have_been(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "victim.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(MidtuneError, match="the arm x failed .it was killed, most likely because memory"):
-        in_own_process("victim", tmp_path, what="the arm x", instead="leave it out")

@@ -14,7 +14,6 @@ from midtune.config import dump_config, load_config
 from midtune.errors import InputError
 from midtune.report.plans import dry_run_text
 from midtune.stages import dry_run
-from midtune.stages.plan import run_stem
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -52,18 +51,6 @@ def test_a_study_recipe_is_explained() -> None:
     # 28 blocks, the embedding, which is the head too, and the last norm, in bf16.
     assert found["weights_bytes"] == 2 * (28 * block + 151_936 * 2048 + 2048)
     assert "the weights of Qwen/Qwen3-1.7B-Base, about 3.20 GiB (estimated, as bf16); the" in printed(found)
-
-
-@pytest.mark.parametrize(
-    ("model", "task", "expected"),
-    [
-        ("Qwen/Qwen3-1.7B-Base", "openai/gsm8k:main", "Qwen3-1.7B-Base-gsm8k"),
-        ("models/qwen.Q4_1.gguf", "data/my.problems.jsonl", "qwen.Q4_1-my.problems"),
-        ("tiny", "my_task.py", "tiny-my_task"),
-    ],
-)
-def test_a_run_is_called_after_its_model_and_task(model: str, task: str, expected: str) -> None:
-    assert run_stem(load_config(None, {"model.name": model, "task.name": task})) == expected
 
 
 def test_the_folder_is_the_one_that_a_run_would_get(tmp_path: Path) -> None:

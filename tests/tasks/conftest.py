@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import pytest
 
+from midtune.config import SandboxConfig
 from midtune.errors import InputError
-from midtune.tasks import Limits, open_sandbox
-from midtune.tasks.sandbox import Sandbox
+from midtune.tasks import open_sandbox
+from midtune.tasks.sandbox.sandbox import Sandbox
 
-LIMITS = Limits(cpu_s=1, wall_s=10.0, memory_bytes=128 * 2**20, processes=4)
+LIMITS = SandboxConfig(cpu_s=1, wall_s=10.0, memory_mib=128, processes=4, workers=2)
 
 
 def opened(*, allow_weak: bool) -> Sandbox:
     try:
-        return open_sandbox(LIMITS, workers=2, allow_weak=allow_weak)
+        return open_sandbox(LIMITS.model_copy(update={"allow_weak": allow_weak}))
     except InputError as error:
         pytest.skip(str(error))
 

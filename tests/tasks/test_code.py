@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 
 from midtune.errors import InputError
-from midtune.tasks import Task, check_reward, load_task
+from midtune.tasks import Task, check_reward
 from midtune.tasks.code import call_tests, code_reward, code_row, extract_code, fraction_passed
-from midtune.tasks.sandbox import Sandbox
+from midtune.tasks.sandbox.sandbox import Result, Sandbox
+from midtune.tasks.sources.files import BadRow
+from tests.tasks import toy_data
+from tests.tasks.conftest import LIMITS
 
 MBPP = {
     "task_id": 1,
@@ -115,17 +118,17 @@ def test_within_a_block_the_program_ends_with_it() -> None:
 
 
 def test_of_mbpp_the_prompt_shows_the_first_test_alone() -> None:
-    row = code_row(MBPP, "row", "prompt")
+    row = code_row(MBPP, "prompt")
     assert set(row) == {"task_id", "prompt", "answer", "tests"}
     assert row["prompt"] == f"{MBPP['text']}\n\nThe program must pass tests such as:\n\nassert double(2) == 4"
     tests = json.loads(row["tests"])
     assert tests["names"] == ["double"]
     assert tests["steps"] == [[source, True] for source in MBPP["test_list"]]
-    assert code_row({**MBPP, "test_list": repr(MBPP["test_list"])}, "row", "prompt") == row
+    assert code_row({**MBPP, "test_list": repr(MBPP["test_list"])}, "prompt") == row
 
 
 def test_of_humaneval_each_statement_is_a_test_and_helpers_are_the_prompts_own() -> None:
-    row = code_row(HUMAN_EVAL, "row", "prompt")
+    row = code_row(HUMAN_EVAL, "prompt")
     tests = json.loads(row["tests"])
     assert tests["names"] == ["double"]
     assert tests["prefix"] == HUMAN_EVAL["prompt"]
@@ -149,30 +152,29 @@ def test_functions_of_a_built_ins_name_are_the_programs_where_the_reference_has_
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"text": None}, "row has no prompt in column `prompt`"),
-        ({"test_list": []}, "row has no tests; the reward `code` needs `test_list`"),
-        ({"test_list": ["assert ("]}, "row has tests that cannot be read"),
-        ({"test_list": ["double(2)", "assert True"]}, "row has tests that test nothing"),
-        ({"test_list": None, "input_output": "{"}, "row has tests that cannot be read"),
+        ({"text": None}, "has no prompt in column `prompt`"),
+        ({"test_list": []}, "has no tests; the reward `code` needs `test_list`"),
+        ({"test_list": ["assert ("]}, "has tests that cannot be read"),
+        ({"test_list": ["double(2)", "assert True"]}, "has tests that test nothing"),
+        ({"test_list": None, "input_output": "{"}, "has tests that cannot be read"),
         (
             {"test_list": None, "input_output": '{"inputs": [], "outputs": []}'},
-            "row has tests that test nothing",
+            "has tests that test nothing",
         ),
-        ({"test_list": None, "test": "assert 1", "entry_point": "f"}, "row has tests that cannot be read"),
+        ({"test_list": None, "test": "assert 1", "entry_point": "f"}, "has tests that cannot be read"),
     ],
 )
 def test_a_row_without_tests_is_one_sentence(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message) as raised:
-        code_row({**MBPP, **change}, "row", "prompt")
-    assert str(raised.value).endswith(".")
+    with pytest.raises(BadRow, match=f"^{message}"):
+        code_row({**MBPP, **change}, "prompt")
 
 
 def test_of_deepcoder_each_configuration_is_read() -> None:
     pairs = [["1\n2\n", "3\n"], ["3\n4\n", "7\n"]]
     for row in (PRIME, LIVE):
-        assert json.loads(code_row(row, "row", "problem")["tests"]) == {"pairs": pairs}
-    assert code_row(TACO, "row", "prompt")["answer"] == TACO["solutions"][0]
-    live = code_row({**LIVE_CALL, "metadata": json.dumps(LIVE_CALL["metadata"])}, "row", "problem")
+        assert json.loads(code_row(row, "problem")["tests"]) == {"pairs": pairs}
+    assert code_row(TACO, "prompt")["answer"] == TACO["solutions"][0]
+    live = code_row({**LIVE_CALL, "metadata": json.dumps(LIVE_CALL["metadata"])}, "problem")
     assert live["prompt"] == f"Join two lists.\n\n```python\n{LIVE_CALL['starter_code']}\n```"
     assert json.loads(live["tests"])["names"] == ["join"]
     assert json.loads(live["tests"])["steps"][1] == [
@@ -180,9 +182,9 @@ def test_of_deepcoder_each_configuration_is_read() -> None:
         True,
     ]
     as_columns = {**PRIME, "tests": json.loads(PRIME["tests"])}
-    assert code_row(as_columns, "row", "problem")["tests"] == code_row(PRIME, "row", "problem")["tests"]
-    with pytest.raises(InputError, match="row has tests that cannot be read"):
-        code_row({**LIVE_CALL, "metadata": None}, "row", "problem")
+    assert code_row(as_columns, "problem")["tests"] == code_row(PRIME, "problem")["tests"]
+    with pytest.raises(BadRow, match="has tests that cannot be read"):
+        code_row({**LIVE_CALL, "metadata": None}, "problem")
 
 
 DOUBLE = "def double(n): return 2 * n"
@@ -224,7 +226,7 @@ JOIN = "class Solution:\n    def join(self, a: List[int], b: List[int]) -> List[
 def test_the_fraction_of_tests_passed(
     sandbox: Sandbox, row: dict[str, Any], program: str, expected: float
 ) -> None:
-    assert fraction_passed(sandbox, program, code_row(row, "row", "prompt")["tests"]) == expected
+    assert fraction_passed(sandbox, program, code_row(row, "prompt")["tests"]) == expected
 
 
 @pytest.mark.parametrize(
@@ -290,11 +292,11 @@ FORGERIES = {
 
 @pytest.mark.parametrize("program", FORGERIES.values(), ids=FORGERIES)
 def test_a_pass_cannot_be_forged(isolated: Sandbox, program: str) -> None:
-    assert fraction_passed(isolated, program, code_row(MBPP, "row", "prompt")["tests"]) == 0.0
+    assert fraction_passed(isolated, program, code_row(MBPP, "prompt")["tests"]) == 0.0
 
 
 def test_output_is_compared_outside(isolated: Sandbox) -> None:
-    tests = code_row(APPS, "row", "prompt")["tests"]
+    tests = code_row(APPS, "prompt")["tests"]
     search = "import os\nfor folder, _, names in os.walk('/tmp'): print(folder, names)\nos._exit(0)"
     assert fraction_passed(isolated, search, tests) == 0.0
     assert fraction_passed(isolated, "print(3); print(7)", tests) == 0.0
@@ -303,43 +305,31 @@ def test_output_is_compared_outside(isolated: Sandbox) -> None:
 def test_an_endless_loop_is_waited_for_once(sandbox: Sandbox) -> None:
     pairs = [["go", "gone"], ["stop", "gone"], *([["go", "gone"]] * 50)]
     program = "import time\nif input() == 'stop': time.sleep(60)\nprint('gone')"
-    hasty = replace(sandbox, limits=replace(sandbox.limits, wall_s=2.0))
+    hasty = replace(sandbox, limits=sandbox.limits.model_copy(update={"wall_s": 2.0}))
     start = time.monotonic()
     assert fraction_passed(hasty, program, json.dumps({"pairs": pairs})) == 1 / 52
     assert time.monotonic() - start < 4
 
 
-def test_the_reward_runs_different_programs_once_and_keeps_their_order(
-    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_reward_runs_different_programs_once_and_keeps_their_order() -> None:
+    class Counting(Sandbox):
+        def run(self, source: str, stdin: bytes = b"") -> Result:
+            ran.append(source)
+            return Result(source.strip().encode(), 0, "")
+
     ran: list[str] = []
-
-    def counted(sandbox: Sandbox, program: str, tests: str) -> float:
-        ran.append(program)
-        return len(program) / 4
-
-    monkeypatch.setattr("midtune.tasks.code.fraction_passed", counted)
-    texts = ["ab", "abcd", "ab", "```\na\n```"]
-    columns = {"prompts": ["p", "p", "p", "p"], "tests": ["t", "t", "t", "t"], "answer": [""] * 4}
-    assert code_reward("code", sandbox)(completions=texts, **columns) == [0.5, 1.0, 0.5, 0.5]
-    assert sorted(ran) == ["a\n", "ab", "abcd"]
+    sandbox = Counting(LIMITS, (), workers=1)
+    texts = ["7", "3", "7", "```\n5\n```"]
+    tests = [json.dumps({"pairs": [["", "7"], ["", text[:1]]]}) for text in "7375"]
+    columns = {"prompts": ["p"] * 4, "tests": tests, "answer": [""] * 4}
+    assert code_reward("code", sandbox)(completions=texts, **columns) == [1.0, 0.5, 1.0, 0.5]
+    assert sorted(ran) == ["3", "3", "5\n", "5\n", "7", "7"]
     messages = [[{"role": "assistant", "content": text}] for text in texts]
-    assert code_reward("code-all", sandbox)(completions=messages, **columns) == [0.0, 1.0, 0.0, 0.0]
+    assert code_reward("code-all", sandbox)(completions=messages, **columns) == [1.0, 0.0, 1.0, 0.0]
 
 
-def load(path: Path, sandbox: Sandbox, **changes: Any) -> Task:
-    settings: dict[str, Any] = {
-        "args": {},
-        "reward": "code",
-        "prompt_column": "prompt",
-        "answer_column": "answer",
-        "system_prompt": None,
-        "train_size": 9,
-        "eval_size": 2,
-        "seed": 0,
-        "sandbox": lambda: sandbox,
-    }
-    return load_task(str(path), **settings | changes)
+def load(path: Path, sandbox: Sandbox) -> Task:
+    return toy_data.load(path, reward=["code"], train_size=9, eval_size=2, sandbox=sandbox)
 
 
 def test_a_file_of_problems_becomes_a_task(sandbox: Sandbox, tmp_path: Path) -> None:

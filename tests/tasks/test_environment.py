@@ -1,51 +1,25 @@
-"""Tasks that are played in turns: one's own class, and the games that come from packages."""
+"""Tasks that are played in turns, by a class in a task file."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from midtune.errors import InputError
-from midtune.tasks import Task, check_reward, load_task
+from midtune.tasks import Task, check_reward
 from midtune.tasks.environment import Game, Match, check_environment, reward_of
-from midtune.tasks.games import TextWorld
 from tests.rollout.corridor import Corridor
-
-OWN = '''
-def rows():
-    return [{"prompt": "Guess.", "seed": seed} for seed in range(12)]
-
-class Environment:
-    def reset(self, seed, **row):
-        self.number, self.done, self.tries = seed % 3, False, 0
-        return " It is below 3."
-
-    def step(self, action):
-        """Guess a number."""
-        if not action.isdigit():
-            raise ValueError("That is no number.")
-        self.tries += 1
-        self.done = int(action) == self.number
-        return "Right." if self.done else "Wrong."
-
-    def get_reward(self):
-        return float(self.done) / max(self.tries, 1)
-'''
+from tests.tasks.toy_data import load
+from tests.tasks.toy_game import OWN
 
 
 def own_task(folder: Path, code: str = OWN, **settings: Any) -> Task:
     path = folder / "guess.py"
     path.write_text(code)
-    given = {"args": {}, "reward": None, "train_size": 8, "eval_size": 4, "seed": 0, **settings}
-    return load_task(str(path), **given)
-
-
-def lake(**settings: Any) -> Task:
-    pytest.importorskip("textarena")
-    given = {"args": {}, "reward": None, "train_size": 30, "eval_size": 10, "seed": 0, **settings}
-    return load_task("frozen-lake", **given)
+    return load(path, **{"train_size": 8, "eval_size": 4, **settings})
 
 
 def begun(task: Task, number: int = 0) -> Match:
@@ -53,9 +27,6 @@ def begun(task: Task, number: int = 0) -> Match:
     (match,) = task.game.matches(1)
     match.reset(task.train[number])
     return match
-
-
-# One's own.
 
 
 def test_a_class_in_a_task_file_is_played(tmp_path: Path) -> None:
@@ -74,6 +45,13 @@ def test_a_class_in_a_task_file_is_played(tmp_path: Path) -> None:
     assert match.step(str(right)) == ("Right.", 0.5)
     assert match.over
     assert task.reward(environments=[match.environment]) == [0.5]
+
+
+def test_a_command_for_one_turn_refuses_it(tmp_path: Path) -> None:
+    task = own_task(tmp_path)
+    with pytest.raises(InputError, match="guess.py is played in turns, and it knows tasks of one turn only"):
+        task.require_one_turn("it")
+    replace(task, game=None).require_one_turn("it")
 
 
 def test_what_is_shown_first_ends_the_last_message(tmp_path: Path) -> None:
@@ -166,101 +144,3 @@ def test_environments_are_made_once_and_rewound() -> None:
     assert (environment.place, first.environment) == (0, environment)
     check_environment(Corridor, "it", tools=False)
     assert reward_of(Corridor, "it", ["verifier"])(environments=[environment]) == [0.0]
-
-
-# FrozenLake.
-
-
-def test_a_lake_shows_its_board_and_rewards_the_goal() -> None:
-    task = lake(prompt_format="plain")
-    check_reward(task)
-    assert task.game is not None
-    row = task.train[0]
-    (match,) = task.game.matches(1)
-    shown = match.reset(row)["prompt"].removeprefix(row["prompt"])
-    *board, last = shown.splitlines()
-    assert last == "Move:"
-    fields = [field for line in board for field in line.split()]
-    assert sorted(fields) == sorted(["P", "G", "H", "H", *"....."])
-    assert match.step("somewhere") == (shown, 0.0)
-    board_of = {field: place for place, field in enumerate(fields)}
-    reached = shortest(fields, board_of["P"], board_of["G"])
-    for move in reached[:-1]:
-        assert match.step(f" {move}, I think") == (match.state, 0.0)
-        assert not match.over
-    assert match.step(reached[-1])[1] == 1.0
-    assert match.over
-
-
-def shortest(fields: list[str], start: int, goal: int) -> list[str]:
-    """The moves of a shortest way on a board of 3 by 3."""
-    moves = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
-    ways: dict[int, list[str]] = {start: []}
-    for place in (queue := [start]):
-        for move, (down, right) in moves.items():
-            row, column = place // 3 + down, place % 3 + right
-            there = 3 * row + column
-            if 0 <= row < 3 and 0 <= column < 3 and there not in ways and fields[there] != "H":
-                ways[there] = [*ways[place], move]
-                queue.append(there)
-    return ways[goal]
-
-
-def test_a_hole_ends_it_without_a_reward() -> None:
-    task = lake()
-    assert task.game is not None
-    (match,) = task.game.matches(1)
-    for row in task.train:
-        match.reset(row)
-        for _ in range(40):
-            match.step("down")
-            match.step("right")
-            if match.over:
-                break
-        if match.over and task.reward(environments=[match.environment]) == [0.0]:
-            return
-    raise AssertionError("no board has a hole on that way")
-
-
-def test_boards_of_training_and_evaluation_differ_and_a_seed_fixes_them() -> None:
-    task = lake(seed=1)
-    questions = [{row["question"] for row in side} for side in (task.train, task.held_out)]
-    assert not questions[0] & questions[1]
-    assert [len(side) for side in questions] == [30, 10]
-    assert lake(seed=1).train == task.train
-    assert lake(seed=2).train != task.train
-    assert lake(seed=1).fingerprint == task.fingerprint != lake(seed=1, max_turns=3).fingerprint
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        ({"depth": 2}, r"no argument `depth`; it has size \(3\), holes \(2\)"),
-        ({"size": 2.5}, "give a whole number"),
-        ({"size": 2, "holes": 2}, "no way around 2 holes"),
-    ],
-)
-def test_a_lake_that_cannot_be_made_is_refused(args: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        lake(args=args)
-
-
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"needs the package textworld; .*midtune\[textworld\]"):
-        load_task("textworld", args={}, reward=None, train_size=4, eval_size=2, seed=0)
-
-
-# TextWorld.
-
-
-def test_a_quest_gives_its_points() -> None:
-    pytest.importorskip("textworld")
-    match = Match("it", TextWorld())
-    shown = match.reset({"prompt": "", "seed": 3, "rooms": 1, "objects": 2, "quest": 1})["prompt"]
-    commands = shown.rpartition("You can: ")[2].removesuffix("\nCommand:").split(", ")
-    assert "unlock box with keycard" in commands
-    assert match.step("look")[1] == 0.0
-    assert not match.over
-    assert match.step("unlock box with keycard\nlook")[1] == 1.0
-    assert match.over

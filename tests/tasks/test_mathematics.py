@@ -4,11 +4,12 @@ import threading
 import time
 from collections.abc import Iterator
 
+import psutil
 import pytest
 
 from midtune.errors import MidtuneError
-from midtune.tasks import mathematics, rewards
 from midtune.tasks.mathematics import Comparer
+from midtune.tasks.rewards import per_completion
 
 
 @pytest.fixture(scope="module")
@@ -79,16 +80,17 @@ def test_threads_share_one_process(comparer: Comparer) -> None:
 
 def test_a_process_that_died_is_begun_anew() -> None:
     comparer = Comparer()
+    before = {*psutil.Process().children()}
     assert comparer.equal(["$1$"], ["$1$"])
-    assert comparer._process is not None
-    comparer._process.kill()
-    comparer._process.wait()
+    (process,) = {*psutil.Process().children()} - before
+    process.kill()
+    process.wait()
     assert comparer.equal(["$1$"], ["$1$"])
     comparer.close()
 
 
-def test_one_that_never_starts_is_an_error_and_no_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mathematics, "__file__", "/nowhere.py")
-    monkeypatch.setattr(rewards, "_COMPARER", Comparer())
+def test_one_that_never_starts_is_an_error_and_no_wrong_answer() -> None:
+    broken = Comparer(program="/nowhere.py")
+    reward = per_completion("math", lambda found, reference, _: broken.equal([reference], [found]))
     with pytest.raises(MidtuneError, match="math-verify does not answer"):
-        rewards.built_in("math")(prompts=["?"], completions=["x"], answer=["y"])
+        reward(prompts=["?"], completions=["x"], answer=["y"])

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as arrow
 from pyarrow import parquet
 
-from midtune.tasks import Task, load_task
+from midtune.config import TaskConfig
+from midtune.tasks import Reward, Task, load_task
+from midtune.tasks.sandbox.sandbox import Sandbox
 from midtune.tasks.split import Row
 
 
@@ -20,6 +23,10 @@ def gsm8k(count: int, start: int = 0) -> list[Row]:
         {"question": f"Problem {n}?", "answer": f"It is <<{n}+1={n + 1}>>one more.\n#### {n + 1}"}
         for n in range(start, start + count)
     ]
+
+
+# A dataset in two parts.
+SPLITS = {"train": gsm8k(8), "test": gsm8k(4, start=20)}
 
 
 def math(count: int, start: int = 0) -> list[Row]:
@@ -48,17 +55,19 @@ def write(path: Path, rows: list[Row]) -> Path:
     return path
 
 
-def load(name: Path | str, **changes: Any) -> Task:
-    """The task of a file, with three problems held out."""
-    settings: dict[str, Any] = {
-        "args": {},
-        "reward": None,
-        "system_prompt": None,
-        "train_size": 4000,
-        "eval_size": 3,
-        "seed": 0,
-    }
-    return load_task(str(name), **settings | changes)
+def load(
+    name: Path | str,
+    *,
+    seed: int = 0,
+    sandbox: Sandbox | None = None,
+    shaping: Callable[[str], Reward] | None = None,
+    tools: Callable[..., Any] | None = None,
+    **settings: Any,
+) -> Task:
+    """The task of that name, with three problems held out unless other settings are given."""
+    config = TaskConfig.model_validate({"eval_size": 3, **settings})
+    opened = None if sandbox is None else lambda: sandbox
+    return load_task(str(name), config, seed, sandbox=opened, shaping=shaping, tools=tools)
 
 
 def scores(task: Task, text: str) -> list[float]:

@@ -1,1 +1,0 @@
-"""The bundled model and the script that made it."""

@@ -1,0 +1,81 @@
+"""Floating-point operations of the weights in a step, by arm: what plans, estimates and the bench count with.
+
+Pure arithmetic: 2 operations per weight and token. Attention, norms, LoRA's own matrices and the optimizer are
+left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from midtune.model.sizes import Sizes
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts and their completions that pass through a model together.
+
+    Attributes:
+        prompts: different ones.
+        group_size: completions of each.
+        prompt_tokens, new_tokens: of every prompt and every completion; a mean may be a fraction.
+    """
+
+    prompts: int
+    group_size: int
+    prompt_tokens: float
+    new_tokens: float
+
+    @property
+    def rows(self) -> int:
+        return self.prompts * self.group_size
+
+
+def rollout_flops(sizes: Sizes, batch: Batch, arm: str) -> float:
+    """Operations of sampling: all blocks for each token fed, the head for each token drawn.
+
+    midtune passes a prompt once for its group, TRL once for each completion. A completion's last token is not fed.
+    """
+    prompts = batch.prompts if arm == "midtune" else batch.rows
+    fed_back = batch.rows * (batch.new_tokens - 1)
+    fed = prompts * batch.prompt_tokens + fed_back
+    return 2 * (sizes.blocks * sizes.linear * fed + sizes.projection * (prompts + fed_back))
+
+
+def update_flops(
+    sizes: Sizes,
+    batch: Batch,
+    arm: str,
+    *,
+    tail: int,
+    trained: int,
+    recompute: bool = False,
+    reference: bool = False,
+) -> float:
+    """Operations of the update.
+
+    Each block counts once for its forward pass, once for the gradient of its inputs, once for that of its weights,
+    and once for each forward pass more: to recompute activations, or of the reference.
+
+    Args:
+        arm: of `bench.workload.ARMS`, or `trl-full-kept`: full training without activation checkpointing.
+        tail: blocks from the first trained one on.
+        trained: how many are trained.
+        recompute: midtune runs blocks again for the gradient; TRL always does where it checkpoints.
+        reference: there is a KL term.
+    """
+    scored = batch.rows * batch.new_tokens
+    if arm == "midtune":
+        tokens = batch.prompts * batch.prompt_tokens + batch.rows * (batch.new_tokens - 1)
+        blocks = (2 + recompute + reference) * tail + trained
+        head = 2 + reference
+    else:
+        tokens = batch.rows * (batch.prompt_tokens + batch.new_tokens)
+        alone, whole = arm == "trl-block", arm.startswith("trl-full")
+        checkpointed = arm == "trl-full" or "qlora" in arm
+        # The gradient of a single block ends there.
+        backward = tail + trained if alone else sizes.blocks * (1 + whole)
+        blocks = sizes.blocks * (1 + checkpointed + reference) + backward
+        # TRL's chunked head always runs again for its gradient.
+        head = 3 + whole + reference
+    return 2 * (tokens * sizes.linear * blocks + scored * sizes.projection * head)

@@ -1,0 +1,76 @@
+"""How many parameters a model has, and where: from its configuration alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from midtune.model.blocks import config_from, find_blocks
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters of a model.
+
+    Attributes:
+        blocks: number of decoder blocks.
+        linear, rest: of one block, in linear layers and elsewhere.
+        widths: inputs plus outputs of one block's linear layers, which LoRA's matrices span.
+        embedding: of the input embedding.
+        head: of the output head; 0 where it is the input embedding.
+        outside: of everything else.
+        hidden: width of the residual stream.
+    """
+
+    blocks: int
+    linear: int
+    rest: int
+    widths: int
+    embedding: int
+    head: int
+    outside: int
+    hidden: int
+
+    @property
+    def block(self) -> int:
+        return self.linear + self.rest
+
+    @property
+    def projection(self) -> int:
+        """Weights that make logits, whether or not they are the input embedding too."""
+        return self.head or self.embedding
+
+    @property
+    def total(self) -> int:
+        return self.blocks * self.block + self.embedding + self.head + self.outside
+
+
+def blocks_of(config: PretrainedConfig) -> int:
+    """Number of decoder blocks."""
+    return int(config.get_text_config().num_hidden_layers)
+
+
+def sizes_of(config: PretrainedConfig) -> Sizes:
+    """Sizes of the model that `config` describes; nothing is allocated."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config_from(config, 0, 1))
+    block = find_blocks(model)[1][0]
+    linear = [part for part in block.modules() if isinstance(part, nn.Linear)]
+    weights = sum(part.weight.numel() for part in linear)
+    own = sum(p.numel() for p in block.parameters())
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    head_size = 0 if head is embedding else head.numel()
+    whole = sum(p.numel() for p in model.parameters())
+    return Sizes(
+        blocks=blocks_of(config),
+        linear=weights,
+        rest=own - weights,
+        widths=sum(part.in_features + part.out_features for part in linear),
+        embedding=embedding.numel(),
+        head=head_size,
+        outside=whole - own - embedding.numel() - head_size,
+        hidden=int(config.get_text_config().hidden_size),
+    )

@@ -1,0 +1,316 @@
+"""What fits: the memory and time of each arm on a card, the settings that make a run fit, the largest sizes that do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from midtune.bench.workload import ARMS as TRAINED_ARMS
+from midtune.config import RunConfig, with_settings
+from midtune.device import total_bytes
+from midtune.errors import InputError, MidtuneError
+from midtune.measure.meter import Meter
+from midtune.model.configs import config_of
+from midtune.model.policy import Policy
+from midtune.model.sizes import Sizes, sizes_of
+from midtune.planning.budget import CONTEXT_BYTES, Phases, peak, step_phases, unpacked_bytes
+from midtune.planning.skeleton import Loaded
+from midtune.planning.speed import step_seconds
+from midtune.planning.step_size import DEAREST_FIRST, Work, leaner, standing, work_of
+from midtune.planning.trace import block_update, sampling, whole_update
+from midtune.probe.selection import middle, parse_layers
+from midtune.published import PublishedCard, card_named
+from midtune.report.formats import bytes_text
+from midtune.rl.tail import tail_settings
+from midtune.rollout.sampling import Sampler
+from midtune.tasks import Task
+
+ARMS = {
+    **{arm: TRAINED_ARMS[arm] for arm in ("midtune", "trl-block", "trl-qlora", "trl-full")},
+    "trl-full-kept": "TRL, the same without checkpointing",
+}
+# How far the search for the largest size goes.
+MOST = {"prompts": 64, "group_size": 256, "new_tokens": 131072}
+
+
+@dataclass(frozen=True)
+class Planner:
+    """What one model can do on one card.
+
+    Attributes:
+        block: the first trained block.
+        trained: how many blocks are trained.
+        process: bytes that a process holds besides tensors.
+        device_bytes: of the device's memory; sampling may unpack weights into half of what is free of it.
+    """
+
+    model: Loaded
+    sizes: Sizes
+    card: PublishedCard
+    block: int
+    trained: int
+    process: int
+    device_bytes: int
+
+    @property
+    def tail(self) -> int:
+        """Blocks from the first trained one on."""
+        return self.sizes.blocks - self.block
+
+    def phases(self, arm: str, work: Work) -> Phases:
+        """Bytes of each part in each phase of a step.
+
+        Raises:
+            MidtuneError: the architecture does something that tensors without data cannot.
+        """
+        try:
+            return self._midtune(work) if arm == "midtune" else self._trl(arm, work)
+        except Exception as error:  # noqa: BLE001 (whatever the architecture's own code raises)
+            why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise MidtuneError(
+                f"memory of `{arm}` is not known: {self.model.config.model_type} cannot run on tensors without data "
+                f"({why}); measure it with `midtune bench`."
+            ) from error
+
+    def _standing(self, model: Loaded, arm: str, work: Work) -> dict[str, Any]:
+        """What both kinds of arms hold in common, as arguments of `step_phases`."""
+        held = standing(
+            self.sizes,
+            arm,
+            work,
+            trained=self.trained if arm == "midtune" else 1,
+            quantized=model.quantized,
+            weight_bytes=model.weight_dtype.itemsize,
+            on_card=model.on_card,
+        )
+        return {"held": held, "process": self.process, "on_card": model.on_card}
+
+    def _midtune(self, work: Work) -> Phases:
+        model, sizes, itemsize = self.model, self.sizes, self.model.dtype.itemsize
+        common = self._standing(model, "midtune", work)
+        free = self.device_bytes - self.process - sum(common["held"].parts.values())
+        wanted = unpacked_bytes(
+            sizes, quantized=model.quantized, dtype_bytes=itemsize, laid_out=not model.on_card
+        )
+        unpacks = work.config.model.unpack == "auto"
+        batch = work.batch()
+        tokens = batch.prompts * work.prompt_tokens + batch.rows * work.config.training.max_new_tokens
+        return step_phases(
+            **common,
+            sampling=sampling(model, work.batch(work.sampled_prompts), shared=True),
+            update=block_update(
+                model,
+                work.batch(work.micro_prompts),
+                tail_blocks=self.tail,
+                trained=self.trained,
+                **tail_settings(work.config.training),
+            ),
+            states=tokens * sizes.hidden * itemsize,
+            unpacked=max(0, min(wanted, free // 2)) if unpacks else 0,
+        )
+
+    def _trl(self, name: str, work: Work) -> Phases:
+        arm = name.removesuffix("-kept")
+        model = self._full if arm == "trl-full" else self.model
+        return step_phases(
+            **self._standing(model, arm, work),
+            sampling=sampling(model, work.batch(), shared=False),
+            update=whole_update(
+                model,
+                work.batch(work.micro_prompts),
+                arm=arm,
+                block=self.block,
+                # With it, transformers takes the gradient of a single block down to the embeddings.
+                checkpointing=name in ("trl-full", "trl-qlora"),
+            ),
+        )
+
+    @cached_property
+    def _full(self) -> Loaded:
+        return replace(self.model, quantized=False, full=True)
+
+    def arm(self, name: str, work: Work) -> dict[str, Any]:
+        """What a plan says of an arm."""
+        phases = self.phases(name, work)
+        phase, most = peak(phases)
+        return {
+            "arm": name,
+            "label": ARMS[name],
+            "phases": phases,
+            "peak": most,
+            "phase": phase,
+            "fits": most <= self.card.memory,
+            "seconds": step_seconds(
+                self.card,
+                self.sizes,
+                name,
+                work,
+                tail=self.tail,
+                trained=self.trained,
+                quantized=self.model.quantized,
+                unpacked=bool(phases["sampling"].get("unpacked weights")),
+                cache=phases["sampling"]["keys and values"],
+            ),
+        }
+
+    def fitting(self, work: Work) -> dict[str, Any] | None:
+        """The cheapest changes of settings, by key, that make the work fit; None if none do.
+
+        First the input embedding goes to the host, then where memory peaks decides; see `leaner`.
+        """
+        changes: dict[str, Any] = {}
+        while True:
+            changed = work.changed(changes)
+            phases = self.phases("midtune", changed)
+            phase, most = peak(phases)
+            if most <= self.card.memory:
+                return self._without_needless(work, changes)
+            if self.model.on_card and self.sizes.head and changed.config.model.embeddings == "device":
+                change: dict[str, Any] | None = {"model.embeddings": "host"}
+            else:
+                change = leaner(changed, phase, phases, self.card.memory)
+            if change is None:
+                return None
+            changes |= change
+
+    def _without_needless(self, work: Work, changes: dict[str, Any]) -> dict[str, Any]:
+        """The changes without those that later ones have made needless."""
+        for key in DEAREST_FIRST:
+            fewer = {other: value for other, value in changes.items() if other != key}
+            if peak(self.phases("midtune", work.changed(fewer)))[1] <= self.card.memory:
+                changes = fewer
+        return changes
+
+    def largest(self, work: Work, what: str) -> int:
+        """How many prompts, completions of a group or new tokens fit, the rest as in `work`.
+
+        Memory grows by about the same with each of them, so it is worked out for what `work` has and for twice as many.
+
+        Args:
+            what: of `MOST`.
+        """
+        training = work.config.training
+        sizes = {
+            "prompts": work.micro_prompts,
+            "group_size": training.group_size,
+            "new_tokens": training.max_new_tokens,
+        }
+        now = sizes[what]
+        totals = [
+            {name: sum(parts.values()) for name, parts in phases.items()}
+            for phases in (self._sized(work, what, now), self._sized(work, what, 2 * now))
+        ]
+        most = [
+            now + now * (self.card.memory - once) / (twice - once)
+            for once, twice in zip(totals[0].values(), totals[1].values(), strict=True)
+            if twice > once
+        ]
+        return max(now, min([MOST[what], *map(int, most)]))
+
+    def _sized(self, work: Work, what: str, size: int) -> Phases:
+        if what == "group_size":
+            return self.phases("midtune", work.changed({"training.group_size": size}))
+        if what == "new_tokens":
+            return self.phases("midtune", work.changed({"training.max_new_tokens": size}))
+        # Each prompt of an update adds what its group takes there; as many as before are sampled together.
+        wider = work.changed(
+            {
+                "training.prompts_per_step": size,
+                "training.micro_batch_tokens": size * work.group_tokens,
+                "training.sampled_prompts": work.sampled_prompts,
+            }
+        )
+        return {"update": self.phases("midtune", wider)["update"]}
+
+
+def planner_of(config: RunConfig, gpu: str) -> tuple[Planner, list[int]]:
+    """What plans for the configuration's model on a card, and the blocks that would be trained.
+
+    Args:
+        gpu: the card, see `card_named`; or `cpu`, this machine.
+    """
+    on_card = gpu != "cpu"
+    # How fast a CPU is stands nowhere.
+    host = PublishedCard("this machine's CPU", total_bytes("cpu"), math.nan, math.nan)
+    card = card_named(gpu) if on_card else host
+    model_config = config_of(config.model.name, trust_remote_code=config.model.trust_remote_code)
+    sizes = sizes_of(model_config)
+    wanted = config.blocks
+    blocks = (
+        parse_layers(wanted.layers, sizes.blocks, wanted.top_k)
+        if wanted.layers is not None
+        else middle(sizes.blocks, wanted.top_k)
+    )
+    dtype = torch.bfloat16 if on_card else torch.float32
+    model = Loaded(model_config, dtype, config.model.quantize == "nf4", on_card)
+    process = CONTEXT_BYTES if on_card else _libraries_bytes()
+    return Planner(model, sizes, card, blocks[0], len(blocks), process, card.memory), blocks
+
+
+def planner_for(policy: Policy, blocks: list[int], process_bytes: int) -> Planner:
+    """What plans for a loaded model on its own device.
+
+    Args:
+        blocks: the trained ones.
+        process_bytes: resident memory of this process before the model was loaded.
+    """
+    on_card = policy.device.type == "cuda"
+    total = total_bytes(policy.device)
+    return Planner(
+        Loaded(policy.model.config, policy.compute_dtype, policy.quantized, on_card),
+        sizes_of(policy.model.config),
+        PublishedCard("this device", total, math.nan, math.nan),
+        blocks[0],
+        len(blocks),
+        CONTEXT_BYTES if on_card else process_bytes,
+        total,
+    )
+
+
+def fitted(
+    config: RunConfig,
+    sampler: Sampler,
+    task: Task,
+    blocks: list[int],
+    process_bytes: int,
+    on_message: Callable[[str], None],
+) -> RunConfig:
+    """The configuration of a run with the cheapest changes that keep it within `training.fit`, which it has.
+
+    Args:
+        sampler: of the loaded model.
+        blocks: the chosen ones.
+        process_bytes: resident memory of this process before the model was loaded.
+
+    Raises:
+        InputError: it does not fit, whatever is changed, or what it should fit is not known.
+    """
+    fit, policy = config.training.fit or "", sampler.policy
+    planner = replace(planner_for(policy, blocks, process_bytes), card=card_named(fit))
+    longest = max(sampler.prompt_lengths([*task.train, *task.held_out]))
+    work = work_of(config, longest)
+    changes = planner.fitting(work)
+    if changes is None:
+        raise InputError(
+            f"{policy.source.name} was to be trained within {fit}, but it does not fit, whatever is made leaner; "
+            "lower --max-new-tokens or --group-size, choose a higher block with --layers, or a smaller model."
+        )
+    found = work.changed(changes)
+    phase, most = peak(planner.phases("midtune", found))
+    said = ", ".join(f"{key}={value}" for key, value in changes.items()) or "nothing has to change"
+    on_message(f"to stay within {fit}: {said}; planned peak {bytes_text(most)}, in {phase}")
+    # Scoring samples as many together as training does.
+    together = {"training.sampled_prompts": found.sampled_prompts}
+    return with_settings(config, {**changes, **together, "training.fit": None})
+
+
+def _libraries_bytes() -> int:
+    """What a process that trains on a CPU has resident before a model is loaded: it counts there."""
+    import midtune.rl.training  # noqa: F401
+
+    return Meter("cpu").current_bytes()

@@ -1,0 +1,86 @@
+"""A stage in a process of its own, because peak memory counts all that a process ever held."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from midtune.errors import MidtuneError
+
+# Steps of full training that are measured for a report.
+FULL_STEPS = 2
+
+
+def in_own_process(job: str, arguments: dict[str, Any], *, what: str, instead: str) -> dict[str, Any]:
+    """What a function returns that is called in a fresh process.
+
+    Args:
+        job: the function as `module:name`; what it is given and what it returns has to fit into JSON.
+        what, instead: for the message, what was to be done and what a person can do without it.
+
+    Raises:
+        MidtuneError: the process failed; its last words are in the message.
+    """
+    finished = subprocess.run(
+        [sys.executable, "-P", "-W", "ignore", "-m", __name__, job],
+        input=json.dumps(arguments),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+    )
+    if finished.returncode == -signal.SIGKILL:
+        raise MidtuneError(f"{what} failed (it was killed, most likely because memory ran out); {instead}.")
+    if finished.returncode != 0:
+        words = finished.stderr.strip().splitlines()
+        raise MidtuneError(f"{what} failed ({words[-1][:200] if words else finished.returncode}); {instead}.")
+    result: dict[str, Any] = json.loads(finished.stdout.strip().splitlines()[-1])
+    return result
+
+
+def measure_full_training(config_file: Path) -> dict[str, Any]:
+    """Full training for a few steps as a run's configuration says; see `bench.arms.full_training`.
+
+    Raises:
+        MidtuneError: the process failed; its last words are in the message.
+    """
+    return in_own_process(
+        f"{__name__}:full_training_of",
+        {"config_file": str(config_file)},
+        what="measuring full training",
+        instead="use --baseline estimated",
+    )
+
+
+def full_training_of(config_file: str) -> dict[str, Any]:
+    """The same in this process."""
+    from midtune.bench.arms import full_training
+    from midtune.config import load_config
+    from midtune.device import compute_dtype, resolve_device
+    from midtune.report.terminal import Terminal
+    from midtune.stages.opening import Opened
+
+    config = load_config(Path(config_file), {})
+    opened = Opened(config, Terminal(quiet=True))
+    task = opened.task
+    device = resolve_device(config.model.device)
+    return full_training(
+        opened.source,
+        task.train,
+        task.reward,
+        config.training,
+        seed=config.seed,
+        device=device,
+        dtype=compute_dtype(config.model.dtype, device),
+        steps=FULL_STEPS,
+    )
+
+
+if __name__ == "__main__":
+    module, _, function = sys.argv[1].partition(":")
+    print(json.dumps(getattr(importlib.import_module(module), function)(**json.load(sys.stdin))))

@@ -1,0 +1,1 @@
+"""Text games that a policy plays in turns."""

@@ -1,0 +1,135 @@
+"""ALFWorld: household tasks in text, played in the alfworld package's data, where a person has it.
+
+The package evaluates expressions that a game holds: a game is to be trusted like a program.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import sys
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from midtune.errors import InputError
+from midtune.tasks.split import Row, Sizes, Split, given_split
+
+# Of GiGPO's authors (arXiv 2505.10978), said once, since an episode is one conversation here.
+PROMPT = (
+    "You are an expert agent operating in the ALFRED Embodied Environment. At every step, first reason step-by-step "
+    "about the current situation, within <think> </think> tags. Then choose one admissible action and present it "
+    "within <action> </action> tags.\n\n"
+)
+FOLDERS = ("train", "valid_seen", "valid_unseen")
+GAME = "game.tw-pddl"
+# What the package leaves out.
+_NOT_PLAYED = ("movable", "Sliced")
+# The end may be cut off by a limit or a stop text.
+_ACTION = re.compile(r"<action>(.*?)(?:</action>|\Z)", re.DOTALL)
+_TASK = re.compile(r"Your task is to: ([^\"\\]+)")
+
+
+class ALFWorld:
+    """A task in a household; the reward is 1 once it is done (its authors' 10), else 0."""
+
+    def __init__(self) -> None:
+        import fast_downward
+        import textworld
+        from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
+        from textworld.envs import PddlEnv
+
+        fast_downward.pddl2sas = _translated
+        self._game = AlfredDemangler(PddlEnv(textworld.EnvInfos(won=True, admissible_commands=True)))
+
+    def reset(self, game: str, **row: Any) -> str:
+        """Begin a game, by its folder under that of the data."""
+        self._game.load(str(data_folder() / game / GAME))
+        self._now = self._game.reset()
+        return self._shown(self._now.feedback.partition("\n\n")[2])
+
+    def step(self, action: str) -> str:
+        """Act.
+
+        Args:
+            action: a text with the action between tags, the first of which count, or nothing but the action. What
+                is none changes nothing, and the game says so.
+        """
+        said = action.lower()
+        found = _ACTION.search(said)
+        self._now, _, _ = self._game.step((found[1] if found else said).strip())
+        return self._shown(self._now.feedback)
+
+    def get_reward(self) -> float:
+        """1 if the task is done, else 0."""
+        return float(bool(self._now.won))
+
+    @property
+    def done(self) -> bool:
+        return bool(self._now.won)
+
+    def _shown(self, feedback: str) -> str:
+        actions = ", ".join(repr(command) for command in self._now.admissible_commands if command != "help")
+        return f"{feedback.strip()}\nYour admissible actions of the current situation are: [{actions}]."
+
+
+@lru_cache(maxsize=64)
+def _translated(domain: str, problem: str, verbose: bool = False, optimize: bool = False) -> Any:
+    """A game as the planner reads it: that takes seconds in a large room, and all episodes of a group ask for it."""
+    from fast_downward.interface import pddl2sas
+
+    arguments = sys.argv
+    try:
+        return pddl2sas(domain, problem, verbose, optimize)
+    finally:
+        # The translator leaves its own there.
+        sys.argv = arguments
+
+
+def data_folder() -> Path:
+    """Where `alfworld-download` puts its games, whether they are there or not."""
+    return Path(os.environ.get("ALFWORLD_DATA", "~/.cache/alfworld")).expanduser() / "json_2.1.1"
+
+
+def draw_households(arguments: Mapping[str, int], sizes: Sizes) -> Split:
+    """Rows with the folder of a `game`: training ones from `train`, held-out ones from rooms seen there or not.
+
+    Raises:
+        InputError: the data is not there.
+    """
+    held_out = FOLDERS[2 if arguments["unseen"] else 1]
+    train = _rows(FOLDERS[0], sizes.train, sizes.seed)
+    split, _ = given_split(train, _rows(held_out, sizes.held_out, sizes.seed), sizes)
+    return split
+
+
+def _rows(part: str, count: int, seed: int) -> list[Row]:
+    folder = data_folder()
+    files = sorted((folder / part).glob(f"*/*/{GAME}"))
+    if not files:
+        raise InputError(
+            f"alfworld has no games in {folder / part}; download them with `alfworld-download`, or say in "
+            "ALFWORLD_DATA where they are."
+        )
+    random.Random(seed).shuffle(files)
+    rows: list[Row] = []
+    for file in files:
+        if len(rows) == count:
+            break
+        if any(word in str(file.relative_to(folder)) for word in _NOT_PLAYED):
+            continue
+        try:
+            told = json.loads(file.read_text(encoding="utf-8"))
+            task = _TASK.search(told["grammar"])
+        except (OSError, ValueError, LookupError) as error:
+            raise InputError(f"{file} is no game of ALFWorld ({error}); download it again.") from None
+        # As the package does, games that nobody can win are left out.
+        if told.get("solvable") and task is not None:
+            game = file.parent.relative_to(folder).as_posix()
+            prompt = [{"role": "user", "content": PROMPT}]
+            question = f"{PROMPT}Your task is to: {task[1]} ({game})"
+            rows.append({"prompt": prompt, "question": question, "answer": "", "game": game})
+    return rows

@@ -1,0 +1,99 @@
+"""The text games that come from packages: what each is played with, and how its problems are drawn."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from midtune.errors import InputError
+from midtune.tasks.environment import MAX_TURNS
+from midtune.tasks.games import alfworld, frozen_lake, textworld
+from midtune.tasks.split import Row, Sizes, Split, draw_split
+
+
+@dataclass(frozen=True)
+class GameKind:
+    """A game that needs no file.
+
+    Args:
+        environment: the class that plays it (`environment.py`).
+        arguments: whole numbers that `reset` gets, and their defaults.
+        packages: what it needs; the first is midtune's extra too.
+        draw: draws rows where a game is no matter of a seed.
+    """
+
+    environment: Callable[[], Any]
+    prompt: str
+    arguments: Mapping[str, int]
+    packages: tuple[str, ...]
+    draw: Callable[[Mapping[str, int], Sizes], Split] | None = None
+    max_turns: int = MAX_TURNS
+
+
+GAMES = {
+    "frozen-lake": GameKind(
+        frozen_lake.FrozenLake, frozen_lake.PROMPT, {"size": 3, "holes": 2}, ("textarena",)
+    ),
+    "textworld": GameKind(
+        textworld.TextWorld, textworld.PROMPT, {"rooms": 1, "objects": 2, "quest": 1}, ("textworld",)
+    ),
+    "alfworld": GameKind(
+        alfworld.ALFWorld,
+        alfworld.PROMPT,
+        {"unseen": 0},
+        ("alfworld", "fast_downward"),
+        alfworld.draw_households,
+        max_turns=50,  # as GiGPO's authors have it
+    ),
+}
+
+
+def draw_games(name: str, args: Mapping[str, Any], sizes: Sizes) -> tuple[Split, dict[str, int]]:
+    """Rows with what a game begins with, such as a `seed`, and its complete arguments.
+
+    Games that begin alike are one problem.
+
+    Raises:
+        InputError: its package or data is missing, or an argument is none of its own or no whole number from 0 on.
+    """
+    kind = GAMES[name]
+    arguments = _complete(name, kind, args)
+    if kind.draw is not None:
+        return kind.draw(arguments, sizes), arguments
+    environment = kind.environment()
+
+    def draw(start: int, stop: int) -> list[Row]:
+        rows = []
+        for index in range(start, stop):
+            columns = {"seed": random.Random(f"{name} {sizes.seed} {index}").randrange(2**31), **arguments}
+            prompt = [{"role": "user", "content": kind.prompt}]
+            question = kind.prompt + environment.reset(**columns)
+            rows.append({"prompt": prompt, "question": question, "answer": "", **columns})
+        return rows
+
+    return draw_split(draw, sizes), arguments
+
+
+def _complete(name: str, kind: GameKind, args: Mapping[str, Any]) -> dict[str, int]:
+    """The arguments of a game with its defaults."""
+    if any(importlib.util.find_spec(package) is None for package in kind.packages):
+        extra = kind.packages[0]
+        raise InputError(
+            f"{name} needs the package {extra}; install it with `pip install 'midtune[{extra}]'`."
+        )
+    for key, value in args.items():
+        if key not in kind.arguments:
+            known = ", ".join(f"{key} ({default})" for key, default in kind.arguments.items())
+            raise InputError(f"`{name}` has no argument `{key}`; it has {known}.")
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise InputError(f"`{key}` of {name} is {value!r}; give a whole number from 0 on.")
+    found = {**kind.arguments, **args}
+    if name == "frozen-lake" and not found["size"] > max(found["holes"], 1):
+        raise InputError(
+            f"a lake of size {found['size']} may have no way around {found['holes']} holes; give a size from 2 on, and "
+            "fewer holes than that."
+        )
+    return found

@@ -1,0 +1,70 @@
+"""Quests that textworld makes up."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+PROMPT = "You play a text adventure. Answer with one command.\n\n"
+
+
+class TextWorld:
+    """A quest in a house that textworld makes up; the reward is the share of its points."""
+
+    def reset(self, seed: int, rooms: int, objects: int, quest: int, **row: Any) -> str:
+        """Begin the game of a seed, which is made once."""
+        import textworld
+
+        wanted = "description inventory admissible_commands objective score max_score".split()
+        with warnings.catch_warnings():
+            # The interpreter does not know the game; textworld keeps its state itself.
+            warnings.simplefilter("ignore")
+            self._game = textworld.start(
+                _made(seed, rooms, objects, quest), textworld.EnvInfos(**dict.fromkeys(wanted, True))
+            )
+        self._now = self._game.reset()
+        self._over = False
+        return f"{self._now.objective.strip()}\n{self._shown()}"
+
+    def step(self, action: str) -> str:
+        """Say a command.
+
+        Args:
+            action: one of the commands that were shown; only its first line counts.
+        """
+        command = action.strip().splitlines()[0].strip() if action.strip() else "look"
+        self._now, _, self._over = self._game.step(command)
+        return self._shown()
+
+    def get_reward(self) -> float:
+        """The points so far, of those there are."""
+        return float(self._now.score or 0) / max(self._now.max_score or 1, 1)
+
+    @property
+    def done(self) -> bool:
+        return bool(self._over)
+
+    def _shown(self) -> str:
+        place = " ".join((self._now.description or "").split())
+        commands = ", ".join(self._now.admissible_commands or [])
+        return f"{place} {' '.join((self._now.inventory or '').split())}\nYou can: {commands}\nCommand:"
+
+
+@cache
+def _folder() -> Any:
+    return tempfile.TemporaryDirectory(prefix="midtune-textworld-")
+
+
+@cache
+def _made(seed: int, rooms: int, objects: int, quest: int) -> str:
+    """The file of a game, which lasts as long as the process."""
+    import textworld
+
+    options = textworld.GameOptions()
+    options.seeds, options.nb_rooms, options.nb_objects, options.quest_length = seed, rooms, objects, quest
+    options.path = str(Path(_folder().name) / f"{seed}-{rooms}-{objects}-{quest}.z8")
+    path, _ = textworld.make(options)
+    return str(path)

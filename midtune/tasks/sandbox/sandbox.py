@@ -1,0 +1,360 @@
+"""Runs untrusted programs: apart from everything else, within limits, gone afterwards.
+
+With bubblewrap (https://github.com/containers/bubblewrap) a program has process, network, IPC, host name
+and mount namespaces of its own. It sees the standard library and the shared libraries, read-only, and an
+empty `/tmp` in memory. No other file, process or network exists for it, and no `/proc`. An ordinary user's
+programs also get a user namespace, in which no further one can be made. Those of root get a user id of their
+own, since the kernel does not count the processes of root. A filter closes the system calls that reach
+further (`syscalls.py`; on x86_64 and aarch64). The kernel limits CPU time, address space, processes, open
+files and the size of files and output; midtune limits wall time and the number of files. When a program
+ends, so do all processes of its namespace. The programs of a job stay on one CPU (`Sandbox.each`), so that
+one which takes all it can get slows down none on the other CPUs.
+
+What is not guaranteed: a hole in the kernel is a way out. Limits of memory and CPU time hold for each
+process, so that they multiply by `processes`. Files are counted every 50 ms, so that a program can make
+some ten thousand of them, at 1 KiB each, before it is ended.
+
+Without bubblewrap isolation is *weak*: the same limits, an empty environment and an empty folder to begin
+in, but the program can read and write what its user can, use the network, and leave processes behind.
+There is nothing in between: landlock is a development release that leaves processes alone, and sandlock
+wants Linux 6.7.
+"""
+
+from __future__ import annotations
+
+import itertools
+import marshal
+import os
+import secrets
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import CodeType
+from typing import Any, TypeVar
+
+from midtune.config import SandboxConfig
+from midtune.errors import InputError, RunStopped
+from midtune.tasks.sandbox import inside
+from midtune.tasks.sandbox.syscalls import program_filter
+
+_OUTPUT_BYTES = 4 * 2**20
+_FOLDER_BYTES = 16 * 2**20
+_OPEN_FILES = 32
+# Files in /tmp, and how often they are counted: bubblewrap sets no limit on them.
+_FILES, _COUNT_EVERY_S = 4096, 0.05
+# The ids that systemd keeps for services without a user; no person and no file has one of them. In turn, from
+# anywhere, so that two programs at a time do not have the same one: the kernel would count them together.
+_FIRST_PASSING_UID, _PASSING_UIDS = 61184, 4336
+_uids = itertools.count(secrets.randbelow(_PASSING_UIDS))
+_SHARED_LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache")
+# Sets are in the same order every time, so that a resumed run gives the rewards that it would have given.
+_ENVIRONMENT = {"LANG": "C.UTF-8", "PYTHONUTF8": "1", "PYTHONHASHSEED": "0"}
+# No site-packages, nothing from the folder, no caches to write.
+_INTERPRETER = (os.path.realpath(sys.executable), "-S", "-s", "-P", "-B")
+_Job = TypeVar("_Job")
+_Found = TypeVar("_Found")
+_BOOT = """\
+import marshal, os, sys
+with os.fdopen(int(sys.argv[1]), "rb") as file:
+    code, job = marshal.load(file)
+space = {"__name__": "inside"}
+exec(code, space)
+space["main"](job)
+"""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a program.
+
+    Attributes:
+        output: what it wrote to standard output, of which 4 MiB are kept.
+        exit_code: 0 where it ended well.
+        broken: what the sandbox said where it ended without starting the program; else empty.
+    """
+
+    output: bytes
+    exit_code: int
+    broken: str
+
+    @property
+    def killed(self) -> bool:
+        """Whether it was ended from outside, as when its time was over."""
+        # bubblewrap gives the signals of its programs as shells do.
+        return self.exit_code in (-signal.SIGKILL, 128 + signal.SIGKILL)
+
+
+@dataclass(eq=False)
+class Running:
+    """A program in its sandbox; leaving the `with` block ends it and all its processes."""
+
+    _process: subprocess.Popen[bytes]
+    _output: int  # of what it prints, the file descriptor
+    _socket: socket.socket  # for what `inside.py` says
+    _deadline: float
+    _files: ExitStack
+    _isolated: bool
+    _said: bytes = b""
+    _folder: int | None = None
+
+    def wait(self, most_s: float | None = None, *, beside: Sequence[Running] = ()) -> Result:
+        """Let the program go on to its end or its deadline, and no longer.
+
+        Args:
+            most_s: let it go on for this long, instead of its deadline.
+            beside: other programs, which are ended where they make too many files meanwhile.
+        """
+        deadline = self._deadline if most_s is None else time.monotonic() + most_s
+        ended = False
+        while self._process.returncode is None and not ended:
+            left_s = max(deadline - time.monotonic(), 0.0)
+            ended = _ends(self._process.pid, min(left_s, _COUNT_EVERY_S))
+            for running in (self, *beside):
+                if running._has_many_files():
+                    running._end()
+            if left_s == 0:
+                break
+        self._end()
+        self._listen()
+        broken = ended and not self._said.endswith(inside.STARTED)
+        why = self._said.decode(errors="replace").strip().rpartition("\n")[2] or "it said nothing"
+        output = os.pread(self._output, _OUTPUT_BYTES, 0)
+        return Result(output, self._process.returncode, why if broken else "")
+
+    def _has_many_files(self) -> bool:
+        if not self._isolated or self._process.returncode is not None:
+            return False
+        if self._folder is None:
+            self._listen()
+        if self._folder is None:
+            return False
+        counted = os.fstatvfs(self._folder)
+        return counted.f_files - counted.f_ffree > _FILES
+
+    def _listen(self) -> None:
+        """Take what was said so far, and the folder that comes with the word that the program starts."""
+        while True:
+            try:
+                said, fds, _, _ = socket.recv_fds(self._socket, 2**16, 1, socket.MSG_CMSG_CLOEXEC)
+            except (BlockingIOError, ConnectionResetError):
+                return
+            for fd in fds:
+                self._files.callback(os.close, fd)
+                self._folder = fd
+            if not said:
+                return
+            self._said += said
+
+    def _end(self) -> None:
+        # Before the process is reaped its id cannot be another's. Its group is bubblewrap, with which all of
+        # its namespace ends, or what a weakly isolated program has started.
+        if self._process.returncode is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+        self._files.close()
+
+
+@dataclass(frozen=True)
+class Sandbox:
+    """Starts programs within limits.
+
+    Attributes:
+        isolation: the command that a program is started with; empty for weak isolation.
+        workers: how many programs to run at a time.
+    """
+
+    limits: SandboxConfig
+    isolation: tuple[str, ...]
+    workers: int = 1
+
+    @property
+    def warning(self) -> str | None:
+        """What a person should know before programs run here."""
+        if self.isolation:
+            return None
+        return (
+            "programs that the model writes run with weak isolation: they can read and write what you can, and use "
+            "the network."
+        )
+
+    def start(
+        self, role: str, *, stdin: bytes = b"", fds: Mapping[str, int] | None = None, **job: Any
+    ) -> Running:
+        """Start one of the roles of `inside.py`, with what it needs: `job`, and file descriptors by name."""
+        fds = fds or {}
+        uid = _FIRST_PASSING_UID + next(_uids) % _PASSING_UIDS if os.geteuid() == 0 else None
+        job |= {**fds, "role": role, "limits": kernel_limits(self.limits), "uid": uid}
+        with ExitStack() as files:
+            folder = "/tmp"
+            if not self.isolation:
+                folder = files.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+                os.chmod(folder, 0o777)
+
+            def holding(content: bytes) -> int:
+                """A file, not a pipe: it need not be read along, and the kernel's limit on files limits output."""
+                file = files.enter_context(tempfile.TemporaryFile())
+                file.write(content)
+                file.seek(0)
+                return file.fileno()
+
+            handed = holding(marshal.dumps((_code(), job)))
+            output = holding(b"")
+            isolation = self.isolation
+            passed = [handed, *fds.values()]
+            if isolation and (calls := program_filter()) is not None:
+                passed.append(holding(calls))
+                isolation = (isolation[0], "--seccomp", str(passed[-1]), *isolation[1:])
+            said, its_end = (files.enter_context(end) for end in socket.socketpair())
+            said.setblocking(False)
+            with its_end:
+                process = subprocess.Popen(
+                    [*isolation, *_INTERPRETER, "-c", _BOOT, str(handed)],
+                    stdin=holding(stdin),
+                    stdout=output,
+                    stderr=its_end.fileno(),
+                    env={**_ENVIRONMENT, "HOME": folder, "TMPDIR": folder},
+                    cwd=folder,
+                    pass_fds=passed,
+                    start_new_session=True,
+                )
+            deadline = time.monotonic() + self.limits.wall_s
+            return Running(process, output, said, deadline, files.pop_all(), bool(self.isolation))
+
+    def run(self, source: str, stdin: bytes = b"") -> Result:
+        """Run a program to its end.
+
+        Raises:
+            RunStopped: the sandbox does not work any more.
+        """
+        with self.start("run", sources=[source], stdin=stdin) as running:
+            return checked(running.wait())
+
+    def each(self, work: Callable[[_Job], _Found], jobs: Iterable[_Job]) -> list[_Found]:
+        """What `work` gives for each job, `workers` of them at a time; the programs of each run on one CPU.
+
+        A program cannot leave its CPU, so that one that starts many processes keeps only its own tests waiting.
+        """
+        cpus = itertools.cycle(sorted(os.sched_getaffinity(0)))
+        with ThreadPoolExecutor(
+            self.workers, initializer=lambda: os.sched_setaffinity(0, {next(cpus)})
+        ) as pool:
+            return list(pool.map(work, jobs))
+
+
+def checked(result: Result) -> Result:
+    """The result, if there was a program.
+
+    Raises:
+        RunStopped: the sandbox ended before it started one.
+    """
+    if result.broken:
+        raise RunStopped(
+            f"a sandbox did not start its program ({result.broken}); fix that and resume the run."
+        )
+    return result
+
+
+def kernel_limits(settings: SandboxConfig) -> dict[str, int]:
+    """Resource limits by name, as `setrlimit` knows them."""
+    return {
+        "AS": settings.memory_mib * 2**20,
+        "CORE": 0,
+        "CPU": settings.cpu_s,
+        "FSIZE": _OUTPUT_BYTES,
+        "NOFILE": _OPEN_FILES,
+        "NPROC": settings.processes,
+    }
+
+
+def open_sandbox(settings: SandboxConfig) -> Sandbox:
+    """A sandbox that has been tried: with bubblewrap, or with limits alone where that is allowed.
+
+    Raises:
+        InputError: bubblewrap is missing or does not work and weak isolation is not allowed, or nothing works.
+    """
+    if sys.platform != "linux":
+        raise InputError("programs that a model wrote run on Linux only; use another reward than code.")
+    workers = settings.workers or len(os.sched_getaffinity(0))
+    bwrap = shutil.which("bwrap")
+    missing = "bubblewrap was not found"
+    if bwrap is not None:
+        sandbox = Sandbox(settings, bubblewrap(bwrap, as_root=os.geteuid() == 0), workers)
+        if not (failure := _failure(sandbox)):
+            return sandbox
+        missing = f"bubblewrap does not work here ({failure})"
+    if not settings.allow_weak:
+        raise InputError(
+            f"the reward runs programs that a model wrote, and {missing}; install bubblewrap 0.8 or later (`apt "
+            "install bubblewrap`), or accept limits without isolation with --set sandbox.allow_weak=true."
+        )
+    sandbox = Sandbox(settings, (), workers)
+    if failure := _failure(sandbox):
+        raise InputError(
+            f"{missing}, and without it no program can be run either ({failure}); fix one of them."
+        )
+    return sandbox
+
+
+def bubblewrap(bwrap: str, *, as_root: bool) -> tuple[str, ...]:
+    """The command of bubblewrap (0.8 or later, at the path `bwrap`) that isolates the command after it.
+
+    Root gets no user namespace, but the right to take on another user id.
+    """
+    python = _INTERPRETER[0]
+    shown = [python, str(Path(os.__file__).parents[1]), *_SHARED_LIBRARIES]
+    user = (
+        ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+        if as_root
+        else ["--unshare-user", "--disable-userns"]
+    )
+    # By name, since --unshare-all goes on without what it cannot have.
+    kinds = ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
+    return (
+        *(bwrap, *user, *kinds, "--die-with-parent", "--new-session"),
+        # Made as the parent of a file, a folder is closed to all but its owner.
+        *("--dir", "/dev", "--dir", os.path.dirname(python)),
+        *(word for path in shown for word in ("--ro-bind-try", path, path)),
+        *(word for path in ("/dev/null", "/dev/urandom") for word in ("--dev-bind", path, path)),
+        *("--size", str(_FOLDER_BYTES), "--perms", "1777", "--tmpfs", "/tmp"),
+        *("--remount-ro", "/", "--chdir", "/tmp", "--"),
+    )
+
+
+def _failure(sandbox: Sandbox) -> str:
+    with sandbox.start("run", sources=["import json; print('ready')"]) as running:
+        result = running.wait()
+    if result.broken or result.output == b"ready\n":
+        return result.broken
+    return f"a program that prints one word ended with exit code {result.exit_code}"
+
+
+def _ends(pid: int, most_s: float) -> bool:
+    """Whether a child process ends within `most_s` seconds; it is not reaped."""
+    with os.fdopen(os.pidfd_open(pid)) as handle:
+        poll = select.poll()
+        poll.register(handle, select.POLLIN)
+        return bool(poll.poll(most_s * 1000))
+
+
+@cache
+def _code() -> CodeType:
+    # Compiled here once: as source it would be compiled again in every sandbox.
+    path = Path(inside.__file__)
+    return compile(path.read_text(encoding="utf-8"), path.name, "exec")

@@ -1,0 +1,351 @@
+"""Rows as they stand in data files, in folders of them and in what `datasets` saved."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import re
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from midtune.errors import InputError
+from midtune.tasks.split import Row
+
+FORMATS = "jsonl, json, csv, tsv, parquet or arrow"
+# As in GSM8K (question, answer), MATH and NuminaMath (problem, solution), TRL and ShareGPT (conversations) and
+# verl (prompt, reward_model); the first that is there counts.
+PROMPT_COLUMNS = ("prompt", "question", "problem", "messages", "conversations")
+ANSWER_COLUMNS = ("answer", "solution", "ground_truth", "reward_model.ground_truth")
+_JSONL = (".jsonl", ".jsonlines", ".json-lines", ".ndjson", ".json")
+_DELIMITED = {".csv": None, ".tsv": "\t", ".tab": "\t"}
+SUFFIXES = (*_JSONL, *_DELIMITED, ".parquet", ".arrow")
+_UNPACK: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.decompress,
+    ".bz2": bz2.decompress,
+    ".xz": lzma.decompress,
+}
+# Of evaluation splits the first that is there counts.
+EVALUATION = ("test", "validation", "valid", "val", "eval", "dev")
+_ALSO = {"training": "train", "testing": "test", "evaluation": "eval"}
+_PART = re.compile(rf"(?:^|[/._\- ])({'|'.join(['train', *EVALUATION, *_ALSO])})(?=[/._\- 0-9]|$)")
+# What `datasets` and pandas take for a missing value in csv.
+_MISSING = {"nan", "NaN", "-nan", "-NaN", "<NA>", "null", "NULL", "None"}
+# Of a longer split, evenly spaced rows are read: no run uses more, and all in memory take gigabytes.
+MOST_ROWS = 100_000
+_SHOWN_FILES = 5
+
+
+class BadRow(Exception):
+    """What is wrong with a row, as the end of a sentence that its place begins."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of a source, or why there is none."""
+
+    place: str  # what messages call it, such as `line 3 of data.jsonl`
+    row: Row | None
+    fault: str = ""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The rows of a file, a folder or a dataset."""
+
+    name: str  # what messages call it
+    lines: list[Line]  # all rows, or those to train on
+    evaluation: list[Line] | None  # rows to evaluate on, where the source keeps them apart
+    digest: str  # the same for the same content
+    note: str = ""  # a remark for the person
+
+
+def data_suffix(name: str) -> str:
+    """The format that a file's name says, such as `.jsonl` of `train.jsonl.gz`; empty where it is none."""
+    path = Path(name.lower())
+    if path.suffix in _UNPACK:
+        path = path.with_suffix("")
+    return path.suffix if path.suffix in SUFFIXES else ""
+
+
+def read_path(name: str) -> Source:
+    """The rows of a data file, or of a folder of them, in their order.
+
+    A folder whose files are called `train` and `test` (or `validation` or `eval`) keeps these apart, and so does one
+    that `datasets` saved.
+
+    Raises:
+        InputError: it is missing, empty, or of another format.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+        return _saved(path) if saved else _folder(path)
+    if not path.is_file():
+        raise InputError(f"task file {path} does not exist; give the path of a {FORMATS} file.")
+    content = path.read_bytes()
+    return by_part(str(path), _parts(path, content), hashlib.sha256(content).hexdigest())
+
+
+def _saved(folder: Path) -> Source:
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = " ".join(str(error).split())[:200].rstrip(".")
+        raise InputError(
+            f"the folder {folder}, which `save_to_disk` wrote, cannot be read ({found}); save it again."
+        ) from None
+    return of_splits(str(folder), loaded if isinstance(loaded, dict) else {"": loaded})
+
+
+def of_splits(name: str, parts: Mapping[str, Any], most_rows: int = MOST_ROWS) -> Source:
+    """A source from the splits of a dataset as `datasets` has them in memory, of each at most `most_rows` rows."""
+    steps = {part: -(-len(rows) // most_rows) for part, rows in parts.items()}
+    lines = {str(part): _of_split(str(part), name, rows, steps[part]) for part, rows in parts.items()}
+    digest = hashlib.sha256()
+    for part, of_part in lines.items():
+        for line in of_part:
+            digest.update(f"{part} {json.dumps(line.row, sort_keys=True, default=str)}\n".encode())
+    thinned = [f"one row in {step} of {part}" for part, step in steps.items() if step > 1]
+    note = f"{name} is long: {' and '.join(thinned)} is read." if thinned else ""
+    return by_part(name, lines, digest.hexdigest(), note)
+
+
+def _of_split(part: str, name: str, rows: Any, step: int) -> list[Line]:
+    chosen = rows if step == 1 else rows.select(range(0, len(rows), step))
+    of = f"{name}'s {part}" if part else name
+    return [Line(f"row {place * step + 1} of {of}", row) for place, row in enumerate(chosen.to_list())]
+
+
+def _folder(folder: Path) -> Source:
+    files = {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    }
+    found = {relative: path for relative, path in files.items() if data_suffix(relative)}
+    left_out = [relative for relative in files if relative not in found]
+    parts: dict[str, list[Line]] = {}
+    names: dict[str, list[str]] = {}
+    digest = hashlib.sha256()
+    for relative, path in found.items():
+        content = path.read_bytes()
+        if _describes(relative, content):
+            left_out.append(relative)
+            continue
+        digest.update(f"{relative} {hashlib.sha256(content).hexdigest()}\n".encode())
+        matches = _PART.findall(relative.lower())
+        split = _ALSO.get(matches[-1], matches[-1]) if matches else ""
+        for inner, lines in _parts(path, content).items():
+            parts.setdefault(inner or split, []).extend(lines)
+            names.setdefault(inner or split, []).append(relative)
+    if not parts:
+        other = f" (it has {_listed(left_out)})" if left_out else ""
+        raise InputError(f"the folder {folder} has no {FORMATS} files with rows{other}; give one that has.")
+    note = f"{folder}: left out {_listed(left_out)}, with no problems in {FORMATS}." if left_out else ""
+    return by_part(str(folder), parts, digest.hexdigest(), note, names)
+
+
+def _describes(name: str, content: bytes) -> bool:
+    """Whether a file holds one JSON object that is no problem: a folder from the hub also has descriptions."""
+    document = _loaded(content) if data_suffix(name) == ".json" else None
+    return (
+        isinstance(document, dict)
+        and _document(document) == {"": [document]}
+        and not any(key.casefold() in PROMPT_COLUMNS for key in document)
+    )
+
+
+def _listed(files: Sequence[str]) -> str:
+    more = len(files) - _SHOWN_FILES
+    return ", ".join(files[:_SHOWN_FILES]) + (f" and {more} more" if more > 0 else "")
+
+
+def by_part(
+    name: str,
+    parts: Mapping[str, list[Line]],
+    digest: str,
+    note: str = "",
+    files: Mapping[str, Sequence[str]] | None = None,
+) -> Source:
+    """A source whose rows have the names of splits; without a `train` and an evaluation split all are one.
+
+    Messages list the files that each split came from, where they are given.
+    """
+
+    def listed(parts: Sequence[str]) -> str:
+        return " and ".join(
+            (part or "what has no split") + (f" ({_listed(files[part])})" if files else "") for part in parts
+        )
+
+    evaluation = next((part for part in EVALUATION if part in parts), None)
+    if "train" not in parts or evaluation is None:
+        if {*parts} - {"train"} and {*parts} != {""}:
+            missing = "evaluation" if "train" in parts else "train"
+            note = f"{note} {name} has no {missing} split, so {listed([*parts])} is split anew."
+        return Source(name, [line for lines in parts.values() for line in lines], None, digest, note.strip())
+    unused = [part for part in parts if part not in ("train", evaluation)]
+    if unused:
+        note = f"{note} of {name}, {listed(unused)} is not used."
+    return Source(name, parts["train"], parts[evaluation], digest, note.strip())
+
+
+def _parts(path: Path, content: bytes) -> dict[str, list[Line]]:
+    """The rows of a file by the names of splits within it; nearly all have none."""
+    suffix = data_suffix(path.name)
+    if not suffix:
+        raise InputError(f"task file {path} is not a {FORMATS} file; give one.")
+    packed = path.suffix.lower()
+    if packed in _UNPACK:
+        try:
+            content = _UNPACK[packed](content)
+        except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+            raise InputError(
+                f"task file {path} is not a {packed} file that can be read ({error}); get it again."
+            ) from None
+    if suffix in (".parquet", ".arrow"):
+        return {"": _table(path, content, suffix)}
+    # Excel's "Unicode text" is UTF-16.
+    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError:
+        raise InputError(
+            f"task file {path} is not UTF-8 text; save it as UTF-8 (in Excel `CSV UTF-8`), or give a parquet file."
+        ) from None
+    if not text.strip():
+        raise InputError(f"task file {path} is empty; it needs a problem on each line.")
+    parts = {"": _csv(path, text, _DELIMITED[suffix])} if suffix in _DELIMITED else _json(path, text)
+    if not any(parts.values()):
+        what = "a header" if suffix in _DELIMITED else "brackets"
+        raise InputError(f"task file {path} has {what} but no rows; it needs some problems.")
+    return parts
+
+
+def _json(path: Path, text: str) -> dict[str, list[Line]]:
+    """JSON lines, or a document: an array of rows, or in a `.json` file an object that has them."""
+    is_array = text.lstrip().startswith("[")
+    document = _loaded(text) if is_array or data_suffix(path.name) == ".json" else ValueError()
+    if isinstance(document, Exception):
+        if is_array and isinstance(_loaded(text.strip().partition("\n")[0]), Exception):
+            raise InputError(
+                f"{path} is one JSON array, and it is not valid JSON ({document}); fix it, or write one JSON object a "
+                "line."
+            )
+        lines = [(f"line {number} of {path}", line) for number, line in enumerate(text.split("\n"), start=1)]
+        return {"": [_line(place, _loaded(line)) for place, line in lines if line.strip()]}
+    return {
+        part: [
+            _line(f"item {number} of {f'`{part}` in ' if part else ''}{path}", row)
+            for number, row in enumerate(rows, start=1)
+        ]
+        for part, rows in _document(document).items()
+    }
+
+
+def _loaded(text: str | bytes) -> Any:
+    """What JSON says, or the error of what is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return error
+
+
+def _document(document: Any) -> dict[str, list[Any]]:
+    """The rows of a JSON document by split: an array of them, columns as pandas writes them, or a key with rows."""
+    if not isinstance(document, dict):
+        return {"": document if isinstance(document, list) else [document]}
+    columns = [
+        [*value.values()] if isinstance(value, dict) else value
+        for value in document.values()
+        if isinstance(value, dict | list)
+    ]
+    if any(key.casefold() in PROMPT_COLUMNS for key in document):
+        even = len(columns) == len(document) and len({len(column) for column in columns}) == 1
+        if not even:
+            return {"": [document]}
+        return {"": [dict(zip(document, row, strict=True)) for row in zip(*columns, strict=True)]}
+    rows = {
+        key: value
+        for key, value in document.items()
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value)
+    }
+    if len(rows) == 1 and not {*rows} & {"train", *EVALUATION}:
+        return {"": next(iter(rows.values()))}
+    return rows if rows and {*rows} <= {"train", *EVALUATION} else {"": [document]}
+
+
+def _line(place: str, row: Any) -> Line:
+    if isinstance(row, Exception):
+        return Line(place, None, "is not valid JSON")
+    return (
+        Line(place, row)
+        if isinstance(row, dict)
+        else Line(place, None, f"is not a JSON object but {kind(row)}")
+    )
+
+
+def _csv(path: Path, text: str, delimiter: str | None) -> list[Line]:
+    before = 0
+    # Excel's own way to name the delimiter.
+    if (named := re.match(r"sep=(.)\r?\n", text)) is not None:
+        delimiter, text, before = named[1], text[named.end() :], 1
+    csv.field_size_limit(2**31 - 1)  # by default a long solution is an error
+    lines = []
+    reader: Any = None
+    try:
+        # Where Excel writes a decimal comma, it puts `;` between columns.
+        chosen = delimiter or max(
+            ",;\t", key=lambda mark: len(next(csv.reader(io.StringIO(text), delimiter=mark), []))
+        )
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=chosen)
+        for row in reader:
+            place = f"line {reader.line_num + before} of {path}"
+            if None in row:
+                fault = "has more fields than the header (fields with commas need double quotes)"
+                lines.append(Line(place, None, fault))
+            else:
+                lines.append(
+                    Line(place, {key: None if cell in _MISSING else cell for key, cell in row.items()})
+                )
+    except csv.Error as error:
+        number = reader.line_num + before if reader is not None else 1
+        raise InputError(f"line {number} of {path} is not valid csv ({error}); fix that line.") from None
+    return lines
+
+
+def _table(path: Path, content: bytes, suffix: str) -> list[Line]:
+    import pyarrow as arrow
+    from pyarrow import ipc, parquet
+
+    try:
+        buffer = arrow.BufferReader(content)
+        if suffix == ".parquet":
+            table = parquet.read_table(buffer)
+        elif content.startswith(b"ARROW1"):
+            table = ipc.open_file(buffer).read_all()
+        else:
+            table = ipc.open_stream(buffer).read_all()
+        rows = table.to_pylist()
+    except (arrow.ArrowException, OSError) as error:
+        found = (str(error).splitlines() or [type(error).__name__])[0]
+        kind = "a parquet" if suffix == ".parquet" else "an arrow"
+        raise InputError(f"task file {path} is not {kind} file that can be read ({found}).") from None
+    if not rows:
+        raise InputError(f"task file {path} has columns but no rows; it needs a problem in each row.")
+    return [Line(f"row {number} of {path}", row) for number, row in enumerate(rows, start=1)]
+
+
+def kind(value: object) -> str:
+    """What a value is, in words."""
+    kinds = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    return kinds.get(type(value), "a number")

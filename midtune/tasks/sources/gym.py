@@ -1,0 +1,143 @@
+"""Problems and verifiers of reasoning-gym (https://github.com/open-thought/reasoning-gym)."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from midtune.errors import InputError
+from midtune.tasks.rewards import Reward, is_huge, per_completion
+from midtune.tasks.split import Row, Sizes, Split, draw_split, question_key
+
+PREFIX = "reasoning-gym:"
+# Arguments of a dataset that midtune sets, and the option that sets each.
+_OURS = {"seed": "--seed", "size": "task.train_size and task.eval_size"}
+
+
+def list_tasks() -> list[str]:
+    """The names of reasoning-gym's datasets, in alphabetical order, without the prefix."""
+    return sorted(_datasets())
+
+
+def task_arguments(name: str) -> dict[str, Any]:
+    """The arguments of a reasoning-gym dataset and their defaults (None: no default).
+
+    Raises:
+        InputError: there is no such dataset.
+    """
+    known = _datasets()
+    if name not in known:
+        near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.3) or sorted(known)[:3]
+        raise InputError(
+            f"reasoning-gym has no dataset `{name}`; the nearest names are {', '.join(near)}, "
+            "and `midtune tasks` lists them all."
+        )
+    fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(known[name][1])
+    return {field.name: _default(field) for field in fields if field.name not in _OURS}
+
+
+def draw_problems(name: str, args: Mapping[str, Any], sizes: Sizes) -> tuple[Split, Reward, dict[str, Any]]:
+    """Problems of a reasoning-gym dataset (without prefix), its verifier as a reward, and its complete arguments.
+
+    Raises:
+        InputError: there is no such dataset, an argument is wrong, or it has too few different problems.
+    """
+    _check_arguments(name, args)
+    latest: Any = None
+
+    def draw(start: int, stop: int) -> list[Row]:
+        nonlocal latest
+        latest, items = _generate(name, args, sizes.seed, start, stop)
+        return items
+
+    split = draw_split(draw, sizes)
+    # The verifier reads metadata that no table column can hold, so it stays here, by question.
+    entries = {question_key(item["question"]): item for item in [*split.train, *split.held_out]}
+
+    def score_one(answer: str, reference: str, question: str) -> float:
+        entry = entries.get(question_key(question))
+        # Some verifiers evaluate what the model wrote.
+        if entry is None or (is_huge(answer) and answer != reference):
+            return 0.0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # verifiers warn about answers that they cannot read
+            return float(latest.score_answer(answer=answer, entry=entry))
+
+    arguments = json.loads(json.dumps(dataclasses.asdict(latest.config), default=_plain))
+    complete = {key: value for key, value in arguments.items() if key not in _OURS}
+    train, held_out = ([_row(item) for item in side] for side in (split.train, split.held_out))
+    return Split(train, held_out, split.distinct), per_completion("verifier", score_one), complete
+
+
+def _row(item: Row) -> Row:
+    answer = "" if item["answer"] is None else str(item["answer"])
+    prompt = [{"role": "user", "content": item["question"]}]
+    return {"prompt": prompt, "question": item["question"], "answer": answer}
+
+
+def _check_arguments(name: str, args: Mapping[str, Any]) -> None:
+    valid = task_arguments(name)
+    for key in args:
+        if key in _OURS:
+            raise InputError(
+                f"`{key}` is not an argument of `{PREFIX}{name}` here; use {_OURS[key]} instead."
+            )
+        if key not in valid:
+            raise InputError(f"`{PREFIX}{name}` has no argument `{key}`; it has {_listed(name)}.")
+
+
+def _generate(name: str, args: Mapping[str, Any], seed: int, start: int, stop: int) -> tuple[Any, list[Row]]:
+    """The dataset up to an item, and its items from `start` on."""
+    import reasoning_gym
+
+    # reasoning-gym seeds item i with seed + i, so neighbouring seeds would give the same problems.
+    spread = int.from_bytes(hashlib.sha256(f"{name} {seed}".encode()).digest()[:4], "big") // 4
+    try:
+        dataset = reasoning_gym.create_dataset(name, size=stop, seed=spread, **_typed(name, args))
+        return dataset, [dataset[index] for index in range(start, stop)]
+    except Exception as error:  # noqa: BLE001 (their checks raise errors of any kind, even at the first problem)
+        reason = str(error) or type(error).__name__
+        raise InputError(
+            f"`{PREFIX}{name}` gives no problems with {dict(args) or 'its default arguments'}: {reason}; "
+            f"change the arguments ({_listed(name)})."
+        ) from None
+
+
+def _typed(name: str, args: Mapping[str, Any]) -> Mapping[str, Any]:
+    if name != "composite" or not isinstance(args.get("datasets"), list):
+        return args
+    from reasoning_gym.composite import DatasetSpec
+
+    parts = [{"weight": 1.0, "config": {}, **part} for part in args["datasets"]]
+    return {**args, "datasets": [DatasetSpec(**part) for part in parts]}
+
+
+def _listed(name: str) -> str:
+    valid = ", ".join(f"{key} ({value!r})" for key, value in task_arguments(name).items())
+    return valid if len(valid) < 800 else ", ".join(task_arguments(name))
+
+
+def _datasets() -> dict[str, tuple[type, Any]]:
+    import reasoning_gym  # noqa: F401 (fills the registry)
+    from reasoning_gym.factory import DATASETS
+
+    found: dict[str, tuple[type, Any]] = DATASETS
+    return found
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
+
+
+def _plain(value: Any) -> Any:
+    """JSON for what a dataset's arguments hold besides plain values: sets, and classes or functions by name."""
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=json.dumps)
+    return getattr(value, "__qualname__", type(value).__qualname__)

@@ -1,0 +1,64 @@
+"""Datasets of the Hugging Face hub, through the `datasets` library, which runs no code of theirs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from midtune.errors import InputError
+from midtune.network import REQUEST_TIMEOUT_S, Unreachable, ask_hub, hub_is_offline
+from midtune.tasks.sources.files import FORMATS, Source, data_suffix, of_splits
+
+_ID = re.compile(r"[\w.-]+/[\w.-]+(?::[\w.-]+)?")
+
+
+def is_dataset(name: str) -> bool:
+    """Whether a task's name has the form `org/name` or `org/name:CONFIGURATION` of a hub dataset."""
+    path = Path(name).expanduser()
+    return (
+        _ID.fullmatch(name) is not None
+        and not name.endswith(".py")
+        and not data_suffix(name)
+        and not path.exists()
+    )
+
+
+def read_dataset(name: str) -> Source:
+    """The rows of a hub dataset, downloaded if need be, with its training and evaluation splits apart.
+
+    Raises:
+        InputError: there is no such dataset or configuration, it is gated, or it is not on this machine and cannot be
+            fetched.
+    """
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    repository, _, configuration = name.partition(":")
+    why = "work is offline" if hub_is_offline() else None
+    if why is None:
+        try:
+            ask_hub(
+                repository, "dataset", lambda hub: hub.dataset_info(repository, timeout=REQUEST_TIMEOUT_S)
+            )
+        except Unreachable as error:
+            why = str(error)
+    known = datasets.config.HF_HUB_OFFLINE
+    # Else it would ask the hub again, several times.
+    datasets.config.HF_HUB_OFFLINE = why is not None
+    try:
+        loaded = datasets.load_dataset(repository, configuration or None)
+    except (OSError, ValueError, DatasetsError) as error:
+        if why is not None:
+            raise InputError(
+                f"{name} is neither a file or folder here nor in the cache of this machine, and {why}; go online "
+                f"once, or give a {FORMATS} file or a folder of them."
+            ) from None
+        # Of several configurations the message lists the names, on lines of their own.
+        found = " ".join(str(error).split())[:300].rstrip(".")
+        raise InputError(
+            f"the dataset {name} cannot be read ({found}); write it as org/name or, where it has several "
+            "configurations, org/name:CONFIGURATION."
+        ) from None
+    finally:
+        datasets.config.HF_HUB_OFFLINE = known
+    return of_splits(name, loaded)
