@@ -58,6 +58,7 @@ class StepRecorder(TrainerCallback):
         stop_after: a step after which training ends likewise.
         stop_after_equal_rewards: see `TrainingConfig`.
         rows_per_step: completions of a step.
+        clock: seconds from any origin.
     """
 
     def __init__(
@@ -72,10 +73,12 @@ class StepRecorder(TrainerCallback):
         stop_after_equal_rewards: int,
         rows_per_step: int,
         max_new_tokens: int,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.trainer: LayerGRPOTrainer | None = None
         self.meter = meter
-        self._clock = StepClock(meter)
+        self._now = clock
+        self._clock = StepClock(meter, clock=clock)
         self.on_step = on_step
         self.on_sample = on_sample
         self.on_message = on_message
@@ -84,7 +87,7 @@ class StepRecorder(TrainerCallback):
         self.stop_after_equal_rewards = stop_after_equal_rewards
         self.rows_per_step = rows_per_step
         self.max_new_tokens = max_new_tokens
-        self._started = self._saved = time.perf_counter()
+        self._started = self._saved = self._now()
         self._phases: dict[str, float] = {}
         self._peaks: dict[str, int] = {}
         self._only_equal = True
@@ -101,7 +104,7 @@ class StepRecorder(TrainerCallback):
         known = [log for log in state.log_history if "reward" in log]
         self._rewards = [log["reward"] for log in known]
         self._equal_groups = [log["frac_reward_zero_std"] for log in known]
-        self._saved = time.perf_counter()
+        self._saved = self._now()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -136,13 +139,13 @@ class StepRecorder(TrainerCallback):
     def _checkpoint_is_due(self, step_s: float) -> bool:
         """Whether time asks for a checkpoint; the first step does, which tells what one takes."""
         assert self.trainer is not None
-        since, takes_s = time.perf_counter() - self._saved, self.trainer.checkpoint_s
+        since, takes_s = self._now() - self._saved, self.trainer.checkpoint_s
         return since >= CHECKPOINT_SPACING * takes_s or since + step_s + takes_s > MOST_LOST_S
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._saved = time.perf_counter()
+        self._saved = self._now()
 
     def on_log(
         self,
@@ -165,7 +168,7 @@ class StepRecorder(TrainerCallback):
         metrics["tokens_per_s"] = tokens / max(self._phases["rollout_s"], 1e-9)
         metrics["memory_bytes"] = self.meter.current_bytes()
         metrics |= self._peaks
-        metrics["elapsed_s"] = time.perf_counter() - self._started
+        metrics["elapsed_s"] = self._now() - self._started
         metrics |= self._limits()
         self.on_step(metrics)
         for sample in self._last_samples()[:SAMPLES_PER_STEP]:

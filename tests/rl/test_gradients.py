@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,11 +41,18 @@ def test_they_are_added_up_in_eight_bits_of_precision() -> None:
 
 
 def learned(
-    load: Load, folder: Path, *, bf16: bool, rows: int | None = None, failing: int = 0
+    load: Load,
+    folder: Path,
+    parts: int,
+    *,
+    bf16: bool,
+    rows: int | None = None,
+    failing: int = 0,
+    **more: Any,
 ) -> torch.Tensor:
     policy = thawed(load, 2)
     start = trained(policy)
-    settings = settings_of(steps=2, beta=0.1, prompts_per_step=4, micro_batch_tokens=200)
+    settings = settings_of(steps=2, prompts_per_step=4, micro_batch_tokens=400 // parts, **more)
     parameters = policy.trained_parameters().values()
     with Bf16Gradients(parameters) if bf16 else nullcontext() as gradients:
         trainer = trainer_of(
@@ -55,7 +63,7 @@ def learned(
             bf16_gradients=gradients,
             update_rows=rows,
         )
-        assert trainer.args.gradient_accumulation_steps == 2
+        assert trainer.args.gradient_accumulation_steps == parts
         with short_backward(policy, failing):
             trainer.train()
         assert trainer.update_rows.rows == (4 if failing else rows)
@@ -63,14 +71,14 @@ def learned(
 
 
 def test_what_is_learned_is_almost_the_same(load: Load, tmp_path: Path) -> None:
-    exact, rounded = (learned(load, tmp_path, bf16=bf16) for bf16 in (False, True))
+    exact, rounded = (learned(load, tmp_path, 4, bf16=bf16, beta=0.1) for bf16 in (False, True))
     assert 0 < float((rounded - exact).norm() / exact.norm()) < 0.01
 
 
 def test_an_update_that_ran_out_of_memory_begins_anew(load: Load, tmp_path: Path) -> None:
-    expected = learned(load, tmp_path, bf16=True, rows=4)
+    expected = learned(load, tmp_path, 2, bf16=True, rows=4)
     # What the first micro-batch of the first step has added is there, and a part of the second one's.
-    found = learned(load, tmp_path, bf16=True, failing=2)
+    found = learned(load, tmp_path, 2, bf16=True, failing=2)
     torch.testing.assert_close(found, expected)
 
 

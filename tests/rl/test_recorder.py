@@ -138,10 +138,9 @@ def test_a_message_says_once_that_the_loss_is_no_measure(load: Load, tmp_path: P
     ],
 )
 def test_the_first_step_has_a_checkpoint_and_the_next_come_by_time(
-    monkeypatch: pytest.MonkeyPatch, takes_s: float, expected: list[int]
+    takes_s: float, expected: list[int]
 ) -> None:
     now = 0.0
-    monkeypatch.setattr("midtune.rl.recorder.time", SimpleNamespace(perf_counter=lambda: now))
     recorder = StepRecorder(
         Meter(),
         on_step=ignore,
@@ -152,6 +151,7 @@ def test_the_first_step_has_a_checkpoint_and_the_next_come_by_time(
         stop_after_equal_rewards=0,
         rows_per_step=8,
         max_new_tokens=6,
+        clock=lambda: now,
     )
     accelerator = SimpleNamespace(optimizer_step_was_skipped=False)
     trainer: Any = SimpleNamespace(accelerator=accelerator, checkpoint_s=0.0, check_frozen=ignore)

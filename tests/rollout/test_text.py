@@ -10,7 +10,7 @@ from scipy.stats import chisquare
 from midtune.errors import RunStopped
 from midtune.model.policy import Policy
 from midtune.rollout.sampling import Rollout, Sampling, SamplingLimits
-from midtune.rollout.text import AlikeSampler, FirstRollout, sample
+from midtune.rollout.text import AlikeSampler, FirstRollout, TextSampler, sample
 from tests.conftest import ARCHITECTURES
 from tests.plain import PROMPTS, plain_log_probs, sampled, stop_early
 from tests.tight import anything, memory_for, prefill
@@ -237,7 +237,7 @@ def test_alike_runs_share_their_first_rollout_and_go_on_alike(load: Load) -> Non
     for block in (1, 3):
         policy = load("qwen3", "none")
         stop_early(policy)
-        sampler = AlikeSampler(policy, SamplingLimits(), first)
+        sampler = AlikeSampler(TextSampler(policy, SamplingLimits()), first)
         torch.manual_seed(block)
         prompts = [prompt for prompt in ("one", "three") for _ in range(2)]
         found.append(
