@@ -68,7 +68,7 @@ class LayerGRPOTrainer(GRPOTrainer):
         rows: training rows in the order they are used, one per prompt, each once.
         meter: receives the phases `rollout` and `reward`.
         lr_multipliers: trained block → how many times the learning rate it gets.
-        recompute_tokens: see `completion_log_probs`.
+        tail_arguments: what settings say of `completion_log_probs`; see `tail_settings`.
         update_rows: most completions that go through an update together; None: as many as a micro-batch has.
         advantages: forms them in TRL's place.
         bf16_gradients: keeps gradients until a step's last micro-batch; None: they stay where they are.
@@ -88,7 +88,7 @@ class LayerGRPOTrainer(GRPOTrainer):
         meter: Meter,
         callbacks: list[TrainerCallback] | None = None,
         lr_multipliers: Mapping[int, float] | None = None,
-        recompute_tokens: int = 0,
+        tail_arguments: Mapping[str, Any] | None = None,
         update_rows: int | None = None,
         advantages: Advantages | None = None,
         bf16_gradients: Bf16Gradients | None = None,
@@ -97,7 +97,7 @@ class LayerGRPOTrainer(GRPOTrainer):
         self.sampler, self.sampling = sampler, sampling
         self.policy = policy = sampler.policy
         self.lr_multipliers = lr_multipliers or {}
-        self.recompute_tokens = recompute_tokens
+        self.tail_arguments = tail_arguments or {}
         self.meter = meter
         self.own_advantages = advantages
         self.bf16_gradients = bf16_gradients
@@ -332,7 +332,7 @@ class LayerGRPOTrainer(GRPOTrainer):
             rollout,
             temperature=self.temperature,
             entropy_gradient=self._entropy_bonus_enabled,
-            recompute_tokens=self.recompute_tokens,
+            **self.tail_arguments,
         )
         if not self._compared:
             compare_log_probs(self.policy, rollout, scored[0])

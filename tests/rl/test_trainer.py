@@ -168,7 +168,9 @@ def assert_as_trl(
 
     # Plain gradient descent: Adam would blow rounding up where a gradient is zero.
     trl = {"optim": "sgd", "learning_rate": 1.0, **arguments}
-    layer = trainer_of(ours, folder, settings, listening, trl, recompute_tokens=recompute_tokens)
+    layer = trainer_of(
+        ours, folder, settings, listening, trl, tail_arguments={"recompute_tokens": recompute_tokens}
+    )
     layer.train()
     stock = replay(theirs, folder, settings, drawn, reward, trl)
 
