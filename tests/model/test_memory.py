@@ -67,7 +67,7 @@ def test_what_else_takes_memory_is_said_when_it_runs_out() -> None:
     crowded = limit()
     crowded.on_message = said.append
     users = iter(["The card is also in use by ollama (7).", "", "The card is also in use by python (8)."])
-    crowded.others = lambda: next(users)
+    crowded.on_oom_hint = lambda: next(users)
 
     def run(groups: int) -> None:
         raise torch.OutOfMemoryError
