@@ -114,7 +114,8 @@ WANTED = [
     Read("rollout/text.py:_gathered", "int(lengths.max())", "so are their states"),
     Read("rollout/sampling.py:Rollout.prompts", "tolist()", "TRL takes prompts as lists"),
     Read("rollout/sampling.py:Rollout.unpadded", "values.tolist()", "rewards read text"),
-    Read("rollout/decoding.py:Drawn.rows", "tolist()", "environments read text"),
+    Read("rollout/decoding.py:Drawn.rows", "self.lengths.tolist()", "actions end where they end"),
+    Read("rollout/decoding.py:Drawn.rows.<locals>.<genexpr>", "values.tolist()", "environments read text"),
     Read(
         "rollout/decoding.py:Decoder._close_up",
         "self._mask.sum(1).max()",

@@ -1,22 +1,26 @@
-"""What is opened says what else uses the card, when it is opened and when its memory runs out."""
+"""Opening a model says what else uses its card; opening a task measures its prompts."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from midtune.config import load_config
-from midtune.errors import RunStopped
+from midtune.errors import InputError, RunStopped
 from midtune.report.terminal import Terminal
 from midtune.rollout.sampling import Sampler
 from midtune.stages import opening
 from midtune.stages.opening import Opened
+from tests.stages.conftest import Configured
 
 GIB = 2**30
 
@@ -82,3 +86,30 @@ def test_without_nvidias_library_only_what_is_free_is_known(
     assert "5.00 GiB of 24.00 GiB free.\n" in terminal.console.file.getvalue()  # type: ignore[attr-defined]
     with pytest.raises(RunStopped, match=r"model\.unpack=never\.$"):
         sampler.limits.rows.fitting(1, 1, short)
+
+
+PROMPTS = [f"{n} + {n} = {'? ' * n}" for n in range(12)]
+
+
+def test_long_prompts_are_counted_and_refused_or_dropped(
+    configured: Configured, terminal: Terminal, tmp_path: Path
+) -> None:
+    rows = [json.dumps({"prompt": prompt, "answer": "1"}) for prompt in PROMPTS]
+    (tmp_path / "long.jsonl").write_text("\n".join(rows))
+    of_long: dict[str, Any] = {
+        "task__name": str(tmp_path / "long.jsonl"),
+        "task__reward": "numeric",
+        "task__prompt_format": "plain",
+        "task__eval_size": 4,
+    }
+    whole = Opened(configured(**of_long), terminal).task
+    assert len(whole.train) + len(whole.held_out) == 12
+    with pytest.raises(
+        InputError, match=r"\d of 12 prompts are longer than 20 tokens, the longest \d\d; raise"
+    ):
+        _ = Opened(configured(**of_long, task__max_prompt_tokens=20), terminal).task
+    short = Opened(configured(**of_long, task__max_prompt_tokens=20, task__bad_rows="drop"), terminal).task
+    kept = {row["question"] for row in [*short.train, *short.held_out]}
+    assert PROMPTS[0] in {f"{question} " for question in kept}
+    assert PROMPTS[11].strip() not in kept
+    assert short.note is not None and "left them out" in short.note

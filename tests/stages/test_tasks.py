@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
@@ -14,7 +13,6 @@ from midtune.errors import InputError
 from midtune.report.results import tasks_text
 from midtune.report.terminal import Terminal
 from midtune.stages import tasks, train
-from midtune.stages.opening import Opened
 from tests.stages.conftest import Configured
 
 TASK = """
@@ -26,7 +24,6 @@ def rows():
 def reward(prompts, completions, answer, **columns):
     return [float(c[-1]["content"] == str(a)) for c, a in zip(completions, answer)]
 """
-PROMPTS = [f"{n} + {n} = {'? ' * n}" for n in range(12)]
 
 
 def of_file(folder: Path, code: str) -> RunConfig:
@@ -53,7 +50,7 @@ def test_a_reward_in_doubt_is_said_first(
     tmp_path: Path, terminal: Terminal, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "zero.py").write_text("def zero(completions, **columns): return [0.0] * len(completions)")
-    rows = [json.dumps({"prompt": prompt, "answer": 1}) for prompt in PROMPTS]
+    rows = [json.dumps({"prompt": prompt, "answer": 1}) for prompt in (f"{n} + {n} =" for n in range(12))]
     (tmp_path / "data.jsonl").write_text("\n".join(rows))
     settings = {"task.name": str(tmp_path / "data.jsonl"), "task.reward": f"{tmp_path / 'zero.py'}:zero"}
     config = with_settings(of_file(tmp_path, TASK), settings)
@@ -69,30 +66,6 @@ def test_rows_that_change_from_call_to_call_are_refused(tmp_path: Path, terminal
     config = of_file(tmp_path, TASK.replace("range(12)", "random.sample(range(10**6), 12)"))
     with pytest.raises(InputError, match="gives other rows when it is read again"):
         tasks.run(config, terminal, check=True)
-
-
-def test_long_prompts_are_counted_and_refused_or_dropped(
-    configured: Configured, terminal: Terminal, tmp_path: Path
-) -> None:
-    rows = [json.dumps({"prompt": prompt, "answer": "1"}) for prompt in PROMPTS]
-    (tmp_path / "long.jsonl").write_text("\n".join(rows))
-    of_long: dict[str, Any] = {
-        "task__name": str(tmp_path / "long.jsonl"),
-        "task__reward": "numeric",
-        "task__prompt_format": "plain",
-        "task__eval_size": 4,
-    }
-    whole = Opened(configured(**of_long), terminal).task
-    assert len(whole.train) + len(whole.held_out) == 12
-    with pytest.raises(
-        InputError, match=r"\d of 12 prompts are longer than 20 tokens, the longest \d\d; raise"
-    ):
-        _ = Opened(configured(**of_long, task__max_prompt_tokens=20), terminal).task
-    short = Opened(configured(**of_long, task__max_prompt_tokens=20, task__bad_rows="drop"), terminal).task
-    kept = {row["question"] for row in [*short.train, *short.held_out]}
-    assert PROMPTS[0] in {f"{question} " for question in kept}
-    assert PROMPTS[11].strip() not in kept
-    assert short.note is not None and "left them out" in short.note
 
 
 def test_several_rewards_are_added_up_by_weights_and_logged_one_by_one(
