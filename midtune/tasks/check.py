@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from midtune.errors import InputError
+from midtune.errors import InputError, explained
 from midtune.tasks.answers import reference_answer
 from midtune.tasks.environment import check_game
 from midtune.tasks.notation import parse_number
@@ -126,20 +126,14 @@ def _score(task: Task, row: Row, text: str) -> float:
 def _call(reward: Reward, rows: Sequence[Row], texts: Sequence[str], task: Task) -> list[float | None]:
     columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
     asked = f"the reward `{reward.__name__}` of `{task.name}`"
-    try:
+    tried = f"on {_shown(rows[0])} with the completion {texts[0][:_SHOWN]!r}"
+    with explained(lambda why: f"{asked} raised {why}, {tried}; fix it.", with_kind=True):
         values: Any = reward(
             prompts=[row["prompt"] for row in rows],
             completions=[completion_of(row["prompt"], text) for row, text in zip(rows, texts, strict=True)],
             completion_ids=[[0] * bool(text) for text in texts],
             **columns,
         )
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(
-            f"{asked} raised {type(error).__name__}: {error}, on {_shown(rows[0])} with the completion "
-            f"{texts[0][:_SHOWN]!r}; fix it."
-        ) from error
     try:
         values = list(values)
     except TypeError:

@@ -25,7 +25,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from midtune.errors import InputError
+from midtune.errors import InputError, explained
 from midtune.tasks.rewards import Reward, named
 from midtune.tasks.split import Row
 
@@ -141,14 +141,13 @@ class Match:
         raise InputError(f"`get_reward` of {self.name} returned {found!r}; it must return a finite number.")
 
     def _call(self, method: str, *arguments: Any, **columns: Any) -> Any:
-        try:
-            return getattr(self.environment, method)(*arguments, **columns)
-        except Exception as error:  # noqa: BLE001 (a person's class can raise anything)
-            if method == "step" and isinstance(error, ValueError):
+        with explained(lambda why: f"`{method}` of {self.name} raised {why}; fix it.", with_kind=True):
+            try:
+                return getattr(self.environment, method)(*arguments, **columns)
+            except ValueError as error:
+                if method != "step":
+                    raise
                 return str(error)
-            raise InputError(
-                f"`{method}` of {self.name} raised {type(error).__name__}: {error}; fix it."
-            ) from error
 
 
 def tools_of(environment: Any) -> dict[str, Callable[..., Any]]:
@@ -174,12 +173,9 @@ def check_environment(kind: Any, name: str, *, tools: bool) -> None:
     for method, form in forms.items():
         if not callable(getattr(kind, method, None)):
             raise InputError(f"{asked} has no `{method}`; write `def {form}`.")
-    try:
+    unmade = f"{asked} cannot be made without arguments"
+    with explained(lambda why: f"{unmade}: it raised {why}; fix it.", with_kind=True):
         made = kind()
-    except Exception as error:  # noqa: BLE001 (a person's class can raise anything)
-        raise InputError(
-            f"{asked} cannot be made without arguments: it raised {type(error).__name__}: {error}; fix it."
-        ) from error
     if tools and not tools_of(made):
         raise InputError(f"{asked} has no public method but `reset`, so there is no tool to call; write one.")
 

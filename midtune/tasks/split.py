@@ -33,6 +33,12 @@ class Split:
     distinct: int | None  # None: the source was not drawn to its end
 
 
+def problem(prompt: str, question: str, answer: str = "", **columns: Any) -> Row:
+    """A problem whose prompt is one message of the user."""
+    messages = [{"role": "user", "content": prompt}]
+    return {"prompt": messages, "question": question, "answer": answer, **columns}
+
+
 def question_key(question: str) -> str:
     """What makes two questions the same one: the text without differences in whitespace."""
     return " ".join(question.split())

@@ -11,7 +11,7 @@ from typing import Any
 from midtune.errors import InputError
 from midtune.tasks.environment import MAX_TURNS
 from midtune.tasks.games import alfworld, frozen_lake, textworld
-from midtune.tasks.split import Row, Sizes, Split, draw_split
+from midtune.tasks.split import Row, Sizes, Split, draw_split, problem
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,11 @@ def draw_games(name: str, args: Mapping[str, Any], sizes: Sizes) -> tuple[Split,
     environment = kind.environment()
 
     def draw(start: int, stop: int) -> list[Row]:
-        rows = []
-        for index in range(start, stop):
-            columns = {"seed": random.Random(f"{name} {sizes.seed} {index}").randrange(2**31), **arguments}
-            prompt = [{"role": "user", "content": kind.prompt}]
-            question = kind.prompt + environment.reset(**columns)
-            rows.append({"prompt": prompt, "question": question, "answer": "", **columns})
-        return rows
+        seeds = [
+            random.Random(f"{name} {sizes.seed} {index}").randrange(2**31) for index in range(start, stop)
+        ]
+        drawn = [{"seed": seed, **arguments} for seed in seeds]
+        return [problem(kind.prompt, kind.prompt + environment.reset(**row), "", **row) for row in drawn]
 
     return draw_split(draw, sizes), arguments
 

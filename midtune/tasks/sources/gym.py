@@ -10,9 +10,9 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from midtune.errors import InputError
+from midtune.errors import InputError, explained
 from midtune.tasks.rewards import Reward, is_huge, per_completion
-from midtune.tasks.split import Row, Sizes, Split, draw_split, question_key
+from midtune.tasks.split import Row, Sizes, Split, draw_split, problem, question_key
 
 PREFIX = "reasoning-gym:"
 # Arguments of a dataset that midtune sets, and the option that sets each.
@@ -75,9 +75,8 @@ def draw_problems(name: str, args: Mapping[str, Any], sizes: Sizes) -> tuple[Spl
 
 
 def _row(item: Row) -> Row:
-    answer = "" if item["answer"] is None else str(item["answer"])
-    prompt = [{"role": "user", "content": item["question"]}]
-    return {"prompt": prompt, "question": item["question"], "answer": answer}
+    question, answer = item["question"], item["answer"]
+    return problem(question, question, "" if answer is None else str(answer))
 
 
 def _check_arguments(name: str, args: Mapping[str, Any]) -> None:
@@ -97,15 +96,11 @@ def _generate(name: str, args: Mapping[str, Any], seed: int, start: int, stop: i
 
     # reasoning-gym seeds item i with seed + i, so neighbouring seeds would give the same problems.
     spread = int.from_bytes(hashlib.sha256(f"{name} {seed}".encode()).digest()[:4], "big") // 4
-    try:
+    none = f"`{PREFIX}{name}` gives no problems with {dict(args) or 'its default arguments'}"
+    # Their checks raise errors of any kind, even at the first problem.
+    with explained(lambda why: f"{none}: {why}; change the arguments ({_listed(name)})."):
         dataset = reasoning_gym.create_dataset(name, size=stop, seed=spread, **_typed(name, args))
         return dataset, [dataset[index] for index in range(start, stop)]
-    except Exception as error:  # noqa: BLE001 (their checks raise errors of any kind, even at the first problem)
-        reason = str(error) or type(error).__name__
-        raise InputError(
-            f"`{PREFIX}{name}` gives no problems with {dict(args) or 'its default arguments'}: {reason}; "
-            f"change the arguments ({_listed(name)})."
-        ) from None
 
 
 def _typed(name: str, args: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -33,11 +33,11 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from midtune.errors import InputError
+from midtune.errors import InputError, explained
 from midtune.tasks.environment import CLASS
 from midtune.tasks.rewards import Reward, named
 from midtune.tasks.sources.columns import PLACE
-from midtune.tasks.sources.files import Line, Source, kind
+from midtune.tasks.sources.files import Line, Source, line_of
 from midtune.tasks.split import Row
 
 # What TRL passes to a reward besides the columns of the data.
@@ -112,18 +112,11 @@ def load_own_task(name: str) -> OwnTask:
 
 def _lines(path: Path, module: ModuleType, function: str) -> list[Line]:
     asked = f"`{function}()` of {path}"
-    try:
+    with explained(lambda why: f"{asked} raised {why}; fix it.", with_kind=True):
         found = list(getattr(module, function)())
-    except Exception as error:  # noqa: BLE001 (a person's file can raise anything)
-        raise InputError(f"{asked} raised {type(error).__name__}: {error}; fix it.") from error
     if not found:
         raise InputError(f"{asked} gave no rows; it must return a list of dicts with `prompt`.")
-    return [
-        Line(f"row {number} of {asked}", dict(row))
-        if isinstance(row, dict)
-        else Line(f"row {number} of {asked}", None, f"is not a dict but {kind(row)}")
-        for number, row in enumerate(found, start=1)
-    ]
+    return [line_of(f"row {number} of {asked}", row, "a dict") for number, row in enumerate(found, start=1)]
 
 
 def accepting(function: Callable[..., Any], name: str) -> Reward:
