@@ -173,23 +173,15 @@ def _asked_rewards(texts: Sequence[str]) -> dict[str, float]:
 
 def _columns(name: str, settings: TaskConfig, judges: Sequence[str]) -> Columns:
     """Which columns of a file to read for the rewards asked for."""
-    columns = Columns(
-        settings.prompt_column,
-        settings.answer_column,
-        needs_answer=not (judges and is_own(judges[0])),
-        drop=settings.bad_rows == "drop",
-        cut=settings.last_turn == "cut",
-    )
     if not any(text in CODE for text in judges):
-        return columns
+        return Columns(settings, needs_answer=not (judges and is_own(judges[0])))
     if name.startswith(gym.PREFIX):
         raise InputError(
             f"the reward `code` needs tests, which {name} does not have; use verifier, or a file with tests."
         )
     prepare = partial(code_row, prompt_column=settings.prompt_column or "prompt")
-    return replace(
-        columns, prompt="prompt", answer="answer", needs_answer=False, prepare=prepare, carried=("tests",)
-    )
+    made = settings.model_copy(update={"prompt_column": "prompt", "answer_column": "answer"})
+    return Columns(made, needs_answer=False, prepare=prepare, carried=("tests",))
 
 
 def _problems(
@@ -269,7 +261,7 @@ def _of_source(
     else:
         held_out = read(apart, evaluation, len(own))
         own = [*own, *held_out.own]
-        split, shared = given_split(problems.rows, held_out.rows, sizes, drop=columns.drop)
+        split, shared = given_split(problems.rows, held_out.rows, sizes, drop=settings.bad_rows == "drop")
         notes.append(held_out.note)
         if shared:
             notes.append(f"left out {shared} training questions that evaluation has too.")

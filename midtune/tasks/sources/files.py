@@ -100,21 +100,21 @@ def _saved(folder: Path) -> Source:
 
 def of_splits(name: str, parts: Mapping[str, Any], most_rows: int = MOST_ROWS) -> Source:
     """A source from the splits of a dataset as `datasets` has them in memory, of each at most `most_rows` rows."""
-    steps = {part: -(-len(rows) // most_rows) for part, rows in parts.items()}
-    lines = {str(part): _of_split(str(part), name, rows, steps[part]) for part, rows in parts.items()}
+    lines: dict[str, list[Line]] = {}
+    thinned = []
     digest = hashlib.sha256()
-    for part, of_part in lines.items():
-        for line in of_part:
+    for part, rows in parts.items():
+        step = max(1, -(-len(rows) // most_rows))
+        if step > 1:
+            thinned.append(f"one row in {step} of {part}")
+        of = f"{name}'s {part}" if part else name
+        places = range(0, len(rows), step)
+        chosen = zip(places, rows.select(places).to_list(), strict=True)
+        lines[str(part)] = [Line(f"row {place + 1} of {of}", row) for place, row in chosen]
+        for line in lines[str(part)]:
             digest.update(f"{part} {json.dumps(line.row, sort_keys=True, default=str)}\n".encode())
-    thinned = [f"one row in {step} of {part}" for part, step in steps.items() if step > 1]
     note = f"{name} is long: {' and '.join(thinned)} is read." if thinned else ""
     return by_part(name, lines, digest.hexdigest(), note)
-
-
-def _of_split(part: str, name: str, rows: Any, step: int) -> list[Line]:
-    chosen = rows if step == 1 else rows.select(range(0, len(rows), step))
-    of = f"{name}'s {part}" if part else name
-    return [Line(f"row {place * step + 1} of {of}", row) for place, row in enumerate(chosen.to_list())]
 
 
 def _folder(folder: Path) -> Source:
