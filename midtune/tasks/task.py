@@ -13,14 +13,14 @@ from typing import Any
 from midtune.config import SHAPING, TaskConfig
 from midtune.errors import InputError
 from midtune.tasks.code import CODE, code_reward, code_row
-from midtune.tasks.environment import MAX_TURNS, Game, check_environment, reward_of, told_apart
+from midtune.tasks.environment import MAX_TURNS, Game, check_environment, reward_of
 from midtune.tasks.games.table import GAMES, draw_games
 from midtune.tasks.prompts import prompted
 from midtune.tasks.rewards import BUILT_IN, Reward, Weighted, built_in, default_reward, solved, with_weight
 from midtune.tasks.sandbox.sandbox import Sandbox
 from midtune.tasks.sources import gym, programs
-from midtune.tasks.sources.columns import Columns, Problems, is_file_name, problems_of
-from midtune.tasks.sources.files import FORMATS, Line, Source, read_path
+from midtune.tasks.sources.columns import Columns, problems_of
+from midtune.tasks.sources.files import FORMATS, Source, data_suffix, read_path
 from midtune.tasks.sources.hub_dataset import is_dataset, read_dataset
 from midtune.tasks.sources.own import (
     TRL_NAMES,
@@ -211,7 +211,8 @@ def _problems(
         return _Problems(
             split, verifier, "verifier", identity, environment=kind.environment, max_turns=kind.max_turns
         )
-    is_data = is_task_file(name) or is_file_name(name) or is_dataset(name)
+    is_file = bool(data_suffix(name)) or Path(name).expanduser().exists()
+    is_data = is_task_file(name) or is_file or is_dataset(name)
     if args and (name == programs.NAME or is_data):
         what = "is a file or dataset and takes" if is_data else "takes"
         raise InputError(f"{name} {what} no arguments, but {dict(args)} was given; leave it out.")
@@ -238,14 +239,7 @@ def _of_source(
     source: Source, columns: Columns, settings: TaskConfig, sizes: Sizes, verifier: Reward | None = None
 ) -> _Problems:
     """The problems of a file, a folder, a hub dataset or a person's own rows."""
-    in_turns = columns.carried is None
-
-    def read(source: Source, lines: Sequence[Line], first: int = 0) -> Problems:
-        problems = problems_of(source, lines, columns, first)
-        # Episodes with one prompt differ by the other columns, such as a seed.
-        return replace(problems, rows=[told_apart(row) for row in problems.rows]) if in_turns else problems
-
-    problems = read(source, source.lines)
+    problems = problems_of(source.name, source.lines, columns)
     identity: dict[str, Any] = {"file": source.digest, "columns": problems.columns}
     if columns.prepare is not None:
         identity["columns"] = [settings.prompt_column or "prompt", settings.answer_column or "answer"]
@@ -259,13 +253,12 @@ def _of_source(
     if evaluation is None:
         split = split_rows(problems.rows, sizes)
     else:
-        held_out = read(apart, evaluation, len(own))
+        held_out = problems_of(apart.name, evaluation, columns, len(own))
         own = [*own, *held_out.own]
-        split, shared = given_split(problems.rows, held_out.rows, sizes, drop=settings.bad_rows == "drop")
+        split = given_split(problems.rows, held_out.rows, sizes, drop=settings.bad_rows == "drop")
         notes.append(held_out.note)
-        if shared:
-            notes.append(f"left out {shared} training questions that evaluation has too.")
-    own = [] if in_turns else own
+        if split.left_out:
+            notes.append(f"left out {split.left_out} training questions that evaluation has too.")
     default = "verifier" if verifier else default_reward([row["answer"] for row in problems.rows])
     return _Problems(split, verifier and with_own_columns(verifier, own), default, identity, notes, own)
 

@@ -103,8 +103,7 @@ def draw_households(arguments: Mapping[str, int], sizes: Sizes) -> Split:
     """
     held_out = FOLDERS[2 if arguments["unseen"] else 1]
     train = _rows(FOLDERS[0], sizes.train, sizes.seed)
-    split, _ = given_split(train, _rows(held_out, sizes.held_out, sizes.seed), sizes)
-    return split
+    return given_split(train, _rows(held_out, sizes.held_out, sizes.seed), sizes)
 
 
 def _rows(part: str, count: int, seed: int) -> list[Row]:

@@ -10,19 +10,17 @@ import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 from midtune.config import TaskConfig
 from midtune.errors import InputError
 from midtune.tasks.answers import marked_answer, reference_answer
+from midtune.tasks.environment import told_apart
 from midtune.tasks.sources.files import (
     ANSWER_COLUMNS,
     PROMPT_COLUMNS,
     BadRow,
     Line,
-    Source,
-    data_suffix,
     kind,
 )
 from midtune.tasks.split import Row
@@ -50,19 +48,14 @@ class Columns:
 class Problems:
     """Problems from rows: each has `prompt`, `question`, `answer`, and `row`, its place in `own`."""
 
-    rows: list[Row]  # without `row` where all columns are carried
+    rows: list[Row]  # where all columns are carried, without `row` and with all of them in `question`
     columns: list[str]  # those that the prompt and the answer came from
-    own: list[Row]  # the rows with all their columns as they stand in the file
+    own: list[Row]  # the rows with all their columns as they stand in the file; none where all are carried
     note: str  # a remark for the person
 
 
-def is_file_name(name: str) -> bool:
-    """Whether a task's name means a data file or a folder of them."""
-    return bool(data_suffix(name)) or Path(name).expanduser().exists()
-
-
-def problems_of(source: Source, lines: Sequence[Line], columns: Columns, first: int = 0) -> Problems:
-    """The problems in some rows of a source, in their order; they are counted from `first` on.
+def problems_of(source: str, lines: Sequence[Line], columns: Columns, first: int = 0) -> Problems:
+    """The problems in rows of a source, in their order; they are counted from `first` on.
 
     Raises:
         InputError: a column is missing, a carried one mixes kinds of value, rows cannot be used and are not to be
@@ -72,9 +65,9 @@ def problems_of(source: Source, lines: Sequence[Line], columns: Columns, first: 
     prepared = [_read(line, columns.prepare) for line in lines] if columns.prepare else lines
     known = [line.row for line in prepared if line.row is not None]
     if not known:
-        _refuse(source.name, prepared, len(prepared))
+        _refuse(source, prepared, len(prepared))
     names = list(dict.fromkeys(key for row in known for key in row))
-    prompt = _column(source.name, known, names, settings.prompt_column, PROMPT_COLUMNS, "prompt")
+    prompt = _column(source, known, names, settings.prompt_column, PROMPT_COLUMNS, "prompt")
     there = (_found(name, known, names) for name in ANSWER_COLUMNS)
     answer = settings.answer_column or next(filter(None, there), None)
     if columns.needs_answer or settings.answer_column not in (None, "answer"):
@@ -82,7 +75,7 @@ def problems_of(source: Source, lines: Sequence[Line], columns: Columns, first: 
         turns = _messages(_value(known[0], prompt))
         answered = turns is not None and turns[-1]["role"] == "assistant"
         known_answers = (*ANSWER_COLUMNS, prompt) if answered else ANSWER_COLUMNS
-        answer = _column(source.name, known, names, settings.answer_column, known_answers, "answer")
+        answer = _column(source, known, names, settings.answer_column, known_answers, "answer")
 
     def problem(row: Row) -> Row:
         return _problem({name: row.get(name) for name in names}, prompt, answer, columns)
@@ -91,12 +84,16 @@ def problems_of(source: Source, lines: Sequence[Line], columns: Columns, first: 
     rows = [line.row for line in read if line.row is not None]
     faults = [line for line in read if line.row is None]
     if faults and not (settings.bad_rows == "drop" and rows):
-        _refuse(source.name, faults, len(read))
-    if columns.carried is not None:
+        _refuse(source, faults, len(read))
+    own = []
+    if columns.carried is None:
+        # Episodes with one prompt differ by the other columns, such as a seed.
+        rows = [told_apart(row) for row in rows]
+    else:
         rows = [{**row, PLACE: place} for place, row in enumerate(rows, start=first)]
-    own = [original.row or {} for line, original in zip(read, lines, strict=True) if line.row is not None]
-    _check_tabular(source.name, rows)
-    left_out = f"left out {len(faults)} of {len(prepared)} rows of {source.name}: {_listed(faults)}."
+        own = [original.row or {} for line, original in zip(read, lines, strict=True) if line.row is not None]
+    _check_tabular(source, rows)
+    left_out = f"left out {len(faults)} of {len(prepared)} rows of {source}: {_listed(faults)}."
     return Problems(rows, [prompt, answer or "answer"], own, left_out if faults else "")
 
 
