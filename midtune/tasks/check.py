@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from midtune.errors import InputError, explained
 from midtune.tasks.answers import reference_answer
 from midtune.tasks.environment import check_game
 from midtune.tasks.notation import parse_number
-from midtune.tasks.rewards import BUILT_IN, Reward, completion_of, parts_of
+from midtune.tasks.rewards import BUILT_IN, Reward, completion_of, is_number, parts_of
 from midtune.tasks.sources.own import is_task_file
 from midtune.tasks.split import Row
 from midtune.tasks.task import Task
@@ -146,19 +145,12 @@ def _call(reward: Reward, rows: Sequence[Row], texts: Sequence[str], task: Task)
             "it must return one number per completion."
         )
     for value, row, text in zip(values, rows, texts, strict=True):
-        if value is not None and not _is_number(value):
+        if value is not None and not is_number(value):
             raise InputError(
                 f"{asked} returned {str(value)[:_SHOWN]!r} for the completion {text[:_SHOWN]!r} on {_shown(row)}; "
                 "it must return finite numbers (or None where it does not apply)."
             )
     return [None if value is None else float(value) for value in values]
-
-
-def _is_number(value: Any) -> bool:
-    try:
-        return hasattr(value, "__float__") and math.isfinite(value)
-    except (TypeError, ValueError, OverflowError):
-        return False
 
 
 def _shown(row: Row) -> str:

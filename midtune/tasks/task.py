@@ -128,7 +128,11 @@ def load_task(
     judge = judges[0] if judges else found.default
     is_sum = weights != {judge: 1.0}
     is_own_reward = judge in own or (judge == "verifier" and is_task_file(name))
-    game = _game(name, settings, found, tools)
+    game = None
+    if (made := found.environment) is not None:
+        title = f"the environment of {name}"
+        speech = tools and tools(title, made)
+        game = Game(title, made, settings.max_turns or found.max_turns, settings.turn_tokens, speech)
     identity = _identity(settings, found, game, judge, {text: digest for text, (_, digest) in own.items()})
     if is_sum:
         identity["rewards"] = [[own[text][1] if text in own else text, weights[text]] for text in weights]
@@ -261,16 +265,6 @@ def _of_source(
             notes.append(f"left out {split.left_out} training questions that evaluation has too.")
     default = "verifier" if verifier else default_reward([row["answer"] for row in problems.rows])
     return _Problems(split, verifier and with_own_columns(verifier, own), default, identity, notes, own)
-
-
-def _game(name: str, settings: TaskConfig, found: _Problems, tools: Tools | None) -> Game | None:
-    """How the task is played, if it has an environment."""
-    if found.environment is None:
-        return None
-    title = f"the environment of {name}"
-    speech = tools and tools(title, found.environment)
-    turns = settings.max_turns or found.max_turns
-    return Game(title, found.environment, turns, settings.turn_tokens, speech)
 
 
 def _identity(

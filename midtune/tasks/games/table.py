@@ -16,20 +16,13 @@ from midtune.tasks.split import Row, Sizes, Split, draw_split, problem
 
 @dataclass(frozen=True)
 class GameKind:
-    """A game that needs no file.
+    """A game that needs no file."""
 
-    Args:
-        environment: the class that plays it (`environment.py`).
-        arguments: whole numbers that `reset` gets, and their defaults.
-        packages: what it needs; the first is midtune's extra too.
-        draw: draws rows where a game is no matter of a seed.
-    """
-
-    environment: Callable[[], Any]
+    environment: Callable[[], Any]  # the class that plays it (`environment.py`)
     prompt: str
-    arguments: Mapping[str, int]
-    packages: tuple[str, ...]
-    draw: Callable[[Mapping[str, int], Sizes], Split] | None = None
+    arguments: Mapping[str, int]  # whole numbers that `reset` gets, and their defaults
+    packages: tuple[str, ...]  # what it needs; the first is midtune's extra too
+    draw: Callable[[Mapping[str, int], Sizes], Split] | None = None  # where a game is no matter of a seed
     max_turns: int = MAX_TURNS
 
 

@@ -76,17 +76,11 @@ space["main"](job)
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a program.
+    """What became of a program."""
 
-    Attributes:
-        output: what it wrote to standard output, of which 4 MiB are kept.
-        exit_code: 0 where it ended well.
-        broken: what the sandbox said where it ended without starting the program; else empty.
-    """
-
-    output: bytes
-    exit_code: int
-    broken: str
+    output: bytes  # what it wrote to standard output, of which 4 MiB are kept
+    exit_code: int  # 0 where it ended well
+    broken: str  # what the sandbox said where it ended without starting the program; else empty
 
     @property
     def killed(self) -> bool:
@@ -133,11 +127,9 @@ class Running:
         return Result(output, self._process.returncode, why if broken else "")
 
     def _has_many_files(self) -> bool:
-        if not self._isolated or self._process.returncode is not None:
-            return False
         if self._folder is None:
             self._listen()
-        if self._folder is None:
+        if self._folder is None or not self._isolated or self._process.returncode is not None:
             return False
         counted = os.fstatvfs(self._folder)
         return counted.f_files - counted.f_ffree > _FILES
@@ -173,16 +165,11 @@ class Running:
 
 @dataclass(frozen=True)
 class Sandbox:
-    """Starts programs within limits.
-
-    Attributes:
-        isolation: the command that a program is started with; empty for weak isolation.
-        workers: how many programs to run at a time.
-    """
+    """Starts programs within limits."""
 
     limits: SandboxConfig
-    isolation: tuple[str, ...]
-    workers: int = 1
+    isolation: tuple[str, ...]  # the command that a program is started with; empty for weak isolation
+    workers: int = 1  # how many programs to run at a time
 
     @property
     def warning(self) -> str | None:

@@ -130,12 +130,18 @@ def accepting(function: Callable[..., Any], name: str) -> Reward:
     needed = [key for key, it in taken.items() if it.default is it.empty and it.kind not in open_ended]
 
     def reward(**columns: Any) -> list[float]:
-        available = {**_stand_ins(columns), **columns}
+        stand_ins = {
+            "completion_ids": [[] for _ in columns.get("completions", [])],
+            "trainer_state": SimpleNamespace(global_step=0, max_steps=1, epoch=0.0),
+            "log_extra": lambda *values: None,
+            "log_metric": lambda *values: None,
+        }
+        available = stand_ins | columns
         if missing := [key for key in needed if key not in available]:
             raise InputError(_unavailable(name, missing[0], columns))
         values = function(**{key: available[key] for key in available if takes_all or key in taken})
-        if inspect.isawaitable(values):
-            values = asyncio.run(_awaited(values))
+        if inspect.iscoroutine(values):
+            values = asyncio.run(values)
         return values.tolist() if hasattr(values, "tolist") else values
 
     return named(reward, name)
@@ -168,19 +174,6 @@ def with_own_columns(reward: Reward, rows: Sequence[Row]) -> Reward:
         return reward(**columns | given)
 
     return named(own, reward.__name__)
-
-
-async def _awaited(values: Any) -> Any:
-    return await values
-
-
-def _stand_ins(columns: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "completion_ids": [[] for _ in columns.get("completions", [])],
-        "trainer_state": SimpleNamespace(global_step=0, max_steps=1, epoch=0.0),
-        "log_extra": lambda *values: None,
-        "log_metric": lambda *values: None,
-    }
 
 
 def _imported(file: str, what: str, hint: str) -> tuple[Path, bytes, ModuleType]:
