@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from midtune.errors import InputError, explained
+from midtune.errors import InputError, bounded, explained
 from midtune.tasks.answers import reference_answer
 from midtune.tasks.environment import check_game
 from midtune.tasks.notation import parse_number
@@ -154,5 +154,4 @@ def _call(reward: Reward, rows: Sequence[Row], texts: Sequence[str], task: Task)
 
 
 def _shown(row: Row) -> str:
-    text = str({key: value for key, value in row.items() if key != "prompt"})
-    return f"row {text if len(text) <= _SHOWN else text[: _SHOWN - 1] + '…'}"
+    return f"row {bounded(str({key: value for key, value in row.items() if key != 'prompt'}), _SHOWN)}"

@@ -68,11 +68,10 @@ def split_rows(rows: Sequence[Row], sizes: Sizes) -> Split:
 def given_split(train: Sequence[Row], held_out: Sequence[Row], sizes: Sizes, *, drop: bool = False) -> Split:
     """Two lists of problems as they were given, each in an order that the seed fixes.
 
-    Args:
-        drop: leave questions that are in both out of training, instead of refusing them.
+    With `drop`, questions that are in both are left out of training.
 
     Raises:
-        InputError: questions are in both lists, or a list has too few.
+        InputError: questions are in both lists and not to be dropped, or a list has too few.
     """
     of_train, of_held_out = _different(train), _different(held_out)
     shared = [key for key in of_train if key in of_held_out]
@@ -95,13 +94,10 @@ def given_split(train: Sequence[Row], held_out: Sequence[Row], sizes: Sizes, *, 
 
 
 def draw_split(draw: Callable[[int, int], Sequence[Row]], sizes: Sizes) -> Split:
-    """Problems of an endless or unknown source as training and held-out problems.
+    """Problems of an endless or unknown source, whose items `draw(start, stop)` gives, as training and held-out ones.
 
     A hash puts each question on its side. So both sides have the source's own mix, and the held-out problems do not
     depend on how many there are to train on. A source that brings no new questions any more is taken as it is.
-
-    Args:
-        draw: `draw(start, stop)` gives the source's items of these indices.
 
     Raises:
         InputError: fewer than six different questions.

@@ -270,12 +270,7 @@ def _of_source(
 def _identity(
     settings: TaskConfig, found: _Problems, game: Game | None, judge: str, digests: Mapping[str, str]
 ) -> dict[str, Any]:
-    """What makes two tasks the same one.
-
-    Args:
-        judge: the reward that judges answers.
-        digests: of a person's own rewards, by what they were asked for as.
-    """
+    """What makes two tasks the same one; `digests` are those of a person's own rewards."""
     identity = {
         "system": settings.system_prompt,
         "format": settings.prompt_format,

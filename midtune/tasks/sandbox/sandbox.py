@@ -103,11 +103,9 @@ class Running:
     _folder: int | None = None
 
     def wait(self, most_s: float | None = None, *, beside: Sequence[Running] = ()) -> Result:
-        """Let the program go on to its end or its deadline, and no longer.
+        """Let the program go on to its end or its deadline, or for `most_s` seconds, and no longer.
 
-        Args:
-            most_s: let it go on for this long, instead of its deadline.
-            beside: other programs, which are ended where they make too many files meanwhile.
+        Programs `beside` it are ended where they make too many files meanwhile.
         """
         deadline = self._deadline if most_s is None else time.monotonic() + most_s
         ended = False

@@ -47,17 +47,26 @@ def draw_problems(name: str, args: Mapping[str, Any], sizes: Sizes) -> tuple[Spl
     Raises:
         InputError: there is no such dataset, an argument is wrong, or it has too few different problems.
     """
-    _check_arguments(name, args)
+    valid = task_arguments(name)
+    for key in args:
+        if key in _OURS:
+            raise InputError(
+                f"`{key}` is not an argument of `{PREFIX}{name}` here; use {_OURS[key]} instead."
+            )
+        if key not in valid:
+            raise InputError(f"`{PREFIX}{name}` has no argument `{key}`; it has {_listed(name)}.")
     latest: Any = None
+    # The verifier reads metadata that no table column can hold, so it stays here, by question.
+    entries: dict[str, Row] = {}
 
     def draw(start: int, stop: int) -> list[Row]:
         nonlocal latest
         latest, items = _generate(name, args, sizes.seed, start, stop)
-        return items
+        for item in items:
+            entries.setdefault(question_key(item["question"]), item)
+        return [_row(item) for item in items]
 
     split = draw_split(draw, sizes)
-    # The verifier reads metadata that no table column can hold, so it stays here, by question.
-    entries = {question_key(item["question"]): item for item in [*split.train, *split.held_out]}
 
     def score_one(answer: str, reference: str, question: str) -> float:
         entry = entries.get(question_key(question))
@@ -70,24 +79,12 @@ def draw_problems(name: str, args: Mapping[str, Any], sizes: Sizes) -> tuple[Spl
 
     arguments = json.loads(json.dumps(dataclasses.asdict(latest.config), default=_plain))
     complete = {key: value for key, value in arguments.items() if key not in _OURS}
-    train, held_out = ([_row(item) for item in side] for side in (split.train, split.held_out))
-    return Split(train, held_out, split.distinct), per_completion("verifier", score_one), complete
+    return split, per_completion("verifier", score_one), complete
 
 
 def _row(item: Row) -> Row:
     question, answer = item["question"], item["answer"]
     return problem(question, question, "" if answer is None else str(answer))
-
-
-def _check_arguments(name: str, args: Mapping[str, Any]) -> None:
-    valid = task_arguments(name)
-    for key in args:
-        if key in _OURS:
-            raise InputError(
-                f"`{key}` is not an argument of `{PREFIX}{name}` here; use {_OURS[key]} instead."
-            )
-        if key not in valid:
-            raise InputError(f"`{PREFIX}{name}` has no argument `{key}`; it has {_listed(name)}.")
 
 
 def _generate(name: str, args: Mapping[str, Any], seed: int, start: int, stop: int) -> tuple[Any, list[Row]]:
