@@ -25,6 +25,7 @@ import builtins
 import json
 import os
 import re
+import symtable
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -122,8 +123,12 @@ def call_tests(
             steps.append([source, _asserts(ast.parse(source))])
         else:
             steps += _check_steps(source, entry_point, prefix)
-    tree = ast.parse("\n".join(source for source, _ in steps))
-    asked = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - _bound(tree)
+    tables = [symtable.symtable(source, "tests", "exec") for source, _ in steps]
+    for table in tables:
+        tables += table.get_children()
+    symbols = [symbol for table in tables for symbol in table.get_symbols() if symbol.is_global()]
+    bound = {symbol.get_name() for symbol in symbols if symbol.is_assigned() or symbol.is_imported()}
+    asked = {symbol.get_name() for symbol in symbols} - bound
     defined = _defined(reference)
     names = {name for name in asked if name in defined or not hasattr(builtins, name)}
     names |= set() if entry_point is None else {entry_point}
@@ -291,20 +296,6 @@ def _asserts(tree: ast.AST) -> bool:
     """Whether a statement tests something; `assert True` is in many of HumanEval's tests."""
     found = (node for node in ast.walk(tree) if isinstance(node, ast.Assert))
     return any(not (isinstance(node.test, ast.Constant) and node.test.value) for node in found)
-
-
-def _bound(tree: ast.AST) -> set[str]:
-    """Every name that a tree gives a value to."""
-    names: set[str] = set()
-    for node in ast.walk(tree):
-        match node:
-            case ast.Name(id=name, ctx=ast.Store()) | ast.arg(arg=name):
-                names.add(name)
-            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.ExceptHandler(name=str(name)):
-                names.add(name)
-            case ast.alias(name=name, asname=alias):
-                names.add(alias or name.partition(".")[0])
-    return names
 
 
 def _defined(source: str) -> set[str]:

@@ -47,6 +47,8 @@ def draw_problems(name: str, args: Mapping[str, Any], sizes: Sizes) -> tuple[Spl
     Raises:
         InputError: there is no such dataset, an argument is wrong, or it has too few different problems.
     """
+    import reasoning_gym
+
     valid = task_arguments(name)
     for key in args:
         if key in _OURS:
@@ -55,13 +57,19 @@ def draw_problems(name: str, args: Mapping[str, Any], sizes: Sizes) -> tuple[Spl
             )
         if key not in valid:
             raise InputError(f"`{PREFIX}{name}` has no argument `{key}`; it has {_listed(name)}.")
+    # reasoning-gym seeds item i with seed + i, so neighbouring seeds would give the same problems.
+    spread = int.from_bytes(hashlib.sha256(f"{name} {sizes.seed}".encode()).digest()[:4], "big") // 4
+    none = f"`{PREFIX}{name}` gives no problems with {dict(args) or 'its default arguments'}"
     latest: Any = None
     # The verifier reads metadata that no table column can hold, so it stays here, by question.
     entries: dict[str, Row] = {}
 
     def draw(start: int, stop: int) -> list[Row]:
         nonlocal latest
-        latest, items = _generate(name, args, sizes.seed, start, stop)
+        # Their checks raise errors of any kind, even at the first problem.
+        with explained(lambda why: f"{none}: {why}; change the arguments ({_listed(name)})."):
+            latest = reasoning_gym.create_dataset(name, size=stop, seed=spread, **_typed(name, args))
+            items = [latest[index] for index in range(start, stop)]
         for item in items:
             entries.setdefault(question_key(item["question"]), item)
         return [_row(item) for item in items]
@@ -85,19 +93,6 @@ def draw_problems(name: str, args: Mapping[str, Any], sizes: Sizes) -> tuple[Spl
 def _row(item: Row) -> Row:
     question, answer = item["question"], item["answer"]
     return problem(question, question, "" if answer is None else str(answer))
-
-
-def _generate(name: str, args: Mapping[str, Any], seed: int, start: int, stop: int) -> tuple[Any, list[Row]]:
-    """The dataset up to an item, and its items from `start` on."""
-    import reasoning_gym
-
-    # reasoning-gym seeds item i with seed + i, so neighbouring seeds would give the same problems.
-    spread = int.from_bytes(hashlib.sha256(f"{name} {seed}".encode()).digest()[:4], "big") // 4
-    none = f"`{PREFIX}{name}` gives no problems with {dict(args) or 'its default arguments'}"
-    # Their checks raise errors of any kind, even at the first problem.
-    with explained(lambda why: f"{none}: {why}; change the arguments ({_listed(name)})."):
-        dataset = reasoning_gym.create_dataset(name, size=stop, seed=spread, **_typed(name, args))
-        return dataset, [dataset[index] for index in range(start, stop)]
 
 
 def _typed(name: str, args: Mapping[str, Any]) -> Mapping[str, Any]:
