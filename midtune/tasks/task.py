@@ -133,9 +133,10 @@ def load_task(
         title = f"the environment of {name}"
         speech = tools and tools(title, made)
         game = Game(title, made, settings.max_turns or found.max_turns, settings.turn_tokens, speech)
-    identity = _identity(settings, found, game, judge, {text: digest for text, (_, digest) in own.items()})
+    digests = {text: digest for text, (_, digest) in own.items()}
+    identity = _identity(settings, found, game, judge, digests)
     if is_sum:
-        identity["rewards"] = [[own[text][1] if text in own else text, weights[text]] for text in weights]
+        identity["rewards"] = [[digests.get(text, text), weight] for text, weight in weights.items()]
     own_names = dict.fromkeys(key for row in found.own for key in row) if own or is_own_reward else {}
     notes = [
         *found.notes,
@@ -224,15 +225,15 @@ def _problems(
         return _Problems(programs.draw_programs(sizes), None, "code", {"name": name})
     if is_task_file(name):
         mine = load_own_task(name)
+        own_reward = mine.reward
         if mine.environment is not None:
             check_environment(mine.environment, name, tools=tools)
-            verifier = reward_of(mine.environment, name, judges, mine.reward)
-            asked = replace(columns, needs_answer=False, carried=None)
-            found = _of_source(mine.source, asked, settings, sizes, verifier)
-            return replace(found, environment=mine.environment)
-        judged = mine.reward is not None and (not judges or judges[0] == "verifier")
-        asked = replace(columns, needs_answer=columns.needs_answer and not judged)
-        return _of_source(mine.source, asked, settings, sizes, mine.reward)
+            own_reward = reward_of(mine.environment, name, judges, mine.reward)
+            columns = replace(columns, needs_answer=False, carried=None)
+        elif own_reward is not None and (not judges or judges[0] == "verifier"):
+            columns = replace(columns, needs_answer=False)
+        found = _of_source(mine.source, columns, settings, sizes, own_reward)
+        return replace(found, environment=mine.environment)
     if is_data:
         source = read_dataset(name) if is_dataset(name) else read_path(name)
         return _of_source(source, columns, settings, sizes)

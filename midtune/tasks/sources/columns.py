@@ -97,12 +97,12 @@ def problems_of(source: str, lines: Sequence[Line], columns: Columns, first: int
     return Problems(rows, [prompt, answer or "answer"], own, left_out if faults else "")
 
 
-def _read(line: Line, read: Callable[[Row], Row]) -> Line:
-    """The line with what `read` makes of its row, or with the fault that it finds."""
+def _read(line: Line, make: Callable[[Row], Row]) -> Line:
+    """The line with the row that `make` gives, or with the fault that it finds."""
     if line.row is None:
         return line
     try:
-        return Line(line.place, read(line.row))
+        return Line(line.place, make(line.row))
     except BadRow as error:
         return Line(line.place, None, str(error))
 
