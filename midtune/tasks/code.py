@@ -38,11 +38,6 @@ from midtune.tasks.split import Row
 
 CODE = ("code", "code-all")
 _FENCED = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
-_RAW = (
-    *("text", "test_list", "test_setup_code", "test_imports", "challenge_test_list"),
-    *("test", "entry_point"),
-    *("question", "input_output", "starter_code"),
-)
 _REFERENCES = ("code", "canonical_solution", "solutions")
 # APPS compares tuples as lists, and writes some expected results in a list of one.
 _APPS_SETUP = "def listed(v): return [listed(i) for i in v] if isinstance(v, (list, tuple)) else v"
@@ -62,7 +57,7 @@ def extract_code(completion: str, *, in_block: bool = False) -> str:
 
 
 def code_row(row: Row, prompt_column: str) -> Row:
-    """A row of MBPP, HumanEval, APPS or DeepCoder with a `prompt`, an `answer` (a right program, if known) and `tests`.
+    """The `prompt`, `answer` (a right program, if known) and `tests` of a row of MBPP, HumanEval, APPS or DeepCoder.
 
     The prompt is in the column of that name, else in `text` (MBPP), `question` (APPS) or `problem` (DeepCoder).
 
@@ -96,8 +91,7 @@ def code_row(row: Row, prompt_column: str) -> Row:
         raise BadRow(f"has tests that cannot be read ({error})") from None
     if not _count(tests):
         raise BadRow("has tests that test nothing: no `assert`, or no inputs")
-    others = {key: value for key, value in row.items() if key not in (*_RAW, *_REFERENCES)}
-    return {**others, "prompt": prompt, "answer": answer, "tests": json.dumps(tests)}
+    return {"prompt": prompt, "answer": answer, "tests": json.dumps(tests)}
 
 
 def call_tests(
