@@ -59,11 +59,12 @@ def draw_games(name: str, args: Mapping[str, Any], sizes: Sizes) -> tuple[Split,
     environment = kind.environment()
 
     def draw(start: int, stop: int) -> list[Row]:
-        seeds = [
-            random.Random(f"{name} {sizes.seed} {index}").randrange(2**31) for index in range(start, stop)
-        ]
-        drawn = [{"seed": seed, **arguments} for seed in seeds]
-        return [problem(kind.prompt, kind.prompt + environment.reset(**row), "", **row) for row in drawn]
+        rows = []
+        for index in range(start, stop):
+            columns = {"seed": random.Random(f"{name} {sizes.seed} {index}").randrange(2**31), **arguments}
+            question = kind.prompt + environment.reset(**columns)
+            rows.append(problem(kind.prompt, question, "", **columns))
+        return rows
 
     return draw_split(draw, sizes), arguments
 

@@ -59,7 +59,7 @@ def draw_problems(name: str, args: Mapping[str, Any], sizes: Sizes) -> tuple[Spl
             raise InputError(f"`{PREFIX}{name}` has no argument `{key}`; it has {_listed(name)}.")
     # reasoning-gym seeds item i with seed + i, so neighbouring seeds would give the same problems.
     spread = int.from_bytes(hashlib.sha256(f"{name} {sizes.seed}".encode()).digest()[:4], "big") // 4
-    none = f"`{PREFIX}{name}` gives no problems with {dict(args) or 'its default arguments'}"
+    no_problems = f"`{PREFIX}{name}` gives no problems with {dict(args) or 'its default arguments'}"
     latest: Any = None
     # The verifier reads metadata that no table column can hold, so it stays here, by question.
     entries: dict[str, Row] = {}
@@ -67,7 +67,7 @@ def draw_problems(name: str, args: Mapping[str, Any], sizes: Sizes) -> tuple[Spl
     def draw(start: int, stop: int) -> list[Row]:
         nonlocal latest
         # Their checks raise errors of any kind, even at the first problem.
-        with explained(lambda why: f"{none}: {why}; change the arguments ({_listed(name)})."):
+        with explained(lambda why: f"{no_problems}: {why}; change the arguments ({_listed(name)})."):
             latest = reasoning_gym.create_dataset(name, size=stop, seed=spread, **_typed(name, args))
             items = [latest[index] for index in range(start, stop)]
         for item in items:
