@@ -175,10 +175,9 @@ def same_number(found: str, reference: str) -> bool:
         return False
     if _close(left, right):
         return True
-    hundredth = Fraction(1, 100)
-    return left.percent != right.percent and (
-        left.value * (hundredth if left.percent else 1) == right.value * (hundredth if right.percent else 1)
-    )
+    if left.percent == right.percent:
+        return False
+    return left.value == right.value * 100 if left.percent else left.value * 100 == right.value
 
 
 def is_two_numbers(text: str) -> bool:
