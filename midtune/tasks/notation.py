@@ -326,10 +326,11 @@ def _number(found: re.Match[str], unit: str = "") -> Number | None:
             return None
         value += int(found["whole"])
     if found["repeated"]:
-        fixed = (found["number"] + found["point"]).partition(".")
-        if not fixed[1] or found["whole"]:
+        # With a power of ten it is no decimal that repeats.
+        fixed = re.fullmatch(r"[0-9,]*\.([0-9]*)", found["number"] + found["point"])
+        if fixed is None or found["whole"]:
             return None
-        value += Fraction(int(found["repeated"]), (10 ** len(found["repeated"]) - 1) * 10 ** len(fixed[2]))
+        value += Fraction(int(found["repeated"]), (10 ** len(found["repeated"]) - 1) * 10 ** len(fixed[1]))
     negative = ("-" in (found["sign"] or "")) != bool(found["minus"])
     value = -value if negative else value
     decimals = None
