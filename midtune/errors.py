@@ -67,12 +67,15 @@ class Interrupted(MidtuneError):
 
 
 @contextmanager
-def explained(sentence: Callable[[str], str], *, keep: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Turn the failure of a library over someone else's file into one sentence; it may raise anything.
+def explained(
+    sentence: Callable[[str], str], *, keep: tuple[type[Exception], ...] = (), with_kind: bool = False
+) -> Iterator[None]:
+    """Turn the failure of a library over someone else's file, or of a person's code, into one sentence.
 
     Args:
-        sentence: takes the library's reason.
+        sentence: takes the reason.
         keep: errors that pass as they are, beside midtune's own and MemoryError.
+        with_kind: put the error's class before the reason.
     """
     kept: tuple[type[Exception], ...] = (MidtuneError, MemoryError, *keep)
     try:
@@ -80,7 +83,8 @@ def explained(sentence: Callable[[str], str], *, keep: tuple[type[Exception], ..
     except kept:
         raise
     except Exception as error:
-        raise InputError(sentence(reason(error))) from error
+        why = f"{type(error).__name__}: {error}" if with_kind else reason(error)
+        raise InputError(sentence(why)) from error
 
 
 def lack_of(error: BaseException) -> str | None:

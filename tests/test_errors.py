@@ -29,6 +29,9 @@ def test_a_librarys_failure_becomes_a_sentence_and_others_pass() -> None:
     with pytest.raises(InputError, match=r"^a.json is damaged \(KeyError\)$"):
         with explained(lambda why: f"a.json is damaged ({why})"):
             raise KeyError
+    with pytest.raises(InputError, match="^`f` raised KeyError: 'x'$"):
+        with explained(lambda why: f"`f` raised {why}", with_kind=True):
+            raise KeyError("x")
     for error in (RunStopped("stop"), MemoryError(), OSError("full")):
         with pytest.raises(type(error)), explained(lambda why: why, keep=(OSError,)):
             raise error

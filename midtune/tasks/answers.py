@@ -42,11 +42,8 @@ def final_answer(text: str, reference: str = "") -> str:
 
     In order: the last `<answer>…</answer>`, the last `\\boxed{…}`, what follows a `####` that ends the text, what
     follows the last `answer is`; then, if `reference` is a number, the last number in the text, else the last
-    non-empty line (as many lines as `reference` has). Reasoning that has ended is not read.
-
-    Args:
-        text: a completion.
-        reference: the right answer; only its form (number, number of lines) is used.
+    non-empty line (as many lines as `reference` has). Of the reference only this form is used. Reasoning that has
+    ended is not read.
     """
     text = after_thinking(text)
     marked = marked_answer(text)
@@ -141,10 +138,8 @@ def reference_answer(answer: str) -> str:
 def same_answer(found: str, reference: str, same: Callable[[str, str], bool]) -> bool:
     """Whether two answers are the same, where each may be a choice, its letter or both.
 
-    `(B) 42` and `B` are compared by their letters, `(B) 42` and `42` by the rest, `(B) 42` and `(C) 42` by both.
-
-    Args:
-        same: compares a completion's answer and the right one where neither is a choice.
+    `(B) 42` and `B` are compared by their letters, `(B) 42` and `42` by the rest, `(B) 42` and `(C) 42` by both. What
+    is no choice is compared by `same`, a completion's answer first.
     """
     if normalise(found) == normalise(reference):
         return bool(normalise(reference))

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from midtune.errors import InputError
+from midtune.errors import InputError, bounded, explained
 from midtune.tasks.answers import reference_answer
 from midtune.tasks.environment import check_game
 from midtune.tasks.notation import parse_number
-from midtune.tasks.rewards import BUILT_IN, Reward, completion_of, parts_of
+from midtune.tasks.rewards import BUILT_IN, Reward, completion_of, is_number, parts_of
 from midtune.tasks.sources.own import is_task_file
 from midtune.tasks.split import Row
 from midtune.tasks.task import Task
@@ -126,20 +125,14 @@ def _score(task: Task, row: Row, text: str) -> float:
 def _call(reward: Reward, rows: Sequence[Row], texts: Sequence[str], task: Task) -> list[float | None]:
     columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
     asked = f"the reward `{reward.__name__}` of `{task.name}`"
-    try:
+    tried = f"on {_shown(rows[0])} with the completion {texts[0][:_SHOWN]!r}"
+    with explained(lambda why: f"{asked} raised {why}, {tried}; fix it.", with_kind=True):
         values: Any = reward(
             prompts=[row["prompt"] for row in rows],
             completions=[completion_of(row["prompt"], text) for row, text in zip(rows, texts, strict=True)],
             completion_ids=[[0] * bool(text) for text in texts],
             **columns,
         )
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(
-            f"{asked} raised {type(error).__name__}: {error}, on {_shown(rows[0])} with the completion "
-            f"{texts[0][:_SHOWN]!r}; fix it."
-        ) from error
     try:
         values = list(values)
     except TypeError:
@@ -152,7 +145,7 @@ def _call(reward: Reward, rows: Sequence[Row], texts: Sequence[str], task: Task)
             "it must return one number per completion."
         )
     for value, row, text in zip(values, rows, texts, strict=True):
-        if value is not None and not _is_number(value):
+        if value is not None and not is_number(value):
             raise InputError(
                 f"{asked} returned {str(value)[:_SHOWN]!r} for the completion {text[:_SHOWN]!r} on {_shown(row)}; "
                 "it must return finite numbers (or None where it does not apply)."
@@ -160,13 +153,5 @@ def _call(reward: Reward, rows: Sequence[Row], texts: Sequence[str], task: Task)
     return [None if value is None else float(value) for value in values]
 
 
-def _is_number(value: Any) -> bool:
-    try:
-        return hasattr(value, "__float__") and math.isfinite(value)
-    except (TypeError, ValueError, OverflowError):
-        return False
-
-
 def _shown(row: Row) -> str:
-    text = str({key: value for key, value in row.items() if key != "prompt"})
-    return f"row {text if len(text) <= _SHOWN else text[: _SHOWN - 1] + '…'}"
+    return f"row {bounded(str({key: value for key, value in row.items() if key != 'prompt'}), _SHOWN)}"

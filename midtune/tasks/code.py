@@ -25,6 +25,7 @@ import builtins
 import json
 import os
 import re
+import symtable
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -37,11 +38,6 @@ from midtune.tasks.split import Row
 
 CODE = ("code", "code-all")
 _FENCED = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
-_RAW = (
-    *("text", "test_list", "test_setup_code", "test_imports", "challenge_test_list"),
-    *("test", "entry_point"),
-    *("question", "input_output", "starter_code"),
-)
 _REFERENCES = ("code", "canonical_solution", "solutions")
 # APPS compares tuples as lists, and writes some expected results in a list of one.
 _APPS_SETUP = "def listed(v): return [listed(i) for i in v] if isinstance(v, (list, tuple)) else v"
@@ -61,7 +57,7 @@ def extract_code(completion: str, *, in_block: bool = False) -> str:
 
 
 def code_row(row: Row, prompt_column: str) -> Row:
-    """A row of MBPP, HumanEval, APPS or DeepCoder with a `prompt`, an `answer` (a right program, if known) and `tests`.
+    """The `prompt`, `answer` (a right program, if known) and `tests` of a row of MBPP, HumanEval, APPS or DeepCoder.
 
     The prompt is in the column of that name, else in `text` (MBPP), `question` (APPS) or `problem` (DeepCoder).
 
@@ -95,8 +91,7 @@ def code_row(row: Row, prompt_column: str) -> Row:
         raise BadRow(f"has tests that cannot be read ({error})") from None
     if not _count(tests):
         raise BadRow("has tests that test nothing: no `assert`, or no inputs")
-    others = {key: value for key, value in row.items() if key not in (*_RAW, *_REFERENCES)}
-    return {**others, "prompt": prompt, "answer": answer, "tests": json.dumps(tests)}
+    return {"prompt": prompt, "answer": answer, "tests": json.dumps(tests)}
 
 
 def call_tests(
@@ -122,8 +117,12 @@ def call_tests(
             steps.append([source, _asserts(ast.parse(source))])
         else:
             steps += _check_steps(source, entry_point, prefix)
-    tree = ast.parse("\n".join(source for source, _ in steps))
-    asked = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - _bound(tree)
+    tables = [symtable.symtable(source, "tests", "exec") for source, _ in steps]
+    for table in tables:
+        tables += table.get_children()
+    symbols = [symbol for table in tables for symbol in table.get_symbols() if symbol.is_global()]
+    bound = {symbol.get_name() for symbol in symbols if symbol.is_assigned() or symbol.is_imported()}
+    asked = {symbol.get_name() for symbol in symbols} - bound
     defined = _defined(reference)
     names = {name for name in asked if name in defined or not hasattr(builtins, name)}
     names |= set() if entry_point is None else {entry_point}
@@ -291,20 +290,6 @@ def _asserts(tree: ast.AST) -> bool:
     """Whether a statement tests something; `assert True` is in many of HumanEval's tests."""
     found = (node for node in ast.walk(tree) if isinstance(node, ast.Assert))
     return any(not (isinstance(node.test, ast.Constant) and node.test.value) for node in found)
-
-
-def _bound(tree: ast.AST) -> set[str]:
-    """Every name that a tree gives a value to."""
-    names: set[str] = set()
-    for node in ast.walk(tree):
-        match node:
-            case ast.Name(id=name, ctx=ast.Store()) | ast.arg(arg=name):
-                names.add(name)
-            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.ExceptHandler(name=str(name)):
-                names.add(name)
-            case ast.alias(name=name, asname=alias):
-                names.add(alias or name.partition(".")[0])
-    return names
 
 
 def _defined(source: str) -> set[str]:

@@ -20,13 +20,12 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from midtune.errors import InputError
-from midtune.tasks.rewards import Reward, named
+from midtune.errors import InputError, explained
+from midtune.tasks.rewards import Reward, is_number, named
 from midtune.tasks.split import Row
 
 CLASS = "Environment"
@@ -42,9 +41,7 @@ class Game:
     make: Callable[[], Any]
     max_turns: int  # actions after which an episode ends
     turn_tokens: int | None = None  # most tokens of an action; None: as many as the episode has left
-    speech: Callable[[Any], Any] | None = (
-        None  # from the policy, how the two speak (`rollout.speech`); None: by text
-    )
+    speech: Callable[[Any], Any] | None = None  # from the policy, how they speak; None: by text
     _pool: list[Match] = field(default_factory=list, repr=False, compare=False)
 
     def matches(self, count: int) -> list[Match]:
@@ -133,22 +130,20 @@ class Match:
         if not hasattr(self.environment, "get_reward"):
             return 0.0
         found = self._call("get_reward")
-        try:
-            if math.isfinite(reward := float(found)):
-                return reward
-        except (TypeError, ValueError):
-            pass
-        raise InputError(f"`get_reward` of {self.name} returned {found!r}; it must return a finite number.")
+        if not is_number(found):
+            raise InputError(
+                f"`get_reward` of {self.name} returned {found!r}; it must return a finite number."
+            )
+        return float(found)
 
     def _call(self, method: str, *arguments: Any, **columns: Any) -> Any:
-        try:
-            return getattr(self.environment, method)(*arguments, **columns)
-        except Exception as error:  # noqa: BLE001 (a person's class can raise anything)
-            if method == "step" and isinstance(error, ValueError):
+        with explained(lambda why: f"`{method}` of {self.name} raised {why}; fix it.", with_kind=True):
+            try:
+                return getattr(self.environment, method)(*arguments, **columns)
+            except ValueError as error:
+                if method != "step":
+                    raise
                 return str(error)
-            raise InputError(
-                f"`{method}` of {self.name} raised {type(error).__name__}: {error}; fix it."
-            ) from error
 
 
 def tools_of(environment: Any) -> dict[str, Callable[..., Any]]:
@@ -170,16 +165,12 @@ def check_environment(kind: Any, name: str, *, tools: bool) -> None:
     asked = f"`{CLASS}` of {name}"
     if not inspect.isclass(kind):
         raise InputError(f"{asked} is not a class; write `class {CLASS}:`.")
-    forms = {"reset": "reset(self, **row)"} | ({} if tools else {"step": "step(self, action)"})
-    for method, form in forms.items():
+    for method, form in [("reset", "**row"), *([] if tools else [("step", "action")])]:
         if not callable(getattr(kind, method, None)):
-            raise InputError(f"{asked} has no `{method}`; write `def {form}`.")
-    try:
+            raise InputError(f"{asked} has no `{method}`; write `def {method}(self, {form})`.")
+    unmade = f"{asked} cannot be made without arguments"
+    with explained(lambda why: f"{unmade}: it raised {why}; fix it.", with_kind=True):
         made = kind()
-    except Exception as error:  # noqa: BLE001 (a person's class can raise anything)
-        raise InputError(
-            f"{asked} cannot be made without arguments: it raised {type(error).__name__}: {error}; fix it."
-        ) from error
     if tools and not tools_of(made):
         raise InputError(f"{asked} has no public method but `reset`, so there is no tool to call; write one.")
 

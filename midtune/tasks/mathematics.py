@@ -109,7 +109,11 @@ def _asked(process: subprocess.Popen[str], line: str, limit_s: float) -> str:
 
 def _serve(questions: IO[str], answers: IO[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for midtune, which ends this process
-    _limit_memory()
+    # Where the system has no such limit, the time limit alone holds.
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     logging.disable()
     for line in questions:
         references, candidates = json.loads(line)
@@ -118,14 +122,6 @@ def _serve(questions: IO[str], answers: IO[str]) -> None:
         except Exception:  # noqa: BLE001 (an answer that cannot be read is not equal)
             equal = False
         print(json.dumps(equal), file=answers, flush=True)
-
-
-def _limit_memory() -> None:
-    # Where the system has no such limit, the time limit alone holds.
-    with contextlib.suppress(ImportError, OSError, ValueError):
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
 
 
 def _equal(references: tuple[str, ...], candidates: Sequence[str]) -> bool:

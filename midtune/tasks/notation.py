@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
@@ -121,20 +120,26 @@ class Number:
     """A number as it was written."""
 
     value: Fraction  # exactly, without the percent sign
-    decimals: int | None = None  # digits after the point, where that many may be a rounding
-    percent: bool = False  # whether a percent sign follows
-    unit: str = ""  # what follows, such as `cm^2`
+    text: str  # in plain digits
+    decimals: int | None  # digits after the point, where that many may be a rounding
+    percent: bool  # whether a percent sign follows
+    unit: str  # what follows, such as `cm^2`
 
 
 def read_number(text: str, *, lead: bool = False) -> Number | None:
     """The number that a text is, with or without a unit (`-5`, `1,234.50`, `$3`, `5\\frac{1}{8}`, `45^\\circ`).
 
-    Args:
-        text: an answer.
-        lead: whether words, a choice letter or `x =` may stand before it.
+    With `lead`, words, a choice letter or `x =` may stand before it.
     """
-    found = next(_numbers(text, lead), None)
-    return _value(*found) if found is not None else None
+    if len(text) > _LONGEST:
+        return None
+    text = _bare(undressed(text))
+    start = _LEAD.match(text) if lead else None
+    for begin in dict.fromkeys((0, start.end() if start else 0)):
+        found = _NUMBER.match(text, begin)
+        if found is not None and (unit := _unit(text, found.end())) is not None:
+            return _number(found, unit)
+    return None
 
 
 def without_lead(text: str) -> str:
@@ -170,10 +175,9 @@ def same_number(found: str, reference: str) -> bool:
         return False
     if _close(left, right):
         return True
-    hundredth = Fraction(1, 100)
-    return left.percent != right.percent and (
-        left.value * (hundredth if left.percent else 1) == right.value * (hundredth if right.percent else 1)
-    )
+    if left.percent == right.percent:
+        return False
+    return left.value == right.value * 100 if left.percent else left.value * 100 == right.value
 
 
 def is_two_numbers(text: str) -> bool:
@@ -195,25 +199,14 @@ def last_number(text: str) -> str | None:
         _AFTER.match(text, last.end()) and not _ATTACHED.match(text, last.end())
     ):
         return None
-    return _written(last)
+    number = _number(last)
+    return number.text if number is not None else None
 
 
 def written_number(text: str) -> str | None:
     """The number in an answer in plain digits (`x = 1{,}234` gives `1234`), or None where it has none."""
-    numbers = (found for found, _ in _numbers(text, lead=True) if _value(found) is not None)
-    return next(map(_written, numbers), None)
-
-
-def _numbers(text: str, lead: bool) -> Iterator[tuple[re.Match[str], str]]:
-    """Readings of a whole text as a number and its unit: as it stands, and behind its lead."""
-    if len(text) > _LONGEST:
-        return
-    text = _bare(undressed(text))
-    start = _LEAD.match(text) if lead else None
-    for begin in dict.fromkeys((0, start.end() if start else 0)):
-        found = _NUMBER.match(text, begin)
-        if found is not None and (unit := _unit(text, found.end())) is not None:
-            yield found, unit
+    number = read_number(text, lead=True)
+    return number.text if number is not None else None
 
 
 def normalise(text: str) -> str:
@@ -321,10 +314,11 @@ def _close(left: Number, right: Number) -> bool:
     return not gap or noise or any(gap * 2 * 10**decimals <= 1 for decimals in rounded)
 
 
-def _value(found: re.Match[str], unit: str = "") -> Number | None:
+def _number(found: re.Match[str], unit: str = "") -> Number | None:
+    top = _digits(found["top"] or found["number"])
+    bottom = _digits(found["bottom"] or found["denominator"] or "")
     try:
-        top = Fraction(_digits(found["top"] or found["number"]))
-        value = top / Fraction(_digits(found["bottom"] or found["denominator"] or "1"))
+        value = Fraction(top) / Fraction(bottom or 1)
     except (ValueError, ZeroDivisionError):
         return None
     if found["whole"]:
@@ -332,10 +326,11 @@ def _value(found: re.Match[str], unit: str = "") -> Number | None:
             return None
         value += int(found["whole"])
     if found["repeated"]:
-        fixed = (found["number"] + found["point"]).partition(".")
-        if not fixed[1] or found["whole"]:
+        # With a power of ten it is no decimal that repeats.
+        fixed = re.fullmatch(r"[0-9,]*\.([0-9]*)", found["number"] + found["point"])
+        if fixed is None or found["whole"]:
             return None
-        value += Fraction(int(found["repeated"]), (10 ** len(found["repeated"]) - 1) * 10 ** len(fixed[2]))
+        value += Fraction(int(found["repeated"]), (10 ** len(found["repeated"]) - 1) * 10 ** len(fixed[1]))
     negative = ("-" in (found["sign"] or "")) != bool(found["minus"])
     value = -value if negative else value
     decimals = None
@@ -343,22 +338,11 @@ def _value(found: re.Match[str], unit: str = "") -> Number | None:
         parts = Decimal(_digits(found["number"])).as_tuple()
         if isinstance(parts.exponent, int) and parts.exponent < 0 and len(parts.digits) >= 6:
             decimals = -parts.exponent
-    return Number(value, decimals, found["percent"] is not None, unit)
+    sign, whole = "-" * (value < 0), f"{found['whole']} " if found["whole"] else ""
+    text = f"{sign}{whole}{top.lstrip('+-')}{'/' * bool(bottom)}{bottom.lstrip('+-')}"
+    text = str(value) if found["repeated"] else text
+    return Number(value, text, decimals, found["percent"] is not None, unit)
 
 
 def _digits(number: str) -> str:
     return re.sub(r"[\s,{}()]", "", _POWER.sub("e", number))
-
-
-def _written(found: re.Match[str]) -> str:
-    if found["repeated"]:
-        number = _value(found)
-        return str(number.value) if number is not None else ""
-    sign = "-" if ("-" in (found["sign"] or "")) != bool(found["minus"]) else ""
-    top, bottom = (_digits(found[name] or "").lstrip("+") for name in ("top", "bottom"))
-    if top:
-        sign = sign if top.startswith("-") == bottom.startswith("-") else "-" if not sign else ""
-    else:
-        top, bottom = _digits(found["number"]), found["denominator"] or ""
-    whole = f"{found['whole']} " if found["whole"] else ""
-    return f"{sign}{whole}{top.lstrip('-')}{'/' * bool(bottom)}{bottom.lstrip('-')}"

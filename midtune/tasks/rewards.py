@@ -66,6 +66,15 @@ def per_completion(name: str, score_one: Callable[[str, str, str], float]) -> Re
     as 0, and so does whatever `score_one` raises, but for midtune's own errors.
     """
 
+    def guarded(found: str, reference: str, question: str) -> float:
+        try:
+            value = score_one(found, reference, question)
+        except MidtuneError:
+            raise
+        except Exception:  # noqa: BLE001 (a verifier that cannot read an answer rejects it)
+            return 0.0
+        return float(value) if is_number(value) else 0.0
+
     def reward(
         prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[str], **columns: Any
     ) -> list[float]:
@@ -76,10 +85,18 @@ def per_completion(name: str, score_one: Callable[[str, str, str], float]) -> Re
             text = after_thinking(completion_text(completion))
             if name != "math":
                 text = (extract if name == "verifier" else final_answer)(text, reference)
-            scores.append(_guarded(score_one, text, reference, question))
+            scores.append(guarded(text, reference, question))
         return scores
 
     return named(reward, name)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value, which may be numpy's or torch's, is one finite number; a text is none."""
+    try:
+        return hasattr(value, "__float__") and math.isfinite(value)
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 def is_huge(text: str) -> bool:
@@ -150,16 +167,6 @@ def named(reward: Reward, name: str) -> Reward:
     """The reward with `__name__` set, which TRL logs it under."""
     reward.__name__ = reward.__qualname__ = name
     return reward
-
-
-def _guarded(score_one: Callable[[str, str, str], float], found: str, reference: str, question: str) -> float:
-    try:
-        value = float(score_one(found, reference, question))
-    except MidtuneError:
-        raise
-    except Exception:  # noqa: BLE001 (a verifier that cannot read an answer rejects it)
-        return 0.0
-    return value if math.isfinite(value) else 0.0
 
 
 def _same_text(found: str, reference: str) -> bool:

@@ -31,6 +31,13 @@ class Split:
     train: list[Row]
     held_out: list[Row]
     distinct: int | None  # None: the source was not drawn to its end
+    left_out: int = 0  # questions that were to train on, and are held out too
+
+
+def problem(prompt: str, question: str, answer: str = "", **columns: Any) -> Row:
+    """A problem whose prompt is one message of the user."""
+    messages = [{"role": "user", "content": prompt}]
+    return {"prompt": messages, "question": question, "answer": answer, **columns}
 
 
 def question_key(question: str) -> str:
@@ -58,19 +65,13 @@ def split_rows(rows: Sequence[Row], sizes: Sizes) -> Split:
     return Split(chosen[held_out : held_out + sizes.train], chosen[:held_out], len(different))
 
 
-def given_split(
-    train: Sequence[Row], held_out: Sequence[Row], sizes: Sizes, *, drop: bool = False
-) -> tuple[Split, int]:
+def given_split(train: Sequence[Row], held_out: Sequence[Row], sizes: Sizes, *, drop: bool = False) -> Split:
     """Two lists of problems as they were given, each in an order that the seed fixes.
 
-    Args:
-        drop: leave questions that are in both out of training, instead of refusing them.
-
-    Returns:
-        The split, and how many questions were left out of training.
+    With `drop`, questions that are in both are left out of training.
 
     Raises:
-        InputError: questions are in both lists, or a list has too few.
+        InputError: questions are in both lists and not to be dropped, or a list has too few.
     """
     of_train, of_held_out = _different(train), _different(held_out)
     shared = [key for key in of_train if key in of_held_out]
@@ -89,17 +90,14 @@ def given_split(
             "4 and 2 are needed; give more."
         )
     chosen = _in_order(of_train, sizes.seed), _in_order(of_held_out, sizes.seed)
-    return Split(chosen[0][: sizes.train], chosen[1][: sizes.held_out], None), len(shared)
+    return Split(chosen[0][: sizes.train], chosen[1][: sizes.held_out], None, len(shared))
 
 
 def draw_split(draw: Callable[[int, int], Sequence[Row]], sizes: Sizes) -> Split:
-    """Problems of an endless or unknown source as training and held-out problems.
+    """Problems of an endless or unknown source, whose items `draw(start, stop)` gives, as training and held-out ones.
 
     A hash puts each question on its side. So both sides have the source's own mix, and the held-out problems do not
     depend on how many there are to train on. A source that brings no new questions any more is taken as it is.
-
-    Args:
-        draw: `draw(start, stop)` gives the source's items of these indices.
 
     Raises:
         InputError: fewer than six different questions.
@@ -107,6 +105,7 @@ def draw_split(draw: Callable[[int, int], Sequence[Row]], sizes: Sizes) -> Split
     rows: dict[str, Row] = {}
     held_out: dict[str, None] = {}  # a set in order
     stale = 0
+    is_full = False
     for row in _drawn(draw, sizes):
         key = question_key(row["question"])
         stale += 1
@@ -115,17 +114,16 @@ def draw_split(draw: Callable[[int, int], Sequence[Row]], sizes: Sizes) -> Split
             rows[key] = row
             if rank(key, sizes.seed) < _HELD_OUT_SHARE:
                 held_out[key] = None
-        if len(held_out) >= sizes.held_out and len(rows) - len(held_out) >= sizes.train:
-            train = [row for key, row in rows.items() if key not in held_out]
-            return Split(train[: sizes.train], [rows[key] for key in held_out][: sizes.held_out], None)
+        is_full = len(held_out) >= sizes.held_out and len(rows) - len(held_out) >= sizes.train
         # Among n equally likely questions one is missed by 4n draws with probability e^-4.
-        if stale >= max(200, min(4 * len(rows), 4000)):
+        if is_full or stale >= max(200, min(4 * len(rows), 4000)):
             break
-    count = _held_out_count(len(rows), sizes)
-    chosen = list(dict.fromkeys([*held_out, *rows]))[:count]
-    others = {*rows}.difference(chosen)
-    train = [row for key, row in rows.items() if key in others]
-    return Split(train[: sizes.train], [rows[key] for key in chosen], len(rows))
+    if not is_full:
+        count = _held_out_count(len(rows), sizes)
+        held_out = dict.fromkeys([*(held_out | dict.fromkeys(rows))][:count])
+    train = [row for key, row in rows.items() if key not in held_out]
+    chosen = [rows[key] for key in held_out]
+    return Split(train[: sizes.train], chosen[: sizes.held_out], None if is_full else len(rows))
 
 
 def _drawn(draw: Callable[[int, int], Sequence[Row]], sizes: Sizes) -> Iterator[Row]:

@@ -13,14 +13,14 @@ from typing import Any
 from midtune.config import SHAPING, TaskConfig
 from midtune.errors import InputError
 from midtune.tasks.code import CODE, code_reward, code_row
-from midtune.tasks.environment import MAX_TURNS, Game, check_environment, reward_of, told_apart
+from midtune.tasks.environment import MAX_TURNS, Game, check_environment, reward_of
 from midtune.tasks.games.table import GAMES, draw_games
 from midtune.tasks.prompts import prompted
 from midtune.tasks.rewards import BUILT_IN, Reward, Weighted, built_in, default_reward, solved, with_weight
 from midtune.tasks.sandbox.sandbox import Sandbox
 from midtune.tasks.sources import gym, programs
-from midtune.tasks.sources.columns import Columns, Problems, is_file_name, problems_of
-from midtune.tasks.sources.files import FORMATS, Line, Source, read_path
+from midtune.tasks.sources.columns import Columns, problems_of
+from midtune.tasks.sources.files import FORMATS, Source, data_suffix, read_path
 from midtune.tasks.sources.hub_dataset import is_dataset, read_dataset
 from midtune.tasks.sources.own import (
     TRL_NAMES,
@@ -128,10 +128,15 @@ def load_task(
     judge = judges[0] if judges else found.default
     is_sum = weights != {judge: 1.0}
     is_own_reward = judge in own or (judge == "verifier" and is_task_file(name))
-    game = _game(name, settings, found, tools)
-    identity = _identity(settings, found, game, judge, {text: digest for text, (_, digest) in own.items()})
+    game = None
+    if (made := found.environment) is not None:
+        title = f"the environment of {name}"
+        speech = tools and tools(title, made)
+        game = Game(title, made, settings.max_turns or found.max_turns, settings.turn_tokens, speech)
+    digests = {text: digest for text, (_, digest) in own.items()}
+    identity = _identity(settings, found, game, judge, digests)
     if is_sum:
-        identity["rewards"] = [[own[text][1] if text in own else text, weights[text]] for text in weights]
+        identity["rewards"] = [[digests.get(text, text), weight] for text, weight in weights.items()]
     own_names = dict.fromkeys(key for row in found.own for key in row) if own or is_own_reward else {}
     notes = [
         *found.notes,
@@ -173,23 +178,15 @@ def _asked_rewards(texts: Sequence[str]) -> dict[str, float]:
 
 def _columns(name: str, settings: TaskConfig, judges: Sequence[str]) -> Columns:
     """Which columns of a file to read for the rewards asked for."""
-    columns = Columns(
-        settings.prompt_column,
-        settings.answer_column,
-        needs_answer=not (judges and is_own(judges[0])),
-        drop=settings.bad_rows == "drop",
-        cut=settings.last_turn == "cut",
-    )
     if not any(text in CODE for text in judges):
-        return columns
+        return Columns(settings, needs_answer=not (judges and is_own(judges[0])))
     if name.startswith(gym.PREFIX):
         raise InputError(
             f"the reward `code` needs tests, which {name} does not have; use verifier, or a file with tests."
         )
     prepare = partial(code_row, prompt_column=settings.prompt_column or "prompt")
-    return replace(
-        columns, prompt="prompt", answer="answer", needs_answer=False, prepare=prepare, carried=("tests",)
-    )
+    made = settings.model_copy(update={"prompt_column": "prompt", "answer_column": "answer"})
+    return Columns(made, needs_answer=False, prepare=prepare, carried=("tests",))
 
 
 def _problems(
@@ -219,7 +216,8 @@ def _problems(
         return _Problems(
             split, verifier, "verifier", identity, environment=kind.environment, max_turns=kind.max_turns
         )
-    is_data = is_task_file(name) or is_file_name(name) or is_dataset(name)
+    is_file = bool(data_suffix(name)) or Path(name).expanduser().exists()
+    is_data = is_task_file(name) or is_file or is_dataset(name)
     if args and (name == programs.NAME or is_data):
         what = "is a file or dataset and takes" if is_data else "takes"
         raise InputError(f"{name} {what} no arguments, but {dict(args)} was given; leave it out.")
@@ -227,15 +225,15 @@ def _problems(
         return _Problems(programs.draw_programs(sizes), None, "code", {"name": name})
     if is_task_file(name):
         mine = load_own_task(name)
+        own_reward = mine.reward
         if mine.environment is not None:
             check_environment(mine.environment, name, tools=tools)
-            verifier = reward_of(mine.environment, name, judges, mine.reward)
-            asked = replace(columns, needs_answer=False, carried=None)
-            found = _of_source(mine.source, asked, settings, sizes, verifier)
-            return replace(found, environment=mine.environment)
-        judged = mine.reward is not None and (not judges or judges[0] == "verifier")
-        asked = replace(columns, needs_answer=columns.needs_answer and not judged)
-        return _of_source(mine.source, asked, settings, sizes, mine.reward)
+            own_reward = reward_of(mine.environment, name, judges, mine.reward)
+            columns = replace(columns, needs_answer=False, carried=None)
+        elif own_reward is not None and (not judges or judges[0] == "verifier"):
+            columns = replace(columns, needs_answer=False)
+        found = _of_source(mine.source, columns, settings, sizes, own_reward)
+        return replace(found, environment=mine.environment)
     if is_data:
         source = read_dataset(name) if is_dataset(name) else read_path(name)
         return _of_source(source, columns, settings, sizes)
@@ -246,14 +244,7 @@ def _of_source(
     source: Source, columns: Columns, settings: TaskConfig, sizes: Sizes, verifier: Reward | None = None
 ) -> _Problems:
     """The problems of a file, a folder, a hub dataset or a person's own rows."""
-    in_turns = columns.carried is None
-
-    def read(source: Source, lines: Sequence[Line], first: int = 0) -> Problems:
-        problems = problems_of(source, lines, columns, first)
-        # Episodes with one prompt differ by the other columns, such as a seed.
-        return replace(problems, rows=[told_apart(row) for row in problems.rows]) if in_turns else problems
-
-    problems = read(source, source.lines)
+    problems = problems_of(source.name, source.lines, columns)
     identity: dict[str, Any] = {"file": source.digest, "columns": problems.columns}
     if columns.prepare is not None:
         identity["columns"] = [settings.prompt_column or "prompt", settings.answer_column or "answer"]
@@ -267,36 +258,20 @@ def _of_source(
     if evaluation is None:
         split = split_rows(problems.rows, sizes)
     else:
-        held_out = read(apart, evaluation, len(own))
+        held_out = problems_of(apart.name, evaluation, columns, len(own))
         own = [*own, *held_out.own]
-        split, shared = given_split(problems.rows, held_out.rows, sizes, drop=columns.drop)
+        split = given_split(problems.rows, held_out.rows, sizes, drop=settings.bad_rows == "drop")
         notes.append(held_out.note)
-        if shared:
-            notes.append(f"left out {shared} training questions that evaluation has too.")
-    own = [] if in_turns else own
+        if split.left_out:
+            notes.append(f"left out {split.left_out} training questions that evaluation has too.")
     default = "verifier" if verifier else default_reward([row["answer"] for row in problems.rows])
     return _Problems(split, verifier and with_own_columns(verifier, own), default, identity, notes, own)
-
-
-def _game(name: str, settings: TaskConfig, found: _Problems, tools: Tools | None) -> Game | None:
-    """How the task is played, if it has an environment."""
-    if found.environment is None:
-        return None
-    title = f"the environment of {name}"
-    speech = tools and tools(title, found.environment)
-    turns = settings.max_turns or found.max_turns
-    return Game(title, found.environment, turns, settings.turn_tokens, speech)
 
 
 def _identity(
     settings: TaskConfig, found: _Problems, game: Game | None, judge: str, digests: Mapping[str, str]
 ) -> dict[str, Any]:
-    """What makes two tasks the same one.
-
-    Args:
-        judge: the reward that judges answers.
-        digests: of a person's own rewards, by what they were asked for as.
-    """
+    """What makes two tasks the same one; `digests` are those of a person's own rewards."""
     identity = {
         "system": settings.system_prompt,
         "format": settings.prompt_format,

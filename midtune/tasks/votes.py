@@ -8,22 +8,19 @@ from midtune.tasks.notation import normalise, same_number
 
 
 def majority(answers: Sequence[str]) -> int | None:
-    """The index at which the answer with the most votes comes first; None if there are no answers.
+    """The index of the first answer (`answers.extract`) that agrees with the most others; None if there are none.
 
     Answers agree that are the same number, or the same text but for case and whitespace. Of answers with equally many
     votes the first wins. A blank answer has no vote, unless all are blank.
-
-    Args:
-        answers: the final answer of each completion, as `answers.extract` reads it.
     """
     groups: list[list[int]] = []
     for index, answer in enumerate(answers):
-        agreeing = (group for group in groups if _agree(answers[group[0]], answer))
-        group = next(agreeing, None)
-        if group is None:
-            groups.append([index])
+        for group in groups:
+            if _agree(answers[group[0]], answer):
+                group.append(index)
+                break
         else:
-            group.append(index)
+            groups.append([index])
     voting = [group for group in groups if answers[group[0]].strip()] or groups
     # Of equally long groups, max takes the first.
     return max(voting, key=len)[0] if voting else None

@@ -119,7 +119,7 @@ def test_within_a_block_the_program_ends_with_it() -> None:
 
 def test_of_mbpp_the_prompt_shows_the_first_test_alone() -> None:
     row = code_row(MBPP, "prompt")
-    assert set(row) == {"task_id", "prompt", "answer", "tests"}
+    assert set(row) == {"prompt", "answer", "tests"}
     assert row["prompt"] == f"{MBPP['text']}\n\nThe program must pass tests such as:\n\nassert double(2) == 4"
     tests = json.loads(row["tests"])
     assert tests["names"] == ["double"]

@@ -37,6 +37,7 @@ from midtune.tasks.notation import is_text, normalise, parse_number, same_number
         ("5\u00bd", 5.5),
         ("5 9/8", None),
         (r"0.1\overline{6}", 1 / 6),
+        (r"1e9.\overline{3}", None),
         (r"1{,}234", 1234.0),
         (r"1,\!234", 1234.0),
         (r"1\,234", 1234.0),

@@ -12,11 +12,12 @@ import re
 import sys
 from collections.abc import Mapping
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from midtune.errors import InputError
-from midtune.tasks.split import Row, Sizes, Split, given_split
+from midtune.errors import InputError, explained
+from midtune.tasks.split import Row, Sizes, Split, given_split, problem
 
 # Of GiGPO's authors (arXiv 2505.10978), said once, since an episode is one conversation here.
 PROMPT = (
@@ -102,8 +103,7 @@ def draw_households(arguments: Mapping[str, int], sizes: Sizes) -> Split:
     """
     held_out = FOLDERS[2 if arguments["unseen"] else 1]
     train = _rows(FOLDERS[0], sizes.train, sizes.seed)
-    split, _ = given_split(train, _rows(held_out, sizes.held_out, sizes.seed), sizes)
-    return split
+    return given_split(train, _rows(held_out, sizes.held_out, sizes.seed), sizes)
 
 
 def _rows(part: str, count: int, seed: int) -> list[Row]:
@@ -115,21 +115,17 @@ def _rows(part: str, count: int, seed: int) -> list[Row]:
             "ALFWORLD_DATA where they are."
         )
     random.Random(seed).shuffle(files)
-    rows: list[Row] = []
-    for file in files:
-        if len(rows) == count:
-            break
-        if any(word in str(file.relative_to(folder)) for word in _NOT_PLAYED):
-            continue
-        try:
-            told = json.loads(file.read_text(encoding="utf-8"))
-            task = _TASK.search(told["grammar"])
-        except (OSError, ValueError, LookupError) as error:
-            raise InputError(f"{file} is no game of ALFWorld ({error}); download it again.") from None
-        # As the package does, games that nobody can win are left out.
-        if told.get("solvable") and task is not None:
-            game = file.parent.relative_to(folder).as_posix()
-            prompt = [{"role": "user", "content": PROMPT}]
-            question = f"{PROMPT}Your task is to: {task[1]} ({game})"
-            rows.append({"prompt": prompt, "question": question, "answer": "", "game": game})
-    return rows
+    rows = (_row(file, file.parent.relative_to(folder).as_posix()) for file in files)
+    return list(islice(filter(None, rows), count))
+
+
+def _row(file: Path, game: str) -> Row | None:
+    """The problem of a game; as in the package, None of one that nobody can win or that it does not play."""
+    if any(word in game for word in _NOT_PLAYED):
+        return None
+    with explained(lambda why: f"{file} is no game of ALFWorld ({why}); download it again."):
+        told = json.loads(file.read_text(encoding="utf-8"))
+        task = _TASK.search(told["grammar"])
+    if not told.get("solvable") or task is None:
+        return None
+    return problem(PROMPT, f"{PROMPT}Your task is to: {task[1]} ({game})", game=game)

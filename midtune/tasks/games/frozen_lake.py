@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 _MOVE = re.compile(r"\b(up|down|left|right)\b", re.IGNORECASE)
@@ -69,7 +67,10 @@ class FrozenLake:
         """Draw the board of a seed; it is solvable."""
         from textarena.envs.FrozenLake.env import FrozenLakeEnv
 
-        with _seeded(seed):
+        state = random.getstate()
+        random.seed(seed)
+        try:
+            # textarena draws from Python's own random state.
             self._game = FrozenLakeEnv(size=size, num_holes=holes)
             self._game.reset(num_players=1, seed=seed)
             board = self._game.state.game_state
@@ -77,6 +78,8 @@ class FrozenLake:
             board["player_pos"] = random.choice(
                 [it for it in fields if it != goal and self._game._has_valid_path(board["grid"], it, goal)]
             )
+        finally:
+            random.setstate(state)
         # Two wrong moves in a row would end the game.
         self._game.state.error_allowance = 10**9
         return self._shown()
@@ -105,14 +108,3 @@ class FrozenLake:
         row, column = board["player_pos"]
         rows[row][column] = "P"
         return "\n".join(" ".join(row) for row in rows) + "\nMove:"
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Python's random state at `seed` inside, and as it was afterwards; textarena draws from it."""
-    state = random.getstate()
-    random.seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(state)

@@ -11,25 +11,18 @@ from typing import Any
 from midtune.errors import InputError
 from midtune.tasks.environment import MAX_TURNS
 from midtune.tasks.games import alfworld, frozen_lake, textworld
-from midtune.tasks.split import Row, Sizes, Split, draw_split
+from midtune.tasks.split import Row, Sizes, Split, draw_split, problem
 
 
 @dataclass(frozen=True)
 class GameKind:
-    """A game that needs no file.
+    """A game that needs no file."""
 
-    Args:
-        environment: the class that plays it (`environment.py`).
-        arguments: whole numbers that `reset` gets, and their defaults.
-        packages: what it needs; the first is midtune's extra too.
-        draw: draws rows where a game is no matter of a seed.
-    """
-
-    environment: Callable[[], Any]
+    environment: Callable[[], Any]  # the class that plays it (`environment.py`)
     prompt: str
-    arguments: Mapping[str, int]
-    packages: tuple[str, ...]
-    draw: Callable[[Mapping[str, int], Sizes], Split] | None = None
+    arguments: Mapping[str, int]  # whole numbers that `reset` gets, and their defaults
+    packages: tuple[str, ...]  # what it needs; the first is midtune's extra too
+    draw: Callable[[Mapping[str, int], Sizes], Split] | None = None  # where a game is no matter of a seed
     max_turns: int = MAX_TURNS
 
 
@@ -69,9 +62,8 @@ def draw_games(name: str, args: Mapping[str, Any], sizes: Sizes) -> tuple[Split,
         rows = []
         for index in range(start, stop):
             columns = {"seed": random.Random(f"{name} {sizes.seed} {index}").randrange(2**31), **arguments}
-            prompt = [{"role": "user", "content": kind.prompt}]
             question = kind.prompt + environment.reset(**columns)
-            rows.append({"prompt": prompt, "question": question, "answer": "", **columns})
+            rows.append(problem(kind.prompt, question, "", **columns))
         return rows
 
     return draw_split(draw, sizes), arguments

@@ -142,8 +142,7 @@ class Opaque:
 def encode(value: Any, opaque: Callable[[Any], str]) -> str:
     """A value as a Python literal; of a subclass (a named tuple, a Counter) what the plain class holds.
 
-    Args:
-        opaque: writes what has no literal, or raises.
+    `opaque` writes what has no literal, or raises.
     """
     if value is None or isinstance(value, bool):
         return repr(value)

@@ -76,17 +76,11 @@ space["main"](job)
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a program.
+    """What became of a program."""
 
-    Attributes:
-        output: what it wrote to standard output, of which 4 MiB are kept.
-        exit_code: 0 where it ended well.
-        broken: what the sandbox said where it ended without starting the program; else empty.
-    """
-
-    output: bytes
-    exit_code: int
-    broken: str
+    output: bytes  # what it wrote to standard output, of which 4 MiB are kept
+    exit_code: int  # 0 where it ended well
+    broken: str  # what the sandbox said where it ended without starting the program; else empty
 
     @property
     def killed(self) -> bool:
@@ -109,11 +103,9 @@ class Running:
     _folder: int | None = None
 
     def wait(self, most_s: float | None = None, *, beside: Sequence[Running] = ()) -> Result:
-        """Let the program go on to its end or its deadline, and no longer.
+        """Let the program go on to its end or its deadline, or for `most_s` seconds, and no longer.
 
-        Args:
-            most_s: let it go on for this long, instead of its deadline.
-            beside: other programs, which are ended where they make too many files meanwhile.
+        Programs `beside` it are ended where they make too many files meanwhile.
         """
         deadline = self._deadline if most_s is None else time.monotonic() + most_s
         ended = False
@@ -133,11 +125,9 @@ class Running:
         return Result(output, self._process.returncode, why if broken else "")
 
     def _has_many_files(self) -> bool:
-        if not self._isolated or self._process.returncode is not None:
-            return False
         if self._folder is None:
             self._listen()
-        if self._folder is None:
+        if self._folder is None or not self._isolated or self._process.returncode is not None:
             return False
         counted = os.fstatvfs(self._folder)
         return counted.f_files - counted.f_ffree > _FILES
@@ -173,16 +163,11 @@ class Running:
 
 @dataclass(frozen=True)
 class Sandbox:
-    """Starts programs within limits.
-
-    Attributes:
-        isolation: the command that a program is started with; empty for weak isolation.
-        workers: how many programs to run at a time.
-    """
+    """Starts programs within limits."""
 
     limits: SandboxConfig
-    isolation: tuple[str, ...]
-    workers: int = 1
+    isolation: tuple[str, ...]  # the command that a program is started with; empty for weak isolation
+    workers: int = 1  # how many programs to run at a time
 
     @property
     def warning(self) -> str | None:

@@ -91,11 +91,7 @@ _ALLOW, _KILL, _ERROR = 0x7FFF0000, 0x80000000, 0x00050000
 
 
 def program_filter(machine: str | None = None) -> bytes | None:
-    """The filter as `bwrap --seccomp` reads it; None for a machine whose calls are not known.
-
-    Args:
-        machine: as `platform.machine()` calls it; default: this one.
-    """
+    """The filter for a `platform.machine()`, by default this one, as `bwrap --seccomp` reads it; None if unknown."""
     known = _ARCHITECTURES.get(machine or platform.machine())
     if known is None:
         return None

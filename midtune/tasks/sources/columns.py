@@ -10,18 +10,17 @@ import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
+from midtune.config import TaskConfig
 from midtune.errors import InputError
 from midtune.tasks.answers import marked_answer, reference_answer
+from midtune.tasks.environment import told_apart
 from midtune.tasks.sources.files import (
     ANSWER_COLUMNS,
     PROMPT_COLUMNS,
     BadRow,
     Line,
-    Source,
-    data_suffix,
     kind,
 )
 from midtune.tasks.split import Row
@@ -39,76 +38,71 @@ _ROLES = {"human": "user", "gpt": "assistant"}
 class Columns:
     """Which columns to read, and what to do with rows that cannot be used."""
 
-    prompt: str | None = None  # a text or a list of chat messages; None finds it
-    answer: str | None = None  # None finds it
+    settings: TaskConfig  # the columns' names, and what to do with bad rows and last turns
     needs_answer: bool = True  # False for rewards that do not compare
     prepare: Callable[[Row], Row] | None = None  # from a row as it stands, the row to read; raises BadRow
     carried: Sequence[str] | None = ()  # other columns that a problem keeps; None: all, for an environment
-    drop: bool = False  # leave out rows that cannot be used, instead of refusing them
-    cut: bool = False  # leave out an assistant's answer at the end, instead of refusing the conversation
 
 
 @dataclass(frozen=True)
 class Problems:
     """Problems from rows: each has `prompt`, `question`, `answer`, and `row`, its place in `own`."""
 
-    rows: list[Row]  # without `row` where all columns are carried
+    rows: list[Row]  # where all columns are carried, without `row` and with all of them in `question`
     columns: list[str]  # those that the prompt and the answer came from
-    own: list[Row]  # the rows with all their columns as they stand in the file
+    own: list[Row]  # the rows with all their columns as they stand in the file; none where all are carried
     note: str  # a remark for the person
 
 
-def is_file_name(name: str) -> bool:
-    """Whether a task's name means a data file or a folder of them."""
-    return bool(data_suffix(name)) or Path(name).expanduser().exists()
-
-
-def problems_of(source: Source, lines: Sequence[Line], columns: Columns, first: int = 0) -> Problems:
-    """The problems in some rows of a source, in their order; they are counted from `first` on.
+def problems_of(source: str, lines: Sequence[Line], columns: Columns, first: int = 0) -> Problems:
+    """The problems in rows of a source, in their order; they are counted from `first` on.
 
     Raises:
         InputError: a column is missing, a carried one mixes kinds of value, rows cannot be used and are not to be
             left out, or none can.
     """
-    prepared = [_prepared(line, columns.prepare) for line in lines]
+    settings = columns.settings
+    prepared = [_read(line, columns.prepare) for line in lines] if columns.prepare else lines
     known = [line.row for line in prepared if line.row is not None]
     if not known:
-        _refuse(source.name, prepared, len(prepared))
+        _refuse(source, prepared, len(prepared))
     names = list(dict.fromkeys(key for row in known for key in row))
-    prompt = _column(source.name, known, names, columns.prompt, PROMPT_COLUMNS, "prompt")
+    prompt = _column(source, known, names, settings.prompt_column, PROMPT_COLUMNS, "prompt")
     there = (_found(name, known, names) for name in ANSWER_COLUMNS)
-    answer = columns.answer or next(filter(None, there), None)
-    if columns.needs_answer or columns.answer not in (None, "answer"):
+    answer = settings.answer_column or next(filter(None, there), None)
+    if columns.needs_answer or settings.answer_column not in (None, "answer"):
         # A conversation may hold the answer as its last turn.
         turns = _messages(_value(known[0], prompt))
         answered = turns is not None and turns[-1]["role"] == "assistant"
         known_answers = (*ANSWER_COLUMNS, prompt) if answered else ANSWER_COLUMNS
-        answer = _column(source.name, known, names, columns.answer, known_answers, "answer")
-    rows: list[Row] = []
-    own: list[Row] = []
-    faults = []
-    for line, original in zip(prepared, lines, strict=True):
-        try:
-            if line.row is None:
-                raise BadRow(line.fault)
-            problem = _problem({name: line.row.get(name) for name in names}, prompt, answer, columns)
-        except BadRow as error:
-            faults.append(Line(line.place, None, str(error)))
-            continue
-        rows.append(problem if columns.carried is None else {**problem, PLACE: first + len(own)})
-        own.append(original.row or {})
-    if faults and not (columns.drop and rows):
-        _refuse(source.name, faults, len(prepared))
-    _check_tabular(source.name, rows)
-    left_out = f"left out {len(faults)} of {len(prepared)} rows of {source.name}: {_listed(faults)}."
+        answer = _column(source, known, names, settings.answer_column, known_answers, "answer")
+
+    def problem(row: Row) -> Row:
+        return _problem({name: row.get(name) for name in names}, prompt, answer, columns)
+
+    read = [_read(line, problem) for line in prepared]
+    rows = [line.row for line in read if line.row is not None]
+    faults = [line for line in read if line.row is None]
+    if faults and not (settings.bad_rows == "drop" and rows):
+        _refuse(source, faults, len(read))
+    own = []
+    if columns.carried is None:
+        # Episodes with one prompt differ by the other columns, such as a seed.
+        rows = [told_apart(row) for row in rows]
+    else:
+        rows = [{**row, PLACE: place} for place, row in enumerate(rows, start=first)]
+        own = [original.row or {} for line, original in zip(read, lines, strict=True) if line.row is not None]
+    _check_tabular(source, rows)
+    left_out = f"left out {len(faults)} of {len(prepared)} rows of {source}: {_listed(faults)}."
     return Problems(rows, [prompt, answer or "answer"], own, left_out if faults else "")
 
 
-def _prepared(line: Line, prepare: Callable[[Row], Row] | None) -> Line:
-    if line.row is None or prepare is None:
+def _read(line: Line, make: Callable[[Row], Row]) -> Line:
+    """The line with the row that `make` gives, or with the fault that it finds."""
+    if line.row is None:
         return line
     try:
-        return Line(line.place, prepare(line.row))
+        return Line(line.place, make(line.row))
     except BadRow as error:
         return Line(line.place, None, str(error))
 
@@ -184,7 +178,7 @@ def _problem(row: Row, prompt_column: str, answer_column: str | None, columns: C
     last_turn = messages[-1]["content"] if messages[-1]["role"] == "assistant" else None
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
-    if last_turn is not None and not columns.cut:
+    if last_turn is not None and columns.settings.last_turn == "stop":
         raise BadRow(
             f"has a conversation in column `{prompt_column}` that ends in the assistant's answer, which the model "
             f"would be shown (leave such turns out with {CUT})"

@@ -10,13 +10,12 @@ import io
 import json
 import lzma
 import re
-import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from midtune.errors import InputError
+from midtune.errors import InputError, explained
 from midtune.tasks.split import Row
 
 FORMATS = "jsonl, json, csv, tsv, parquet or arrow"
@@ -27,11 +26,7 @@ ANSWER_COLUMNS = ("answer", "solution", "ground_truth", "reward_model.ground_tru
 _JSONL = (".jsonl", ".jsonlines", ".json-lines", ".ndjson", ".json")
 _DELIMITED = {".csv": None, ".tsv": "\t", ".tab": "\t"}
 SUFFIXES = (*_JSONL, *_DELIMITED, ".parquet", ".arrow")
-_UNPACK: dict[str, Callable[[bytes], bytes]] = {
-    ".gz": gzip.decompress,
-    ".bz2": bz2.decompress,
-    ".xz": lzma.decompress,
-}
+_UNPACK = {".gz": gzip, ".bz2": bz2, ".xz": lzma}
 # Of evaluation splits the first that is there counts.
 EVALUATION = ("test", "validation", "valid", "val", "eval", "dev")
 _ALSO = {"training": "train", "testing": "test", "evaluation": "eval"}
@@ -97,33 +92,29 @@ def read_path(name: str) -> Source:
 def _saved(folder: Path) -> Source:
     import datasets
 
-    try:
+    unread = f"the folder {folder}, which `save_to_disk` wrote, cannot be read"
+    with explained(lambda why: f"{unread} ({why}); save it again."):
         loaded = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        found = " ".join(str(error).split())[:200].rstrip(".")
-        raise InputError(
-            f"the folder {folder}, which `save_to_disk` wrote, cannot be read ({found}); save it again."
-        ) from None
     return of_splits(str(folder), loaded if isinstance(loaded, dict) else {"": loaded})
 
 
 def of_splits(name: str, parts: Mapping[str, Any], most_rows: int = MOST_ROWS) -> Source:
     """A source from the splits of a dataset as `datasets` has them in memory, of each at most `most_rows` rows."""
-    steps = {part: -(-len(rows) // most_rows) for part, rows in parts.items()}
-    lines = {str(part): _of_split(str(part), name, rows, steps[part]) for part, rows in parts.items()}
+    lines: dict[str, list[Line]] = {}
+    thinned = []
     digest = hashlib.sha256()
-    for part, of_part in lines.items():
-        for line in of_part:
+    for part, rows in parts.items():
+        step = max(1, -(-len(rows) // most_rows))
+        if step > 1:
+            thinned.append(f"one row in {step} of {part}")
+        of = f"{name}'s {part}" if part else name
+        places = range(0, len(rows), step)
+        chosen = zip(places, rows.select(places).to_list(), strict=True)
+        lines[str(part)] = [Line(f"row {place + 1} of {of}", row) for place, row in chosen]
+        for line in lines[str(part)]:
             digest.update(f"{part} {json.dumps(line.row, sort_keys=True, default=str)}\n".encode())
-    thinned = [f"one row in {step} of {part}" for part, step in steps.items() if step > 1]
     note = f"{name} is long: {' and '.join(thinned)} is read." if thinned else ""
     return by_part(name, lines, digest.hexdigest(), note)
-
-
-def _of_split(part: str, name: str, rows: Any, step: int) -> list[Line]:
-    chosen = rows if step == 1 else rows.select(range(0, len(rows), step))
-    of = f"{name}'s {part}" if part else name
-    return [Line(f"row {place * step + 1} of {of}", row) for place, row in enumerate(chosen.to_list())]
 
 
 def _folder(folder: Path) -> Source:
@@ -206,12 +197,9 @@ def _parts(path: Path, content: bytes) -> dict[str, list[Line]]:
         raise InputError(f"task file {path} is not a {FORMATS} file; give one.")
     packed = path.suffix.lower()
     if packed in _UNPACK:
-        try:
-            content = _UNPACK[packed](content)
-        except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
-            raise InputError(
-                f"task file {path} is not a {packed} file that can be read ({error}); get it again."
-            ) from None
+        unread = f"task file {path} is not a {packed} file that can be read"
+        with explained(lambda why: f"{unread} ({why}); get it again."):
+            content = _UNPACK[packed].decompress(content)
     if suffix in (".parquet", ".arrow"):
         return {"": _table(path, content, suffix)}
     # Excel's "Unicode text" is UTF-16.
@@ -242,10 +230,10 @@ def _json(path: Path, text: str) -> dict[str, list[Line]]:
                 "line."
             )
         lines = [(f"line {number} of {path}", line) for number, line in enumerate(text.split("\n"), start=1)]
-        return {"": [_line(place, _loaded(line)) for place, line in lines if line.strip()]}
+        return {"": [line_of(place, _loaded(line)) for place, line in lines if line.strip()]}
     return {
         part: [
-            _line(f"item {number} of {f'`{part}` in ' if part else ''}{path}", row)
+            line_of(f"item {number} of {f'`{part}` in ' if part else ''}{path}", row)
             for number, row in enumerate(rows, start=1)
         ]
         for part, rows in _document(document).items()
@@ -284,14 +272,12 @@ def _document(document: Any) -> dict[str, list[Any]]:
     return rows if rows and {*rows} <= {"train", *EVALUATION} else {"": [document]}
 
 
-def _line(place: str, row: Any) -> Line:
-    if isinstance(row, Exception):
-        return Line(place, None, "is not valid JSON")
-    return (
-        Line(place, row)
-        if isinstance(row, dict)
-        else Line(place, None, f"is not a JSON object but {kind(row)}")
-    )
+def line_of(place: str, row: Any, wanted: str = "a JSON object") -> Line:
+    """What was read at a place as a row, if it is one."""
+    if isinstance(row, dict):
+        return Line(place, dict(row))
+    is_broken = isinstance(row, Exception)
+    return Line(place, None, "is not valid JSON" if is_broken else f"is not {wanted} but {kind(row)}")
 
 
 def _csv(path: Path, text: str, delimiter: str | None) -> list[Line]:
@@ -327,7 +313,8 @@ def _table(path: Path, content: bytes, suffix: str) -> list[Line]:
     import pyarrow as arrow
     from pyarrow import ipc, parquet
 
-    try:
+    named = "a parquet" if suffix == ".parquet" else "an arrow"
+    with explained(lambda why: f"task file {path} is not {named} file that can be read ({why})."):
         buffer = arrow.BufferReader(content)
         if suffix == ".parquet":
             table = parquet.read_table(buffer)
@@ -336,10 +323,6 @@ def _table(path: Path, content: bytes, suffix: str) -> list[Line]:
         else:
             table = ipc.open_stream(buffer).read_all()
         rows = table.to_pylist()
-    except (arrow.ArrowException, OSError) as error:
-        found = (str(error).splitlines() or [type(error).__name__])[0]
-        kind = "a parquet" if suffix == ".parquet" else "an arrow"
-        raise InputError(f"task file {path} is not {kind} file that can be read ({found}).") from None
     if not rows:
         raise InputError(f"task file {path} has columns but no rows; it needs a problem in each row.")
     return [Line(f"row {number} of {path}", row) for number, row in enumerate(rows, start=1)]

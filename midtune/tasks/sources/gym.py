@@ -10,9 +10,9 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from midtune.errors import InputError
+from midtune.errors import InputError, explained
 from midtune.tasks.rewards import Reward, is_huge, per_completion
-from midtune.tasks.split import Row, Sizes, Split, draw_split, question_key
+from midtune.tasks.split import Row, Sizes, Split, draw_split, problem, question_key
 
 PREFIX = "reasoning-gym:"
 # Arguments of a dataset that midtune sets, and the option that sets each.
@@ -47,17 +47,34 @@ def draw_problems(name: str, args: Mapping[str, Any], sizes: Sizes) -> tuple[Spl
     Raises:
         InputError: there is no such dataset, an argument is wrong, or it has too few different problems.
     """
-    _check_arguments(name, args)
+    import reasoning_gym
+
+    valid = task_arguments(name)
+    for key in args:
+        if key in _OURS:
+            raise InputError(
+                f"`{key}` is not an argument of `{PREFIX}{name}` here; use {_OURS[key]} instead."
+            )
+        if key not in valid:
+            raise InputError(f"`{PREFIX}{name}` has no argument `{key}`; it has {_listed(name)}.")
+    # reasoning-gym seeds item i with seed + i, so neighbouring seeds would give the same problems.
+    spread = int.from_bytes(hashlib.sha256(f"{name} {sizes.seed}".encode()).digest()[:4], "big") // 4
+    no_problems = f"`{PREFIX}{name}` gives no problems with {dict(args) or 'its default arguments'}"
     latest: Any = None
+    # The verifier reads metadata that no table column can hold, so it stays here, by question.
+    entries: dict[str, Row] = {}
 
     def draw(start: int, stop: int) -> list[Row]:
         nonlocal latest
-        latest, items = _generate(name, args, sizes.seed, start, stop)
-        return items
+        # Their checks raise errors of any kind, even at the first problem.
+        with explained(lambda why: f"{no_problems}: {why}; change the arguments ({_listed(name)})."):
+            latest = reasoning_gym.create_dataset(name, size=stop, seed=spread, **_typed(name, args))
+            items = [latest[index] for index in range(start, stop)]
+        for item in items:
+            entries.setdefault(question_key(item["question"]), item)
+        return [_row(item) for item in items]
 
     split = draw_split(draw, sizes)
-    # The verifier reads metadata that no table column can hold, so it stays here, by question.
-    entries = {question_key(item["question"]): item for item in [*split.train, *split.held_out]}
 
     def score_one(answer: str, reference: str, question: str) -> float:
         entry = entries.get(question_key(question))
@@ -70,42 +87,12 @@ def draw_problems(name: str, args: Mapping[str, Any], sizes: Sizes) -> tuple[Spl
 
     arguments = json.loads(json.dumps(dataclasses.asdict(latest.config), default=_plain))
     complete = {key: value for key, value in arguments.items() if key not in _OURS}
-    train, held_out = ([_row(item) for item in side] for side in (split.train, split.held_out))
-    return Split(train, held_out, split.distinct), per_completion("verifier", score_one), complete
+    return split, per_completion("verifier", score_one), complete
 
 
 def _row(item: Row) -> Row:
-    answer = "" if item["answer"] is None else str(item["answer"])
-    prompt = [{"role": "user", "content": item["question"]}]
-    return {"prompt": prompt, "question": item["question"], "answer": answer}
-
-
-def _check_arguments(name: str, args: Mapping[str, Any]) -> None:
-    valid = task_arguments(name)
-    for key in args:
-        if key in _OURS:
-            raise InputError(
-                f"`{key}` is not an argument of `{PREFIX}{name}` here; use {_OURS[key]} instead."
-            )
-        if key not in valid:
-            raise InputError(f"`{PREFIX}{name}` has no argument `{key}`; it has {_listed(name)}.")
-
-
-def _generate(name: str, args: Mapping[str, Any], seed: int, start: int, stop: int) -> tuple[Any, list[Row]]:
-    """The dataset up to an item, and its items from `start` on."""
-    import reasoning_gym
-
-    # reasoning-gym seeds item i with seed + i, so neighbouring seeds would give the same problems.
-    spread = int.from_bytes(hashlib.sha256(f"{name} {seed}".encode()).digest()[:4], "big") // 4
-    try:
-        dataset = reasoning_gym.create_dataset(name, size=stop, seed=spread, **_typed(name, args))
-        return dataset, [dataset[index] for index in range(start, stop)]
-    except Exception as error:  # noqa: BLE001 (their checks raise errors of any kind, even at the first problem)
-        reason = str(error) or type(error).__name__
-        raise InputError(
-            f"`{PREFIX}{name}` gives no problems with {dict(args) or 'its default arguments'}: {reason}; "
-            f"change the arguments ({_listed(name)})."
-        ) from None
+    question, answer = item["question"], item["answer"]
+    return problem(question, question, "" if answer is None else str(answer))
 
 
 def _typed(name: str, args: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from midtune.errors import InputError
+from midtune.errors import explained
 from midtune.network import REQUEST_TIMEOUT_S, Unreachable, ask_hub, hub_is_offline
 from midtune.tasks.sources.files import FORMATS, Source, data_suffix, of_splits
 
@@ -31,7 +31,6 @@ def read_dataset(name: str) -> Source:
             fetched.
     """
     import datasets
-    from datasets.exceptions import DatasetsError
 
     repository, _, configuration = name.partition(":")
     why = "work is offline" if hub_is_offline() else None
@@ -42,23 +41,24 @@ def read_dataset(name: str) -> Source:
             )
         except Unreachable as error:
             why = str(error)
+
+    def unread(found: str) -> str:
+        if why is not None:
+            return (
+                f"{name} is neither a file or folder here nor in the cache of this machine, and {why}; go online "
+                f"once, or give a {FORMATS} file or a folder of them."
+            )
+        return (
+            f"the dataset {name} cannot be read ({found}); write it as org/name or, where it has several "
+            "configurations, org/name:CONFIGURATION."
+        )
+
     known = datasets.config.HF_HUB_OFFLINE
     # Else it would ask the hub again, several times.
     datasets.config.HF_HUB_OFFLINE = why is not None
     try:
-        loaded = datasets.load_dataset(repository, configuration or None)
-    except (OSError, ValueError, DatasetsError) as error:
-        if why is not None:
-            raise InputError(
-                f"{name} is neither a file or folder here nor in the cache of this machine, and {why}; go online "
-                f"once, or give a {FORMATS} file or a folder of them."
-            ) from None
-        # Of several configurations the message lists the names, on lines of their own.
-        found = " ".join(str(error).split())[:300].rstrip(".")
-        raise InputError(
-            f"the dataset {name} cannot be read ({found}); write it as org/name or, where it has several "
-            "configurations, org/name:CONFIGURATION."
-        ) from None
+        with explained(unread):
+            loaded = datasets.load_dataset(repository, configuration or None)
     finally:
         datasets.config.HF_HUB_OFFLINE = known
     return of_splits(name, loaded)

@@ -33,11 +33,11 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from midtune.errors import InputError
+from midtune.errors import InputError, explained
 from midtune.tasks.environment import CLASS
 from midtune.tasks.rewards import Reward, named
 from midtune.tasks.sources.columns import PLACE
-from midtune.tasks.sources.files import Line, Source, kind
+from midtune.tasks.sources.files import Line, Source, line_of
 from midtune.tasks.split import Row
 
 # What TRL passes to a reward besides the columns of the data.
@@ -112,18 +112,11 @@ def load_own_task(name: str) -> OwnTask:
 
 def _lines(path: Path, module: ModuleType, function: str) -> list[Line]:
     asked = f"`{function}()` of {path}"
-    try:
+    with explained(lambda why: f"{asked} raised {why}; fix it.", with_kind=True):
         found = list(getattr(module, function)())
-    except Exception as error:  # noqa: BLE001 (a person's file can raise anything)
-        raise InputError(f"{asked} raised {type(error).__name__}: {error}; fix it.") from error
     if not found:
         raise InputError(f"{asked} gave no rows; it must return a list of dicts with `prompt`.")
-    return [
-        Line(f"row {number} of {asked}", dict(row))
-        if isinstance(row, dict)
-        else Line(f"row {number} of {asked}", None, f"is not a dict but {kind(row)}")
-        for number, row in enumerate(found, start=1)
-    ]
+    return [line_of(f"row {number} of {asked}", row, "a dict") for number, row in enumerate(found, start=1)]
 
 
 def accepting(function: Callable[..., Any], name: str) -> Reward:
@@ -137,12 +130,18 @@ def accepting(function: Callable[..., Any], name: str) -> Reward:
     needed = [key for key, it in taken.items() if it.default is it.empty and it.kind not in open_ended]
 
     def reward(**columns: Any) -> list[float]:
-        available = {**_stand_ins(columns), **columns}
+        stand_ins = {
+            "completion_ids": [[] for _ in columns.get("completions", [])],
+            "trainer_state": SimpleNamespace(global_step=0, max_steps=1, epoch=0.0),
+            "log_extra": lambda *values: None,
+            "log_metric": lambda *values: None,
+        }
+        available = stand_ins | columns
         if missing := [key for key in needed if key not in available]:
             raise InputError(_unavailable(name, missing[0], columns))
         values = function(**{key: available[key] for key in available if takes_all or key in taken})
-        if inspect.isawaitable(values):
-            values = asyncio.run(_awaited(values))
+        if inspect.iscoroutine(values):
+            values = asyncio.run(values)
         return values.tolist() if hasattr(values, "tolist") else values
 
     return named(reward, name)
@@ -175,19 +174,6 @@ def with_own_columns(reward: Reward, rows: Sequence[Row]) -> Reward:
         return reward(**columns | given)
 
     return named(own, reward.__name__)
-
-
-async def _awaited(values: Any) -> Any:
-    return await values
-
-
-def _stand_ins(columns: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "completion_ids": [[] for _ in columns.get("completions", [])],
-        "trainer_state": SimpleNamespace(global_step=0, max_steps=1, epoch=0.0),
-        "log_extra": lambda *values: None,
-        "log_metric": lambda *values: None,
-    }
 
 
 def _imported(file: str, what: str, hint: str) -> tuple[Path, bytes, ModuleType]:

@@ -7,7 +7,7 @@ import random
 from typing import Any
 
 from midtune.tasks.code import call_tests
-from midtune.tasks.split import Row, Sizes, Split, draw_split
+from midtune.tasks.split import Row, Sizes, Split, draw_split, problem
 
 NAME = "tiny-programs"
 _TESTS = 5
@@ -58,12 +58,8 @@ def example(seed: int, index: int) -> Row:
     question = f"A Python function that returns {text.format(n=n)}:\n\n```python\n{_HEAD}"
     right = f"def right(x): return {expression.format(n=n)}"
     tests = [f"assert f({x!r}) == right({x!r})" for x in given]
-    return {
-        "prompt": [{"role": "user", "content": question}],
-        "question": question,
-        "answer": f"{_HEAD} {expression.format(n=n)}\n",
-        "tests": json.dumps(call_tests([right], tests, prefix=_HEAD)),
-    }
+    answer = f"{_HEAD} {expression.format(n=n)}\n"
+    return problem(question, question, answer, tests=json.dumps(call_tests([right], tests, prefix=_HEAD)))
 
 
 def _numbers(rng: random.Random, n: int) -> list[int]:

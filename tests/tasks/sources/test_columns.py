@@ -10,10 +10,11 @@ import pyarrow as arrow
 import pytest
 from pyarrow import parquet
 
+from midtune.config import TaskConfig
 from midtune.errors import InputError
 from midtune.tasks import Task
 from midtune.tasks.sources.columns import Columns, problems_of
-from midtune.tasks.sources.files import Line, Source
+from midtune.tasks.sources.files import Line
 from tests.tasks.toy_data import load
 
 ROWS = [{"prompt": f"{n} + {n} = ?", "answer": 2 * n, "level": "easy"} for n in range(12)]
@@ -173,7 +174,7 @@ def test_an_answer_is_one_value_however_parquet_keeps_it(tmp_path: Path, wrap: A
 )
 def test_an_answer_is_one_value_however_python_keeps_it(value: Any, text: str) -> None:
     lines = [Line("row 1", {"prompt": "p", "answer": value})]
-    problems = problems_of(Source("mine", lines, None, ""), lines, Columns())
+    problems = problems_of("mine", lines, Columns(TaskConfig()))
     assert problems.rows == [
         {"prompt": [{"role": "user", "content": "p"}], "question": "p", "answer": text, "row": 0}
     ]
@@ -199,7 +200,7 @@ def test_an_answer_is_one_value_however_python_keeps_it(value: Any, text: str) -
 def test_what_is_not_one_answer_is_a_bad_row(answer: Any, message: str) -> None:
     lines = [Line("row 1", {"prompt": "p", "answer": answer})]
     with pytest.raises(InputError, match=message):
-        problems_of(Source("mine", lines, None, ""), lines, Columns())
+        problems_of("mine", lines, Columns(TaskConfig()))
 
 
 def test_a_missing_answer_changes_nothing_for_other_rows(tmp_path: Path) -> None:
