@@ -7,8 +7,6 @@ from dataclasses import asdict
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from midtune.report.formats import sentence
-
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
@@ -53,7 +51,7 @@ def build(
         full, qlora: `step` and `phases` in seconds and `peak` in bytes, None if unknown, of full training and of
             QLoRA; where full training was measured, also its mean `completion_length` in tokens.
         probe: how the blocks were chosen, for people.
-        notes: what the report says beside its figures, without a full stop.
+        notes: sentences beside the figures.
     """
     compared_step = time["step"] if time.get("compared_step") is None else time["compared_step"]
     phases = phase_peaks(steps)
@@ -96,7 +94,7 @@ def build(
         "patch_bytes": patch_bytes,
         "probe": probe,
         "seed": seed,
-        "notes": [f"{sentence(note)}." for note in notes],
+        "notes": list(notes),
     }
 
 

@@ -21,6 +21,7 @@ from midtune.model.memory import give_back
 from midtune.model.patch import apply_patch, save_patch
 from midtune.model.policy import Policy, count_parameters
 from midtune.report import summary
+from midtune.report.formats import sentence
 from midtune.report.plots import learning_curve
 from midtune.report.terminal import Terminal
 from midtune.rl.collapse import collapse_in
@@ -325,7 +326,7 @@ def _report(
         patch_bytes=patch_bytes,
         probe=folder.read_json(folder.start)["choice"],
         seed=config.seed,
-        notes=[*([str(collapse)] if collapse else []), *unknown],
+        notes=[*([f"{sentence(str(collapse))}."] if collapse else []), *unknown],
     )
 
 

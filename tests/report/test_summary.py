@@ -124,8 +124,9 @@ def test_a_saving_may_be_negative_or_unknown() -> None:
     assert (found["full_peak"], found["saving"]) == (None, None)
 
 
-def test_a_collapse_is_noted_in_a_sentence() -> None:
-    assert built(collapse="in steps 11 to 20 it collapsed")["notes"] == ["In steps 11 to 20 it collapsed."]
+def test_notes_stand_beside_the_figures() -> None:
+    assert built()["notes"] == []
+    assert built(notes=["It collapsed."])["notes"] == ["It collapsed."]
 
 
 def test_the_peak_of_a_phase_is_the_most_of_any_step() -> None:
@@ -142,7 +143,7 @@ def test_the_peak_of_a_phase_is_the_most_of_any_step() -> None:
 def test_the_report_does_not_import_torch() -> None:
     check = (
         "import sys, midtune.runs, midtune.report.summary, midtune.report.tables, midtune.report.display\n"
-        "import midtune.measure.meter, midtune.planning.estimate\n"
+        "import midtune.measure.meter\n"
         "sys.exit('torch' in sys.modules or 'scipy' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", check]).returncode == 0
