@@ -13,21 +13,12 @@ from midtune.config import RunConfig, parse_budget
 from midtune.device import cuda_devices
 from midtune.errors import InputError
 from midtune.model.policy import Policy
-from midtune.probe.contribution import (
-    Estimate,
-    Scores,
-    best_first,
-    contribution_interval,
-    depth_correlation,
-    gain_interval,
-    middle_correlation,
-    plateau,
-    standings,
-)
+from midtune.probe.agreement import depth_correlation, middle_correlation
+from midtune.probe.contribution import Scores, contribution_interval, gain_interval, plateau, standings
 from midtune.probe.race import Budget, race
-from midtune.probe.selection import best, from_the_middle, middle
+from midtune.probe.selection import best, best_first, from_the_middle, middle
 from midtune.probe.trials import Trial, Trials
-from midtune.report.statistics import score_interval
+from midtune.report.statistics import Estimate, score_interval
 from midtune.report.terminal import Terminal
 from midtune.rollout.sampling import Sampler
 from midtune.runs import CHECKPOINT_BYTES_PER_PARAMETER, RunFolder

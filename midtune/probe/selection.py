@@ -61,6 +61,11 @@ def from_the_middle(blocks: Iterable[int], num_blocks: int) -> list[int]:
     return sorted(blocks, key=lambda block: (abs(block - (num_blocks - 1) / 2), block))
 
 
+def best_first(values: Mapping[int, float]) -> list[int]:
+    """Blocks by value, the highest first; equal ones by depth, the deeper first, whose updates are cheaper."""
+    return sorted(values, key=lambda block: (-values[block], -block))
+
+
 def best(ranking: Sequence[int], num_blocks: int, top_k: int) -> list[int]:
     """The first `top_k` blocks of a ranking, in order of depth.
 

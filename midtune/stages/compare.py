@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from midtune.errors import InputError
-from midtune.probe.agreement import Correlation, at_relative_depths, kendall, spearman, top_overlap
-from midtune.probe.contribution import depth_correlation, middle_correlation
+from midtune.probe.agreement import (
+    Correlation,
+    at_relative_depths,
+    depth_correlation,
+    kendall,
+    middle_correlation,
+    spearman,
+    top_overlap,
+)
 from midtune.probe.selection import read_probe
 from midtune.report.depth import depth_of, points, value_name
 from midtune.report.formats import finite
@@ -161,9 +169,7 @@ def _value(probe: Mapping[str, Any], row: Mapping[str, Any], key: str) -> float 
 
 
 def _figures(correlation: Correlation | None) -> dict[str, float | None] | None:
-    if correlation is None:
-        return None
-    return {"value": correlation.value, "low": correlation.low, "high": correlation.high}
+    return None if correlation is None else asdict(correlation)
 
 
 def _check_picture(out: Path | None) -> None:
