@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,24 +89,25 @@ def depth_of(probe: Mapping[str, Any]) -> int:
     return count or 1 + max(row["block"] for row in probe["blocks"])
 
 
-def frontier(rows: Iterable[Mapping[str, Any]]) -> set[int]:
-    """Blocks whose gain no other block reaches for a lower price, nor exceeds for the same.
-
-    Args:
-        rows: `blocks` of a probe.json; those without a `score` or a `step_cost` are left out.
-    """
-    priced = {
-        row["block"]: (score, cost)
-        for row in rows
-        if (score := finite(row.get("score"))) is not None
+def priced(probe: Mapping[str, Any]) -> dict[int, tuple[float, float]]:
+    """Block → its gain and the seconds of its step, where both are known; signals have no price."""
+    return {
+        row["block"]: (gain, cost)
+        for row in (probe["blocks"] if score_name(probe) == "gain" else ())
+        if (gain := finite(row.get("score"))) is not None
         and (cost := finite(row.get("step_cost"))) is not None
     }
 
-    def beaten(score: float, cost: float) -> bool:
-        others = (other for other in priced.values() if other != (score, cost))
-        return any(other >= score and price <= cost for other, price in others)
 
-    return {block for block, (score, cost) in priced.items() if not beaten(score, cost)}
+def frontier(probe: Mapping[str, Any]) -> set[int]:
+    """Blocks whose gain no other block reaches for a lower price, nor exceeds for the same."""
+    found = priced(probe)
+
+    def beaten(gain: float, cost: float) -> bool:
+        others = (other for other in found.values() if other != (gain, cost))
+        return any(other >= gain and price <= cost for other, price in others)
+
+    return {block for block, (gain, cost) in found.items() if not beaten(gain, cost)}
 
 
 # Each part of a drawing in box characters, and in ASCII.

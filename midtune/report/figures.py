@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from midtune.report.depth import points
-from midtune.report.plots import draw_depth, draw_prices, over_steps, priced_rows, smoothed
+from midtune.report.plots import over_steps, panels, smoothed
 
 # What matplotlib writes, and the variable of the page's style sheet that takes its place.
 COLOURS = {
@@ -65,17 +65,9 @@ def reward_curves(runs: Sequence[Sequence[Mapping[str, Any]]]) -> str:
 
 
 def ranking_curves(probe: Mapping[str, Any]) -> list[str]:
-    """Figures of a ranking: values by depth and, where gains were measured, what each gain costs.
-
-    Args:
-        probe: a probe.json; without finite values there is nothing to draw.
-    """
-    if not points(probe):
-        return []
-    found = [_embedded("depth", lambda axes: draw_depth(axes, probe), taller=0.7)]
-    if rows := priced_rows(probe):
-        found.append(_embedded("prices", lambda axes: draw_prices(axes, probe, rows), taller=0.7))
-    return found
+    """Figures of the `panels` of a probe.json; without finite values there are none."""
+    drawn = panels(probe) if points(probe) else {}
+    return [_embedded(name, draw, taller=0.7) for name, draw in drawn.items()]
 
 
 def line_style(number: int) -> tuple[str, str]:

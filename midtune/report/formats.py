@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from midtune.measure.cards import Card, CardProcess
@@ -81,6 +81,22 @@ def processes_text(processes: Sequence[CardProcess]) -> str:
     )
 
 
+def known(rows: Iterable[Mapping[str, Any]], key: str) -> list[float]:
+    """The finite numbers that rows have under a key."""
+    return [value for row in rows if (value := finite(row.get(key))) is not None]
+
+
+def interval_text(figures: Mapping[str, Any], spec: str = ".3f", unit: float = 1.0) -> str:
+    """The interval from `low` to `high`, in units of `unit`, such as `0.391 to 0.508`; empty where it is unknown."""
+    low, high = finite(figures.get("low")), finite(figures.get("high"))
+    return "" if low is None or high is None else f"{low / unit:{spec}} to {high / unit:{spec}}"
+
+
+def with_interval(value: str, interval: str) -> str:
+    """A figure with its interval in brackets, if there is one."""
+    return f"{value} ({interval})" if interval else value
+
+
 def interval_texts(
     figures: Mapping[str, Any], key: str, fractions: bool, *, signed: bool = False
 ) -> tuple[str, str]:
@@ -90,16 +106,13 @@ def interval_texts(
         figures: `key`, `low` and `high`.
         fractions: give percents, of a gain points.
     """
-    value, low, high = (finite(figures[name]) for name in (key, "low", "high"))
-    sign = "+" if signed else ""
+    value, sign = finite(figures[key]), "+" if signed else ""
     if value is None:
         return "-", ""
-    text = f"{100 * value:{sign}.1f}{'' if signed else '%'}" if fractions else f"{value:{sign}.3g}"
-    if low is None or high is None:
-        return text, ""
     if fractions:
-        return text, f"{100 * low:{sign}.0f} to {100 * high:{sign}.0f}"
-    return text, f"{low:{sign}.2g} to {high:{sign}.2g}"
+        text = f"{100 * value:{sign}.1f}{'' if signed else '%'}"
+        return text, interval_text(figures, f"{sign}.0f", unit=0.01)
+    return f"{value:{sign}.3g}", interval_text(figures, f"{sign}.2g")
 
 
 def _minutes_text(seconds: float) -> str:

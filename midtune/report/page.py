@@ -15,6 +15,7 @@ from midtune.report.formats import (
     bytes_text,
     finite,
     interval_texts,
+    known,
     numbers_text,
     percent_text,
     saving_text,
@@ -124,7 +125,7 @@ def _rendered(template: str, **values: Any) -> str:
 
 def total_text(metrics: Sequence[Mapping[str, Any]]) -> str | None:
     """How long all steps took; None where no step says."""
-    seconds = [value for line in metrics if (value := finite(line.get("step_s"))) is not None]
+    seconds = known(metrics, "step_s")
     return seconds_text(sum(seconds)) if seconds else None
 
 
@@ -194,9 +195,8 @@ def _scale(report: Mapping[str, Any]) -> tuple[float, float]:
     if are_fractions(kinds):
         return 0.0, 1.0
     scores = [quality[when] for quality in kinds.values() for when in ("before", "after")]
-    ends = [finite(score[key]) for score in scores for key in ("low", "high")]
-    known = [end for end in ends if end is not None]
-    return min(known, default=0.0), max(known, default=0.0)
+    ends = known(scores, "low") + known(scores, "high")
+    return min(ends, default=0.0), max(ends, default=0.0)
 
 
 def _curves(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -215,11 +215,11 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _ranking(probe: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """Figures of the ranking that chose the blocks; none where it is not known."""
-    if probe is None or not (known := points(probe)):
+    if probe is None or not (shown := points(probe)):
         return []
-    best = max(known, key=lambda point: point.value)
+    best = max(shown, key=lambda point: point.value)
     labels = (
-        f"{value_name(probe)} of {len(known)} blocks by depth; the highest is block {best.block}'s.",
+        f"{value_name(probe)} of {len(shown)} blocks by depth; the highest is block {best.block}'s.",
         "Gain of every block against the seconds of a training step.",
     )
     return [{"label": label, "svg": svg} for label, svg in zip(labels, ranking_curves(probe), strict=False)]

@@ -20,7 +20,7 @@ from midtune.report.depth import (
     unit_of,
     value_name,
 )
-from midtune.report.formats import finite, seconds_text
+from midtune.report.formats import finite, interval_text, known, seconds_text, with_interval
 from midtune.report.tables import plain_table
 
 BAR_WIDTH = 22
@@ -39,9 +39,9 @@ def probe_table(probe: Mapping[str, Any]) -> RenderableType:
     shown = rows
     if len(rows) > MOST_ROWS:
         shown = [row for row in rows if row["rank"] <= BEST_ROWS or row["block"] in selected]
-    bounds = _known(rows, "low") + _known(rows, "score") + _known(rows, "high")
-    costs = _known(rows, "step_cost")
-    gainful = frontier(rows) if score_name(probe) == "gain" else set()
+    bounds = known(rows, "low") + known(rows, "score") + known(rows, "high")
+    costs = known(rows, "step_cost")
+    gainful = frontier(probe)
     unit = unit_of(max(map(abs, bounds), default=1.0))
 
     columns: dict[str, Sequence[RenderableType]] = {
@@ -51,14 +51,14 @@ def probe_table(probe: Mapping[str, Any]) -> RenderableType:
         score_name(probe) + ("" if unit == 1 else f", {unit:.0e}"): [
             _number(row["score"], unit) for row in shown
         ],
-        "95% interval": [_interval(row, unit) for row in shown],
+        "95% interval": [interval_text(row, unit=unit) or "-" for row in shown],
     }
     if bounds:
         ends = min(bounds), max(bounds)
         columns["bar"] = [IntervalBar(row["score"], row.get("low"), row.get("high"), *ends) for row in shown]
-    if _known(rows, "contribution"):
+    if known(rows, "contribution"):
         columns["C(k)"] = [_number(row.get("contribution")) for row in shown]
-    if _known(rows, "best_probability"):
+    if known(rows, "best_probability"):
         columns["best"] = [_share(row.get("best_probability"), 1.0) for row in shown]
     if len({row.get("steps") for row in rows}) > 1:
         # In a race, blocks that fall behind stop early.
@@ -134,14 +134,14 @@ def _notes(probe: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], left_out
         near = sorted(set(among) - {rows[0]["block"]})
         what = f"block{'s' * (len(near) > 1)} {_ranges(near)}" if near else "no other block"
         yield f"Not told apart from block {rows[0]['block']}, the best: {what}."
-    if _known(rows, "best_probability"):
+    if known(rows, "best_probability"):
         yield "Best: the probability that no other block is better."
     if probe.get("note"):
         yield probe["note"]
     full = probe.get("full") or {}
     if finite(full.get("score")) is not None:
-        bounds = "" if finite(full.get("low")) is None else f" ({full['low']:.3f} to {full['high']:.3f})"
-        yield f"Full training: {name} {full['score']:.3f}{bounds}."
+        gained = with_interval(_number(full["score"]), interval_text(full))
+        yield f"Full training: {name} {gained}."
     depth = probe.get("depth_baseline") or {}
     if finite(depth.get("score")) is not None:
         yield f"Position alone would take block {depth['block']} ({name} {depth['score']:.3g})."
@@ -152,13 +152,9 @@ def _notes(probe: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], left_out
         yield f"Above half of the curve's height: {where}{rest}."
     position = probe.get("position") or {}
     ways = {"minus depth": position.get("depth"), "closeness to the middle": position.get("middle")}
-    if known := [f"with {way} {rho:.2f}" for way, rho in ways.items() if finite(rho) is not None]:
-        yield f"Spearman correlation {', '.join(known)}."
+    if found := [f"with {way} {rho:.2f}" for way, rho in ways.items() if finite(rho) is not None]:
+        yield f"Spearman correlation {', '.join(found)}."
     yield "Cost: time of a training step, relative to the dearest block here."
-
-
-def _known(rows: Iterable[Mapping[str, Any]], key: str) -> list[float]:
-    return [value for row in rows if (value := finite(row.get(key))) is not None]
 
 
 def _ranges(numbers: Iterable[int]) -> str:
@@ -170,11 +166,6 @@ def _ranges(numbers: Iterable[int]) -> str:
         else:
             found.append([number])
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in found)
-
-
-def _interval(row: Mapping[str, Any], unit: float) -> str:
-    low, high = _number(row.get("low"), unit), _number(row.get("high"), unit)
-    return low if low == high == "-" else f"{low} to {high}"
 
 
 def _number(value: Any, unit: float = 1.0) -> str:

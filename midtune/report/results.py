@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from midtune.report.formats import bytes_text, numbers_text, seconds_text, sentence
+from midtune.report.formats import (
+    bytes_text,
+    interval_text,
+    numbers_text,
+    seconds_text,
+    sentence,
+    with_interval,
+)
 from midtune.report.tables import labelled, plain_table
 
 STATUS_STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
@@ -206,8 +212,7 @@ def _pair(pair: Mapping[str, Any]) -> str:
 def _correlation(found: Mapping[str, float | None] | None) -> str:
     if found is None:
         return "-"
-    bounds = "" if found["low"] is None else f" ({found['low']:.2f} to {found['high']:.2f})"
-    return f"{found['value']:.2f}{bounds}"
+    return with_interval(f"{found['value']:.2f}", interval_text(found, ".2f"))
 
 
 def _compared(pairs: Sequence[Mapping[str, Any]]) -> str:
@@ -265,7 +270,4 @@ def _score(found: Mapping[str, Any]) -> str:
 
 
 def _interval(found: Mapping[str, Any], sign: str = "") -> str:
-    low, high = found["low"], found["high"]
-    if not (math.isfinite(low) and math.isfinite(high)):
-        return "unknown"
-    return f"{low:{sign}.3f} to {high:{sign}.3f}"
+    return interval_text(found, f"{sign}.3f") or "unknown"

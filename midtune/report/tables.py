@@ -19,6 +19,7 @@ from midtune.report.formats import (
     saving_text,
     seconds_text,
     speed_text,
+    with_interval,
 )
 from midtune.report.summary import PHASES, are_fractions, score_kinds
 
@@ -78,8 +79,7 @@ def _quality(report: Mapping[str, Any]) -> Iterable[RenderableType]:
     fractions = are_fractions(shown)
 
     def cell(figures: Mapping[str, Any], key: str, signed: bool = False) -> str:
-        value, interval = interval_texts(figures, key, fractions, signed=signed)
-        return f"{value} ({interval})" if interval else value
+        return with_interval(*interval_texts(figures, key, fractions, signed=signed))
 
     yield plain_table(
         "score",

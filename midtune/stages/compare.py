@@ -23,7 +23,7 @@ from midtune.report.depth import depth_of, points, value_name
 from midtune.report.formats import finite
 from midtune.report.plots import rankings_curve
 from midtune.report.terminal import Terminal
-from midtune.whole import require_regular
+from midtune.stages.report import check_output
 
 FEWEST_BLOCKS = 3
 PICTURES = (".svg", ".png", ".pdf")
@@ -67,8 +67,8 @@ def run(files: Sequence[Path], *, top_k: int, out: Path | None, terminal: Termin
     for first, second in combinations(range(len(files)), 2):
         names = f"{files[first]} and {files[second]}"
         found = {"first": first, "second": second}
-        pairs.append({**found, **compare_pair(probes[first], probes[second], top_k, names)})
-    rankings = [describe(file, probe) for file, probe in zip(files, probes, strict=True)]
+        pairs.append({**found, **_pair(probes[first], probes[second], top_k, names)})
+    rankings = [_ranking(file, probe) for file, probe in zip(files, probes, strict=True)]
     if out is not None:
         labels = [
             f"{number}: {ranking['model']} on {ranking['task']}, {ranking['method']}, seed {ranking['seed']}"
@@ -79,7 +79,7 @@ def run(files: Sequence[Path], *, top_k: int, out: Path | None, terminal: Termin
     return {"rankings": rankings, "pairs": pairs}
 
 
-def describe(file: Path, probe: Mapping[str, Any]) -> dict[str, Any]:
+def _ranking(file: Path, probe: Mapping[str, Any]) -> dict[str, Any]:
     """One of `rankings`: what the ranking is about, and how far position alone explains it."""
     values, num_blocks = {point.block: point.value for point in points(probe)}, depth_of(probe)
     return {
@@ -93,20 +93,10 @@ def describe(file: Path, probe: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def compare_pair(
-    first: Mapping[str, Any], second: Mapping[str, Any], top_k: int, names: str
-) -> dict[str, Any]:
-    """One of `pairs`, but for `first` and `second`.
-
-    Args:
-        first, second: what two probe.json hold.
-        top_k: how many of the best blocks to look at.
-        names: what to call both in an error.
-    """
-    compared = "contribution"
-    common = _in_common(first, second, compared)
-    if len(by_score := _in_common(first, second, "score")) > len(common):
-        compared, common = "score", by_score
+def _pair(first: Mapping[str, Any], second: Mapping[str, Any], top_k: int, names: str) -> dict[str, Any]:
+    """How far two rankings agree; `names` is what an error calls both."""
+    by_key = {key: _in_common(first, second, key) for key in ("contribution", "score")}
+    compared, common = max(by_key.items(), key=lambda item: len(item[1]))
     if len(common) < FEWEST_BLOCKS:
         raise InputError(
             f"{names} have {len(common)} ranked blocks in common, but a comparison needs {FEWEST_BLOCKS}; "
@@ -149,23 +139,17 @@ def _in_common(first: Mapping[str, Any], second: Mapping[str, Any], key: str) ->
     """What both rankings say of the blocks that both have, in order of depth."""
     fewer = min(depth_of(first), depth_of(second))
     one, other = (
-        at_relative_depths(
-            {
-                row["block"]: value
-                for row in probe["blocks"]
-                if (value := _value(probe, row, key)) is not None
-            },
-            depth_of(probe),
-            fewer,
-        )
-        for probe in (first, second)
+        at_relative_depths(_values(probe, key), depth_of(probe), fewer) for probe in (first, second)
     )
     return [(one[block], other[block]) for block in sorted(one.keys() & other.keys())]
 
 
-def _value(probe: Mapping[str, Any], row: Mapping[str, Any], key: str) -> float | None:
-    # Scores of a race are those of runs of different length.
-    return -float(row["rank"]) if probe["method"] == "race" and key == "score" else finite(row.get(key))
+def _values(probe: Mapping[str, Any], key: str) -> dict[int, float]:
+    """Block → value, where there is one."""
+    if probe["method"] == "race" and key == "score":
+        # Scores of a race are those of runs of different length.
+        return {row["block"]: -float(row["rank"]) for row in probe["blocks"]}
+    return {row["block"]: value for row in probe["blocks"] if (value := finite(row.get(key))) is not None}
 
 
 def _figures(correlation: Correlation | None) -> dict[str, float | None] | None:
@@ -180,9 +164,4 @@ def _check_picture(out: Path | None) -> None:
             f"{out} was to be a picture, but its name ends in none of {', '.join(PICTURES)}; "
             "choose such a name with --out."
         )
-    require_regular(out)
-    if not out.absolute().parent.is_dir():
-        raise InputError(
-            f"{out} cannot be written because there is no folder {out.parent}; "
-            "make it, or choose another name with --out."
-        )
+    check_output(out)
