@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,8 @@ from midtune.tasks import Task
 
 # The first trial of a race with a time limit runs this many steps, to learn what a step costs.
 FIRST_STEPS = 2
+SCORE = ("score", "low", "high")
+SHARE = ("contribution", "contribution_low", "contribution_high")
 Rows = list[dict[str, Any]]
 
 
@@ -146,10 +148,8 @@ def by_race(trials: Trials, blocks: Sequence[int]) -> tuple[Rows, dict[str, Any]
             "block": entrant.block,
             **_gains([last[entrant.block]], base),
             "contribution": None,
-            "steps": entrant.steps,
+            **asdict(entrant),
             "problems": len(last[entrant.block].greedy),
-            "best_probability": entrant.best_probability,
-            "among_best": entrant.among_best,
         }
         for entrant in entrants
     ]
@@ -177,8 +177,8 @@ def by_sweep(trials: Trials, blocks: Sequence[int]) -> tuple[Rows, dict[str, Any
     rows = {}
     for block, own in runs.items():
         row = {"block": block, **_gains(own, base), "steps": steps, **asdict(standing[block])}
-        row |= _contribution(contribution_interval(_scores(own), base.scores, _scores(full)))
-        row["greedy"] |= _contribution(contribution_interval(_greedy(own), base.greedy, _greedy(full)))
+        row |= _named(contribution_interval(_scores(own), base.scores, _scores(full)), SHARE)
+        row["greedy"] |= _named(contribution_interval(_greedy(own), base.greedy, _greedy(full)), SHARE)
         rows[block] = row
     scores = {block: row["score"] for block, row in rows.items()}
     shares = {block: row["contribution"] for block, row in rows.items()}
@@ -210,12 +210,10 @@ def _gains(trials: Sequence[Trial], base: Trial) -> dict[str, Any]:
     greedy = gain_interval(_greedy(trials), base.greedy[:count])
     step_s = float(np.median([trial.step_s for trial in trials]))
     return {
-        "score": gain.value,
-        "low": gain.low,
-        "high": gain.high,
+        **_named(gain, SCORE),
         "step_cost": step_s,
         "gain_per_second": gain.value / (step_s * trials[-1].steps),
-        "greedy": {"score": greedy.value, "low": greedy.low, "high": greedy.high},
+        "greedy": _named(greedy, SCORE),
     }
 
 
@@ -227,15 +225,15 @@ def _greedy(trials: Sequence[Trial]) -> Scores:
     return np.array([trial.greedy for trial in trials])
 
 
-def _contribution(share: Estimate | None) -> dict[str, float | None]:
-    values = (None, None, None) if share is None else (share.value, share.low, share.high)
-    return dict(zip(("contribution", "contribution_low", "contribution_high"), values, strict=True))
+def _named(found: Estimate | None, names: tuple[str, str, str]) -> dict[str, float | None]:
+    """A value and the bounds of its interval, under the names that probe.json gives them."""
+    return dict.fromkeys(names) if found is None else dict(zip(names, astuple(found), strict=True))
 
 
 def _base(base: Trial) -> dict[str, Any]:
     """The scores before training with their intervals."""
-    greedy = {"greedy": asdict(score_interval(base.greedy))}
-    return greedy if base.sampled is None else {**greedy, "sampled": asdict(score_interval(base.sampled))}
+    kinds = {"greedy": base.greedy, "sampled": base.sampled}
+    return {kind: asdict(score_interval(scores)) for kind, scores in kinds.items() if scores is not None}
 
 
 def _settings(config: RunConfig, problems: int) -> dict[str, Any]:

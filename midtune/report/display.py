@@ -54,14 +54,14 @@ class TrainingDisplay:
         self._rewards: deque[float] = deque(maxlen=SPARKLINE_WIDTH)
         self._step_s: deque[float] = deque(maxlen=STEPS_FOR_TIME_LEFT)
         self._updated = clock()
+        self._step = 0
         self._live = Live(self, console=console, refresh_per_second=2)
 
     def __enter__(self) -> Self:
-        self._updated = self._clock()
         if _is_live(self._console):
             self._live.start()
         elif self._title:
-            self.message(self._title)
+            say(self._console, self._title)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -74,7 +74,7 @@ class TrainingDisplay:
         Args:
             metrics: a line of metrics.jsonl; only `step` is required.
         """
-        self._metrics = metrics
+        self._metrics, self._step = metrics, metrics["step"]
         self._updated = self._clock()
         for key, recent in (("reward", self._rewards), ("step_s", self._step_s)):
             if (value := self._figure(key)) is not None:
@@ -87,21 +87,20 @@ class TrainingDisplay:
                 *(f"{name} {text}" for name, text in self._figures()),
                 self._left_text(),
             ]
-            self.message(" | ".join(filter(None, parts)))
-
-    def message(self, text: str) -> None:
-        """Print a note above the display."""
-        say(self._console, text)
+            say(self._console, " | ".join(filter(None, parts)))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        step = self._step
         if self._title:
             yield Text(self._title, style="bold")
-        bar = ProgressBar(total=max(self._total, 1), completed=step, width=30)
+        bar = ProgressBar(total=max(self._total, 1), completed=self._step, width=30)
         head = Table.grid(padding=(0, 2, 0, 0))
         # How long the step now running has taken is the sign of life during a long rollout.
-        running = self._live.is_started and step < self._total
-        took = f"step {step + 1} for {whole_seconds_text(self._clock() - self._updated)}" if running else ""
+        running = self._live.is_started and self._step < self._total
+        took = (
+            f"step {self._step + 1} for {whole_seconds_text(self._clock() - self._updated)}"
+            if running
+            else ""
+        )
         head.add_row(self._step_text(), bar, self._left_text(), took)
         yield head
         rewards = sparkline(self._rewards, ascii_only=options.ascii_only)
@@ -109,10 +108,6 @@ class TrainingDisplay:
             (Text(name, style="bold"), f"{text}  {rewards}" if name == "reward" else text)
             for name, text in self._figures()
         )
-
-    @property
-    def _step(self) -> int:
-        return int(self._metrics.get("step", 0))
 
     def _step_text(self) -> str:
         return f"step {self._step}/{self._total}"

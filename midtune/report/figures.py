@@ -99,9 +99,6 @@ def _embedded(name: str, draw: Callable[[Any], None], *, taller: float = 0.0) ->
     inner = drawn[drawn.index("<g ") : drawn.rindex("</svg>")]
     inner = re.sub(r'\bid="|url\(#|href="#', lambda match: f"{match[0]}{name}-", inner)
     inner = re.sub(r" font-family: [^;\"]*;", "", inner)
-    inner = re.sub('#[0-9a-f]{6}(?=[;"])', _variable, inner)
+    for colour, variable in COLOURS.items():
+        inner = inner.replace(colour, f"var(--{variable})")
     return f'<svg {box[0]} aria-hidden="true">{inner}</svg>'
-
-
-def _variable(match: re.Match[str]) -> str:
-    return f"var(--{COLOURS[match[0]]})" if match[0] in COLOURS else match[0]

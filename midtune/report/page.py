@@ -42,16 +42,12 @@ QUANTIZED = {"nf4": "linear layers in 4-bit NF4", "none": "unquantized"}
 
 @dataclass(frozen=True)
 class Run:
-    """What a run has left, as its files hold it.
+    """What a run has left, as the files of these names hold it.
 
     Args:
         path: the run's folder as a person types it.
-        config: config.yaml.
-        report: report.json.
-        metrics: lines of metrics.jsonl.
-        environment: environment.json.
         problems: those of before_after.json.
-        probe: the probe.json that chose the blocks.
+        probe: the one that chose the blocks.
     """
 
     path: str

@@ -252,7 +252,7 @@ def _train(training: Training, checkpoint: Path | None, stop: Stop) -> int:
             display.update(metrics)
             if stop.asked and not stop.said:
                 stop.said = True
-                display.message("stopping after this step; its checkpoint is being saved")
+                training.terminal.message("stopping after this step; its checkpoint is being saved")
 
         last = train_blocks(
             training.sampler,
