@@ -156,11 +156,7 @@ def standings(scores: Mapping[int, ArrayLike], confidence: float = CONFIDENCE) -
 
 
 def plateau(values: Mapping[int, float]) -> Plateau:
-    """Where a curve by depth is high: its width at half height.
-
-    Args:
-        values: block → value, at least one.
-    """
+    """Where a curve by depth, block → value, is high: its width at half height."""
     half = (min(values.values()) + max(values.values())) / 2
     high = [block for block, value in values.items() if value >= half]
     first, last = min(high), max(high)

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -120,10 +121,7 @@ class Trials:
     @property
     def spent_steps(self) -> int:
         """Steps of all trials; a trial that was continued counts once."""
-        reached: dict[tuple[int | str, int], int] = {}
-        for trained, seed, steps, _ in self.done:
-            reached[trained, seed] = max(steps, reached.get((trained, seed), 0))
-        return sum(reached.values())
+        return sum(self._reached().values())
 
     @property
     def seconds_per_step(self) -> float:
@@ -135,6 +133,10 @@ class Trials:
         """Seconds of scoring on all problems."""
         scored = sum(len(trial.greedy) for trial in self.done.values())
         return sum(trial.score_s for trial in self.done.values()) / scored * len(self.problems)
+
+    def _reached(self) -> dict[tuple[int | str, int], int]:
+        """What was trained and the seed → the most steps."""
+        return {(trained, seed): steps for trained, seed, steps, _ in sorted(self.done, key=itemgetter(2))}
 
     def base(self) -> Trial:
         """The scores before training."""
@@ -190,9 +192,8 @@ class Trials:
         """Train up to `steps`; returns the median seconds of a step, and the seconds in all."""
         own = self._folder(trained, seed)
         checkpoint, before = self._checkpoint(own, steps)
-        same = [trial.steps for trial in self.done.values() if (trial.trained, trial.seed) == (trained, seed)]
-        recorded = max(same, default=0)
-        earlier = {line["step"]: line["step_s"] for line in own.read_metrics() if line["step"] <= before}
+        recorded = self._reached().get((trained, seed), 0)
+        earlier = {line["step"]: line["step_s"] for line in own.read_metrics()}
         # Steps since the last record, which an earlier process did.
         seconds = [step_s for step, step_s in earlier.items() if step > recorded]
         earlier_s = sum(seconds)

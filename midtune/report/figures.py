@@ -33,12 +33,7 @@ SIZE = (4.6, 2.7)
 
 
 def metric_curve(metrics: Sequence[Mapping[str, Any]], key: str) -> str:
-    """A figure of one metric over the steps, each step's own value and the mean of the last few.
-
-    Args:
-        metrics: lines of metrics.jsonl, at least one of them with a value.
-        key: which metric.
-    """
+    """A figure of one metric over the steps that have it: each step's own value and the mean of the last few."""
 
     def draw(axes: Any) -> None:
         steps, values, means = smoothed(metrics, key)

@@ -36,10 +36,7 @@ BLOCK_KINDS = {
 def learning_curve(metrics: Sequence[Mapping[str, Any]], report: Mapping[str, Any], file: Path) -> None:
     """Draw the reward of every step, and the held-out scores before and after with their 95% intervals.
 
-    Args:
-        metrics: lines of metrics.jsonl.
-        report: what report.json holds.
-        file: where the picture goes; its suffix says the format.
+    The suffix of `file` says the format, as for the other pictures here.
     """
     from matplotlib.figure import Figure
 
@@ -91,12 +88,7 @@ def over_steps(axes: Any) -> None:
 
 
 def contribution_curve(probe: Mapping[str, Any], file: Path) -> None:
-    """Draw the value of every block by depth and, where gains were measured, what each gain costs.
-
-    Args:
-        probe: what probe.json holds.
-        file: where the picture goes; its suffix says the format.
-    """
+    """Draw the `panels` of a ranking side by side."""
     from matplotlib.figure import Figure
 
     drawn = panels(probe)
@@ -108,12 +100,7 @@ def contribution_curve(probe: Mapping[str, Any], file: Path) -> None:
 
 
 def rankings_curve(rankings: Mapping[str, Mapping[str, Any]], file: Path) -> None:
-    """Draw rankings over relative depth k/(L−1), each with mean 0 and standard deviation 1.
-
-    Args:
-        rankings: name → what probe.json holds.
-        file: where the picture goes; its suffix says the format.
-    """
+    """Draw rankings by name over relative depth k/(L−1), each with mean 0 and standard deviation 1."""
     import numpy as np
     from matplotlib.figure import Figure
 

@@ -29,11 +29,7 @@ MOST_ROWS, BEST_ROWS = 40, 15
 
 
 def probe_table(probe: Mapping[str, Any]) -> RenderableType:
-    """The ranking of the blocks: drawn by depth, then the best first with intervals on a common scale.
-
-    Args:
-        probe: a probe.json.
-    """
+    """The ranking of the blocks: drawn by depth, then the best first with intervals on a common scale."""
     rows = sorted(probe["blocks"], key=lambda row: row["rank"])
     selected = set(probe.get("selected") or [])
     shown = rows
