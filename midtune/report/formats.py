@@ -41,6 +41,12 @@ def percent_text(fraction: float) -> str:
     return f"{fraction:.{1 if abs(fraction) < 0.1 else 0}%}"
 
 
+def share_text(part: float | None, whole: float = 1.0) -> str:
+    """A part of a whole in percent, or `-` where it is not known."""
+    known_part = finite(part)
+    return "-" if known_part is None or not whole else f"{known_part / whole:.0%}"
+
+
 def speed_text(speedup: float) -> str:
     """How many times faster, or slower where `speedup` is below 1."""
     return f"{speedup:.1f}x faster" if speedup >= 1 else f"{1 / speedup:.1f}x slower"

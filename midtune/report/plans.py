@@ -6,13 +6,13 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from midtune.report.formats import blocks_text, bytes_text, numbers_text, seconds_text
-from midtune.report.tables import labelled, plain_table
+from midtune.report.tables import labelled, plain_table, titled
 
 BAR = 30
 
@@ -32,19 +32,19 @@ def plan_table(plan: Mapping[str, Any]) -> RenderableType:
     )
     if plan["fit"]:
         compared.add_row(*_row(fitted, "midtune, made to fit"), style="bold")
-    return Group(
-        Text(f"{plan['model']} on {plan['card']['name']}", style="bold"),
-        Text(asked),
+    return titled(
+        f"{plan['model']} on {plan['card']['name']}",
+        asked,
         "",
         compared,
         "",
-        Text(f"Where midtune's memory goes{', made to fit' if plan['fit'] else ''}"),
+        f"Where midtune's memory goes{', made to fit' if plan['fit'] else ''}",
         _parts((fitted or arms[0])["phases"]),
         "",
-        Text("Midtune's peak by the first block trained, as asked"),
+        "Midtune's peak by the first block trained, as asked",
         _by_block(plan),
         "",
-        *map(Text, _advice(plan)),
+        *_advice(plan),
     )
 
 
@@ -147,8 +147,5 @@ def dry_run_text(found: Mapping[str, Any]) -> RenderableType:
             "time": f"a step takes at least {seconds_text(sum(plan['seconds'].values()))} there",
         }
     lines |= {"saved in": found["out"], "downloads": "; ".join(downloads) or "nothing from the hub"}
-    return Group(
-        Text("Nothing was loaded, fetched or written.", style="bold"),
-        "",
-        labelled([(name, Text(text)) for name, text in lines.items()]),
-    )
+    rows = labelled([(name, Text(text)) for name, text in lines.items()])
+    return titled("Nothing was loaded, fetched or written.", "", rows)

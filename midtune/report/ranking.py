@@ -6,10 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.measure import Measurement
 from rich.segment import Segment
-from rich.text import Text
 
 from midtune.report.depth import (
     DepthCurve,
@@ -20,8 +19,8 @@ from midtune.report.depth import (
     unit_of,
     value_name,
 )
-from midtune.report.formats import finite, interval_text, known, seconds_text, with_interval
-from midtune.report.tables import plain_table
+from midtune.report.formats import finite, interval_text, known, seconds_text, share_text, with_interval
+from midtune.report.tables import plain_table, titled
 
 BAR_WIDTH = 22
 # Of a longer ranking only the best are listed.
@@ -55,11 +54,11 @@ def probe_table(probe: Mapping[str, Any]) -> RenderableType:
     if known(rows, "contribution"):
         columns["C(k)"] = [_number(row.get("contribution")) for row in shown]
     if known(rows, "best_probability"):
-        columns["best"] = [_share(row.get("best_probability"), 1.0) for row in shown]
+        columns["best"] = [share_text(row.get("best_probability")) for row in shown]
     if len({row.get("steps") for row in rows}) > 1:
         # In a race, blocks that fall behind stop early.
         columns["steps"] = [str(row.get("steps") or "-") for row in shown]
-    columns["cost"] = [_share(row.get("step_cost"), max(costs, default=1.0)) for row in shown]
+    columns["cost"] = [share_text(row.get("step_cost"), max(costs, default=1.0)) for row in shown]
     if gainful:
         columns["frontier"] = ["+" if row["block"] in gainful else "" for row in shown]
 
@@ -71,12 +70,11 @@ def probe_table(probe: Mapping[str, Any]) -> RenderableType:
     for row, *cells in zip(shown, *columns.values(), strict=True):
         table.add_row(*cells, style="bold" if row["block"] in selected else None)
 
-    title = Text(f"{probe['model']} on {probe['task']}", style="bold")
     curve: list[RenderableType] = [DepthCurve(probe), ""] if points(probe) else []
     notes = [*_notes(probe, rows, left_out=len(rows) - len(shown))]
     if gainful:
         notes.append("+ no other block gains as much at a lower cost.")
-    return Group(title, "", *curve, table, "", *map(Text, notes))
+    return titled(f"{probe['model']} on {probe['task']}", "", *curve, table, "", *notes)
 
 
 @dataclass(frozen=True)
@@ -167,8 +165,3 @@ def _ranges(numbers: Iterable[int]) -> str:
 def _number(value: Any, unit: float = 1.0) -> str:
     figure = finite(value)
     return "-" if figure is None else f"{figure / unit:.3f}"
-
-
-def _share(value: Any, whole: float) -> str:
-    figure = finite(value)
-    return "-" if figure is None or not whole else f"{figure / whole:.0%}"

@@ -14,9 +14,10 @@ from midtune.report.formats import (
     numbers_text,
     seconds_text,
     sentence,
+    share_text,
     with_interval,
 )
-from midtune.report.tables import labelled, plain_table
+from midtune.report.tables import labelled, plain_table, titled
 
 STATUS_STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 POSITIONS = {"depth": "position: minus depth", "middle": "position: closeness to the middle"}
@@ -37,8 +38,8 @@ def score_table(result: Mapping[str, Any]) -> RenderableType:
             table.add_row(Text("" if place else row["task"]), kind, *cells, str(found["n"]))
         table.add_section()
     patch = f" with trained blocks {numbers_text(result['patch'])}" if result["patch"] else ""
-    heading = Text(f"{result['model']}{patch} ({_quantized(result)})", style="bold")
-    return Group(heading, "", table, *([Text(_worse_text(result["worse"]))] if compared else []))
+    notes = [_worse_text(result["worse"])] if compared else []
+    return titled(f"{result['model']}{patch} ({_quantized(result)})", "", table, *notes)
 
 
 def _worse_text(worse: Sequence[str]) -> str:
@@ -51,50 +52,37 @@ def vote_table(result: Mapping[str, Any]) -> RenderableType:
     """What `midtune vote` found: each run alone, their vote, and how far they solve the same problems."""
     runs, vote, gain = result["runs"], result["vote"], result["gain_over_best"]
     sampled = ["sampled"] if any(run["sampled"] for run in runs) else []
-    rows = [("", "base model", "", result["base"], "")]
-    for number, run in enumerate(runs, start=1):
-        own = _score(run["sampled"]) if run["sampled"] else ""
-        rows.append((str(number), run["run"], numbers_text(run["blocks"]), run["score"], own))
-    rows.append(("", "vote", "", vote, ""))
     best = max(range(len(runs)), key=lambda index: runs[index]["score"]["score"])
-    shares = [
-        [
-            "" if column == row else "-" if share is None else f"{share:.0%}"
-            for column, share in enumerate(line)
-        ]
-        for row, line in enumerate(result["overlap"])
+
+    def row(number: str, name: str, blocks: str, score: Mapping[str, Any], own: str = "") -> list[str]:
+        return [number, name, blocks, _score(score), _interval(score), *[own for _ in sampled]]
+
+    rows = [row("", "base model", "", result["base"])]
+    for number, run in enumerate(runs, 1):
+        own = _score(run["sampled"]) if run["sampled"] else ""
+        rows.append(row(str(number), run["run"], numbers_text(run["blocks"]), run["score"], own))
+    rows.append(row("", "vote", "", vote))
+    overlap = [
+        [str(first + 1), *("" if second == first else share_text(share) for second, share in enumerate(line))]
+        for first, line in enumerate(result["overlap"])
     ]
-    numbers = [str(number) for number in range(1, len(runs) + 1)]
-    return Group(
-        Text(
-            f"{result['model']} ({_quantized(result)}) on {result['task']}, {vote['n']} problems",
-            style="bold",
-        ),
+    return titled(
+        f"{result['model']} ({_quantized(result)}) on {result['task']}, {vote['n']} problems",
         "",
         plain_table(
             *("", "run"),
             numbers=("blocks", "score", "95% interval", *sampled),
-            rows=[
-                (number, name, blocks, _score(score), _interval(score), *[own for _ in sampled])
-                for number, name, blocks, score, own in rows
-            ],
+            rows=rows,
         ),
         "",
-        Text(
-            f"The vote's gain over run {best + 1}, the best here, is {gain['value']:+.3f} "
-            f"(95% interval {_interval(gain, '+')}). The best is chosen on these same problems, "
-            "so on others the gain tends to be larger."
-        ),
-        Text(
-            f"At least one run solves {result['solved_by_any']:.1%} of the problems, "
-            f"all of them solve {result['solved_by_all']:.1%}."
-        ),
+        f"The vote's gain over run {best + 1}, the best here, is {gain['value']:+.3f} "
+        f"(95% interval {_interval(gain, '+')}). The best is chosen on these same problems, "
+        "so on others the gain tends to be larger.",
+        f"At least one run solves {result['solved_by_any']:.1%} of the problems, "
+        f"all of them solve {result['solved_by_all']:.1%}.",
         "",
-        Text("Of the problems that either of two runs solves, both solve:"),
-        plain_table(
-            numbers=("run", *numbers),
-            rows=[(number, *cells) for number, cells in zip(numbers, shares, strict=True)],
-        ),
+        "Of the problems that either of two runs solves, both solve:",
+        plain_table(numbers=("run", *(number for number, *_ in overlap)), rows=overlap),
     )
 
 
@@ -130,13 +118,8 @@ def bench_table(result: Mapping[str, Any]) -> RenderableType:
     if any(arm["ratios"] is None for arm in result["arms"]):
         notes.append("An arm without a ratio did not do the same work.")
     notes += map(sentence, result["failed"].values())
-    return Group(
-        Text(f"{result['model']}, block {result['block']}", style="bold"),
-        "",
-        plain_table("", numbers=("sampling", "update", "step", "memory"), rows=rows),
-        "",
-        *map(Text, notes),
-    )
+    table = plain_table("", numbers=("sampling", "update", "step", "memory"), rows=rows)
+    return titled(f"{result['model']}, block {result['block']}", "", table, "", *notes)
 
 
 def _profile_text(phase: str, seconds: Mapping[str, float], result: Mapping[str, Any]) -> str:
@@ -230,7 +213,7 @@ def tasks_text(result: Mapping[str, Any]) -> RenderableType:
     if "checked" in result:
         verdict = "can be read, but its reward is in doubt" if result["doubts"] else "can be trained on"
         findings = "\n".join(f"  {finding}" for finding in [*result["doubts"], *result["findings"]])
-        return Group(Text(f"{result['checked']} {verdict}", style="bold"), Text(findings))
+        return titled(f"{result['checked']} {verdict}", findings)
     parts: dict[str, str] = {"prompt": result["prompt"]}
     if result["answer"]:
         parts["answer"] = result["answer"]

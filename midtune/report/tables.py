@@ -44,6 +44,13 @@ def plain_table(*texts: str, numbers: Sequence[str] = (), rows: Iterable[Sequenc
     return table
 
 
+def titled(title: str, *parts: RenderableType) -> Group:
+    """A bold title, and tables and texts below it; brackets in the texts are no markup."""
+    return Group(
+        Text(title, style="bold"), *(Text(part) if isinstance(part, str) else part for part in parts)
+    )
+
+
 def labelled(rows: Iterable[Sequence[RenderableType]]) -> Table:
     """Rows of short labels, and a text at the end of each that may take several lines."""
     table = Table.grid(padding=(0, 2, 0, 0))
@@ -69,9 +76,7 @@ def report_table(report: Mapping[str, Any]) -> RenderableType:
     if report.get("seed") is not None:
         notes.append(f"Seed {report['seed']}.")
     notes += report.get("notes", ())
-    return Group(
-        Text(title, style="bold"), "", *_quality(report), "", *_savings(report), "", *map(Text, notes)
-    )
+    return titled(title, "", *_quality(report), "", *_savings(report), "", *notes)
 
 
 def _quality(report: Mapping[str, Any]) -> Iterable[RenderableType]:
@@ -94,9 +99,9 @@ def _quality(report: Mapping[str, Any]) -> Iterable[RenderableType]:
             for name, found in shown.items()
         ],
     )
-    yield Text(f"In brackets: 95% intervals over {report['quality']['after']['n']:,} held-out problems.")
+    yield f"In brackets: 95% intervals over {report['quality']['after']['n']:,} held-out problems."
     if "unquantized" in shown:
-        yield Text("Unquantized: greedy on the original weights, with the trained blocks put in.")
+        yield "Unquantized: greedy on the original weights, with the trained blocks put in."
 
 
 def _savings(report: Mapping[str, Any]) -> Iterable[RenderableType]:
@@ -121,6 +126,6 @@ def _savings(report: Mapping[str, Any]) -> Iterable[RenderableType]:
         )
     )
     yield plain_table("training", numbers=("midtune, measured", "full training", ""), rows=rows)
-    yield Text(f"Peak memory is that of the {MEMORY_SOURCES[memory['source']]}.")
+    yield f"Peak memory is that of the {MEMORY_SOURCES[memory['source']]}."
     if (here := finite(time.get("compared_tokens"))) and (there := finite(time.get("full_tokens"))):
-        yield Text(f"First prompts: completions of {here:.1f} tokens here, of {there:.1f} in full training.")
+        yield f"First prompts: completions of {here:.1f} tokens here, of {there:.1f} in full training."
