@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from midtune.report.formats import bytes_text, finite, seconds_text, whole_seconds_text
+from midtune.report.formats import bytes_text, seconds_text, whole_seconds_text
 from midtune.report.summary import PHASES
 from midtune.report.tables import labelled
 
@@ -50,7 +51,7 @@ class TrainingDisplay:
         self._console = console
         self._title = title
         self._clock = clock
-        self._metrics: Mapping[str, Any] = {}
+        self._known: dict[str, float] = {}
         self._rewards: deque[float] = deque(maxlen=SPARKLINE_WIDTH)
         self._step_s: deque[float] = deque(maxlen=STEPS_FOR_TIME_LEFT)
         self._updated = clock()
@@ -74,11 +75,16 @@ class TrainingDisplay:
         Args:
             metrics: a line of metrics.jsonl; only `step` is required.
         """
-        self._metrics, self._step = metrics, metrics["step"]
+        self._step = metrics["step"]
+        self._known = {
+            key: value
+            for key, value in metrics.items()
+            if isinstance(value, int | float) and math.isfinite(value)
+        }
         self._updated = self._clock()
         for key, recent in (("reward", self._rewards), ("step_s", self._step_s)):
-            if (value := self._figure(key)) is not None:
-                recent.append(value)
+            if key in self._known:
+                recent.append(self._known[key])
         if self._live.is_started:
             self._live.refresh()
         else:
@@ -120,36 +126,30 @@ class TrainingDisplay:
 
     def _figures(self) -> Iterator[tuple[str, str]]:
         """What is known of the last step: names and texts."""
-        if (reward := self._figure("reward")) is not None:
-            yield "reward", f"{reward:.3f}"
-        if (equal := self._figure("equal_groups")) is not None:
-            yield "groups", f"{equal:.0%} with equal rewards, so no advantage"
+        known = self._known
+        if "reward" in known:
+            yield "reward", f"{known['reward']:.3f}"
+        if "equal_groups" in known:
+            yield "groups", f"{known['equal_groups']:.0%} with equal rewards, so no advantage"
         text = []
-        if (length := self._figure("completion_length")) is not None:
-            clipped = self._figure("clipped")
-            cut = "" if clipped is None else f" ({clipped:.0%} cut at the limit)"
-            text.append(f"{length:.0f} tokens a completion{cut}")
-        if (rate := self._figure("tokens_per_s")) is not None:
-            text.append(f"{rate:,.0f} tokens/s")
+        if "completion_length" in known:
+            cut = f" ({known['clipped']:.0%} cut at the limit)" if "clipped" in known else ""
+            text.append(f"{known['completion_length']:.0f} tokens a completion{cut}")
+        if "tokens_per_s" in known:
+            text.append(f"{known['tokens_per_s']:,.0f} tokens/s")
         if text:
             yield "text", ", ".join(text)
-        if whole := self._figure("step_s"):
+        if whole := known.get("step_s"):
             phases = "; ".join(
-                f"{name} {seconds_text(took)}, {took / whole:.0%}"
-                for name, took in self._by_phase("s").items()
+                f"{name} {seconds_text(took)}, {took / whole:.0%}" for name, took in self._by_phase("s")
             )
             yield "time", f"{seconds_text(whole)} a step" + (f" ({phases})" if phases else "")
-        if (memory := self._figure("memory_bytes")) is not None:
-            peaks = ", ".join(
-                f"{name} {bytes_text(peak)}" for name, peak in self._by_phase("peak_bytes").items()
-            )
-            yield "memory", bytes_text(memory) + (f"; peaks: {peaks}" if peaks else "")
+        if "memory_bytes" in known:
+            peaks = ", ".join(f"{name} {bytes_text(peak)}" for name, peak in self._by_phase("peak_bytes"))
+            yield "memory", bytes_text(known["memory_bytes"]) + (f"; peaks: {peaks}" if peaks else "")
 
-    def _by_phase(self, kind: str) -> dict[str, float]:
-        return {name: value for name in PHASES if (value := self._figure(f"{name}_{kind}")) is not None}
-
-    def _figure(self, key: str) -> float | None:
-        return finite(self._metrics.get(key))
+    def _by_phase(self, kind: str) -> Iterator[tuple[str, float]]:
+        return ((name, self._known[key]) for name in PHASES if (key := f"{name}_{kind}") in self._known)
 
 
 class WorkDisplay:

@@ -110,11 +110,8 @@ def _rendered(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    known = (
-        *(bytes_text, line_style, numbers_text, saving_text, seconds_text, smoothing_width, speed_text),
-        total_text,
-    )
-    environment.globals |= {function.__name__: function for function in known}
+    functions = (bytes_text, line_style, numbers_text, saving_text, seconds_text, smoothing_width, speed_text)
+    environment.globals |= {function.__name__: function for function in (*functions, total_text)}
     environment.globals |= {"generator": GENERATOR, "phases": PHASES}
     return environment.get_template(f"{template}.html.jinja").render(**values)
 

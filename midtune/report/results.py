@@ -69,11 +69,7 @@ def vote_table(result: Mapping[str, Any]) -> RenderableType:
     return titled(
         f"{result['model']} ({_quantized(result)}) on {result['task']}, {vote['n']} problems",
         "",
-        plain_table(
-            *("", "run"),
-            numbers=("blocks", "score", "95% interval", *sampled),
-            rows=rows,
-        ),
+        plain_table("", "run", numbers=("blocks", "score", "95% interval", *sampled), rows=rows),
         "",
         f"The vote's gain over run {best + 1}, the best here, is {gain['value']:+.3f} "
         f"(95% interval {_interval(gain, '+')}). The best is chosen on these same problems, "

@@ -66,8 +66,8 @@ def run(files: Sequence[Path], *, top_k: int, out: Path | None, terminal: Termin
     pairs = []
     for first, second in combinations(range(len(files)), 2):
         names = f"{files[first]} and {files[second]}"
-        found = {"first": first, "second": second}
-        pairs.append({**found, **_pair(probes[first], probes[second], top_k, names)})
+        pair = _pair(probes[first], probes[second], top_k, names)
+        pairs.append({"first": first, "second": second, **pair})
     rankings = [_ranking(file, probe) for file, probe in zip(files, probes, strict=True)]
     if out is not None:
         labels = [

@@ -125,7 +125,7 @@ def test_a_saving_may_be_negative_or_unknown() -> None:
 
 
 def test_a_collapse_is_noted_in_a_sentence() -> None:
-    assert built(collapse="in steps 11 to 20 it collapsed")["notes"] == ["In steps 11 to 20 it collapsed."]
+    assert built(notes=["in steps 11 to 20 it collapsed"])["notes"] == ["In steps 11 to 20 it collapsed."]
 
 
 def test_the_peak_of_a_phase_is_the_most_of_any_step() -> None:
