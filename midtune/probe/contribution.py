@@ -36,21 +36,6 @@ class Standing:
     among_best: bool
 
 
-@dataclass(frozen=True)
-class Plateau:
-    """The stretch of a curve by depth that stands above half its height.
-
-    Attributes:
-        first, last: the outermost blocks at or above the mean of the curve's least and greatest value.
-        inside, outside: mean value of the blocks from `first` to `last`, and of the others, if there are any.
-    """
-
-    first: int
-    last: int
-    inside: float
-    outside: float | None
-
-
 def gain_interval(scores: ArrayLike, base: ArrayLike) -> Estimate:
     """The mean gain over the base, S_k − S_base, over problems and seeds.
 
@@ -155,14 +140,20 @@ def standings(scores: Mapping[int, ArrayLike], confidence: float = CONFIDENCE) -
     }
 
 
-def plateau(values: Mapping[int, float]) -> Plateau:
-    """Where a curve by depth, block → value, is high: its width at half height."""
+def plateau(values: Mapping[int, float]) -> dict[str, float | None]:
+    """The stretch of a curve by depth, block → value, that stands above half its height.
+
+    Returns:
+        `first` and `last`, the outermost blocks at or above the mean of the least and the greatest value;
+        `inside` and `outside`, the mean value of the blocks between them and of the others, if there are any.
+    """
     half = (min(values.values()) + max(values.values())) / 2
     high = [block for block, value in values.items() if value >= half]
     first, last = min(high), max(high)
-    inside = [value for block, value in values.items() if first <= block <= last]
-    outside = [value for block, value in values.items() if not first <= block <= last]
-    return Plateau(first, last, statistics.fmean(inside), statistics.fmean(outside) if outside else None)
+    inside = statistics.fmean(value for block, value in values.items() if first <= block <= last)
+    others = [value for block, value in values.items() if not first <= block <= last]
+    outside = statistics.fmean(others) if others else None
+    return {"first": first, "last": last, "inside": inside, "outside": outside}
 
 
 def _difference_covariance(values: Scores) -> tuple[Scores, float]:

@@ -188,7 +188,7 @@ def by_sweep(trials: Trials, blocks: Sequence[int]) -> tuple[Rows, dict[str, Any
     extra: dict[str, Any] = {
         "full": gain,
         "position": {"depth": depth and depth.value, "middle": to_middle and to_middle.value},
-        "plateau": asdict(plateau(scores if undefined else shares)),
+        "plateau": plateau(scores if undefined else shares),
     }
     if undefined:
         extra["note"] = (

@@ -11,7 +11,7 @@ from typing import Any, Self
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.live import Live
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from midtune.report.formats import bytes_text, seconds_text, whole_seconds_text
@@ -188,10 +188,8 @@ class WorkDisplay:
             say(self._console, f"{self._description}: {self._text()}")
 
     def __rich__(self) -> RenderableType:
-        line = Table.grid(expand=True, padding=(0, 1, 0, 0))
-        line.add_column(no_wrap=True)
-        line.add_column(ratio=1)
-        line.add_column(no_wrap=True)
+        columns = Column(no_wrap=True), Column(ratio=1), Column(no_wrap=True)
+        line = Table.grid(*columns, expand=True, padding=(0, 1, 0, 0))
         bar = ProgressBar(total=self._total, completed=self._done)
         line.add_row(Text(self._description), bar, Text(self._text()))
         return line

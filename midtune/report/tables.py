@@ -7,7 +7,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from midtune.report.formats import (
@@ -34,11 +34,9 @@ def plain_table(*texts: str, numbers: Sequence[str] = (), rows: Iterable[Sequenc
         numbers: names of columns that end at the right; they come after `texts`.
         rows: cells, shown as they are; brackets in them are no markup.
     """
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in texts:
-        table.add_column(name, overflow="fold")
-    for name in numbers:
-        table.add_column(name, overflow="fold", justify="right")
+    columns = [Column(name, overflow="fold") for name in texts]
+    columns += [Column(name, overflow="fold", justify="right") for name in numbers]
+    table = Table(*columns, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for row in rows:
         table.add_row(*map(Text, row))
     return table
