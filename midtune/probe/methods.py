@@ -169,7 +169,7 @@ def by_sweep(trials: Trials, blocks: Sequence[int]) -> tuple[Rows, dict[str, Any
     runs: dict[int, list[Trial]] = {block: [] for block in blocks}
     for seed in seeds:
         # The first: without a gain of full training there is nothing to compare with.
-        full.append(trials.run("full", steps, seed=seed, lr=config.probe.full_lr))
+        full.append(trials.run("full", steps, seed=seed))
         for block, own in runs.items():
             own.append(trials.run(block, steps, seed=seed))
 

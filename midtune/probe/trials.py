@@ -143,15 +143,7 @@ class Trials:
         key = ("base", self.config.seed, 0, len(self.problems))
         return self._known(key) or self._scored(key, "before training")
 
-    def run(
-        self,
-        trained: int | str,
-        steps: int,
-        *,
-        seed: int | None = None,
-        lr: float | None = None,
-        share: float = 1.0,
-    ) -> Trial:
+    def run(self, trained: int | str, steps: int, *, seed: int | None = None, share: float = 1.0) -> Trial:
         """Train a block, or `full`, up to `steps` steps, and score it on the first `share` of the problems.
 
         A trial of fewer steps, or one that a crash has cut short, is continued, exactly, if its checkpoint is there.
@@ -167,7 +159,7 @@ class Trials:
                 self.policy.thaw_all()
             else:
                 self.policy.thaw(int(trained))
-            found = self._scored(key, what, *self._train(trained, steps, seed, lr, what))
+            found = self._scored(key, what, *self._train(trained, steps, seed, what))
             if not self.continued:
                 shutil.rmtree(self._folder(trained, seed).path, ignore_errors=True)
             return found
@@ -186,9 +178,7 @@ class Trials:
     def _folder(self, trained: int | str, seed: int) -> RunFolder:
         return RunFolder(self._checkpoints / f"{trained}-{seed}")
 
-    def _train(
-        self, trained: int | str, steps: int, seed: int, lr: float | None, what: str
-    ) -> tuple[float, float]:
+    def _train(self, trained: int | str, steps: int, seed: int, what: str) -> tuple[float, float]:
         """Train up to `steps`; returns the median seconds of a step, and the seconds in all."""
         own = self._folder(trained, seed)
         checkpoint, before = self._checkpoint(own, steps)
@@ -201,9 +191,9 @@ class Trials:
             load_trained(self.policy, checkpoint)
             # There are none where it is only scored on more problems.
             return statistics.median(seconds or earlier.values()), earlier_s
-        settings = self.config.training.model_copy(
-            update={"report_to": "none", "lr": lr or self.config.training.lr}
-        )
+        training = self.config.training
+        lr = (self.config.probe.full_lr if trained == "full" else None) or training.lr
+        settings = training.model_copy(update={"report_to": "none", "lr": lr})
         number = f"trial {len(self.done)}{f' of {self.total}' if self.total else ''}"
         started = time.perf_counter()
         with self.terminal.progress(f"{number}: {what}", steps - before) as advance:
