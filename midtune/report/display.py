@@ -40,7 +40,6 @@ class TrainingDisplay:
 
     Args:
         total_steps: steps the run will have done at its end.
-        console: where to show.
         title: what is trained, one line.
     """
 
@@ -160,7 +159,6 @@ class WorkDisplay:
     Args:
         description: what is being done, such as `scoring before training`.
         total: units of work, or None when nobody knows.
-        console: where to show.
     """
 
     def __init__(

@@ -220,20 +220,15 @@ def _ranking(probe: Mapping[str, Any] | None) -> list[dict[str, Any]]:
 
 def _times(time: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Bars of a step's seconds: those that compare equal prompts, then the mean over the run."""
-    compared = finite(time.get("compared_step"))
-    which = "" if compared is None else ", first prompts"
-    others = [
-        _bar(f"{name}{which}", time[f"{key}_source"], step, time.get(f"{key}_phases") or {"step": step})
-        for key, name in OTHERS.items()
-        if (step := finite(time.get(f"{key}_step"))) is not None
-    ]
-    mean = _bar(
-        "midtune, mean of the run", "measured", time["step"], {phase: time[phase] for phase in PHASES}
-    )
-    if compared is None:
-        return [mean, *others]
-    first = _bar(f"midtune{which}", "measured", compared, time.get("compared_phases") or {"step": compared})
-    return [first, *others, mean]
+    which = "" if finite(time.get("compared_step")) is None else ", first prompts"
+    bars = []
+    for key, name in {"compared": "midtune", **OTHERS}.items():
+        if (step := finite(time.get(f"{key}_step"))) is not None:
+            source, phases = time.get(f"{key}_source", "measured"), time.get(f"{key}_phases")
+            bars.append(_bar(f"{name}{which}", source, step, phases or {"step": step}))
+    phases = {phase: time[phase] for phase in PHASES}
+    mean = _bar("midtune, mean of the run", "measured", time["step"], phases)
+    return [*bars, mean] if which else [mean, *bars]
 
 
 def _memories(memory: Mapping[str, Any]) -> list[dict[str, Any]]:

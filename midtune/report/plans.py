@@ -62,19 +62,13 @@ def _row(arm: Mapping[str, Any], label: str) -> tuple[str, ...]:
 def _parts(phases: Mapping[str, Mapping[str, int]]) -> Table:
     """GiB of each part in each phase."""
     names = dict.fromkeys(name for parts in phases.values() for name, size in parts.items() if size)
-    table = plain_table(
-        "GiB",
-        numbers=[*phases],
-        rows=[
-            (
-                name,
-                *(f"{size / 2**30:.2f}" if (size := parts.get(name)) else "-" for parts in phases.values()),
-            )
-            for name in names
-        ],
-    )
-    totals = [sum(parts.values()) for parts in phases.values()]
-    table.add_row("together", *(f"{total / 2**30:.2f}" for total in totals), style="bold")
+
+    def row(name: str, sizes: Iterable[int]) -> list[str]:
+        return [name, *(f"{size / 2**30:.2f}" if size else "-" for size in sizes)]
+
+    rows = [row(name, (parts.get(name, 0) for parts in phases.values())) for name in names]
+    table = plain_table("GiB", numbers=[*phases], rows=rows)
+    table.add_row(*row("together", (sum(parts.values()) for parts in phases.values())), style="bold")
     return table
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,41 +39,38 @@ def probe_table(probe: Mapping[str, Any]) -> RenderableType:
     gainful = frontier(probe)
     unit = unit_of(max(map(abs, bounds), default=1.0))
 
-    columns: dict[str, Sequence[RenderableType]] = {
-        "mark": ["*" if row["block"] in selected else "" for row in shown],
-        "rank": [str(row["rank"]) for row in shown],
-        "block": [str(row["block"]) for row in shown],
-        score_name(probe) + ("" if unit == 1 else f", {unit:.0e}"): [
-            _number(row["score"], unit) for row in shown
-        ],
-        "95% interval": [interval_text(row, unit=unit) or "-" for row in shown],
+    columns: dict[str, Callable[[Mapping[str, Any]], RenderableType]] = {
+        "mark": lambda row: "*" if row["block"] in selected else "",
+        "rank": lambda row: str(row["rank"]),
+        "block": lambda row: str(row["block"]),
+        score_name(probe) + ("" if unit == 1 else f", {unit:.0e}"): lambda row: _number(row["score"], unit),
+        "95% interval": lambda row: interval_text(row, unit=unit) or "-",
     }
     if bounds:
         ends = min(bounds), max(bounds)
-        columns["bar"] = [IntervalBar(row["score"], row.get("low"), row.get("high"), *ends) for row in shown]
+        columns["bar"] = lambda row: IntervalBar(row["score"], row.get("low"), row.get("high"), *ends)
     if known(rows, "contribution"):
-        columns["C(k)"] = [_number(row.get("contribution")) for row in shown]
+        columns["C(k)"] = lambda row: _number(row.get("contribution"))
     if known(rows, "best_probability"):
-        columns["best"] = [share_text(row.get("best_probability")) for row in shown]
+        columns["best"] = lambda row: share_text(row.get("best_probability"))
     if len({row.get("steps") for row in rows}) > 1:
         # In a race, blocks that fall behind stop early.
-        columns["steps"] = [str(row.get("steps") or "-") for row in shown]
-    columns["cost"] = [share_text(row.get("step_cost"), max(costs, default=1.0)) for row in shown]
+        columns["steps"] = lambda row: str(row.get("steps") or "-")
+    columns["cost"] = lambda row: share_text(row.get("step_cost"), max(costs, default=1.0))
     if gainful:
-        columns["frontier"] = ["+" if row["block"] in gainful else "" for row in shown]
+        columns["frontier"] = lambda row: "+" if row["block"] in gainful else ""
 
     table = plain_table()
     for name in columns:
         heading = "" if name in ("mark", "bar", "frontier") else name
         # The bar gives way where the others need the room.
         table.add_column(heading, justify="right", no_wrap=name != "bar")
-    for row, *cells in zip(shown, *columns.values(), strict=True):
+    for row in shown:
+        cells = [cell(row) for cell in columns.values()]
         table.add_row(*cells, style="bold" if row["block"] in selected else None)
 
     curve: list[RenderableType] = [DepthCurve(probe), ""] if points(probe) else []
-    notes = [*_notes(probe, rows, left_out=len(rows) - len(shown))]
-    if gainful:
-        notes.append("+ no other block gains as much at a lower cost.")
+    notes = _notes(probe, rows, left_out=len(rows) - len(shown))
     return titled(f"{probe['model']} on {probe['task']}", "", *curve, table, "", *notes)
 
 
@@ -149,6 +146,8 @@ def _notes(probe: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], left_out
     if found := [f"with {way} {rho:.2f}" for way, rho in ways.items() if finite(rho) is not None]:
         yield f"Spearman correlation {', '.join(found)}."
     yield "Cost: time of a training step, relative to the dearest block here."
+    if frontier(probe):
+        yield "+ no other block gains as much at a lower cost."
 
 
 def _ranges(numbers: Iterable[int]) -> str:
