@@ -43,8 +43,8 @@ def percent_text(fraction: float) -> str:
 
 def share_text(part: float | None, whole: float = 1.0) -> str:
     """A part of a whole in percent, or `-` where it is not known."""
-    known_part = finite(part)
-    return "-" if known_part is None or not whole else f"{known_part / whole:.0%}"
+    found = finite(part)
+    return "-" if found is None or not whole else f"{found / whole:.0%}"
 
 
 def speed_text(speedup: float) -> str:
@@ -103,16 +103,15 @@ def with_interval(value: str, interval: str) -> str:
     return f"{value} ({interval})" if interval else value
 
 
-def interval_texts(
-    figures: Mapping[str, Any], key: str, fractions: bool, *, signed: bool = False
-) -> tuple[str, str]:
+def interval_texts(figures: Mapping[str, Any], fractions: bool) -> tuple[str, str]:
     """A score or gain and its 95% interval, such as `45.0%` and `39 to 51`.
 
     Args:
-        figures: `key`, `low` and `high`.
+        figures: `low`, `high`, and the `score` or, of a gain, the `value`.
         fractions: give percents, of a gain points.
     """
-    value, sign = finite(figures[key]), "+" if signed else ""
+    signed = "value" in figures
+    value, sign = finite(figures["value" if signed else "score"]), "+" if signed else ""
     if value is None:
         return "-", ""
     if fractions:

@@ -23,7 +23,7 @@ from midtune.report.formats import (
     speed_text,
 )
 from midtune.report.plots import smoothed, smoothing_width
-from midtune.report.summary import PHASES, are_fractions, score_kinds
+from midtune.report.summary import COMPARED, PHASES, are_fractions, score_kinds
 from midtune.report.tables import MEMORY_SOURCES
 
 GENERATOR = '<meta name="generator" content="midtune">'
@@ -173,9 +173,7 @@ def _gains(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [
         {
             "kind": kind,
-            "before": interval_texts(quality["before"], "score", fractions),
-            "after": interval_texts(quality["after"], "score", fractions),
-            "gain": interval_texts(quality["gain"], "value", fractions, signed=True),
+            **{part: interval_texts(quality[part], fractions) for part in COMPARED},
             "places": {when: found for when in ("before", "after") if (found := place(quality[when]))},
         }
         for kind, quality in kinds.items()

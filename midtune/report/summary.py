@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 PHASES = ("rollout", "reward", "update")
+# What there is of each way of scoring.
+COMPARED = ("before", "after", "gain")
 # [n] scores of the same problems in the same order, before and after training.
 BeforeAfter: TypeAlias = "tuple[ArrayLike, ArrayLike]"
 

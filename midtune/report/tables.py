@@ -21,7 +21,7 @@ from midtune.report.formats import (
     speed_text,
     with_interval,
 )
-from midtune.report.summary import PHASES, are_fractions, score_kinds
+from midtune.report.summary import COMPARED, PHASES, are_fractions, score_kinds
 
 MEMORY_SOURCES = {"cuda_allocated": "CUDA tensors", "resident": "process"}
 
@@ -80,20 +80,11 @@ def report_table(report: Mapping[str, Any]) -> RenderableType:
 def _quality(report: Mapping[str, Any]) -> Iterable[RenderableType]:
     shown = score_kinds(report)
     fractions = are_fractions(shown)
-
-    def cell(figures: Mapping[str, Any], key: str, signed: bool = False) -> str:
-        return with_interval(*interval_texts(figures, key, fractions, signed=signed))
-
     yield plain_table(
         "score",
         numbers=("before", "after", "gain, points" if fractions else "gain"),
         rows=[
-            (
-                name,
-                cell(found["before"], "score"),
-                cell(found["after"], "score"),
-                cell(found["gain"], "value", True),
-            )
+            [name, *(with_interval(*interval_texts(found[part], fractions)) for part in COMPARED)]
             for name, found in shown.items()
         ],
     )
