@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
-from midtune.report.formats import bytes_text, seconds_text, whole_seconds_text
+from midtune.report.formats import bytes_text, finite, seconds_text, whole_seconds_text
 from midtune.report.summary import PHASES
 from midtune.report.tables import labelled
 
@@ -76,9 +75,9 @@ class TrainingDisplay:
         """
         self._step = metrics["step"]
         self._known = {
-            key: value
+            key: figure
             for key, value in metrics.items()
-            if isinstance(value, int | float) and math.isfinite(value)
+            if not isinstance(value, Mapping) and (figure := finite(value)) is not None
         }
         self._updated = self._clock()
         for key, recent in (("reward", self._rewards), ("step_s", self._step_s)):
