@@ -96,15 +96,12 @@ class TrainingDisplay:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if self._title:
             yield Text(self._title, style="bold")
-        bar = ProgressBar(total=max(self._total, 1), completed=self._step, width=30)
+        step = self._step
+        bar = ProgressBar(total=max(self._total, 1), completed=step, width=30)
         head = Table.grid(padding=(0, 2, 0, 0))
         # How long the step now running has taken is the sign of life during a long rollout.
-        running = self._live.is_started and self._step < self._total
-        took = (
-            f"step {self._step + 1} for {whole_seconds_text(self._clock() - self._updated)}"
-            if running
-            else ""
-        )
+        running = self._live.is_started and step < self._total
+        took = f"step {step + 1} for {whole_seconds_text(self._clock() - self._updated)}" if running else ""
         head.add_row(self._step_text(), bar, self._left_text(), took)
         yield head
         rewards = sparkline(self._rewards, ascii_only=options.ascii_only)
