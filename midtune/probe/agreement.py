@@ -24,21 +24,6 @@ class Correlation:
     high: float | None
 
 
-@dataclass(frozen=True)
-class Overlap:
-    """What two rankings share of their best blocks.
-
-    Args:
-        shared: blocks among the best of both.
-        expected: how many chance gives.
-        p: the probability that chance gives at least `shared`.
-    """
-
-    shared: int
-    expected: float
-    p: float
-
-
 def spearman(first: Sequence[float], second: Sequence[float]) -> Correlation | None:
     """Spearman's rho; on Fisher's scale its error is sqrt((1 + ρ²/2) / (n − 3)) (Bonett & Wright 2000).
 
@@ -72,19 +57,22 @@ def middle_correlation(values: Mapping[int, float], num_blocks: int) -> Correlat
     return spearman(list(values.values()), [-abs(block - (num_blocks - 1) / 2) for block in values])
 
 
-def top_overlap(first: Sequence[float], second: Sequence[float], k: int) -> Overlap:
+def top_overlap(first: Sequence[float], second: Sequence[float], k: int) -> dict[str, float]:
     """How many blocks are among the best k of both rankings, beside what chance gives.
 
     Args:
         first, second: values of the same blocks in order of depth; of equal ones the deeper is the better.
         k: 1 to the number of blocks.
+
+    Returns:
+        `overlap`, `expected` by chance, and `p`, the probability that chance gives at least `overlap`.
     """
     from scipy.stats import hypergeom
 
     n = len(first)
     one, other = (best_first(dict(enumerate(values)))[:k] for values in (first, second))
     shared = len({*one} & {*other})
-    return Overlap(shared, k * k / n, float(hypergeom.sf(shared - 1, n, k, k)))
+    return {"overlap": shared, "expected": k * k / n, "p": float(hypergeom.sf(shared - 1, n, k, k))}
 
 
 def at_relative_depths(values: Mapping[int, float], num_blocks: int, wanted: int) -> dict[int, float]:

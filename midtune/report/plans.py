@@ -77,14 +77,15 @@ def _by_block(plan: Mapping[str, Any]) -> Table:
     rows = plan["by_block"]
     highest = max(row["peak"] for row in rows)
     shown = rows[:: max(1, len(rows) // 6)]
-    return labelled(
+    bars = [
         (
             f"{row['block']:>5}",
             ProgressBar(total=highest, completed=row["peak"], width=BAR),
             bytes_text(row["peak"]) + ("" if row["peak"] <= plan["card"]["memory"] else "  does not fit"),
         )
         for row in (shown if shown[-1] is rows[-1] else [*shown, rows[-1]])
-    )
+    ]
+    return labelled(bars, labels=2)
 
 
 def _advice(plan: Mapping[str, Any]) -> Iterable[str]:

@@ -237,7 +237,7 @@ def doctor_table(result: Mapping[str, Any]) -> RenderableType:
     counts = {"problem": result["problems"], "warning": result["warnings"]}
     found = [f"{count} {what}{'s' * (count > 1)}" for what, count in counts.items() if count]
     ready = "Not ready" if result["problems"] else "Ready"
-    return Group(labelled(rows), "", Text(f"{ready}{': ' * bool(found)}{' and '.join(found)}."))
+    return Group(labelled(rows, labels=2), "", Text(f"{ready}{': ' * bool(found)}{' and '.join(found)}."))
 
 
 def _quantized(result: Mapping[str, Any]) -> str:

@@ -49,15 +49,12 @@ def titled(title: str, *parts: RenderableType) -> Group:
     )
 
 
-def labelled(rows: Iterable[Sequence[RenderableType]]) -> Table:
-    """Rows of short labels, and a text at the end of each that may take several lines."""
-    table = Table.grid(padding=(0, 2, 0, 0))
-    for *labels, text in rows:
-        if not table.columns:
-            for _ in labels:
-                table.add_column(no_wrap=True)
-            table.add_column(overflow="fold")
-        table.add_row(*labels, text)
+def labelled(rows: Iterable[Sequence[RenderableType]], labels: int = 1) -> Table:
+    """Rows of that many short labels, and a text at the end of each that may take several lines."""
+    columns = [*(Column(no_wrap=True) for _ in range(labels)), Column(overflow="fold")]
+    table = Table.grid(*columns, padding=(0, 2, 0, 0))
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

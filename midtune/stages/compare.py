@@ -108,7 +108,6 @@ def _pair(first: Mapping[str, Any], second: Mapping[str, Any], top_k: int, names
             f"common; ask for 1 to {len(common)} with --top-k."
         )
     one, other = [value for value, _ in common], [value for _, value in common]
-    overlap = top_overlap(one, other, top_k)
     return {
         "matched": "block" if depth_of(first) == depth_of(second) else "depth",
         "compared": compared,
@@ -116,9 +115,7 @@ def _pair(first: Mapping[str, Any], second: Mapping[str, Any], top_k: int, names
         "spearman": _figures(spearman(one, other)),
         "kendall": _figures(kendall(one, other)),
         "top_k": top_k,
-        "overlap": overlap.shared,
-        "expected": overlap.expected,
-        "p": overlap.p,
+        **top_overlap(one, other, top_k),
         "signals": _signals(first, second) or _signals(second, first),
     }
 

@@ -83,18 +83,18 @@ def test_the_best_of_both() -> None:
     other = [0.0, 0.0, 9.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 8.0]
     one = top_overlap(values, other, 2)
     # Of the 45 pairs of ten blocks, 28 have neither of two given ones.
-    assert (one.shared, one.expected, one.p) == (1, 0.4, pytest.approx(17 / 45))
+    assert one == {"overlap": 1, "expected": 0.4, "p": pytest.approx(17 / 45)}
     both = top_overlap(values, values, 2)
-    assert (both.shared, both.p) == (2, pytest.approx(1 / 45))
+    assert (both["overlap"], both["p"]) == (2, pytest.approx(1 / 45))
     # Of the blocks that share a value the deepest counts.
-    assert top_overlap([1.0, 1.0, 1.0], [0.0, 0.0, 1.0], 1).shared == 1
+    assert top_overlap([1.0, 1.0, 1.0], [0.0, 0.0, 1.0], 1)["overlap"] == 1
 
 
 def test_the_published_best_five() -> None:
     same, none = top_overlap(PUBLISHED, PUBLISHED, 5), top_overlap(PUBLISHED, BACKWARDS, 5)
-    assert (same.shared, same.p) == (5, pytest.approx(1 / math.comb(28, 5)))
-    assert (none.shared, none.p) == (0, 1.0)
-    assert same.expected == none.expected == pytest.approx(25 / 28)
+    assert (same["overlap"], same["p"]) == (5, pytest.approx(1 / math.comb(28, 5)))
+    assert (none["overlap"], none["p"]) == (0, 1.0)
+    assert same["expected"] == none["expected"] == pytest.approx(25 / 28)
 
 
 def test_values_between_blocks() -> None:
