@@ -55,7 +55,13 @@ def run(files: Sequence[Path], *, top_k: int, out: Path | None, terminal: Termin
             f"{len(files)} ranking was given, but a comparison takes two or more; "
             "name the probe.json or the run folder of each."
         )
-    _check_picture(out)
+    if out is not None:
+        if out.suffix.lower() not in PICTURES:
+            raise InputError(
+                f"{out} was to be a picture, but its name ends in none of {', '.join(PICTURES)}; "
+                "choose such a name with --out."
+            )
+        check_output(out)
     probes = [read_probe(file) for file in files]
     for file, probe in zip(files, probes, strict=True):
         if probe.get("num_blocks") is None:
@@ -151,14 +157,3 @@ def _values(probe: Mapping[str, Any], key: str) -> dict[int, float]:
 
 def _figures(correlation: Correlation | None) -> dict[str, float | None] | None:
     return None if correlation is None else asdict(correlation)
-
-
-def _check_picture(out: Path | None) -> None:
-    if out is None:
-        return
-    if out.suffix.lower() not in PICTURES:
-        raise InputError(
-            f"{out} was to be a picture, but its name ends in none of {', '.join(PICTURES)}; "
-            "choose such a name with --out."
-        )
-    check_output(out)
