@@ -1,4 +1,4 @@
-"""How far two rankings agree: rank correlations with 95% intervals, and what their best blocks share."""
+"""How far two rankings agree, or one and position: rank correlations, and what their best blocks share."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from midtune.probe.selection import best_first
 
 # 97.5% quantile of the normal distribution.
 Z = 1.959964
@@ -15,27 +17,11 @@ FEWEST_FOR_INTERVAL = 5
 
 @dataclass(frozen=True)
 class Correlation:
-    """A rank correlation over `n` pairs and its 95% interval; no bounds where there is none."""
+    """A rank correlation and its 95% interval; no bounds where there is none."""
 
     value: float
     low: float | None
     high: float | None
-    n: int
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """What two rankings share of their best blocks.
-
-    Args:
-        shared: blocks among the best of both.
-        expected: how many chance gives.
-        p: the probability that chance gives at least `shared`.
-    """
-
-    shared: int
-    expected: float
-    p: float
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> Correlation | None:
@@ -61,18 +47,32 @@ def kendall(first: Sequence[float], second: Sequence[float]) -> Correlation | No
     return _correlation(kendalltau, first, second, lambda tau, n: 0.437 / (n - 4))
 
 
-def top_overlap(first: Sequence[float], second: Sequence[float], k: int) -> Overlap:
+def depth_correlation(values: Mapping[int, float]) -> Correlation | None:
+    """Spearman correlation of values by block with minus depth: 1 if an earlier block is always better."""
+    return spearman(list(values.values()), [-float(block) for block in values])
+
+
+def middle_correlation(values: Mapping[int, float], num_blocks: int) -> Correlation | None:
+    """Spearman correlation of values by block with closeness to the middle of the model's blocks."""
+    return spearman(list(values.values()), [-abs(block - (num_blocks - 1) / 2) for block in values])
+
+
+def top_overlap(first: Sequence[float], second: Sequence[float], k: int) -> dict[str, float]:
     """How many blocks are among the best k of both rankings, beside what chance gives.
 
     Args:
         first, second: values of the same blocks in order of depth; of equal ones the deeper is the better.
         k: 1 to the number of blocks.
+
+    Returns:
+        `overlap`, `expected` by chance, and `p`, the probability that chance gives at least `overlap`.
     """
     from scipy.stats import hypergeom
 
     n = len(first)
-    shared = len(_best(first, k) & _best(second, k))
-    return Overlap(shared, k * k / n, float(hypergeom.sf(shared - 1, n, k, k)))
+    one, other = (best_first(dict(enumerate(values)))[:k] for values in (first, second))
+    shared = len({*one} & {*other})
+    return {"overlap": shared, "expected": k * k / n, "p": float(hypergeom.sf(shared - 1, n, k, k))}
 
 
 def at_relative_depths(values: Mapping[int, float], num_blocks: int, wanted: int) -> dict[int, float]:
@@ -88,14 +88,12 @@ def at_relative_depths(values: Mapping[int, float], num_blocks: int, wanted: int
     Returns:
         Block of the other model → value.
     """
-    found = {}
-    last = max(wanted - 1, 1)
-    for block in range(wanted):
-        below, rest = divmod(block * (num_blocks - 1), last)
-        above = below + (rest > 0)
-        if below in values and above in values:
-            found[block] = values[below] + (values[above] - values[below]) * rest / last
-    return found
+    import numpy as np
+
+    known = [values.get(block, math.nan) for block in range(num_blocks)]
+    places = np.arange(wanted) * (num_blocks - 1) / max(wanted - 1, 1)
+    found = np.interp(places, np.arange(num_blocks), known).tolist()
+    return {block: value for block, value in enumerate(found) if not math.isnan(value)}
 
 
 def _correlation(
@@ -110,12 +108,8 @@ def _correlation(
         return None
     value = float(measure(first, second).statistic)
     if abs(value) > 1 - 1e-9:
-        return Correlation(math.copysign(1.0, value), None, None, n)
+        return Correlation(math.copysign(1.0, value), None, None)
     if n < FEWEST_FOR_INTERVAL:
-        return Correlation(value, None, None, n)
+        return Correlation(value, None, None)
     centre, margin = math.atanh(value), Z * math.sqrt(variance(value, n))
-    return Correlation(value, math.tanh(centre - margin), math.tanh(centre + margin), n)
-
-
-def _best(values: Sequence[float], k: int) -> set[int]:
-    return set(sorted(range(len(values)), key=lambda block: (-values[block], -block))[:k])
+    return Correlation(value, math.tanh(centre - margin), math.tanh(centre + margin))

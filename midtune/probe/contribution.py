@@ -1,4 +1,4 @@
-"""Layer contribution C(k) of arXiv 2607.01232: its interval, which blocks may be best, what position explains.
+"""Layer contribution C(k) of arXiv 2607.01232: its interval, which blocks may be best, where the curve is high.
 
 Scores come as [S, N]: S runs that differ in their seed, and N held-out problems, the same in every run. The variance
 of their mean has a part from seeds and one from problems, as in two-way analysis of variance with random effects.
@@ -16,20 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from midtune.probe.agreement import Correlation, spearman
+from midtune.report.statistics import CONFIDENCE, Estimate, t_quantile
 
-CONFIDENCE = 0.95
 DRAWS = 4000
 Scores = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A value and its 95% interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -46,37 +36,6 @@ class Standing:
     among_best: bool
 
 
-@dataclass(frozen=True)
-class Plateau:
-    """The stretch of a curve by depth that stands above half its height.
-
-    Attributes:
-        first, last: the outermost blocks at or above the mean of the curve's least and greatest value.
-        inside, outside: mean value of the blocks from `first` to `last`, and of the others, if there are any.
-    """
-
-    first: int
-    last: int
-    inside: float
-    outside: float | None
-
-
-def contribution(score: float, base: float, full: float, *, noise: float = 0.0) -> float | None:
-    """C(k) = (S_k − S_base) / (S_full − S_base): the share of full training's gain that block k reaches.
-
-    Args:
-        score: S_k, the score after training block k alone.
-        base: S_base, the score before training.
-        full: S_full, the score after training every block.
-        noise: the gain that full training must exceed to count, such as half the width of its interval.
-
-    Returns:
-        None where full training gained no more than `noise`: the ratio would mean nothing.
-    """
-    gain = full - base
-    return (score - base) / gain if gain > max(noise, 0.0) else None
-
-
 def gain_interval(scores: ArrayLike, base: ArrayLike) -> Estimate:
     """The mean gain over the base, S_k − S_base, over problems and seeds.
 
@@ -85,14 +44,14 @@ def gain_interval(scores: ArrayLike, base: ArrayLike) -> Estimate:
         base: [N], before training.
     """
     gains = np.atleast_2d(np.asarray(scores, dtype=float)) - np.asarray(base, dtype=float)
-    variance, freedom = mean_variance(gains)
-    margin = _quantile(freedom) * math.sqrt(variance)
-    value = float(gains.mean())
+    value, margin = float(gains.mean()), _margin(gains)
     return Estimate(value, value - margin, value + margin)
 
 
 def contribution_interval(scores: ArrayLike, base: ArrayLike, full: ArrayLike) -> Estimate | None:
-    """C(k) with Fieller's interval: all ratios c for which S_k − S_base − c (S_full − S_base) may be zero.
+    """C(k) = (S_k − S_base) / (S_full − S_base): the share of full training's gain that block k reaches.
+
+    The interval is Fieller's: all ratios c for which S_k − S_base − c (S_full − S_base) may be zero.
 
     Args:
         scores, full: [S, N] after training block k alone and every block, with the same seeds.
@@ -104,19 +63,22 @@ def contribution_interval(scores: ArrayLike, base: ArrayLike, full: ArrayLike) -
     before = np.asarray(base, dtype=float)
     gain = np.atleast_2d(np.asarray(scores, dtype=float)) - before
     of_full = np.atleast_2d(np.asarray(full, dtype=float)) - before
-    top, bottom = float(gain.mean()), float(of_full.mean())
-    variance_of_full, freedom = mean_variance(of_full)
-    value = contribution(top, 0.0, bottom, noise=_quantile(freedom) * math.sqrt(variance_of_full))
-    if value is None:
+    if of_full.mean() <= _margin(of_full):
         return None
+    value = float(gain.mean()) / float(of_full.mean())
 
     def excess(c: float) -> float:
         """Above zero where the ratio c is ruled out."""
         rest = gain - c * of_full
-        variance, freedom = mean_variance(rest)
-        return abs(float(rest.mean())) - _quantile(freedom) * math.sqrt(variance)
+        return abs(float(rest.mean())) - _margin(rest)
 
     return Estimate(value, _crossing(excess, value, -1), _crossing(excess, value, 1))
+
+
+def _margin(values: Scores) -> float:
+    """Half the width of the interval of the mean of [S, N] values."""
+    variance, freedom = mean_variance(values)
+    return t_quantile(freedom) * math.sqrt(variance)
 
 
 def mean_variance(values: Scores) -> tuple[float, float]:
@@ -178,33 +140,20 @@ def standings(scores: Mapping[int, ArrayLike], confidence: float = CONFIDENCE) -
     }
 
 
-def plateau(values: Mapping[int, float]) -> Plateau:
-    """Where a curve by depth is high: its width at half height.
+def plateau(values: Mapping[int, float]) -> dict[str, float | None]:
+    """The stretch of a curve by depth, block → value, that stands above half its height.
 
-    Args:
-        values: block → value, at least one.
+    Returns:
+        `first` and `last`, the outermost blocks at or above the mean of the least and the greatest value;
+        `inside` and `outside`, the mean value of the blocks between them and of the others, if there are any.
     """
     half = (min(values.values()) + max(values.values())) / 2
     high = [block for block, value in values.items() if value >= half]
     first, last = min(high), max(high)
-    inside = [value for block, value in values.items() if first <= block <= last]
-    outside = [value for block, value in values.items() if not first <= block <= last]
-    return Plateau(first, last, statistics.fmean(inside), statistics.fmean(outside) if outside else None)
-
-
-def best_first(values: Mapping[int, float]) -> list[int]:
-    """Blocks by value, the highest first; equal ones by depth, the deeper first, whose updates are cheaper."""
-    return sorted(values, key=lambda block: (-values[block], -block))
-
-
-def depth_correlation(values: Mapping[int, float]) -> Correlation | None:
-    """Spearman correlation of values by block with minus depth: 1 if an earlier block is always better."""
-    return spearman(list(values.values()), [-float(block) for block in values])
-
-
-def middle_correlation(values: Mapping[int, float], num_blocks: int) -> Correlation | None:
-    """Spearman correlation of values by block with closeness to the middle of the model's blocks."""
-    return spearman(list(values.values()), [-abs(block - (num_blocks - 1) / 2) for block in values])
+    inside = statistics.fmean(value for block, value in values.items() if first <= block <= last)
+    others = [value for block, value in values.items() if not first <= block <= last]
+    outside = statistics.fmean(others) if others else None
+    return {"first": first, "last": last, "inside": inside, "outside": outside}
 
 
 def _difference_covariance(values: Scores) -> tuple[Scores, float]:
@@ -239,9 +188,3 @@ def _crossing(excess: Callable[[float], float], inside: float, direction: int) -
     while excess(inside + direction * reach) <= 0:
         reach *= 2
     return float(brentq(excess, inside, inside + direction * reach, xtol=1e-6))
-
-
-def _quantile(freedom: float) -> float:
-    from scipy.stats import t
-
-    return float(t.ppf((1 + CONFIDENCE) / 2, freedom))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from typing import Any
 
 import numpy as np
@@ -13,21 +13,12 @@ from midtune.config import RunConfig, parse_budget
 from midtune.device import cuda_devices
 from midtune.errors import InputError
 from midtune.model.policy import Policy
-from midtune.probe.contribution import (
-    Estimate,
-    Scores,
-    best_first,
-    contribution_interval,
-    depth_correlation,
-    gain_interval,
-    middle_correlation,
-    plateau,
-    standings,
-)
+from midtune.probe.agreement import depth_correlation, middle_correlation
+from midtune.probe.contribution import Scores, contribution_interval, gain_interval, plateau, standings
 from midtune.probe.race import Budget, race
-from midtune.probe.selection import best, from_the_middle, middle
+from midtune.probe.selection import best, best_first, from_the_middle, middle
 from midtune.probe.trials import Trial, Trials
-from midtune.report.statistics import score_interval
+from midtune.report.statistics import Estimate, score_interval
 from midtune.report.terminal import Terminal
 from midtune.rollout.sampling import Sampler
 from midtune.runs import CHECKPOINT_BYTES_PER_PARAMETER, RunFolder
@@ -35,6 +26,8 @@ from midtune.tasks import Task
 
 # The first trial of a race with a time limit runs this many steps, to learn what a step costs.
 FIRST_STEPS = 2
+SCORE = ("score", "low", "high")
+SHARE = ("contribution", "contribution_low", "contribution_high")
 Rows = list[dict[str, Any]]
 
 
@@ -155,10 +148,8 @@ def by_race(trials: Trials, blocks: Sequence[int]) -> tuple[Rows, dict[str, Any]
             "block": entrant.block,
             **_gains([last[entrant.block]], base),
             "contribution": None,
-            "steps": entrant.steps,
+            **asdict(entrant),
             "problems": len(last[entrant.block].greedy),
-            "best_probability": entrant.best_probability,
-            "among_best": entrant.among_best,
         }
         for entrant in entrants
     ]
@@ -178,7 +169,7 @@ def by_sweep(trials: Trials, blocks: Sequence[int]) -> tuple[Rows, dict[str, Any
     runs: dict[int, list[Trial]] = {block: [] for block in blocks}
     for seed in seeds:
         # The first: without a gain of full training there is nothing to compare with.
-        full.append(trials.run("full", steps, seed=seed, lr=config.probe.full_lr))
+        full.append(trials.run("full", steps, seed=seed))
         for block, own in runs.items():
             own.append(trials.run(block, steps, seed=seed))
 
@@ -186,8 +177,8 @@ def by_sweep(trials: Trials, blocks: Sequence[int]) -> tuple[Rows, dict[str, Any
     rows = {}
     for block, own in runs.items():
         row = {"block": block, **_gains(own, base), "steps": steps, **asdict(standing[block])}
-        row |= _contribution(contribution_interval(_scores(own), base.scores, _scores(full)))
-        row["greedy"] |= _contribution(contribution_interval(_greedy(own), base.greedy, _greedy(full)))
+        row |= _named(contribution_interval(_scores(own), base.scores, _scores(full)), SHARE)
+        row["greedy"] |= _named(contribution_interval(_greedy(own), base.greedy, _greedy(full)), SHARE)
         rows[block] = row
     scores = {block: row["score"] for block, row in rows.items()}
     shares = {block: row["contribution"] for block, row in rows.items()}
@@ -197,7 +188,7 @@ def by_sweep(trials: Trials, blocks: Sequence[int]) -> tuple[Rows, dict[str, Any
     extra: dict[str, Any] = {
         "full": gain,
         "position": {"depth": depth and depth.value, "middle": to_middle and to_middle.value},
-        "plateau": asdict(plateau(scores if undefined else shares)),
+        "plateau": plateau(scores if undefined else shares),
     }
     if undefined:
         extra["note"] = (
@@ -219,12 +210,10 @@ def _gains(trials: Sequence[Trial], base: Trial) -> dict[str, Any]:
     greedy = gain_interval(_greedy(trials), base.greedy[:count])
     step_s = float(np.median([trial.step_s for trial in trials]))
     return {
-        "score": gain.value,
-        "low": gain.low,
-        "high": gain.high,
+        **_named(gain, SCORE),
         "step_cost": step_s,
         "gain_per_second": gain.value / (step_s * trials[-1].steps),
-        "greedy": {"score": greedy.value, "low": greedy.low, "high": greedy.high},
+        "greedy": _named(greedy, SCORE),
     }
 
 
@@ -236,15 +225,15 @@ def _greedy(trials: Sequence[Trial]) -> Scores:
     return np.array([trial.greedy for trial in trials])
 
 
-def _contribution(share: Estimate | None) -> dict[str, float | None]:
-    values = (None, None, None) if share is None else (share.value, share.low, share.high)
-    return dict(zip(("contribution", "contribution_low", "contribution_high"), values, strict=True))
+def _named(found: Estimate | None, names: tuple[str, str, str]) -> dict[str, float | None]:
+    """A value and the bounds of its interval, under the names that probe.json gives them."""
+    return dict.fromkeys(names) if found is None else dict(zip(names, astuple(found), strict=True))
 
 
 def _base(base: Trial) -> dict[str, Any]:
     """The scores before training with their intervals."""
-    greedy = {"greedy": asdict(score_interval(base.greedy))}
-    return greedy if base.sampled is None else {**greedy, "sampled": asdict(score_interval(base.sampled))}
+    kinds = {"greedy": base.greedy, "sampled": base.sampled}
+    return {kind: asdict(score_interval(scores)) for kind, scores in kinds.items() if scores is not None}
 
 
 def _settings(config: RunConfig, problems: int) -> dict[str, Any]:

@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from midtune.probe.contribution import CONFIDENCE, Scores, best_first, standings
+from midtune.probe.contribution import Scores, standings
+from midtune.probe.selection import best_first
+from midtune.report.statistics import CONFIDENCE
 
 # One block in KEPT goes on to the next round.
 KEPT = 3
@@ -28,14 +30,12 @@ class Entrant:
 
     Attributes:
         steps: that it was trained for.
-        scores: [N] after these steps.
         best_probability: that it is the best of all, as far as its steps show.
         among_best: no comparison told it apart from the block that led.
     """
 
     block: int
     steps: int
-    scores: Scores
     best_probability: float
     among_best: bool
 
@@ -104,7 +104,7 @@ def race(
         entrants = []
         for block in best_first({block: float(np.mean(own)) for block, own in scores.items()}):
             probability, among_best = chance * standing[block].best_probability, standing[block].among_best
-            entrants.append(Entrant(block, steps, scores[block], probability, among_best))
+            entrants.append(Entrant(block, steps, probability, among_best))
         found = entrants + [old for old in found if old.block not in running]
         going = [entrant for entrant in entrants if entrant.among_best][:following]
         running = [entrant.block for entrant in going]

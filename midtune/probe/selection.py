@@ -61,6 +61,11 @@ def from_the_middle(blocks: Iterable[int], num_blocks: int) -> list[int]:
     return sorted(blocks, key=lambda block: (abs(block - (num_blocks - 1) / 2), block))
 
 
+def best_first(values: Mapping[int, float]) -> list[int]:
+    """Blocks by value, the highest first; equal ones by depth, the deeper first, whose updates are cheaper."""
+    return sorted(values, key=lambda block: (-values[block], -block))
+
+
 def best(ranking: Sequence[int], num_blocks: int, top_k: int) -> list[int]:
     """The first `top_k` blocks of a ranking, in order of depth.
 
@@ -80,15 +85,6 @@ def best(ranking: Sequence[int], num_blocks: int, top_k: int) -> list[int]:
             "ask for fewer with --top-k, or rank more."
         )
     return sorted(ranking[:top_k])
-
-
-def worst(ranking: Sequence[int], num_blocks: int, top_k: int) -> list[int]:
-    """The last `top_k` blocks of a ranking, in order of depth: a control, which good blocks have to beat.
-
-    Raises:
-        InputError: as for `best`.
-    """
-    return best(ranking[::-1], num_blocks, top_k)
 
 
 def read_probe(path: Path) -> dict[str, Any]:
@@ -121,15 +117,11 @@ def matching_probe(probe: Mapping[str, Any], model: str, fingerprint: str, revis
     """Whether a probe.json is about this model, at this revision, on this task.
 
     Args:
-        probe: the content of the file.
         model, revision: the model's `Source.name` and `Source.revision`.
         fingerprint: the task's.
     """
-    return (probe.get("model"), probe.get("task_fingerprint"), probe.get("revision")) == (
-        model,
-        fingerprint,
-        revision,
-    )
+    about = probe.get("model"), probe.get("task_fingerprint"), probe.get("revision")
+    return about == (model, fingerprint, revision)
 
 
 def _check_top_k(num_blocks: int, top_k: int) -> None:

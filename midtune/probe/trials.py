@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -120,10 +121,7 @@ class Trials:
     @property
     def spent_steps(self) -> int:
         """Steps of all trials; a trial that was continued counts once."""
-        reached: dict[tuple[int | str, int], int] = {}
-        for trained, seed, steps, _ in self.done:
-            reached[trained, seed] = max(steps, reached.get((trained, seed), 0))
-        return sum(reached.values())
+        return sum(self._reached().values())
 
     @property
     def seconds_per_step(self) -> float:
@@ -136,20 +134,16 @@ class Trials:
         scored = sum(len(trial.greedy) for trial in self.done.values())
         return sum(trial.score_s for trial in self.done.values()) / scored * len(self.problems)
 
+    def _reached(self) -> dict[tuple[int | str, int], int]:
+        """What was trained and the seed → the most steps."""
+        return {(trained, seed): steps for trained, seed, steps, _ in sorted(self.done, key=itemgetter(2))}
+
     def base(self) -> Trial:
         """The scores before training."""
         key = ("base", self.config.seed, 0, len(self.problems))
         return self._known(key) or self._scored(key, "before training")
 
-    def run(
-        self,
-        trained: int | str,
-        steps: int,
-        *,
-        seed: int | None = None,
-        lr: float | None = None,
-        share: float = 1.0,
-    ) -> Trial:
+    def run(self, trained: int | str, steps: int, *, seed: int | None = None, share: float = 1.0) -> Trial:
         """Train a block, or `full`, up to `steps` steps, and score it on the first `share` of the problems.
 
         A trial of fewer steps, or one that a crash has cut short, is continued, exactly, if its checkpoint is there.
@@ -165,7 +159,7 @@ class Trials:
                 self.policy.thaw_all()
             else:
                 self.policy.thaw(int(trained))
-            found = self._scored(key, what, *self._train(trained, steps, seed, lr, what))
+            found = self._scored(key, what, *self._train(trained, steps, seed, what))
             if not self.continued:
                 shutil.rmtree(self._folder(trained, seed).path, ignore_errors=True)
             return found
@@ -184,15 +178,12 @@ class Trials:
     def _folder(self, trained: int | str, seed: int) -> RunFolder:
         return RunFolder(self._checkpoints / f"{trained}-{seed}")
 
-    def _train(
-        self, trained: int | str, steps: int, seed: int, lr: float | None, what: str
-    ) -> tuple[float, float]:
+    def _train(self, trained: int | str, steps: int, seed: int, what: str) -> tuple[float, float]:
         """Train up to `steps`; returns the median seconds of a step, and the seconds in all."""
         own = self._folder(trained, seed)
         checkpoint, before = self._checkpoint(own, steps)
-        same = [trial.steps for trial in self.done.values() if (trial.trained, trial.seed) == (trained, seed)]
-        recorded = max(same, default=0)
-        earlier = {line["step"]: line["step_s"] for line in own.read_metrics() if line["step"] <= before}
+        recorded = self._reached().get((trained, seed), 0)
+        earlier = {line["step"]: line["step_s"] for line in own.read_metrics()}
         # Steps since the last record, which an earlier process did.
         seconds = [step_s for step, step_s in earlier.items() if step > recorded]
         earlier_s = sum(seconds)
@@ -200,9 +191,9 @@ class Trials:
             load_trained(self.policy, checkpoint)
             # There are none where it is only scored on more problems.
             return statistics.median(seconds or earlier.values()), earlier_s
-        settings = self.config.training.model_copy(
-            update={"report_to": "none", "lr": lr or self.config.training.lr}
-        )
+        training = self.config.training
+        lr = (self.config.probe.full_lr if trained == "full" else None) or training.lr
+        settings = training.model_copy(update={"report_to": "none", "lr": lr})
         number = f"trial {len(self.done)}{f' of {self.total}' if self.total else ''}"
         started = time.perf_counter()
         with self.terminal.progress(f"{number}: {what}", steps - before) as advance:

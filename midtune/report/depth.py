@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,24 +89,25 @@ def depth_of(probe: Mapping[str, Any]) -> int:
     return count or 1 + max(row["block"] for row in probe["blocks"])
 
 
-def frontier(rows: Iterable[Mapping[str, Any]]) -> set[int]:
-    """Blocks whose gain no other block reaches for a lower price, nor exceeds for the same.
-
-    Args:
-        rows: `blocks` of a probe.json; those without a `score` or a `step_cost` are left out.
-    """
-    priced = {
-        row["block"]: (score, cost)
-        for row in rows
-        if (score := finite(row.get("score"))) is not None
+def priced(probe: Mapping[str, Any]) -> dict[int, tuple[float, float]]:
+    """Block → its gain and the seconds of its step, where both are known; signals have no price."""
+    return {
+        row["block"]: (gain, cost)
+        for row in (probe["blocks"] if score_name(probe) == "gain" else ())
+        if (gain := finite(row.get("score"))) is not None
         and (cost := finite(row.get("step_cost"))) is not None
     }
 
-    def beaten(score: float, cost: float) -> bool:
-        others = (other for other in priced.values() if other != (score, cost))
-        return any(other >= score and price <= cost for other, price in others)
 
-    return {block for block, (score, cost) in priced.items() if not beaten(score, cost)}
+def frontier(probe: Mapping[str, Any]) -> set[int]:
+    """Blocks whose gain no other block reaches for a lower price, nor exceeds for the same."""
+    found = priced(probe)
+
+    def beaten(gain: float, cost: float) -> bool:
+        others = (other for other in found.values() if other != (gain, cost))
+        return any(other >= gain and price <= cost for other, price in others)
+
+    return {block for block, (gain, cost) in found.items() if not beaten(gain, cost)}
 
 
 # Each part of a drawing in box characters, and in ASCII.
@@ -148,9 +149,7 @@ class DepthCurve:
         # Where blocks share a column the last of this order is shown.
         shown = sorted(points(self.probe), key=lambda point: (point.block in selected, point.value))
         known = [0.0] if full is None else [0.0, full[0]]
-        known += [
-            value for point in shown for value in (point.low, point.value, point.high) if value is not None
-        ]
+        known += [end for point in shown for end in (point.low, point.value, point.high) if end is not None]
         step = _step(min(known), max(known))
         bottom, top = round(min(known) / step), round(max(known) / step)
         unit = unit_of(max(map(abs, known)))
@@ -169,27 +168,25 @@ class DepthCurve:
             return block // per_column * spacing
 
         in_columns = {column_of(point.block): point for point in shown}
-        cells = [[(" ", False)] * columns for _ in range(bottom, top + 1)]
-        cells[row_of(0)] = [(marks["zero"], False)] * columns
+        cells = [[(" ", "")] * columns for _ in range(bottom, top + 1)]
+        cells[row_of(0)] = [(marks["zero"], "")] * columns
         if full is not None:
-            cells[row_of(full[0])] = [(marks["full"], False)] * columns
+            cells[row_of(full[0])] = [(marks["full"], "")] * columns
         for column, point in in_columns.items():
-            bold = point.block in selected
+            kind, style = ("selected", "bold") if point.block in selected else ("block", "")
             if point.low is not None and point.high is not None:
                 for row in range(row_of(point.high), row_of(point.low) + 1):
-                    cells[row][column] = (marks["interval"], bold)
-            cells[row_of(point.value)][column] = (marks["selected" if bold else "block"], bold)
+                    cells[row][column] = marks["interval"], style
+            cells[row_of(point.value)][column] = marks[kind], style
 
         title = TITLES.get(value_name(self.probe), "score by depth")
         title += "" if unit == 1 else f", in units of {unit:.0e}"
         drawn = [Text(title + (f"; the best of every {per_column} blocks" if per_column > 1 else ""))]
         for row, line in enumerate(cells):
             label = labels.get(top - row)
-            text = Text(f"{label or '':>{margin}} {marks['axis' if label is None else 'tick']} ")
-            for character, bold in line:
-                text.append(character, "bold" if bold else None)
-            text.rstrip()
-            drawn.append(text)
+            axis = f"{label or '':>{margin}} {marks['axis' if label is None else 'tick']} "
+            drawn.append(Text.assemble(axis, *line))
+            drawn[-1].rstrip()
         floor = [marks["floor"]] * (columns + 1)
         if stretch:
             first, last = 1 + column_of(stretch[0]), 1 + column_of(stretch[-1])
@@ -198,20 +195,17 @@ class DepthCurve:
             floor[1 + column_of(middle)] = "m"
         drawn.append(Text(" " * (margin + 1) + marks["corner"] + "".join(floor)))
         drawn.append(Text(" " * (margin + 3) + _numbers(num_blocks, spacing, per_column)))
-        drawn.append(Text(self._legend(marks, in_columns.values())))
-        return drawn
-
-    def _legend(self, marks: Mapping[str, str], shown: Collection[Point]) -> str:
-        chosen = [point.block in set(self.probe.get("selected") or []) for point in shown]
+        chosen = [point.block in selected for point in in_columns.values()]
         names = {
             f"{marks['block']} block": not all(chosen),
             f"{marks['selected']} selected": any(chosen),
-            f"{marks['interval']} 95% interval": any(point.low is not None for point in shown),
-            f"{marks['full']} full training": full_training(self.probe) is not None,
-            "m middle": middle_block(self.probe) is not None,
-            f"{marks['plateau']} above half": bool(plateau_of(self.probe)),
+            f"{marks['interval']} 95% interval": any(point.low is not None for point in in_columns.values()),
+            f"{marks['full']} full training": full is not None,
+            "m middle": middle is not None,
+            f"{marks['plateau']} above half": bool(stretch),
         }
-        return "  ".join(name for name, there in names.items() if there)
+        drawn.append(Text("  ".join(name for name, there in names.items() if there)))
+        return drawn
 
 
 def _has_contributions(probe: Mapping[str, Any]) -> bool:

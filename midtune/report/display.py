@@ -10,7 +10,7 @@ from typing import Any, Self
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.live import Live
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from midtune.report.formats import bytes_text, finite, seconds_text, whole_seconds_text
@@ -39,7 +39,6 @@ class TrainingDisplay:
 
     Args:
         total_steps: steps the run will have done at its end.
-        console: where to show.
         title: what is trained, one line.
     """
 
@@ -50,18 +49,18 @@ class TrainingDisplay:
         self._console = console
         self._title = title
         self._clock = clock
-        self._metrics: Mapping[str, Any] = {}
+        self._known: dict[str, float] = {}
         self._rewards: deque[float] = deque(maxlen=SPARKLINE_WIDTH)
         self._step_s: deque[float] = deque(maxlen=STEPS_FOR_TIME_LEFT)
         self._updated = clock()
+        self._step = 0
         self._live = Live(self, console=console, refresh_per_second=2)
 
     def __enter__(self) -> Self:
-        self._updated = self._clock()
         if _is_live(self._console):
             self._live.start()
         elif self._title:
-            self.message(self._title)
+            say(self._console, self._title)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -74,11 +73,16 @@ class TrainingDisplay:
         Args:
             metrics: a line of metrics.jsonl; only `step` is required.
         """
-        self._metrics = metrics
+        self._step = metrics["step"]
+        self._known = {
+            key: figure
+            for key, value in metrics.items()
+            if not isinstance(value, Mapping) and (figure := finite(value)) is not None
+        }
         self._updated = self._clock()
         for key, recent in (("reward", self._rewards), ("step_s", self._step_s)):
-            if (value := self._figure(key)) is not None:
-                recent.append(value)
+            if key in self._known:
+                recent.append(self._known[key])
         if self._live.is_started:
             self._live.refresh()
         else:
@@ -87,16 +91,12 @@ class TrainingDisplay:
                 *(f"{name} {text}" for name, text in self._figures()),
                 self._left_text(),
             ]
-            self.message(" | ".join(filter(None, parts)))
-
-    def message(self, text: str) -> None:
-        """Print a note above the display."""
-        say(self._console, text)
+            say(self._console, " | ".join(filter(None, parts)))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        step = self._step
         if self._title:
             yield Text(self._title, style="bold")
+        step = self._step
         bar = ProgressBar(total=max(self._total, 1), completed=step, width=30)
         head = Table.grid(padding=(0, 2, 0, 0))
         # How long the step now running has taken is the sign of life during a long rollout.
@@ -110,10 +110,6 @@ class TrainingDisplay:
             for name, text in self._figures()
         )
 
-    @property
-    def _step(self) -> int:
-        return int(self._metrics.get("step", 0))
-
     def _step_text(self) -> str:
         return f"step {self._step}/{self._total}"
 
@@ -125,36 +121,30 @@ class TrainingDisplay:
 
     def _figures(self) -> Iterator[tuple[str, str]]:
         """What is known of the last step: names and texts."""
-        if (reward := self._figure("reward")) is not None:
-            yield "reward", f"{reward:.3f}"
-        if (equal := self._figure("equal_groups")) is not None:
-            yield "groups", f"{equal:.0%} with equal rewards, so no advantage"
+        known = self._known
+        if "reward" in known:
+            yield "reward", f"{known['reward']:.3f}"
+        if "equal_groups" in known:
+            yield "groups", f"{known['equal_groups']:.0%} with equal rewards, so no advantage"
         text = []
-        if (length := self._figure("completion_length")) is not None:
-            clipped = self._figure("clipped")
-            cut = "" if clipped is None else f" ({clipped:.0%} cut at the limit)"
-            text.append(f"{length:.0f} tokens a completion{cut}")
-        if (rate := self._figure("tokens_per_s")) is not None:
-            text.append(f"{rate:,.0f} tokens/s")
+        if "completion_length" in known:
+            cut = f" ({known['clipped']:.0%} cut at the limit)" if "clipped" in known else ""
+            text.append(f"{known['completion_length']:.0f} tokens a completion{cut}")
+        if "tokens_per_s" in known:
+            text.append(f"{known['tokens_per_s']:,.0f} tokens/s")
         if text:
             yield "text", ", ".join(text)
-        if whole := self._figure("step_s"):
+        if whole := known.get("step_s"):
             phases = "; ".join(
-                f"{name} {seconds_text(took)}, {took / whole:.0%}"
-                for name, took in self._by_phase("s").items()
+                f"{name} {seconds_text(took)}, {took / whole:.0%}" for name, took in self._by_phase("s")
             )
             yield "time", f"{seconds_text(whole)} a step" + (f" ({phases})" if phases else "")
-        if (memory := self._figure("memory_bytes")) is not None:
-            peaks = ", ".join(
-                f"{name} {bytes_text(peak)}" for name, peak in self._by_phase("peak_bytes").items()
-            )
-            yield "memory", bytes_text(memory) + (f"; peaks: {peaks}" if peaks else "")
+        if "memory_bytes" in known:
+            peaks = ", ".join(f"{name} {bytes_text(peak)}" for name, peak in self._by_phase("peak_bytes"))
+            yield "memory", bytes_text(known["memory_bytes"]) + (f"; peaks: {peaks}" if peaks else "")
 
-    def _by_phase(self, kind: str) -> dict[str, float]:
-        return {name: value for name in PHASES if (value := self._figure(f"{name}_{kind}")) is not None}
-
-    def _figure(self, key: str) -> float | None:
-        return finite(self._metrics.get(key))
+    def _by_phase(self, kind: str) -> Iterator[tuple[str, float]]:
+        return ((name, self._known[key]) for name in PHASES if (key := f"{name}_{kind}") in self._known)
 
 
 class WorkDisplay:
@@ -165,7 +155,6 @@ class WorkDisplay:
     Args:
         description: what is being done, such as `scoring before training`.
         total: units of work, or None when nobody knows.
-        console: where to show.
     """
 
     def __init__(
@@ -193,10 +182,8 @@ class WorkDisplay:
             say(self._console, f"{self._description}: {self._text()}")
 
     def __rich__(self) -> RenderableType:
-        line = Table.grid(expand=True, padding=(0, 1, 0, 0))
-        line.add_column(no_wrap=True)
-        line.add_column(ratio=1)
-        line.add_column(no_wrap=True)
+        columns = Column(no_wrap=True), Column(ratio=1), Column(no_wrap=True)
+        line = Table.grid(*columns, expand=True, padding=(0, 1, 0, 0))
         bar = ProgressBar(total=self._total, completed=self._done)
         line.add_row(Text(self._description), bar, Text(self._text()))
         return line

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from midtune.report.depth import points
-from midtune.report.plots import draw_depth, draw_prices, over_steps, priced_rows, smoothed
+from midtune.report.plots import over_steps, panels, smoothed
 
 # What matplotlib writes, and the variable of the page's style sheet that takes its place.
 COLOURS = {
@@ -33,12 +33,7 @@ SIZE = (4.6, 2.7)
 
 
 def metric_curve(metrics: Sequence[Mapping[str, Any]], key: str) -> str:
-    """A figure of one metric over the steps, each step's own value and the mean of the last few.
-
-    Args:
-        metrics: lines of metrics.jsonl, at least one of them with a value.
-        key: which metric.
-    """
+    """A figure of one metric over the steps that have it: each step's own value and the mean of the last few."""
 
     def draw(axes: Any) -> None:
         steps, values, means = smoothed(metrics, key)
@@ -65,17 +60,9 @@ def reward_curves(runs: Sequence[Sequence[Mapping[str, Any]]]) -> str:
 
 
 def ranking_curves(probe: Mapping[str, Any]) -> list[str]:
-    """Figures of a ranking: values by depth and, where gains were measured, what each gain costs.
-
-    Args:
-        probe: a probe.json; without finite values there is nothing to draw.
-    """
-    if not points(probe):
-        return []
-    found = [_embedded("depth", lambda axes: draw_depth(axes, probe), taller=0.7)]
-    if rows := priced_rows(probe):
-        found.append(_embedded("prices", lambda axes: draw_prices(axes, probe, rows), taller=0.7))
-    return found
+    """Figures of the `panels` of a probe.json; without finite values there are none."""
+    drawn = panels(probe) if points(probe) else {}
+    return [_embedded(name, draw, taller=0.7) for name, draw in drawn.items()]
 
 
 def line_style(number: int) -> tuple[str, str]:
@@ -107,9 +94,6 @@ def _embedded(name: str, draw: Callable[[Any], None], *, taller: float = 0.0) ->
     inner = drawn[drawn.index("<g ") : drawn.rindex("</svg>")]
     inner = re.sub(r'\bid="|url\(#|href="#', lambda match: f"{match[0]}{name}-", inner)
     inner = re.sub(r" font-family: [^;\"]*;", "", inner)
-    inner = re.sub('#[0-9a-f]{6}(?=[;"])', _variable, inner)
+    for colour, variable in COLOURS.items():
+        inner = inner.replace(colour, f"var(--{variable})")
     return f'<svg {box[0]} aria-hidden="true">{inner}</svg>'
-
-
-def _variable(match: re.Match[str]) -> str:
-    return f"var(--{COLOURS[match[0]]})" if match[0] in COLOURS else match[0]

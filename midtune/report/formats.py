@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from midtune.measure.cards import Card, CardProcess
@@ -39,6 +39,12 @@ def whole_seconds_text(seconds: float) -> str:
 def percent_text(fraction: float) -> str:
     """A fraction in percent, with a decimal where it is small."""
     return f"{fraction:.{1 if abs(fraction) < 0.1 else 0}%}"
+
+
+def share_text(part: float | None, whole: float = 1.0) -> str:
+    """A part of a whole in percent, or `-` where it is not known."""
+    found = finite(part)
+    return "-" if found is None or not whole else f"{found / whole:.0%}"
 
 
 def speed_text(speedup: float) -> str:
@@ -81,25 +87,37 @@ def processes_text(processes: Sequence[CardProcess]) -> str:
     )
 
 
-def interval_texts(
-    figures: Mapping[str, Any], key: str, fractions: bool, *, signed: bool = False
-) -> tuple[str, str]:
+def known(rows: Iterable[Mapping[str, Any]], key: str) -> list[float]:
+    """The finite numbers that rows have under a key."""
+    return [value for row in rows if (value := finite(row.get(key))) is not None]
+
+
+def interval_text(figures: Mapping[str, Any], spec: str = ".3f", unit: float = 1.0) -> str:
+    """The interval from `low` to `high`, in units of `unit`, such as `0.391 to 0.508`; empty where it is unknown."""
+    low, high = finite(figures.get("low")), finite(figures.get("high"))
+    return "" if low is None or high is None else f"{low / unit:{spec}} to {high / unit:{spec}}"
+
+
+def with_interval(value: str, interval: str) -> str:
+    """A figure with its interval in brackets, if there is one."""
+    return f"{value} ({interval})" if interval else value
+
+
+def interval_texts(figures: Mapping[str, Any], fractions: bool) -> tuple[str, str]:
     """A score or gain and its 95% interval, such as `45.0%` and `39 to 51`.
 
     Args:
-        figures: `key`, `low` and `high`.
+        figures: `low`, `high`, and the `score` or, of a gain, the `value`.
         fractions: give percents, of a gain points.
     """
-    value, low, high = (finite(figures[name]) for name in (key, "low", "high"))
-    sign = "+" if signed else ""
+    signed = "value" in figures
+    value, sign = finite(figures["value" if signed else "score"]), "+" if signed else ""
     if value is None:
         return "-", ""
-    text = f"{100 * value:{sign}.1f}{'' if signed else '%'}" if fractions else f"{value:{sign}.3g}"
-    if low is None or high is None:
-        return text, ""
     if fractions:
-        return text, f"{100 * low:{sign}.0f} to {100 * high:{sign}.0f}"
-    return text, f"{low:{sign}.2g} to {high:{sign}.2g}"
+        text = f"{100 * value:{sign}.1f}{'' if signed else '%'}"
+        return text, interval_text(figures, f"{sign}.0f", unit=0.01)
+    return f"{value:{sign}.3g}", interval_text(figures, f"{sign}.2g")
 
 
 def _minutes_text(seconds: float) -> str:

@@ -15,6 +15,7 @@ from midtune.report.formats import (
     bytes_text,
     finite,
     interval_texts,
+    known,
     numbers_text,
     percent_text,
     saving_text,
@@ -22,7 +23,7 @@ from midtune.report.formats import (
     speed_text,
 )
 from midtune.report.plots import smoothed, smoothing_width
-from midtune.report.summary import PHASES, are_fractions, score_kinds
+from midtune.report.summary import COMPARED, PHASES, are_fractions, score_kinds
 from midtune.report.tables import MEMORY_SOURCES
 
 GENERATOR = '<meta name="generator" content="midtune">'
@@ -41,16 +42,12 @@ QUANTIZED = {"nf4": "linear layers in 4-bit NF4", "none": "unquantized"}
 
 @dataclass(frozen=True)
 class Run:
-    """What a run has left, as its files hold it.
+    """What a run has left, as the files of these names hold it.
 
     Args:
         path: the run's folder as a person types it.
-        config: config.yaml.
-        report: report.json.
-        metrics: lines of metrics.jsonl.
-        environment: environment.json.
         problems: those of before_after.json.
-        probe: the probe.json that chose the blocks.
+        probe: the one that chose the blocks.
     """
 
     path: str
@@ -113,18 +110,15 @@ def _rendered(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    known = (
-        *(bytes_text, line_style, numbers_text, saving_text, seconds_text, smoothing_width, speed_text),
-        total_text,
-    )
-    environment.globals |= {function.__name__: function for function in known}
+    functions = (bytes_text, line_style, numbers_text, saving_text, seconds_text, smoothing_width, speed_text)
+    environment.globals |= {function.__name__: function for function in (*functions, total_text)}
     environment.globals |= {"generator": GENERATOR, "phases": PHASES}
     return environment.get_template(f"{template}.html.jinja").render(**values)
 
 
 def total_text(metrics: Sequence[Mapping[str, Any]]) -> str | None:
     """How long all steps took; None where no step says."""
-    seconds = [value for line in metrics if (value := finite(line.get("step_s"))) is not None]
+    seconds = known(metrics, "step_s")
     return seconds_text(sum(seconds)) if seconds else None
 
 
@@ -179,9 +173,7 @@ def _gains(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [
         {
             "kind": kind,
-            "before": interval_texts(quality["before"], "score", fractions),
-            "after": interval_texts(quality["after"], "score", fractions),
-            "gain": interval_texts(quality["gain"], "value", fractions, signed=True),
+            **{part: interval_texts(quality[part], fractions) for part in COMPARED},
             "places": {when: found for when in ("before", "after") if (found := place(quality[when]))},
         }
         for kind, quality in kinds.items()
@@ -194,9 +186,8 @@ def _scale(report: Mapping[str, Any]) -> tuple[float, float]:
     if are_fractions(kinds):
         return 0.0, 1.0
     scores = [quality[when] for quality in kinds.values() for when in ("before", "after")]
-    ends = [finite(score[key]) for score in scores for key in ("low", "high")]
-    known = [end for end in ends if end is not None]
-    return min(known, default=0.0), max(known, default=0.0)
+    ends = known(scores, "low") + known(scores, "high")
+    return min(ends, default=0.0), max(ends, default=0.0)
 
 
 def _curves(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -215,11 +206,11 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _ranking(probe: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """Figures of the ranking that chose the blocks; none where it is not known."""
-    if probe is None or not (known := points(probe)):
+    if probe is None or not (shown := points(probe)):
         return []
-    best = max(known, key=lambda point: point.value)
+    best = max(shown, key=lambda point: point.value)
     labels = (
-        f"{value_name(probe)} of {len(known)} blocks by depth; the highest is block {best.block}'s.",
+        f"{value_name(probe)} of {len(shown)} blocks by depth; the highest is block {best.block}'s.",
         "Gain of every block against the seconds of a training step.",
     )
     return [{"label": label, "svg": svg} for label, svg in zip(labels, ranking_curves(probe), strict=False)]
@@ -227,20 +218,15 @@ def _ranking(probe: Mapping[str, Any] | None) -> list[dict[str, Any]]:
 
 def _times(time: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Bars of a step's seconds: those that compare equal prompts, then the mean over the run."""
-    compared = finite(time.get("compared_step"))
-    which = "" if compared is None else ", first prompts"
-    others = [
-        _bar(f"{name}{which}", time[f"{key}_source"], step, time.get(f"{key}_phases") or {"step": step})
-        for key, name in OTHERS.items()
-        if (step := finite(time.get(f"{key}_step"))) is not None
-    ]
-    mean = _bar(
-        "midtune, mean of the run", "measured", time["step"], {phase: time[phase] for phase in PHASES}
-    )
-    if compared is None:
-        return [mean, *others]
-    first = _bar(f"midtune{which}", "measured", compared, time.get("compared_phases") or {"step": compared})
-    return [first, *others, mean]
+    which = "" if finite(time.get("compared_step")) is None else ", first prompts"
+    bars = []
+    for key, name in {"compared": "midtune", **OTHERS}.items():
+        if (step := finite(time.get(f"{key}_step"))) is not None:
+            source, phases = time.get(f"{key}_source", "measured"), time.get(f"{key}_phases")
+            bars.append(_bar(f"{name}{which}", source, step, phases or {"step": step}))
+    phases = {phase: time[phase] for phase in PHASES}
+    mean = _bar("midtune, mean of the run", "measured", time["step"], phases)
+    return [*bars, mean] if which else [mean, *bars]
 
 
 def _memories(memory: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -6,13 +6,13 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from midtune.report.formats import blocks_text, bytes_text, numbers_text, seconds_text
-from midtune.report.tables import labelled, plain_table
+from midtune.report.tables import labelled, plain_table, titled
 
 BAR = 30
 
@@ -32,19 +32,19 @@ def plan_table(plan: Mapping[str, Any]) -> RenderableType:
     )
     if plan["fit"]:
         compared.add_row(*_row(fitted, "midtune, made to fit"), style="bold")
-    return Group(
-        Text(f"{plan['model']} on {plan['card']['name']}", style="bold"),
-        Text(asked),
+    return titled(
+        f"{plan['model']} on {plan['card']['name']}",
+        asked,
         "",
         compared,
         "",
-        Text(f"Where midtune's memory goes{', made to fit' if plan['fit'] else ''}"),
+        f"Where midtune's memory goes{', made to fit' if plan['fit'] else ''}",
         _parts((fitted or arms[0])["phases"]),
         "",
-        Text("Midtune's peak by the first block trained, as asked"),
+        "Midtune's peak by the first block trained, as asked",
         _by_block(plan),
         "",
-        *map(Text, _advice(plan)),
+        *_advice(plan),
     )
 
 
@@ -62,19 +62,13 @@ def _row(arm: Mapping[str, Any], label: str) -> tuple[str, ...]:
 def _parts(phases: Mapping[str, Mapping[str, int]]) -> Table:
     """GiB of each part in each phase."""
     names = dict.fromkeys(name for parts in phases.values() for name, size in parts.items() if size)
-    table = plain_table(
-        "GiB",
-        numbers=[*phases],
-        rows=[
-            (
-                name,
-                *(f"{size / 2**30:.2f}" if (size := parts.get(name)) else "-" for parts in phases.values()),
-            )
-            for name in names
-        ],
-    )
-    totals = [sum(parts.values()) for parts in phases.values()]
-    table.add_row("together", *(f"{total / 2**30:.2f}" for total in totals), style="bold")
+
+    def row(name: str, sizes: Iterable[int]) -> list[str]:
+        return [name, *(f"{size / 2**30:.2f}" if size else "-" for size in sizes)]
+
+    rows = [row(name, (parts.get(name, 0) for parts in phases.values())) for name in names]
+    table = plain_table("GiB", numbers=[*phases], rows=rows)
+    table.add_row(*row("together", (sum(parts.values()) for parts in phases.values())), style="bold")
     return table
 
 
@@ -83,14 +77,15 @@ def _by_block(plan: Mapping[str, Any]) -> Table:
     rows = plan["by_block"]
     highest = max(row["peak"] for row in rows)
     shown = rows[:: max(1, len(rows) // 6)]
-    return labelled(
+    bars = [
         (
             f"{row['block']:>5}",
             ProgressBar(total=highest, completed=row["peak"], width=BAR),
             bytes_text(row["peak"]) + ("" if row["peak"] <= plan["card"]["memory"] else "  does not fit"),
         )
         for row in (shown if shown[-1] is rows[-1] else [*shown, rows[-1]])
-    )
+    ]
+    return labelled(bars, labels=2)
 
 
 def _advice(plan: Mapping[str, Any]) -> Iterable[str]:
@@ -147,8 +142,5 @@ def dry_run_text(found: Mapping[str, Any]) -> RenderableType:
             "time": f"a step takes at least {seconds_text(sum(plan['seconds'].values()))} there",
         }
     lines |= {"saved in": found["out"], "downloads": "; ".join(downloads) or "nothing from the hub"}
-    return Group(
-        Text("Nothing was loaded, fetched or written.", style="bold"),
-        "",
-        labelled([(name, Text(text)) for name, text in lines.items()]),
-    )
+    rows = labelled([(name, Text(text)) for name, text in lines.items()])
+    return titled("Nothing was loaded, fetched or written.", "", rows)

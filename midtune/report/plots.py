@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from midtune.report.depth import (
     middle_block,
     plateau_of,
     points,
-    score_name,
+    priced,
     value_name,
 )
 from midtune.report.formats import blocks_text, finite
@@ -36,10 +36,7 @@ BLOCK_KINDS = {
 def learning_curve(metrics: Sequence[Mapping[str, Any]], report: Mapping[str, Any], file: Path) -> None:
     """Draw the reward of every step, and the held-out scores before and after with their 95% intervals.
 
-    Args:
-        metrics: lines of metrics.jsonl.
-        report: what report.json holds.
-        file: where the picture goes; its suffix says the format.
+    The suffix of `file` says the format, as for the other pictures here.
     """
     from matplotlib.figure import Figure
 
@@ -91,30 +88,19 @@ def over_steps(axes: Any) -> None:
 
 
 def contribution_curve(probe: Mapping[str, Any], file: Path) -> None:
-    """Draw the value of every block by depth and, where gains were measured, what each gain costs.
-
-    Args:
-        probe: what probe.json holds.
-        file: where the picture goes; its suffix says the format.
-    """
+    """Draw the `panels` of a ranking side by side."""
     from matplotlib.figure import Figure
 
-    priced = priced_rows(probe)
-    figure = Figure(figsize=(10 if priced else 7, 4), layout="constrained")
-    draw_depth(figure.add_subplot(1, 2 if priced else 1, 1), probe)
-    if priced:
-        draw_prices(figure.add_subplot(1, 2, 2), probe, priced)
+    drawn = panels(probe)
+    figure = Figure(figsize=(10 if len(drawn) > 1 else 7, 4), layout="constrained")
+    for place, draw in enumerate(drawn.values(), 1):
+        draw(figure.add_subplot(1, len(drawn), place))
     figure.suptitle(f"{probe['model']} on {probe['task']}, {probe['method']}", fontsize=10, parse_math=False)
     _save(figure, file)
 
 
 def rankings_curve(rankings: Mapping[str, Mapping[str, Any]], file: Path) -> None:
-    """Draw rankings over relative depth k/(L−1), each with mean 0 and standard deviation 1.
-
-    Args:
-        rankings: name → what probe.json holds.
-        file: where the picture goes; its suffix says the format.
-    """
+    """Draw rankings by name over relative depth k/(L−1), each with mean 0 and standard deviation 1."""
     import numpy as np
     from matplotlib.figure import Figure
 
@@ -136,17 +122,16 @@ def rankings_curve(rankings: Mapping[str, Mapping[str, Any]], file: Path) -> Non
     _save(figure, file)
 
 
-def priced_rows(probe: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The blocks of a probe.json whose gain and price are known; signals have no price."""
-    rows = probe["blocks"] if score_name(probe) == "gain" else []
-    return [row for row in rows if None not in (finite(row.get("score")), finite(row.get("step_cost")))]
+def panels(probe: Mapping[str, Any]) -> dict[str, Callable[[Any], None]]:
+    """What draws a ranking on axes: its values by depth and, where gains were measured, what each gain costs."""
+    drawn: dict[str, Callable[[Any], None]] = {"depth": partial(_draw_depth, probe)}
+    return {**drawn, "prices": partial(_draw_prices, probe)} if priced(probe) else drawn
 
 
-def draw_depth(axes: Any, probe: Mapping[str, Any]) -> None:
+def _draw_depth(probe: Mapping[str, Any], axes: Any) -> None:
     """Draw the value of every block by depth, with full training, the middle and the plateau."""
     from matplotlib.ticker import MaxNLocator
 
-    selected, among = set(probe.get("selected") or []), set(probe.get("among_best") or [])
     axes.axhline(0, color="0.8", linewidth=0.8)
     if (full := full_training(probe)) is not None:
         value, low, high = full
@@ -158,9 +143,11 @@ def draw_depth(axes: Any, probe: Mapping[str, Any]) -> None:
     if stretch := plateau_of(probe):
         axes.axvspan(stretch[0] - 0.5, stretch[-1] + 0.5, color="0.96", zorder=0, label="above half height")
     known = points(probe)
+    kinds = {point.block: "block" for point in known}
+    kinds |= dict.fromkeys(probe.get("among_best") or [], "not told apart from the best")
+    kinds |= dict.fromkeys(probe.get("selected") or [], "selected")
     for kind, (marker, color) in BLOCK_KINDS.items():
-        group = [point for point in known if kind == _kind(point.block, selected, among)]
-        if group:
+        if group := [point for point in known if kinds[point.block] == kind]:
             values = [(point.value, point.low, point.high) for point in group]
             places = [point.block for point in group]
             _intervals(axes, places, values, marker, color, kind, markersize=5, elinewidth=0.8)
@@ -172,13 +159,13 @@ def draw_depth(axes: Any, probe: Mapping[str, Any]) -> None:
     _finish(axes)
 
 
-def draw_prices(axes: Any, probe: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Draw the gain of every one of `rows` against its price, and the frontier."""
-    selected, best = set(probe.get("selected") or []), frontier(rows)
-    for row in rows:
-        marker, color = BLOCK_KINDS["selected" if row["block"] in selected else "block"]
-        axes.plot(row["step_cost"], row["score"], marker, color=color, markersize=4, linestyle="")
-    edge = sorted((row["step_cost"], row["score"], row["block"]) for row in rows if row["block"] in best)
+def _draw_prices(probe: Mapping[str, Any], axes: Any) -> None:
+    """Draw the gain of every block against its price, and the frontier."""
+    selected, best, blocks = set(probe.get("selected") or []), frontier(probe), priced(probe)
+    for block, (gain, cost) in blocks.items():
+        marker, color = BLOCK_KINDS["selected" if block in selected else "block"]
+        axes.plot(cost, gain, marker, color=color, markersize=4, linestyle="")
+    edge = sorted((cost, gain, block) for block, (gain, cost) in blocks.items() if block in best)
     costs, gains = [cost for cost, _, _ in edge], [gain for _, gain, _ in edge]
     axes.step(costs, gains, where="post", color="0.35", linewidth=0.8, label="most gain for the cost")
     for cost, gain, block in edge:
@@ -193,12 +180,6 @@ def draw_prices(axes: Any, probe: Mapping[str, Any], rows: Sequence[Mapping[str,
     axes.set_ylabel("gain")
     axes.margins(y=0.1)
     _finish(axes)
-
-
-def _kind(block: int, selected: Container[int], among: Container[int]) -> str:
-    if block in selected:
-        return "selected"
-    return "not told apart from the best" if block in among else "block"
 
 
 def _finish(axes: Any, columns: int = 3) -> None:
@@ -217,17 +198,12 @@ def _intervals(
     **style: Any,
 ) -> None:
     """Draw at each place a value with its interval, given as value, low and high."""
+    import numpy as np
 
-    def reach(low: float | None, high: float | None) -> float:
-        # A bootstrap's interval need not hold the value itself.
-        return math.nan if low is None or high is None else max(0.0, high - low)
-
-    below, above = (
-        [reach(low, value) for value, low, _ in values],
-        [reach(value, high) for value, _, high in values],
-    )
-    middle = [value for value, _, _ in values]
-    axes.errorbar(places, middle, yerr=[below, above], fmt=marker, color=color, label=label, **style)
+    value, low, high = np.array(values, dtype=float).T
+    # A bootstrap's interval need not hold the value itself.
+    reach = np.maximum([value - low, high - value], 0)
+    axes.errorbar(places, value, yerr=reach, fmt=marker, color=color, label=label, **style)
 
 
 def _save(figure: Any, file: Path) -> None:

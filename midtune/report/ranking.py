@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.measure import Measurement
 from rich.segment import Segment
-from rich.text import Text
 
 from midtune.report.depth import (
     DepthCurve,
@@ -20,8 +19,8 @@ from midtune.report.depth import (
     unit_of,
     value_name,
 )
-from midtune.report.formats import finite, seconds_text
-from midtune.report.tables import plain_table
+from midtune.report.formats import finite, interval_text, known, seconds_text, share_text, with_interval
+from midtune.report.tables import plain_table, titled
 
 BAR_WIDTH = 22
 # Of a longer ranking only the best are listed.
@@ -29,58 +28,50 @@ MOST_ROWS, BEST_ROWS = 40, 15
 
 
 def probe_table(probe: Mapping[str, Any]) -> RenderableType:
-    """The ranking of the blocks: drawn by depth, then the best first with intervals on a common scale.
-
-    Args:
-        probe: a probe.json.
-    """
+    """The ranking of the blocks: drawn by depth, then the best first with intervals on a common scale."""
     rows = sorted(probe["blocks"], key=lambda row: row["rank"])
     selected = set(probe.get("selected") or [])
     shown = rows
     if len(rows) > MOST_ROWS:
         shown = [row for row in rows if row["rank"] <= BEST_ROWS or row["block"] in selected]
-    bounds = _known(rows, "low") + _known(rows, "score") + _known(rows, "high")
-    costs = _known(rows, "step_cost")
-    gainful = frontier(rows) if score_name(probe) == "gain" else set()
+    bounds = known(rows, "low") + known(rows, "score") + known(rows, "high")
+    costs = known(rows, "step_cost")
+    gainful = frontier(probe)
     unit = unit_of(max(map(abs, bounds), default=1.0))
 
-    columns: dict[str, Sequence[RenderableType]] = {
-        "mark": ["*" if row["block"] in selected else "" for row in shown],
-        "rank": [str(row["rank"]) for row in shown],
-        "block": [str(row["block"]) for row in shown],
-        score_name(probe) + ("" if unit == 1 else f", {unit:.0e}"): [
-            _number(row["score"], unit) for row in shown
-        ],
-        "95% interval": [_interval(row, unit) for row in shown],
+    columns: dict[str, Callable[[Mapping[str, Any]], RenderableType]] = {
+        "mark": lambda row: "*" if row["block"] in selected else "",
+        "rank": lambda row: str(row["rank"]),
+        "block": lambda row: str(row["block"]),
+        score_name(probe) + ("" if unit == 1 else f", {unit:.0e}"): lambda row: _number(row["score"], unit),
+        "95% interval": lambda row: interval_text(row, unit=unit) or "-",
     }
     if bounds:
         ends = min(bounds), max(bounds)
-        columns["bar"] = [IntervalBar(row["score"], row.get("low"), row.get("high"), *ends) for row in shown]
-    if _known(rows, "contribution"):
-        columns["C(k)"] = [_number(row.get("contribution")) for row in shown]
-    if _known(rows, "best_probability"):
-        columns["best"] = [_share(row.get("best_probability"), 1.0) for row in shown]
+        columns["bar"] = lambda row: IntervalBar(row["score"], row.get("low"), row.get("high"), *ends)
+    if known(rows, "contribution"):
+        columns["C(k)"] = lambda row: _number(row.get("contribution"))
+    if known(rows, "best_probability"):
+        columns["best"] = lambda row: share_text(row.get("best_probability"))
     if len({row.get("steps") for row in rows}) > 1:
         # In a race, blocks that fall behind stop early.
-        columns["steps"] = [str(row.get("steps") or "-") for row in shown]
-    columns["cost"] = [_share(row.get("step_cost"), max(costs, default=1.0)) for row in shown]
+        columns["steps"] = lambda row: str(row.get("steps") or "-")
+    columns["cost"] = lambda row: share_text(row.get("step_cost"), max(costs, default=1.0))
     if gainful:
-        columns["frontier"] = ["+" if row["block"] in gainful else "" for row in shown]
+        columns["frontier"] = lambda row: "+" if row["block"] in gainful else ""
 
     table = plain_table()
     for name in columns:
         heading = "" if name in ("mark", "bar", "frontier") else name
         # The bar gives way where the others need the room.
         table.add_column(heading, justify="right", no_wrap=name != "bar")
-    for row, *cells in zip(shown, *columns.values(), strict=True):
+    for row in shown:
+        cells = [cell(row) for cell in columns.values()]
         table.add_row(*cells, style="bold" if row["block"] in selected else None)
 
-    title = Text(f"{probe['model']} on {probe['task']}", style="bold")
     curve: list[RenderableType] = [DepthCurve(probe), ""] if points(probe) else []
-    notes = [*_notes(probe, rows, left_out=len(rows) - len(shown))]
-    if gainful:
-        notes.append("+ no other block gains as much at a lower cost.")
-    return Group(title, "", *curve, table, "", *map(Text, notes))
+    notes = _notes(probe, rows, left_out=len(rows) - len(shown))
+    return titled(f"{probe['model']} on {probe['task']}", "", *curve, table, "", *notes)
 
 
 @dataclass(frozen=True)
@@ -134,14 +125,14 @@ def _notes(probe: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], left_out
         near = sorted(set(among) - {rows[0]["block"]})
         what = f"block{'s' * (len(near) > 1)} {_ranges(near)}" if near else "no other block"
         yield f"Not told apart from block {rows[0]['block']}, the best: {what}."
-    if _known(rows, "best_probability"):
+    if known(rows, "best_probability"):
         yield "Best: the probability that no other block is better."
     if probe.get("note"):
         yield probe["note"]
     full = probe.get("full") or {}
     if finite(full.get("score")) is not None:
-        bounds = "" if finite(full.get("low")) is None else f" ({full['low']:.3f} to {full['high']:.3f})"
-        yield f"Full training: {name} {full['score']:.3f}{bounds}."
+        gained = with_interval(_number(full["score"]), interval_text(full))
+        yield f"Full training: {name} {gained}."
     depth = probe.get("depth_baseline") or {}
     if finite(depth.get("score")) is not None:
         yield f"Position alone would take block {depth['block']} ({name} {depth['score']:.3g})."
@@ -152,13 +143,11 @@ def _notes(probe: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], left_out
         yield f"Above half of the curve's height: {where}{rest}."
     position = probe.get("position") or {}
     ways = {"minus depth": position.get("depth"), "closeness to the middle": position.get("middle")}
-    if known := [f"with {way} {rho:.2f}" for way, rho in ways.items() if finite(rho) is not None]:
-        yield f"Spearman correlation {', '.join(known)}."
+    if found := [f"with {way} {rho:.2f}" for way, rho in ways.items() if finite(rho) is not None]:
+        yield f"Spearman correlation {', '.join(found)}."
     yield "Cost: time of a training step, relative to the dearest block here."
-
-
-def _known(rows: Iterable[Mapping[str, Any]], key: str) -> list[float]:
-    return [value for row in rows if (value := finite(row.get(key))) is not None]
+    if frontier(probe):
+        yield "+ no other block gains as much at a lower cost."
 
 
 def _ranges(numbers: Iterable[int]) -> str:
@@ -172,16 +161,6 @@ def _ranges(numbers: Iterable[int]) -> str:
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in found)
 
 
-def _interval(row: Mapping[str, Any], unit: float) -> str:
-    low, high = _number(row.get("low"), unit), _number(row.get("high"), unit)
-    return low if low == high == "-" else f"{low} to {high}"
-
-
 def _number(value: Any, unit: float = 1.0) -> str:
     figure = finite(value)
     return "-" if figure is None else f"{figure / unit:.3f}"
-
-
-def _share(value: Any, whole: float) -> str:
-    figure = finite(value)
-    return "-" if figure is None or not whole else f"{figure / whole:.0%}"

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from midtune.report.formats import bytes_text, numbers_text, seconds_text, sentence
-from midtune.report.tables import labelled, plain_table
+from midtune.report.formats import (
+    bytes_text,
+    interval_text,
+    numbers_text,
+    seconds_text,
+    sentence,
+    share_text,
+    with_interval,
+)
+from midtune.report.tables import labelled, plain_table, titled
 
 STATUS_STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 POSITIONS = {"depth": "position: minus depth", "middle": "position: closeness to the middle"}
@@ -31,8 +38,8 @@ def score_table(result: Mapping[str, Any]) -> RenderableType:
             table.add_row(Text("" if place else row["task"]), kind, *cells, str(found["n"]))
         table.add_section()
     patch = f" with trained blocks {numbers_text(result['patch'])}" if result["patch"] else ""
-    heading = Text(f"{result['model']}{patch} ({_quantized(result)})", style="bold")
-    return Group(heading, "", table, *([Text(_worse_text(result["worse"]))] if compared else []))
+    notes = [_worse_text(result["worse"])] if compared else []
+    return titled(f"{result['model']}{patch} ({_quantized(result)})", "", table, *notes)
 
 
 def _worse_text(worse: Sequence[str]) -> str:
@@ -45,50 +52,33 @@ def vote_table(result: Mapping[str, Any]) -> RenderableType:
     """What `midtune vote` found: each run alone, their vote, and how far they solve the same problems."""
     runs, vote, gain = result["runs"], result["vote"], result["gain_over_best"]
     sampled = ["sampled"] if any(run["sampled"] for run in runs) else []
-    rows = [("", "base model", "", result["base"], "")]
-    for number, run in enumerate(runs, start=1):
-        own = _score(run["sampled"]) if run["sampled"] else ""
-        rows.append((str(number), run["run"], numbers_text(run["blocks"]), run["score"], own))
-    rows.append(("", "vote", "", vote, ""))
     best = max(range(len(runs)), key=lambda index: runs[index]["score"]["score"])
-    shares = [
-        [
-            "" if column == row else "-" if share is None else f"{share:.0%}"
-            for column, share in enumerate(line)
-        ]
-        for row, line in enumerate(result["overlap"])
+
+    def row(number: str, name: str, blocks: str, score: Mapping[str, Any], own: str = "") -> list[str]:
+        return [number, name, blocks, _score(score), _interval(score), *[own for _ in sampled]]
+
+    rows = [row("", "base model", "", result["base"])]
+    for number, run in enumerate(runs, 1):
+        own = _score(run["sampled"]) if run["sampled"] else ""
+        rows.append(row(str(number), run["run"], numbers_text(run["blocks"]), run["score"], own))
+    rows.append(row("", "vote", "", vote))
+    overlap = [
+        [str(first + 1), *("" if second == first else share_text(share) for second, share in enumerate(line))]
+        for first, line in enumerate(result["overlap"])
     ]
-    numbers = [str(number) for number in range(1, len(runs) + 1)]
-    return Group(
-        Text(
-            f"{result['model']} ({_quantized(result)}) on {result['task']}, {vote['n']} problems",
-            style="bold",
-        ),
+    return titled(
+        f"{result['model']} ({_quantized(result)}) on {result['task']}, {vote['n']} problems",
         "",
-        plain_table(
-            *("", "run"),
-            numbers=("blocks", "score", "95% interval", *sampled),
-            rows=[
-                (number, name, blocks, _score(score), _interval(score), *[own for _ in sampled])
-                for number, name, blocks, score, own in rows
-            ],
-        ),
+        plain_table("", "run", numbers=("blocks", "score", "95% interval", *sampled), rows=rows),
         "",
-        Text(
-            f"The vote's gain over run {best + 1}, the best here, is {gain['value']:+.3f} "
-            f"(95% interval {_interval(gain, '+')}). The best is chosen on these same problems, "
-            "so on others the gain tends to be larger."
-        ),
-        Text(
-            f"At least one run solves {result['solved_by_any']:.1%} of the problems, "
-            f"all of them solve {result['solved_by_all']:.1%}."
-        ),
+        f"The vote's gain over run {best + 1}, the best here, is {gain['value']:+.3f} "
+        f"(95% interval {_interval(gain, '+')}). The best is chosen on these same problems, "
+        "so on others the gain tends to be larger.",
+        f"At least one run solves {result['solved_by_any']:.1%} of the problems, "
+        f"all of them solve {result['solved_by_all']:.1%}.",
         "",
-        Text("Of the problems that either of two runs solves, both solve:"),
-        plain_table(
-            numbers=("run", *numbers),
-            rows=[(number, *cells) for number, cells in zip(numbers, shares, strict=True)],
-        ),
+        "Of the problems that either of two runs solves, both solve:",
+        plain_table(numbers=("run", *(number for number, *_ in overlap)), rows=overlap),
     )
 
 
@@ -124,13 +114,8 @@ def bench_table(result: Mapping[str, Any]) -> RenderableType:
     if any(arm["ratios"] is None for arm in result["arms"]):
         notes.append("An arm without a ratio did not do the same work.")
     notes += map(sentence, result["failed"].values())
-    return Group(
-        Text(f"{result['model']}, block {result['block']}", style="bold"),
-        "",
-        plain_table("", numbers=("sampling", "update", "step", "memory"), rows=rows),
-        "",
-        *map(Text, notes),
-    )
+    table = plain_table("", numbers=("sampling", "update", "step", "memory"), rows=rows)
+    return titled(f"{result['model']}, block {result['block']}", "", table, "", *notes)
 
 
 def _profile_text(phase: str, seconds: Mapping[str, float], result: Mapping[str, Any]) -> str:
@@ -206,8 +191,7 @@ def _pair(pair: Mapping[str, Any]) -> str:
 def _correlation(found: Mapping[str, float | None] | None) -> str:
     if found is None:
         return "-"
-    bounds = "" if found["low"] is None else f" ({found['low']:.2f} to {found['high']:.2f})"
-    return f"{found['value']:.2f}{bounds}"
+    return with_interval(f"{found['value']:.2f}", interval_text(found, ".2f"))
 
 
 def _compared(pairs: Sequence[Mapping[str, Any]]) -> str:
@@ -225,7 +209,7 @@ def tasks_text(result: Mapping[str, Any]) -> RenderableType:
     if "checked" in result:
         verdict = "can be read, but its reward is in doubt" if result["doubts"] else "can be trained on"
         findings = "\n".join(f"  {finding}" for finding in [*result["doubts"], *result["findings"]])
-        return Group(Text(f"{result['checked']} {verdict}", style="bold"), Text(findings))
+        return titled(f"{result['checked']} {verdict}", findings)
     parts: dict[str, str] = {"prompt": result["prompt"]}
     if result["answer"]:
         parts["answer"] = result["answer"]
@@ -253,7 +237,7 @@ def doctor_table(result: Mapping[str, Any]) -> RenderableType:
     counts = {"problem": result["problems"], "warning": result["warnings"]}
     found = [f"{count} {what}{'s' * (count > 1)}" for what, count in counts.items() if count]
     ready = "Not ready" if result["problems"] else "Ready"
-    return Group(labelled(rows), "", Text(f"{ready}{': ' * bool(found)}{' and '.join(found)}."))
+    return Group(labelled(rows, labels=2), "", Text(f"{ready}{': ' * bool(found)}{' and '.join(found)}."))
 
 
 def _quantized(result: Mapping[str, Any]) -> str:
@@ -265,7 +249,4 @@ def _score(found: Mapping[str, Any]) -> str:
 
 
 def _interval(found: Mapping[str, Any], sign: str = "") -> str:
-    low, high = found["low"], found["high"]
-    if not (math.isfinite(low) and math.isfinite(high)):
-        return "unknown"
-    return f"{low:{sign}.3f} to {high:{sign}.3f}"
+    return interval_text(found, f"{sign}.3f") or "unknown"

@@ -25,8 +25,8 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Gain:
-    """A mean difference over the same problems and its 95% interval; NaN bounds: they do not say."""
+class Estimate:
+    """A value, such as a gain, and its 95% interval; NaN bounds: the scores do not say."""
 
     value: float
     low: float
@@ -58,7 +58,7 @@ def score_interval(per_problem: ArrayLike) -> Score:
     return Score(mean, *_mean_interval(scores, smallest=smallest, largest=largest), n)
 
 
-def paired_gain(before: ArrayLike, after: ArrayLike) -> Gain:
+def paired_gain(before: ArrayLike, after: ArrayLike) -> Estimate:
     """The mean of `after - before` over problems, with its 95% interval (BCa bootstrap).
 
     Args:
@@ -73,7 +73,7 @@ def paired_gain(before: ArrayLike, after: ArrayLike) -> Gain:
     differences = second - first
     both = np.concatenate([first, second])
     limit = 1.0 if both.min() >= 0 and both.max() <= 1 else math.inf
-    return Gain(float(differences.mean()), *_mean_interval(differences, smallest=-limit, largest=limit))
+    return Estimate(float(differences.mean()), *_mean_interval(differences, smallest=-limit, largest=limit))
 
 
 def pass_at_k(samples: int, correct: ArrayLike, k: int) -> NDArray[np.float64]:
@@ -99,6 +99,13 @@ def pass_at_k(samples: int, correct: ArrayLike, k: int) -> NDArray[np.float64]:
     return np.asarray(1 - factors.prod(axis=1), dtype=np.float64)
 
 
+def t_quantile(freedom: float) -> float:
+    """How many standard errors a 95% interval reaches to each side, by Student's t."""
+    from scipy.stats import t
+
+    return float(t.ppf((1 + CONFIDENCE) / 2, freedom))
+
+
 def jaccard(first: ArrayLike, second: ArrayLike) -> float | None:
     """Of the problems that either solves, the share that both solve; None if neither solves any.
 
@@ -121,7 +128,7 @@ def _checked(values: ArrayLike) -> NDArray[np.float64]:
 
 def _mean_interval(values: NDArray[np.float64], *, smallest: float, largest: float) -> tuple[float, float]:
     """95% interval of the mean of values known to lie in [smallest, largest]."""
-    from scipy.stats import bootstrap, t
+    from scipy.stats import bootstrap
 
     n, mean = values.size, float(values.mean())
     if np.ptp(values) < 1e-12:
@@ -143,6 +150,6 @@ def _mean_interval(values: NDArray[np.float64], *, smallest: float, largest: flo
         ).confidence_interval
         low, high = float(found.low), float(found.high)
     if not (math.isfinite(low) and math.isfinite(high)):
-        margin = float(t.ppf((1 + CONFIDENCE) / 2, n - 1)) * float(values.std(ddof=1)) / math.sqrt(n)
+        margin = t_quantile(n - 1) * float(values.std(ddof=1)) / math.sqrt(n)
         low, high = mean - margin, mean + margin
     return max(low, smallest), min(high, largest)

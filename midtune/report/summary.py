@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 PHASES = ("rollout", "reward", "update")
+# What there is of each way of scoring.
+COMPARED = ("before", "after", "gain")
 # [n] scores of the same problems in the same order, before and after training.
 BeforeAfter: TypeAlias = "tuple[ArrayLike, ArrayLike]"
 
@@ -53,7 +55,7 @@ def build(
         probe: how the blocks were chosen, for people.
         notes: sentences beside the figures.
     """
-    compared_step = time["step"] if time.get("compared_step") is None else time["compared_step"]
+    compared_step = time["step"] if time["compared_step"] is None else time["compared_step"]
     phases = phase_peaks(steps)
     peak = max([peak_bytes, *phases.values()])
     return {
@@ -65,13 +67,10 @@ def build(
         "sampled": _compared(sampled),
         "deployed": _compared(deployed),
         "time": {
-            **{name: time[name] for name in ("step", *PHASES)},
+            **time,
             "full_step": full["step"],
             "full_source": full_source,
-            "compared_step": time.get("compared_step"),
-            "compared_tokens": time.get("compared_tokens"),
             "full_tokens": full.get("completion_length"),
-            "compared_phases": time.get("compared_phases"),
             "full_phases": full["phases"],
             "qlora_step": qlora["step"],
             "qlora_source": "estimated",
@@ -107,9 +106,11 @@ def step_times(steps: Sequence[Mapping[str, Any]], repeated: int = 0) -> dict[st
 
     Args:
         steps: lines of metrics.jsonl.
-        repeated: how many of the first steps full training was measured on; 0: it was not measured.
+        repeated: how many of the first steps full training was measured on; 0: it was not measured, and these
+            are None.
     """
     means: dict[str, Any] = {name: fmean(step[f"{name}_s"] for step in steps) for name in ("step", *PHASES)}
+    means |= dict.fromkeys(("compared_step", "compared_phases", "compared_tokens"))
     if repeated:
         fastest = min(steps[:repeated], key=lambda step: step["step_s"])
         means["compared_step"] = fastest["step_s"]
@@ -121,9 +122,7 @@ def step_times(steps: Sequence[Mapping[str, Any]], repeated: int = 0) -> dict[st
 def phase_peaks(steps: Sequence[Mapping[str, Any]], kind: str = "peak_bytes") -> dict[str, int]:
     """The most bytes of each of `PHASES` in any step; a phase that no step has them of is left out.
 
-    Args:
-        steps: lines of metrics.jsonl.
-        kind: `peak_bytes`, all that is held meanwhile, or `reserved_bytes`, what CUDA's allocator has taken.
+    `kind` is `peak_bytes`, all that is held meanwhile, or `reserved_bytes`, what CUDA's allocator has taken.
     """
     known = {name: [step[key] for step in steps if (key := f"{name}_{kind}") in step] for name in PHASES}
     return {name: max(counts) for name, counts in known.items() if counts}

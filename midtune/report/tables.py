@@ -7,7 +7,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from midtune.report.formats import (
@@ -19,8 +19,9 @@ from midtune.report.formats import (
     saving_text,
     seconds_text,
     speed_text,
+    with_interval,
 )
-from midtune.report.summary import PHASES, are_fractions, score_kinds
+from midtune.report.summary import COMPARED, PHASES, are_fractions, score_kinds
 
 MEMORY_SOURCES = {"cuda_allocated": "CUDA tensors", "resident": "process"}
 
@@ -33,25 +34,27 @@ def plain_table(*texts: str, numbers: Sequence[str] = (), rows: Iterable[Sequenc
         numbers: names of columns that end at the right; they come after `texts`.
         rows: cells, shown as they are; brackets in them are no markup.
     """
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in texts:
-        table.add_column(name, overflow="fold")
-    for name in numbers:
-        table.add_column(name, overflow="fold", justify="right")
+    columns = [Column(name, overflow="fold") for name in texts]
+    columns += [Column(name, overflow="fold", justify="right") for name in numbers]
+    table = Table(*columns, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for row in rows:
         table.add_row(*map(Text, row))
     return table
 
 
-def labelled(rows: Iterable[Sequence[RenderableType]]) -> Table:
-    """Rows of short labels, and a text at the end of each that may take several lines."""
-    table = Table.grid(padding=(0, 2, 0, 0))
-    for *labels, text in rows:
-        if not table.columns:
-            for _ in labels:
-                table.add_column(no_wrap=True)
-            table.add_column(overflow="fold")
-        table.add_row(*labels, text)
+def titled(title: str, *parts: RenderableType) -> Group:
+    """A bold title, and tables and texts below it; brackets in the texts are no markup."""
+    return Group(
+        Text(title, style="bold"), *(Text(part) if isinstance(part, str) else part for part in parts)
+    )
+
+
+def labelled(rows: Iterable[Sequence[RenderableType]], labels: int = 1) -> Table:
+    """Rows of that many short labels, and a text at the end of each that may take several lines."""
+    columns = [*(Column(no_wrap=True) for _ in range(labels)), Column(overflow="fold")]
+    table = Table.grid(*columns, padding=(0, 2, 0, 0))
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
@@ -68,35 +71,23 @@ def report_table(report: Mapping[str, Any]) -> RenderableType:
     if report.get("seed") is not None:
         notes.append(f"Seed {report['seed']}.")
     notes += report.get("notes", ())
-    return Group(
-        Text(title, style="bold"), "", *_quality(report), "", *_savings(report), "", *map(Text, notes)
-    )
+    return titled(title, "", *_quality(report), "", *_savings(report), "", *notes)
 
 
 def _quality(report: Mapping[str, Any]) -> Iterable[RenderableType]:
     shown = score_kinds(report)
     fractions = are_fractions(shown)
-
-    def cell(figures: Mapping[str, Any], key: str, signed: bool = False) -> str:
-        value, interval = interval_texts(figures, key, fractions, signed=signed)
-        return f"{value} ({interval})" if interval else value
-
     yield plain_table(
         "score",
         numbers=("before", "after", "gain, points" if fractions else "gain"),
         rows=[
-            (
-                name,
-                cell(found["before"], "score"),
-                cell(found["after"], "score"),
-                cell(found["gain"], "value", True),
-            )
+            [name, *(with_interval(*interval_texts(found[part], fractions)) for part in COMPARED)]
             for name, found in shown.items()
         ],
     )
-    yield Text(f"In brackets: 95% intervals over {report['quality']['after']['n']:,} held-out problems.")
+    yield f"In brackets: 95% intervals over {report['quality']['after']['n']:,} held-out problems."
     if "unquantized" in shown:
-        yield Text("Unquantized: greedy on the original weights, with the trained blocks put in.")
+        yield "Unquantized: greedy on the original weights, with the trained blocks put in."
 
 
 def _savings(report: Mapping[str, Any]) -> Iterable[RenderableType]:
@@ -121,6 +112,6 @@ def _savings(report: Mapping[str, Any]) -> Iterable[RenderableType]:
         )
     )
     yield plain_table("training", numbers=("midtune, measured", "full training", ""), rows=rows)
-    yield Text(f"Peak memory is that of the {MEMORY_SOURCES[memory['source']]}.")
+    yield f"Peak memory is that of the {MEMORY_SOURCES[memory['source']]}."
     if (here := finite(time.get("compared_tokens"))) and (there := finite(time.get("full_tokens"))):
-        yield Text(f"First prompts: completions of {here:.1f} tokens here, of {there:.1f} in full training.")
+        yield f"First prompts: completions of {here:.1f} tokens here, of {there:.1f} in full training."

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from midtune.errors import InputError
-from midtune.probe.agreement import Correlation, at_relative_depths, kendall, spearman, top_overlap
-from midtune.probe.contribution import depth_correlation, middle_correlation
+from midtune.probe.agreement import (
+    Correlation,
+    at_relative_depths,
+    depth_correlation,
+    kendall,
+    middle_correlation,
+    spearman,
+    top_overlap,
+)
 from midtune.probe.selection import read_probe
 from midtune.report.depth import depth_of, points, value_name
 from midtune.report.formats import finite
 from midtune.report.plots import rankings_curve
 from midtune.report.terminal import Terminal
-from midtune.whole import require_regular
+from midtune.stages.report import check_output
 
 FEWEST_BLOCKS = 3
 PICTURES = (".svg", ".png", ".pdf")
@@ -47,7 +55,13 @@ def run(files: Sequence[Path], *, top_k: int, out: Path | None, terminal: Termin
             f"{len(files)} ranking was given, but a comparison takes two or more; "
             "name the probe.json or the run folder of each."
         )
-    _check_picture(out)
+    if out is not None:
+        if out.suffix.lower() not in PICTURES:
+            raise InputError(
+                f"{out} was to be a picture, but its name ends in none of {', '.join(PICTURES)}; "
+                "choose such a name with --out."
+            )
+        check_output(out)
     probes = [read_probe(file) for file in files]
     for file, probe in zip(files, probes, strict=True):
         if probe.get("num_blocks") is None:
@@ -58,9 +72,9 @@ def run(files: Sequence[Path], *, top_k: int, out: Path | None, terminal: Termin
     pairs = []
     for first, second in combinations(range(len(files)), 2):
         names = f"{files[first]} and {files[second]}"
-        found = {"first": first, "second": second}
-        pairs.append({**found, **compare_pair(probes[first], probes[second], top_k, names)})
-    rankings = [describe(file, probe) for file, probe in zip(files, probes, strict=True)]
+        pair = _pair(probes[first], probes[second], top_k, names)
+        pairs.append({"first": first, "second": second, **pair})
+    rankings = [_ranking(file, probe) for file, probe in zip(files, probes, strict=True)]
     if out is not None:
         labels = [
             f"{number}: {ranking['model']} on {ranking['task']}, {ranking['method']}, seed {ranking['seed']}"
@@ -71,7 +85,7 @@ def run(files: Sequence[Path], *, top_k: int, out: Path | None, terminal: Termin
     return {"rankings": rankings, "pairs": pairs}
 
 
-def describe(file: Path, probe: Mapping[str, Any]) -> dict[str, Any]:
+def _ranking(file: Path, probe: Mapping[str, Any]) -> dict[str, Any]:
     """One of `rankings`: what the ranking is about, and how far position alone explains it."""
     values, num_blocks = {point.block: point.value for point in points(probe)}, depth_of(probe)
     return {
@@ -85,20 +99,10 @@ def describe(file: Path, probe: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def compare_pair(
-    first: Mapping[str, Any], second: Mapping[str, Any], top_k: int, names: str
-) -> dict[str, Any]:
-    """One of `pairs`, but for `first` and `second`.
-
-    Args:
-        first, second: what two probe.json hold.
-        top_k: how many of the best blocks to look at.
-        names: what to call both in an error.
-    """
-    compared = "contribution"
-    common = _in_common(first, second, compared)
-    if len(by_score := _in_common(first, second, "score")) > len(common):
-        compared, common = "score", by_score
+def _pair(first: Mapping[str, Any], second: Mapping[str, Any], top_k: int, names: str) -> dict[str, Any]:
+    """How far two rankings agree; `names` is what an error calls both."""
+    by_key = {key: _in_common(first, second, key) for key in ("contribution", "score")}
+    compared, common = max(by_key.items(), key=lambda item: len(item[1]))
     if len(common) < FEWEST_BLOCKS:
         raise InputError(
             f"{names} have {len(common)} ranked blocks in common, but a comparison needs {FEWEST_BLOCKS}; "
@@ -110,7 +114,6 @@ def compare_pair(
             f"common; ask for 1 to {len(common)} with --top-k."
         )
     one, other = [value for value, _ in common], [value for _, value in common]
-    overlap = top_overlap(one, other, top_k)
     return {
         "matched": "block" if depth_of(first) == depth_of(second) else "depth",
         "compared": compared,
@@ -118,9 +121,7 @@ def compare_pair(
         "spearman": _figures(spearman(one, other)),
         "kendall": _figures(kendall(one, other)),
         "top_k": top_k,
-        "overlap": overlap.shared,
-        "expected": overlap.expected,
-        "p": overlap.p,
+        **top_overlap(one, other, top_k),
         "signals": _signals(first, second) or _signals(second, first),
     }
 
@@ -141,42 +142,18 @@ def _in_common(first: Mapping[str, Any], second: Mapping[str, Any], key: str) ->
     """What both rankings say of the blocks that both have, in order of depth."""
     fewer = min(depth_of(first), depth_of(second))
     one, other = (
-        at_relative_depths(
-            {
-                row["block"]: value
-                for row in probe["blocks"]
-                if (value := _value(probe, row, key)) is not None
-            },
-            depth_of(probe),
-            fewer,
-        )
-        for probe in (first, second)
+        at_relative_depths(_values(probe, key), depth_of(probe), fewer) for probe in (first, second)
     )
     return [(one[block], other[block]) for block in sorted(one.keys() & other.keys())]
 
 
-def _value(probe: Mapping[str, Any], row: Mapping[str, Any], key: str) -> float | None:
-    # Scores of a race are those of runs of different length.
-    return -float(row["rank"]) if probe["method"] == "race" and key == "score" else finite(row.get(key))
+def _values(probe: Mapping[str, Any], key: str) -> dict[int, float]:
+    """Block → value, where there is one."""
+    if probe["method"] == "race" and key == "score":
+        # Scores of a race are those of runs of different length.
+        return {row["block"]: -float(row["rank"]) for row in probe["blocks"]}
+    return {row["block"]: value for row in probe["blocks"] if (value := finite(row.get(key))) is not None}
 
 
 def _figures(correlation: Correlation | None) -> dict[str, float | None] | None:
-    if correlation is None:
-        return None
-    return {"value": correlation.value, "low": correlation.low, "high": correlation.high}
-
-
-def _check_picture(out: Path | None) -> None:
-    if out is None:
-        return
-    if out.suffix.lower() not in PICTURES:
-        raise InputError(
-            f"{out} was to be a picture, but its name ends in none of {', '.join(PICTURES)}; "
-            "choose such a name with --out."
-        )
-    require_regular(out)
-    if not out.absolute().parent.is_dir():
-        raise InputError(
-            f"{out} cannot be written because there is no folder {out.parent}; "
-            "make it, or choose another name with --out."
-        )
+    return None if correlation is None else asdict(correlation)

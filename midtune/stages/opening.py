@@ -22,7 +22,6 @@ from midtune.probe.selection import (
     parse_layers,
     ranking_of,
     read_probe,
-    worst,
 )
 from midtune.report.display import WorkDisplay
 from midtune.report.formats import card_text, processes_text
@@ -290,8 +289,11 @@ def choose_blocks(wanted: BlocksConfig, policy: Policy, task: Task, terminal: Te
     elif (found := _ranking(wanted, policy, task)) is not None:
         file, probe = found
         ranking = file.absolute()
-        choose = worst if wanted.select == "worst" else best
-        blocks = choose(ranking_of(probe), policy.num_blocks, wanted.top_k)
+        ranked = ranking_of(probe)
+        if wanted.select == "worst":
+            # A control, which good blocks have to beat.
+            ranked.reverse()
+        blocks = best(ranked, policy.num_blocks, wanted.top_k)
         how = f"the ranking of {file} ({probe['method']})"
     elif wanted.select == "best":
         blocks = middle(policy.num_blocks, wanted.top_k)

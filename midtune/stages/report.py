@@ -35,7 +35,9 @@ def run(folders: Sequence[Path], *, out: Path | None) -> dict[str, Any]:
     runs = [read_run(folder) for folder in opened]
     alone = len(runs) == 1
     file = out or (folders[0] / opened[0].page.name if alone else COMPARISON)
-    _check_page(file)
+    check_output(file)
+    if file.is_file() and GENERATOR not in file.read_text(encoding="utf-8", errors="replace")[:1000]:
+        raise InputError(f"{file} exists and is no page that midtune wrote; choose another name with --out.")
     page = run_page(runs[0]) if alone else comparison_page(runs)
     write_bytes(file, page.encode("utf-8", "replace"))
     return {"page": str(file), "runs": [str(folder) for folder in opened]}
@@ -111,11 +113,14 @@ def _optional(folder: RunFolder, file: Path) -> dict[str, Any]:
     return folder.read_json(file) if file.is_file() else {}
 
 
-def _check_page(file: Path) -> None:
+def check_output(file: Path) -> None:
+    """Check that `--out` names a file that can be written.
+
+    Raises:
+        InputError: it does not.
+    """
     parent = file.absolute().parent
     require_regular(file)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         why = "may not be written to" if parent.is_dir() else "is no folder"
         raise InputError(f"{file} cannot be written because {parent} {why}; choose another name with --out.")
-    if file.is_file() and GENERATOR not in file.read_text(encoding="utf-8", errors="replace")[:1000]:
-        raise InputError(f"{file} exists and is no page that midtune wrote; choose another name with --out.")

@@ -253,7 +253,7 @@ def _train(training: Training, checkpoint: Path | None, stop: Stop) -> int:
             display.update(metrics)
             if stop.asked and not stop.said:
                 stop.said = True
-                display.message("stopping after this step; its checkpoint is being saved")
+                training.terminal.message("stopping after this step; its checkpoint is being saved")
 
         last = train_blocks(
             training.sampler,
@@ -266,7 +266,7 @@ def _train(training: Training, checkpoint: Path | None, stop: Stop) -> int:
             lr_multipliers=dict.fromkeys(training.choice.blocks, config.blocks.boost) if boosted else {},
             on_step=on_step,
             on_sample=lambda sample: folder.append_jsonl(folder.samples, sample),
-            on_message=display.message,
+            on_message=training.terminal.message,
             stop_requested=lambda: stop.asked,
             resume_from=checkpoint,
             update_rows=last_step.get("update_rows"),

@@ -9,13 +9,9 @@ import pytest
 
 from midtune.probe.contribution import (
     Scores,
-    best_first,
-    contribution,
     contribution_interval,
-    depth_correlation,
     gain_interval,
     mean_variance,
-    middle_correlation,
     plateau,
     standings,
 )
@@ -24,55 +20,15 @@ from tests.probe.curves import FLAT, PEAK, PLATEAU, PUBLISHED, Problems
 CURVES = {"plateau": PLATEAU, "peak": PEAK, "flat": FLAT}
 
 
-def test_contribution_is_the_share_of_the_full_gain() -> None:
-    assert contribution(51.7, 44.1, 50.8) == pytest.approx(7.6 / 6.7)
-    assert contribution(44.1, 44.1, 50.8) == 0
-    assert contribution(40.0, 44.0, 48.0) == -1
-
-
-@pytest.mark.parametrize(("full", "noise"), [(44.1, 0.0), (40.0, 0.0), (45.0, 1.0), (44.0, -1.0)])
-def test_contribution_is_undefined_where_full_training_gained_nothing(full: float, noise: float) -> None:
-    assert contribution(50.0, 44.1, full, noise=noise) is None
-
-
-def test_position_alone_correlates_with_the_published_values() -> None:
-    values = dict(enumerate(PUBLISHED))
-    depth, middle = depth_correlation(values), middle_correlation(values, 28)
-    assert depth is not None and middle is not None
-    assert depth.value == pytest.approx(0.63, abs=0.005)
-    assert middle.value == pytest.approx(0.49, abs=0.005)
-
-
-def test_the_published_values_rank_block_10_first_and_24_last() -> None:
-    found = best_first(dict(enumerate(PUBLISHED)))
-    assert found[:5] == [10, 12, 9, 2, 13]
-    assert found[-3:] == [23, 20, 24]
-    assert sorted(found) == list(range(28))
-
-
 def test_the_published_curve_is_a_plateau_and_a_cliff() -> None:
     found = plateau(dict(enumerate(PUBLISHED)))
-    assert (found.first, found.last) == (0, 17)
-    assert found.inside == pytest.approx(0.90, abs=0.005)
-    assert found.outside == pytest.approx(0.42, abs=0.005)
+    assert (found["first"], found["last"]) == (0, 17)
+    assert found["inside"] == pytest.approx(0.90, abs=0.005)
+    assert found["outside"] == pytest.approx(0.42, abs=0.005)
 
 
 def test_a_flat_curve_is_all_plateau() -> None:
-    found = plateau({3: 0.5, 4: 0.5})
-    assert (found.first, found.last, found.inside, found.outside) == (3, 4, 0.5, None)
-
-
-def test_equal_values_rank_the_deeper_block_first() -> None:
-    assert best_first({0: 1.0, 3: 1.0, 2: 2.0}) == [2, 3, 0]
-
-
-def test_position_is_that_of_the_blocks_which_were_ranked() -> None:
-    # Of five blocks 0, 1 and 4: at distances 2, 1 and 2 from the middle.
-    found = middle_correlation({0: 1.0, 1: 3.0, 4: 2.0}, 5)
-    assert found is not None
-    assert found.value == pytest.approx(np.corrcoef([1, 3, 2], [1.5, 3, 1.5])[0, 1])
-    depth = depth_correlation({0: 1.0, 1: 3.0, 4: 2.0})
-    assert depth is not None and depth.value == pytest.approx(-0.5)
+    assert plateau({3: 0.5, 4: 0.5}) == {"first": 3, "last": 4, "inside": 0.5, "outside": None}
 
 
 def test_one_seed_has_the_variance_of_its_problems() -> None:
@@ -102,6 +58,13 @@ def test_a_gain_is_paired_by_problem() -> None:
     assert found.value == pytest.approx(0.1)
     # Every problem gained the same: what remains is that one of 50 may have come out half otherwise.
     assert found.high - found.low == pytest.approx(2 * 2.01 * 0.01, rel=0.01)
+
+
+def test_contribution_is_the_share_of_the_full_gain() -> None:
+    base = np.zeros(100)
+    for gain, share in ((0.6, 1.5), (0.0, 0.0), (-0.4, -1.0)):
+        found = contribution_interval(base + gain, base, base + 0.4)
+        assert found is not None and found.value == pytest.approx(share)
 
 
 def test_the_ratio_of_a_gain_to_itself_is_one_and_sure() -> None:

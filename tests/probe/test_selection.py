@@ -6,12 +6,14 @@ import pytest
 from midtune.errors import InputError
 from midtune.probe.selection import (
     best,
+    best_first,
     matching_probe,
     middle,
     parse_layers,
     ranking_of,
     read_probe,
 )
+from tests.probe.curves import PUBLISHED
 
 
 @pytest.mark.parametrize(
@@ -78,6 +80,17 @@ def test_more_blocks_than_there_are(top_k: int) -> None:
         InputError, match=f"{top_k} blocks were asked for, but the model has 30; ask for 1 to 30"
     ):
         middle(30, top_k)
+
+
+def test_the_published_values_rank_block_10_first_and_24_last() -> None:
+    found = best_first(dict(enumerate(PUBLISHED)))
+    assert found[:5] == [10, 12, 9, 2, 13]
+    assert found[-3:] == [23, 20, 24]
+    assert sorted(found) == list(range(28))
+
+
+def test_equal_values_rank_the_deeper_block_first() -> None:
+    assert best_first({0: 1.0, 3: 1.0, 2: 2.0}) == [2, 3, 0]
 
 
 def test_a_ranking_must_be_long_enough_and_of_this_model() -> None:

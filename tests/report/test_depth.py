@@ -159,7 +159,8 @@ def test_points_are_contributions_where_there_are_any() -> None:
 )
 def test_frontier(priced: list[tuple[Any, Any]], best: set[int]) -> None:
     rows = [{"block": block, "score": score, "step_cost": cost} for block, (score, cost) in enumerate(priced)]
-    assert frontier(rows) == best
+    assert frontier({"method": "sweep", "blocks": rows}) == best
+    assert frontier({"method": "gradient", "blocks": rows}) == set()
 
 
 def test_units() -> None:

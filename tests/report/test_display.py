@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from midtune.report.display import TrainingDisplay, WorkDisplay, sparkline
+from midtune.report.display import TrainingDisplay, WorkDisplay, say, sparkline
 
 
 class Clock:
@@ -47,7 +47,7 @@ def test_a_pipe_gets_a_line_a_step() -> None:
     with TrainingDisplay(4, console, "block 2 of tiny") as display:
         for step in (1, 2):
             display.update(metrics(step))
-        display.message("[checkpoint] saved")
+        say(console, "[checkpoint] saved")
         display.update({"step": 3, "reward": float("nan"), "loss": None})
         display.update(metrics(4))
     rest = (
@@ -90,7 +90,7 @@ def test_a_live_display_leaves_its_last_state() -> None:
     with TrainingDisplay(2, console, clock=clock) as display:
         display.update(metrics(1))
         clock.now += 7.5
-        display.message("note")
+        say(console, "note")
         display.update(metrics(2))
     assert "step 2 for 0 s" in file.getvalue()
     assert "step 2 for 8 s" in file.getvalue()
@@ -104,7 +104,7 @@ def test_a_quiet_console_shows_nothing(terminal: bool) -> None:
     console = Console(file=file, force_terminal=terminal, quiet=True, _environ={"TERM": "xterm"})
     with TrainingDisplay(4, console, "x") as display:
         display.update(metrics(1))
-        display.message("note")
+        say(console, "note")
     with WorkDisplay("scoring", 10, console) as advance:
         advance(5, tokens=100)
     assert file.getvalue() == ""

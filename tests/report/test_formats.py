@@ -98,5 +98,5 @@ def test_a_card_and_what_else_uses_it() -> None:
 def test_intervals(
     figures: tuple[float | None, ...], fractions: bool, signed: bool, texts: tuple[str, str]
 ) -> None:
-    named = dict(zip(("score", "low", "high"), figures, strict=True))
-    assert interval_texts(named, "score", fractions, signed=signed) == texts
+    named = dict(zip(("value" if signed else "score", "low", "high"), figures, strict=True))
+    assert interval_texts(named, fractions) == texts

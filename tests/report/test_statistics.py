@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from midtune.report.statistics import Gain, jaccard, paired_gain, pass_at_k, score_interval
+from midtune.report.statistics import Estimate, jaccard, paired_gain, pass_at_k, score_interval
 
 
 def test_wilson_for_solved_or_not() -> None:
@@ -62,7 +62,7 @@ def test_few_pairs_use_student_t() -> None:
 def test_no_change_at_all_is_bounded_by_what_was_not_seen() -> None:
     found = paired_gain([0, 1] * 150, [0, 1] * 150)
     # 1 - 0.025^(1/300) = 0.01222.
-    assert found == Gain(0.0, pytest.approx(-0.01222, abs=1e-5), pytest.approx(0.01222, abs=1e-5))
+    assert found == Estimate(0.0, pytest.approx(-0.01222, abs=1e-5), pytest.approx(0.01222, abs=1e-5))
 
 
 def test_bad_scores() -> None:
