@@ -147,7 +147,7 @@ def sampling(model: Loaded, batch: Batch, *, shared: bool) -> Held:
             logits_to_keep=1,
         )
         for number, layer in enumerate(cache.layers):
-            with tracker.made_by(repeated=number == 1):
+            with tracker.made_by_repeated() if number == 1 else contextlib.nullcontext():
                 if shared:
                     layer.batch_repeat_interleave(batch.group_size)
                 rows, heads, _, width = layer.keys.shape
