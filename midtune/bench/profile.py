@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import timeit
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -86,11 +86,9 @@ def peak_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
     size = 8192 if device.type == "cuda" else 2048
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
 
-    def once() -> float:
-        began = time.perf_counter()
+    def product() -> None:
         torch.mm(left, right)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - began
 
-    return float(2 * size**3 / min(once() for _ in range(10)))
+    return 2 * size**3 / min(timeit.repeat(product, number=1, repeat=10))

@@ -49,7 +49,7 @@ def estimated(
         Also `note`, a sentence where the architecture cannot run on tensors without data, so that `peak` is None.
     """
     policy = sampler.policy
-    training, blocks = config.training, policy.trained
+    training = config.training
     batch = Batch(
         training.prompts_per_step,
         training.group_size,
@@ -57,10 +57,10 @@ def estimated(
         # Of episodes, with what their environments showed.
         statistics.fmean(step["completion_length"] + step.get("shown_length", 0) for step in steps),
     )
-    planner = planner_for(policy, blocks, process_bytes)
+    planner = planner_for(policy, policy.trained, process_bytes)
     # Without a KL term, groups of equal rewards are left out of the update.
     updated = 1.0 if training.beta > 0 else 1 - statistics.fmean(step["equal_groups"] for step in steps)
-    phases = estimated_phases(arm, planner.sizes, batch, config, blocks, measured, updated)
+    phases = estimated_phases(arm, planner.sizes, batch, config, policy.trained, measured, updated)
     mean = Work(config, math.ceil(batch.prompt_tokens)).changed(
         {"training.max_new_tokens": max(math.ceil(batch.new_tokens), 2)}
     )

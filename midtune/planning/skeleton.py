@@ -3,46 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from midtune.model.blocks import config_from, find_blocks
 from midtune.model.policy import Policy
 from midtune.model.sizes import blocks_of
-from midtune.planning.budget import packed_bytes
+from midtune.planning.budget import Loaded, packed_bytes
 
 # Masks with more values than this, rows by tokens by tokens, are left without data.
 LARGE_MASK = 2**28
 # TRL's head works on so many tokens by so many words of the vocabulary at a time (`trl.kernels.chunked_logprob`).
 HEAD_TOKENS, HEAD_WORDS = 4096, 32768
-
-
-@dataclass(frozen=True, eq=False)
-class Loaded:
-    """A model as a trainer loads it.
-
-    Attributes:
-        dtype: of activations, and of unquantized frozen weights.
-        quantized: linear layers of frozen blocks are in 4-bit.
-        on_card: it works on a GPU, where TRL's head has kernels of its own.
-        full: every parameter is trained, so weights are in fp32.
-    """
-
-    config: PretrainedConfig
-    dtype: torch.dtype
-    quantized: bool
-    on_card: bool
-    full: bool = False
-
-    @property
-    def weight_dtype(self) -> torch.dtype:
-        return torch.float32 if self.full else self.dtype
 
 
 def skeleton(
@@ -108,11 +85,6 @@ class SkeletonPolicy(Policy):
         found = super().tail(first, checkpointing=checkpointing)
         found.register_forward_pre_hook(enter, with_kwargs=True)
         return found
-
-    def empty(self, *shape: int) -> torch.Tensor:
-        """Activations without data."""
-        with self.mode:
-            return torch.empty(*shape, dtype=self.compute_dtype)
 
 
 class PackedLinear(nn.Linear):

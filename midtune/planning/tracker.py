@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -42,13 +42,15 @@ class Tracker(TorchDispatchMode):
         self._due = False
 
     @contextlib.contextmanager
-    def repeated(self, block: nn.Module, after: nn.Module) -> Iterator[None]:
-        """Let `block` stand for others too; `after` is the block after it, and both run forward here only."""
-        hooks = [
-            block.register_forward_pre_hook(lambda *_: self._enter()),
-            block.register_forward_hook(lambda *_: self._leave()),
-            after.register_forward_hook(lambda *_: self._done()),
-        ]
+    def repeated(self, blocks: Sequence[nn.Module] | nn.ModuleList, place: int) -> Iterator[None]:
+        """Let the block at a place stand for others too, if there is one after it; both run forward here only."""
+        hooks = []
+        if place + 1 < len(blocks):
+            hooks = [
+                blocks[place].register_forward_pre_hook(lambda *_: self._enter()),
+                blocks[place].register_forward_hook(lambda *_: self._leave()),
+                blocks[place + 1].register_forward_hook(lambda *_: self._done()),
+            ]
         try:
             yield
         finally:
