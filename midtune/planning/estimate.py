@@ -20,6 +20,7 @@ from midtune.model.sizes import Sizes
 from midtune.planning.budget import peak
 from midtune.planning.search import planner_for
 from midtune.planning.step_size import Work
+from midtune.report.formats import sentence
 from midtune.rollout.sampling import Sampler
 from midtune.tasks import Task
 
@@ -46,7 +47,7 @@ def estimated(
         process_bytes: resident memory of the process before the model was loaded; on a CPU peaks count it.
 
     Returns:
-        Also `note`, a sentence where the architecture cannot run on tensors without data, so that `peak` is None.
+        Also `note`, a sentence without its full stop where the architecture cannot run on tensors without data, so that `peak` is None.
     """
     policy = sampler.policy
     training = config.training
@@ -69,7 +70,7 @@ def estimated(
         found["peak"] = peak(planner.phases(arm, mean))[1]
     except MidtuneError as error:
         # The run is done, and its report has the rest.
-        found["note"] = f"{str(error)[:1].upper()}{str(error)[1:]}"
+        found["note"] = sentence(str(error).removesuffix("."))
     return found
 
 
