@@ -10,7 +10,6 @@ import contextlib
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from midtune.bench.flops import Batch, rollout_flops, update_flops
-from midtune.bench.profile import Profile, peak_flops_per_s
+from midtune.bench.profile import BenchMeter, Profile, peak_flops_per_s
 from midtune.bench.workload import ARMS, Workload, qlora
 from midtune.config import TrainingConfig
 from midtune.measure.meter import Meter, StepClock
@@ -64,7 +63,7 @@ def run_arm(
         micro_batch_tokens=work.micro_batch_tokens,
     )
     rows = [{"prompt": prompt} for prompt in work.prompts] * settings.steps
-    watched = Watched(meter, device, settings.steps) if work.profile else None
+    watched = Profile(meter, device, settings.steps) if work.profile else None
     with _arguments(arm, settings, max(lengths), work.seed, device, dtype) as args:
         if arm == "midtune":
             policy = _policy(source, work.block, device, dtype)
@@ -195,48 +194,6 @@ def stock_trainer(
     return trainer
 
 
-class BenchMeter(Meter):
-    """A meter that enters the context that `during_rollout` makes for as long as a rollout takes."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
-        self.during_rollout: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        with super().phase(name), self.during_rollout() if name == "rollout" else contextlib.nullcontext():
-            yield
-
-
-class Watched(TrainerCallback):
-    """Profiles the last step of a trainer: its `rollout` and, as `update`, what follows."""
-
-    def __init__(self, meter: BenchMeter, device: torch.device, last: int) -> None:
-        self.meter = meter
-        self.last = last
-        self.profile = Profile(device)
-        self.found: dict[str, dict[str, float]] = {}
-
-    def on_step_begin(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
-        if state.global_step == self.last - 1:
-            # What the profiler remembers takes memory too.
-            self.peak = self.meter.peak_bytes()
-            self.profile.start()
-            self._update = contextlib.ExitStack()
-            self.meter.during_rollout = partial(self._rollout, self.meter.during_rollout)
-
-    @contextlib.contextmanager
-    def _rollout(self, inner: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
-        with inner(), self.profile.phase("rollout"):
-            yield
-        self._update.enter_context(self.profile.phase("update"))
-
-    def on_step_end(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
-        if state.global_step == self.last:
-            self._update.close()
-            self.found = self.profile.stop()
-
-
 class _Clock(TrainerCallback):
     """Seconds of each step and of its phases; see `StepClock`."""
 
@@ -288,7 +245,7 @@ def _arguments(
         )
 
 
-def _train(trainer: GRPOTrainer, meter: Meter, watched: Watched | None = None) -> list[dict[str, float]]:
+def _train(trainer: GRPOTrainer, meter: Meter, watched: Profile | None = None) -> list[dict[str, float]]:
     """Train to the end; seconds of each step, by phase."""
     clock = _Clock(meter)
     trainer.add_callback(clock)

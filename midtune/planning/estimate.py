@@ -47,7 +47,8 @@ def estimated(
         process_bytes: resident memory of the process before the model was loaded; on a CPU peaks count it.
 
     Returns:
-        Also `note`, a sentence without its full stop where the architecture cannot run on tensors without data, so that `peak` is None.
+        Also `note`, a sentence without its full stop where the architecture cannot run on tensors without data, so that
+        `peak` is None.
     """
     policy = sampler.policy
     training = config.training
