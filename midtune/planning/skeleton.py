@@ -147,7 +147,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         statistics = [per_token() for _ in range(7)]
         for _, _, tile in _tiles(states, weight, ctx.dtype):
             if not on_card:
-                _fold(tile)
+                _work_on(tile, gradients=False)
         del statistics
         ctx.save_for_backward(states, weight, targets, per_token(), per_token())
         return per_token()
@@ -161,7 +161,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         ]
         for tokens, words, tile in _tiles(states, weight, ctx.dtype):
             if not ctx.on_card:
-                _turn_into_gradients(tile)
+                _work_on(tile, gradients=True)
             for gradients, factor in zip(needed, (words, tokens), strict=True):
                 if gradients is not None:
                     # Products are added up in fp32.
@@ -184,20 +184,15 @@ def _tiles(
             yield tokens, rows.to(dtype), logits[: len(some), : len(rows)]
 
 
-def _fold(tile: torch.Tensor) -> None:
-    """Hold what torch does to fold a tile into statistics."""
-    _held = _copies(tile, 3)
+def _work_on(tile: torch.Tensor, *, gradients: bool) -> None:
+    """Hold what torch does to fold a tile of logits into statistics, or to make gradients of it."""
 
+    def copies(count: int) -> list[torch.Tensor]:
+        return [tile.new_empty(tile.shape, dtype=torch.float32) for _ in range(count)]
 
-def _turn_into_gradients(tile: torch.Tensor) -> None:
-    """Hold what torch does to make gradients of a tile of logits."""
-
-    def targets() -> torch.Tensor:
-        _words = tile.new_empty(tile.size(1), dtype=torch.long)
-        return tile.new_empty(tile.shape, dtype=torch.bool)
-
-    _held = [*_copies(tile, 5), targets(), *_copies(tile, 2)]
-
-
-def _copies(tile: torch.Tensor, count: int) -> list[torch.Tensor]:
-    return [tile.new_empty(tile.shape, dtype=torch.float32) for _ in range(count)]
+    _held = copies(5 if gradients else 3)
+    if gradients:
+        words = tile.new_empty(tile.size(1), dtype=torch.long)
+        _targets = tile.new_empty(tile.shape, dtype=torch.bool)
+        del words
+        _held += copies(2)
