@@ -90,8 +90,6 @@ def estimated_phases(
     once per completion, is slower. Not counted either: that a 4-bit layer is dequantized for each product.
 
     Args:
-        arm: of TRL.
-        batch: the step's text.
         blocks: those that midtune trains.
         measured: seconds of midtune's phases, a mean over steps.
         updated_share: fraction of groups that midtune's update ran; it may skip those of equal rewards.

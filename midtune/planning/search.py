@@ -255,7 +255,6 @@ def planner_for(policy: Policy, blocks: list[int], process_bytes: int) -> Planne
     """What plans for a loaded model on its own device.
 
     Args:
-        blocks: the trained ones.
         process_bytes: resident memory of this process before the model was loaded.
     """
     on_card = policy.device.type == "cuda"
@@ -282,7 +281,6 @@ def fitted(
 
     Args:
         sampler: of the loaded model.
-        blocks: the chosen ones.
         process_bytes: resident memory of this process before the model was loaded.
 
     Raises:

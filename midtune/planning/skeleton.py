@@ -23,13 +23,14 @@ HEAD_TOKENS, HEAD_WORDS = 4096, 32768
 
 
 def skeleton(
-    model: Loaded, depth: int, vocabulary: int | None = None
+    model: Loaded, depth: int, vocabulary: int | None = None, trained: int = 0
 ) -> tuple[PreTrainedModel, FakeTensorMode]:
     """A model without data, and the mode that makes further tensors of its kind.
 
     Args:
         depth: how many of its last blocks to build.
         vocabulary: tokens of the embeddings and of the head; None: the model's own.
+        trained: how many of the first of them are trained, and so not in 4-bit.
     """
     blocks = blocks_of(model.config)
     cut = config_from(model.config, blocks - depth, blocks)
@@ -39,7 +40,7 @@ def skeleton(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         built: PreTrainedModel = AutoModelForCausalLM.from_config(cut, dtype=model.weight_dtype)
-        for block in find_blocks(built)[1] if model.quantized else ():
+        for block in find_blocks(built)[1][trained:] if model.quantized else ():
             for name, part in list(block.named_modules()):
                 if isinstance(part, nn.Linear):
                     block.set_submodule(name, PackedLinear(part, model.dtype))
@@ -50,12 +51,11 @@ class SkeletonPolicy(Policy):
     """A policy without data: what it computes has the shapes, dtypes and lifetimes of the real one.
 
     Args:
-        depth, vocabulary: see `skeleton`.
-        trained: how many of the first of its blocks are trained.
+        depth, trained, vocabulary: see `skeleton`.
     """
 
     def __init__(self, model: Loaded, depth: int, trained: int, vocabulary: int | None = None) -> None:
-        built, self.mode = skeleton(model, depth, vocabulary)
+        built, self.mode = skeleton(model, depth, vocabulary, trained)
         super().__init__(built, cast(Any, None), cast(Any, None), compute_dtype=model.dtype)
         for block in range(trained):
             self.thaw(block)
@@ -64,9 +64,6 @@ class SkeletonPolicy(Policy):
         """Make `block` trainable: fp32 masters in place of its frozen layers."""
         frozen = self.blocks[block]
         with self.mode:
-            for name, part in list(frozen.named_modules()):
-                if isinstance(part, PackedLinear):
-                    frozen.set_submodule(name, part.unpacked())
             for part in frozen.modules():
                 for name, parameter in part.named_parameters(recurse=False):
                     # Module.float() cannot replace parameters without data.
@@ -105,12 +102,6 @@ class PackedLinear(nn.Linear):
         shape = (self.out_features, self.in_features)
         found: torch.Tensor = _Product.apply(inputs.to(self.compute_dtype), self.weight, shape)  # type: ignore[no-untyped-call]
         return found if self.bias is None else found + self.bias
-
-    def unpacked(self) -> nn.Linear:
-        """The layer that it was made from."""
-        return nn.Linear(
-            self.in_features, self.out_features, bias=self.bias is not None, dtype=self.compute_dtype
-        )
 
 
 class _Product(torch.autograd.Function):

@@ -20,7 +20,6 @@ def run(config: RunConfig, *, gpu: str, prompt_tokens: int) -> dict[str, Any]:
     """Work out the memory of each phase, for midtune and for TRL, and what fits.
 
     Args:
-        config: names the model and says how it is to be trained.
         gpu: the card, by name or memory, see `card_named`; or `cpu`, this machine.
         prompt_tokens: of the longest prompt.
 
