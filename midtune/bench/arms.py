@@ -1,8 +1,7 @@
 """The arms of `midtune bench`: the same prompts and the same completions through midtune and through TRL.
 
 Every arm samples with its own code, but each token is decided beforehand, so that all arms do equal work
-token for token. TRL's arms keep TRL's defaults, activation checkpointing among them, but for the one that trains
-a single block: with checkpointing, transformers takes the gradient down to the embeddings.
+token for token. TRL's arms keep TRL's defaults, activation checkpointing among them, but for `trl-block`.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import contextlib
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,8 @@ from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from midtune.bench.flops import Batch, rollout_flops, update_flops
-from midtune.bench.profile import Profile, peak_flops_per_s
-from midtune.bench.workload import Workload, qlora
+from midtune.bench.profile import BenchMeter, Profile, peak_flops_per_s
+from midtune.bench.workload import ARMS, Workload, qlora
 from midtune.config import TrainingConfig
 from midtune.measure.meter import Meter, StepClock
 from midtune.model.loading import load_policy, load_tokenizer
@@ -65,7 +63,7 @@ def run_arm(
         micro_batch_tokens=work.micro_batch_tokens,
     )
     rows = [{"prompt": prompt} for prompt in work.prompts] * settings.steps
-    watched = Watched(meter, device, settings.steps) if work.profile else None
+    watched = Profile(meter, device, settings.steps) if work.profile else None
     with _arguments(arm, settings, max(lengths), work.seed, device, dtype) as args:
         if arm == "midtune":
             policy = _policy(source, work.block, device, dtype)
@@ -75,15 +73,7 @@ def run_arm(
             )
         else:
             trainer = stock_trainer(
-                arm,
-                source,
-                args,
-                rows,
-                lambda **_: rewards,
-                meter,
-                device=device,
-                dtype=dtype,
-                block=work.block,
+                arm, source, args, rows, lambda **_: rewards, meter, device, dtype, work.block
             )
         meter.during_rollout = partial(_decided, trainer.model, completions)
         steps = _train(trainer, meter, watched)
@@ -100,20 +90,16 @@ def run_arm(
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "parameters": count_parameters(model),
     }
-    if watched is None:
-        return found
-    batch = Batch(len(work.prompts), work.group_size, max(lengths), work.new_tokens)
-    sizes = sizes_of(model.config)
-    flops = {
-        "rollout": rollout_flops(sizes, batch, arm),
-        "update": update_flops(sizes, batch, arm, tail=sizes.blocks - work.block, trained=1),
-    }
-    return {
-        **found,
-        "profile": watched.found,
-        "flops": flops,
-        "peak_flops_per_s": peak_flops_per_s(device, dtype),
-    }
+    if watched is not None:
+        batch = Batch(len(work.prompts), work.group_size, max(lengths), work.new_tokens)
+        sizes = sizes_of(model.config)
+        found["profile"] = watched.found
+        found["flops"] = {
+            "rollout": rollout_flops(sizes, batch, arm),
+            "update": update_flops(sizes, batch, arm, tail=sizes.blocks - work.block, trained=1),
+        }
+        found["peak_flops_per_s"] = peak_flops_per_s(device, dtype)
+    return found
 
 
 def full_training(
@@ -147,7 +133,7 @@ def full_training(
     longest = max(len(prompt_ids(tokenizer, row["prompt"])) for row in ordered)
     few = settings.model_copy(update={"steps": steps})
     with _arguments("trl-full", few, longest, seed, device, dtype) as args:
-        trainer = stock_trainer("trl-full", source, args, ordered, reward, meter, device=device, dtype=dtype)
+        trainer = stock_trainer("trl-full", source, args, ordered, reward, meter, device, dtype)
         meter.reset_peak()
         timed = _train(trainer, meter)
     fastest = min(timed, key=lambda step: step["step"])
@@ -166,7 +152,6 @@ def stock_trainer(
     rows: Sequence[Row],
     reward: Reward,
     meter: Meter,
-    *,
     device: torch.device,
     dtype: torch.dtype,
     block: int = 0,
@@ -174,14 +159,14 @@ def stock_trainer(
     """TRL's own trainer on a model as an arm holds it; it charges `rollout` and `reward` to the meter.
 
     Args:
-        arm: one of TRL's in `bench.workload.ARMS`.
+        arm: one of TRL's in `bench.workload.BENCHED`.
         block: the one that `trl-block` trains.
     """
     tokenizer = load_tokenizer(source)
     if arm == "trl-block":
         model = _policy(source, block, device, dtype).model
     else:
-        full = arm == "trl-full"
+        full = ARMS[arm].trains == "all"
         model = AutoModelForCausalLM.from_pretrained(
             source.folder,
             # All parameters in fp32, as RL learning rates need; frozen ones as they are computed with.
@@ -197,7 +182,7 @@ def stock_trainer(
         reward_funcs=[_charged(reward, meter, "reward")],
         train_dataset=Dataset.from_list(list(rows)),
         processing_class=tokenizer,
-        peft_config=qlora() if "qlora" in arm else None,
+        peft_config=qlora() if ARMS[arm].trains == "adapters" else None,
     )
     if arm == "trl-qlora-fp32":
         for parameter in trainer.model.parameters():
@@ -207,48 +192,6 @@ def stock_trainer(
     sample = partial(trainer.model.generate, tokenizer=tokenizer)
     trainer.model.generate = _charged(sample, meter, "rollout")
     return trainer
-
-
-class BenchMeter(Meter):
-    """A meter that enters the context that `during_rollout` makes for as long as a rollout takes."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
-        self.during_rollout: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        with super().phase(name), self.during_rollout() if name == "rollout" else contextlib.nullcontext():
-            yield
-
-
-class Watched(TrainerCallback):
-    """Profiles the last step of a trainer: its `rollout` and, as `update`, what follows."""
-
-    def __init__(self, meter: BenchMeter, device: torch.device, last: int) -> None:
-        self.meter = meter
-        self.last = last
-        self.profile = Profile(device)
-        self.found: dict[str, dict[str, float]] = {}
-
-    def on_step_begin(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
-        if state.global_step == self.last - 1:
-            # What the profiler remembers takes memory too.
-            self.peak = self.meter.peak_bytes()
-            self.profile.start()
-            self._update = contextlib.ExitStack()
-            self.meter.during_rollout = partial(self._rollout, self.meter.during_rollout)
-
-    @contextlib.contextmanager
-    def _rollout(self, inner: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
-        with inner(), self.profile.phase("rollout"):
-            yield
-        self._update.enter_context(self.profile.phase("update"))
-
-    def on_step_end(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
-        if state.global_step == self.last:
-            self._update.close()
-            self.found = self.profile.stop()
 
 
 class _Clock(TrainerCallback):
@@ -298,11 +241,11 @@ def _arguments(
             device=device,
             mixed_dtype=None if arm == "midtune" else dtype,
             checkpoints=False,
-            activation_checkpointing=arm not in ("midtune", "trl-block"),
+            activation_checkpointing=ARMS[arm].checkpointing,
         )
 
 
-def _train(trainer: GRPOTrainer, meter: Meter, watched: Watched | None = None) -> list[dict[str, float]]:
+def _train(trainer: GRPOTrainer, meter: Meter, watched: Profile | None = None) -> list[dict[str, float]]:
     """Train to the end; seconds of each step, by phase."""
     clock = _Clock(meter)
     trainer.add_callback(clock)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from midtune.bench.workload import ARMS
 from midtune.model.sizes import Sizes
 
 
@@ -58,7 +59,7 @@ def update_flops(
     and once for each forward pass more: to recompute activations, or of the reference.
 
     Args:
-        arm: of `bench.workload.ARMS`, or `trl-full-kept`: full training without activation checkpointing.
+        arm: of `bench.workload.ARMS`.
         tail: blocks from the first trained one on.
         trained: how many are trained.
         recompute: midtune runs blocks again for the gradient; TRL always does where it checkpoints.
@@ -71,11 +72,10 @@ def update_flops(
         head = 2 + reference
     else:
         tokens = batch.rows * (batch.prompt_tokens + batch.new_tokens)
-        alone, whole = arm == "trl-block", arm.startswith("trl-full")
-        checkpointed = arm == "trl-full" or "qlora" in arm
+        whole = ARMS[arm].trains == "all"
         # The gradient of a single block ends there.
-        backward = tail + trained if alone else sizes.blocks * (1 + whole)
-        blocks = sizes.blocks * (1 + checkpointed + reference) + backward
+        backward = tail + trained if ARMS[arm].trains == "blocks" else sizes.blocks * (1 + whole)
+        blocks = sizes.blocks * (1 + ARMS[arm].checkpointing + reference) + backward
         # TRL's chunked head always runs again for its gradient.
         head = 3 + whole + reference
     return 2 * (tokens * sizes.linear * blocks + scored * sizes.projection * head)

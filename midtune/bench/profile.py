@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import timeit
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
+from transformers import TrainerCallback
+
+from midtune.measure.meter import Meter
 
 # Kind of work → what the names of its operators contain; the first that fits counts.
 KINDS = {
@@ -24,33 +28,62 @@ def kind_of(operator: str) -> str:
     return next((kind for kind, names in KINDS.items() if any(name in operator for name in names)), OTHER)
 
 
-class Profile:
-    """Seconds by phase and kind of one step; time in which no operator runs counts as `between operators`."""
+class BenchMeter(Meter):
+    """A meter that enters the context that `during_rollout` makes for as long as a rollout takes."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._cuda else [])]
-        self._profiler = profile(activities=activities)
-        self._phases: list[str] = []
+        super().__init__(device)
+        self.during_rollout: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Give what runs inside to the phase `name`; phases do not overlap."""
-        self._phases.append(name)
+        with super().phase(name), self.during_rollout() if name == "rollout" else nullcontext():
+            yield
+
+
+class Profile(TrainerCallback):
+    """Profiles the last step of a trainer: its `rollout` and, as `update`, what follows.
+
+    Attributes:
+        peak: most bytes held before that step: what the profiler remembers takes memory too.
+        found: seconds by phase and kind of work; time in which no operator runs counts as `between operators`.
+    """
+
+    def __init__(self, meter: BenchMeter, device: torch.device, last: int) -> None:
+        self.meter = meter
+        self.last = last
+        self.peak = 0
+        self.found: dict[str, dict[str, float]] = {}
+        self._cuda = device.type == "cuda"
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._cuda else [])]
+        self._profiler = profile(activities=activities)
+        self._update = ExitStack()
+
+    def on_step_begin(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+        if state.global_step == self.last - 1:
+            self.peak = self.meter.peak_bytes()
+            self._profiler.start()
+            self.meter.during_rollout = partial(self._rollout, self.meter.during_rollout)
+
+    @contextmanager
+    def _rollout(self, inner: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+        with inner(), self._phase("rollout"):
+            yield
+        self._update.enter_context(self._phase("update"))
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
         with record_function(name):
             yield
             if self._cuda:
                 # What was launched inside belongs to the phase, whenever the card comes to it.
                 torch.cuda.synchronize()
 
-    def start(self) -> None:
-        """Begin to watch."""
-        self._profiler.start()
-
-    def stop(self) -> dict[str, dict[str, float]]:
-        """End, and return seconds by phase and kind of work."""
-        self._profiler.stop()
-        return seconds_by_kind(self._profiler.events(), self._phases, on_card=self._cuda)
+    def on_step_end(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+        if state.global_step == self.last:
+            self._update.close()
+            self._profiler.stop()
+            self.found = seconds_by_kind(self._profiler.events(), ("rollout", "update"), on_card=self._cuda)
 
 
 def seconds_by_kind(
@@ -86,11 +119,9 @@ def peak_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
     size = 8192 if device.type == "cuda" else 2048
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
 
-    def once() -> float:
-        began = time.perf_counter()
+    def product() -> None:
         torch.mm(left, right)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - began
 
-    return float(2 * size**3 / min(once() for _ in range(10)))
+    return 2 * size**3 / min(timeit.repeat(product, number=1, repeat=10))

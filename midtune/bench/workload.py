@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to train.
+
+    Attributes:
+        trains: blocks over frozen ones, all parameters, or LoRA adapters of every linear layer.
+        checkpointing: TRL keeps the inputs of blocks only, and runs them again for the gradient.
+    """
+
+    label: str
+    trains: Literal["blocks", "all", "adapters"]
+    checkpointing: bool = True
+
 
 ARMS = {
-    "midtune": "midtune",
-    "trl-full": "TRL, all parameters",
-    "trl-block": "TRL, the same block over NF4",
-    "trl-qlora": "TRL, QLoRA on all linear layers",
-    "trl-qlora-fp32": "the same, adapters in fp32",
+    "midtune": Arm("midtune", "blocks", checkpointing=False),
+    "trl-full": Arm("TRL, all parameters", "all"),
+    # With checkpointing, transformers takes the gradient of a single block down to the embeddings.
+    "trl-block": Arm("TRL, the same block over NF4", "blocks", checkpointing=False),
+    "trl-qlora": Arm("TRL, QLoRA on all linear layers", "adapters"),
+    "trl-qlora-fp32": Arm("the same, adapters in fp32", "adapters"),
+    "trl-full-kept": Arm("TRL, the same without checkpointing", "all", checkpointing=False),
 }
+# In the order of a plan's table, in which "the same" is the arm before.
+PLANNED = ("midtune", "trl-block", "trl-qlora", "trl-full", "trl-full-kept")
+BENCHED = tuple(arm for arm in ARMS if arm != "trl-full-kept")
 LORA_RANK = 16
 
 

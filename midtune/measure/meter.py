@@ -38,7 +38,7 @@ class Meter:
     def __init__(self, device: Any = "cpu", *, clock: Callable[[], float] = time.perf_counter) -> None:
         self._device = str(device)
         self._cuda = devices.is_cuda(self._device)
-        self._clock = clock
+        self.clock = clock
         self._open: list[str] = []
         self._seconds: dict[str, float] = {}
         self._mark = 0.0
@@ -100,7 +100,7 @@ class Meter:
             import torch
 
             torch.cuda.synchronize(self._device)
-        now = self._clock()
+        now = self.clock()
         if self._open:
             name = self._open[-1]
             self._seconds[name] = self._seconds.get(name, 0.0) + now - self._mark
@@ -147,20 +147,19 @@ class Meter:
 class StepClock:
     """Seconds of one step after another: `step`, `rollout` and `reward` as charged, and `update`, the rest."""
 
-    def __init__(self, meter: Meter, *, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, meter: Meter) -> None:
         self._meter = meter
-        self._clock = clock
         self._began = 0.0
 
     def begin(self) -> None:
         """Begin a step; what was charged before is no part of it."""
         self._meter.step()
-        self._began = self._clock()
+        self._began = self._meter.clock()
 
     def end(self) -> dict[str, float]:
         """End the step, and return its seconds and those of its phases, which add up to it."""
         charged = self._meter.step()
-        step = self._clock() - self._began
+        step = self._meter.clock() - self._began
         rollout, reward = charged.get("rollout", 0.0), charged.get("reward", 0.0)
         return {"step": step, "rollout": rollout, "reward": reward, "update": step - rollout - reward}
 

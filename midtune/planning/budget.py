@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from transformers import PretrainedConfig
+
 from midtune.model.sizes import Sizes
 
 # Weights in a group that bitsandbytes scales together, and groups whose scales share one in turn.
@@ -19,6 +22,28 @@ CONTEXT_BYTES = 600 * 2**20
 HEAP_SHARE = 0.5
 
 Phases = dict[str, dict[str, int]]
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A model as a trainer loads it.
+
+    Attributes:
+        dtype: of activations, and of unquantized frozen weights.
+        quantized: linear layers of frozen blocks are in 4-bit.
+        on_card: it works on a GPU, where TRL's head has kernels of its own.
+        full: every parameter is trained, so weights are in fp32.
+    """
+
+    config: PretrainedConfig
+    dtype: torch.dtype
+    quantized: bool
+    on_card: bool
+    full: bool = False
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        return torch.float32 if self.full else self.dtype
 
 
 @dataclass(frozen=True)
@@ -58,15 +83,13 @@ def packed_bytes(weights: int) -> int:
     return weights // 2 + weights // GROUP + 4 * (weights // GROUP // NESTED_GROUP)
 
 
-def unpacked_bytes(sizes: Sizes, *, quantized: bool, dtype_bytes: int, laid_out: bool) -> int:
-    """What midtune's sampler takes for weights as a decoding step reads them fastest.
-
-    Args:
-        laid_out: a CPU also gets a copy of what is not packed, the head among it.
-    """
-    linear = sizes.blocks * sizes.linear if quantized or laid_out else 0
-    head = sizes.projection if laid_out else 0
-    return (linear + head) * dtype_bytes
+def unpacked_bytes(model: Loaded, sizes: Sizes) -> int:
+    """What midtune's sampler takes for weights as a decoding step reads them fastest."""
+    linear = sizes.blocks * sizes.linear
+    if model.on_card:
+        return linear * model.dtype.itemsize if model.quantized else 0
+    # A CPU also gets a copy of what is not packed, the head among it.
+    return (linear + sizes.projection) * model.dtype.itemsize
 
 
 def step_phases(
@@ -115,8 +138,11 @@ def step_phases(
     }
 
 
+def totals(phases: Phases) -> dict[str, int]:
+    """Bytes of each phase."""
+    return {name: sum(parts.values()) for name, parts in phases.items()}
+
+
 def peak(phases: Phases) -> tuple[str, int]:
     """The phase that holds most, and its bytes."""
-    totals = {name: sum(parts.values()) for name, parts in phases.items()}
-    highest = max(totals, key=lambda name: totals[name])
-    return highest, totals[highest]
+    return max(totals(phases).items(), key=lambda item: item[1])

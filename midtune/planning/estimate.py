@@ -20,6 +20,7 @@ from midtune.model.sizes import Sizes
 from midtune.planning.budget import peak
 from midtune.planning.search import planner_for
 from midtune.planning.step_size import Work
+from midtune.report.formats import sentence
 from midtune.rollout.sampling import Sampler
 from midtune.tasks import Task
 
@@ -46,10 +47,11 @@ def estimated(
         process_bytes: resident memory of the process before the model was loaded; on a CPU peaks count it.
 
     Returns:
-        Also `note`, a sentence where the architecture cannot run on tensors without data, so that `peak` is None.
+        Also `note`, a sentence without its full stop where the architecture cannot run on tensors without data, so that
+        `peak` is None.
     """
     policy = sampler.policy
-    training, blocks = config.training, policy.trained
+    training = config.training
     batch = Batch(
         training.prompts_per_step,
         training.group_size,
@@ -57,10 +59,10 @@ def estimated(
         # Of episodes, with what their environments showed.
         statistics.fmean(step["completion_length"] + step.get("shown_length", 0) for step in steps),
     )
-    planner = planner_for(policy, blocks, process_bytes)
+    planner = planner_for(policy, policy.trained, process_bytes)
     # Without a KL term, groups of equal rewards are left out of the update.
     updated = 1.0 if training.beta > 0 else 1 - statistics.fmean(step["equal_groups"] for step in steps)
-    phases = estimated_phases(arm, planner.sizes, batch, config, blocks, measured, updated)
+    phases = estimated_phases(arm, planner.sizes, batch, config, policy.trained, measured, updated)
     mean = Work(config, math.ceil(batch.prompt_tokens)).changed(
         {"training.max_new_tokens": max(math.ceil(batch.new_tokens), 2)}
     )
@@ -69,7 +71,7 @@ def estimated(
         found["peak"] = peak(planner.phases(arm, mean))[1]
     except MidtuneError as error:
         # The run is done, and its report has the rest.
-        found["note"] = f"{str(error)[:1].upper()}{str(error)[1:]}"
+        found["note"] = sentence(str(error).removesuffix("."))
     return found
 
 
@@ -88,8 +90,6 @@ def estimated_phases(
     once per completion, is slower. Not counted either: that a 4-bit layer is dequantized for each product.
 
     Args:
-        arm: of TRL.
-        batch: the step's text.
         blocks: those that midtune trains.
         measured: seconds of midtune's phases, a mean over steps.
         updated_share: fraction of groups that midtune's update ran; it may skip those of equal rewards.

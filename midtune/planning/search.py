@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 
-from midtune.bench.workload import ARMS as TRAINED_ARMS
+from midtune.bench.flops import rollout_flops, update_flops
+from midtune.bench.workload import ARMS
 from midtune.config import RunConfig, with_settings
 from midtune.device import total_bytes
 from midtune.errors import InputError, MidtuneError
@@ -18,22 +19,25 @@ from midtune.measure.meter import Meter
 from midtune.model.configs import config_of
 from midtune.model.policy import Policy
 from midtune.model.sizes import Sizes, sizes_of
-from midtune.planning.budget import CONTEXT_BYTES, Phases, peak, step_phases, unpacked_bytes
-from midtune.planning.skeleton import Loaded
-from midtune.planning.speed import step_seconds
+from midtune.planning.budget import (
+    CONTEXT_BYTES,
+    Loaded,
+    Phases,
+    packed_bytes,
+    peak,
+    step_phases,
+    totals,
+    unpacked_bytes,
+)
 from midtune.planning.step_size import DEAREST_FIRST, Work, leaner, standing, work_of
 from midtune.planning.trace import block_update, sampling, whole_update
-from midtune.probe.selection import middle, parse_layers
+from midtune.probe.selection import parse_layers
 from midtune.published import PublishedCard, card_named
 from midtune.report.formats import bytes_text
 from midtune.rl.tail import tail_settings
 from midtune.rollout.sampling import Sampler
 from midtune.tasks import Task
 
-ARMS = {
-    **{arm: TRAINED_ARMS[arm] for arm in ("midtune", "trl-block", "trl-qlora", "trl-full")},
-    "trl-full-kept": "TRL, the same without checkpointing",
-}
 # How far the search for the largest size goes.
 MOST = {"prompts": 64, "group_size": 256, "new_tokens": 131072}
 
@@ -43,8 +47,7 @@ class Planner:
     """What one model can do on one card.
 
     Attributes:
-        block: the first trained block.
-        trained: how many blocks are trained.
+        blocks: the trained ones.
         process: bytes that a process holds besides tensors.
         device_bytes: of the device's memory; sampling may unpack weights into half of what is free of it.
     """
@@ -52,15 +55,14 @@ class Planner:
     model: Loaded
     sizes: Sizes
     card: PublishedCard
-    block: int
-    trained: int
+    blocks: Sequence[int]
     process: int
     device_bytes: int
 
     @property
     def tail(self) -> int:
         """Blocks from the first trained one on."""
-        return self.sizes.blocks - self.block
+        return self.sizes.blocks - self.blocks[0]
 
     def phases(self, arm: str, work: Work) -> Phases:
         """Bytes of each part in each phase of a step.
@@ -69,7 +71,7 @@ class Planner:
             MidtuneError: the architecture does something that tensors without data cannot.
         """
         try:
-            return self._midtune(work) if arm == "midtune" else self._trl(arm, work)
+            return self._phases(arm, work)
         except Exception as error:  # noqa: BLE001 (whatever the architecture's own code raises)
             why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise MidtuneError(
@@ -77,57 +79,36 @@ class Planner:
                 f"({why}); measure it with `midtune bench`."
             ) from error
 
-    def _standing(self, model: Loaded, arm: str, work: Work) -> dict[str, Any]:
-        """What both kinds of arms hold in common, as arguments of `step_phases`."""
-        held = standing(
-            self.sizes,
-            arm,
-            work,
-            trained=self.trained if arm == "midtune" else 1,
-            quantized=model.quantized,
-            weight_bytes=model.weight_dtype.itemsize,
-            on_card=model.on_card,
-        )
-        return {"held": held, "process": self.process, "on_card": model.on_card}
-
-    def _midtune(self, work: Work) -> Phases:
-        model, sizes, itemsize = self.model, self.sizes, self.model.dtype.itemsize
-        common = self._standing(model, "midtune", work)
-        free = self.device_bytes - self.process - sum(common["held"].parts.values())
-        wanted = unpacked_bytes(
-            sizes, quantized=model.quantized, dtype_bytes=itemsize, laid_out=not model.on_card
-        )
-        unpacks = work.config.model.unpack == "auto"
+    def _phases(self, arm: str, work: Work) -> Phases:
+        model = self._full if ARMS[arm].trains == "all" else self.model
+        held = standing(model, self.sizes, arm, work, trained=len(self.blocks))
+        together = work.batch(work.micro_prompts)
+        if arm != "midtune":
+            return step_phases(
+                held,
+                self.process,
+                sampling=sampling(model, work.batch(), shared=False),
+                update=whole_update(model, together, arm, self.blocks[0]),
+                on_card=model.on_card,
+            )
         batch = work.batch()
         tokens = batch.prompts * work.prompt_tokens + batch.rows * work.config.training.max_new_tokens
+        free = self.device_bytes - self.process - sum(held.parts.values())
+        unpacks = work.config.model.unpack == "auto"
         return step_phases(
-            **common,
+            held,
+            self.process,
             sampling=sampling(model, work.batch(work.sampled_prompts), shared=True),
             update=block_update(
                 model,
-                work.batch(work.micro_prompts),
+                together,
                 tail_blocks=self.tail,
-                trained=self.trained,
+                trained=len(self.blocks),
                 **tail_settings(work.config.training),
             ),
-            states=tokens * sizes.hidden * itemsize,
-            unpacked=max(0, min(wanted, free // 2)) if unpacks else 0,
-        )
-
-    def _trl(self, name: str, work: Work) -> Phases:
-        arm = name.removesuffix("-kept")
-        model = self._full if arm == "trl-full" else self.model
-        return step_phases(
-            **self._standing(model, arm, work),
-            sampling=sampling(model, work.batch(), shared=False),
-            update=whole_update(
-                model,
-                work.batch(work.micro_prompts),
-                arm=arm,
-                block=self.block,
-                # With it, transformers takes the gradient of a single block down to the embeddings.
-                checkpointing=name in ("trl-full", "trl-qlora"),
-            ),
+            on_card=model.on_card,
+            states=tokens * self.sizes.hidden * model.dtype.itemsize,
+            unpacked=max(0, min(unpacked_bytes(model, self.sizes), free // 2)) if unpacks else 0,
         )
 
     @cached_property
@@ -140,22 +121,43 @@ class Planner:
         phase, most = peak(phases)
         return {
             "arm": name,
-            "label": ARMS[name],
+            "label": ARMS[name].label,
             "phases": phases,
             "peak": most,
             "phase": phase,
             "fits": most <= self.card.memory,
-            "seconds": step_seconds(
-                self.card,
-                self.sizes,
-                name,
-                work,
-                tail=self.tail,
-                trained=self.trained,
-                quantized=self.model.quantized,
-                unpacked=bool(phases["sampling"].get("unpacked weights")),
-                cache=phases["sampling"]["keys and values"],
+            "seconds": self.seconds(name, work, phases["sampling"]),
+        }
+
+    def seconds(self, arm: str, work: Work, held: Mapping[str, int]) -> dict[str, float]:
+        """The least seconds that the phases of a step can take on the card: what they compute, or what they read.
+
+        The forward pass of a KL term's reference is left out.
+
+        Args:
+            held: parts of what is held while sampling, in bytes.
+        """
+        card, sizes, batch, training = self.card, self.sizes, work.batch(), work.config.training
+        plain = 2 * sizes.blocks * sizes.linear
+        packed = self.model.quantized and ARMS[arm].trains != "all"
+        weights = sizes.blocks * packed_bytes(sizes.linear) if packed else plain
+        read = plain if held.get("unpacked weights") else weights
+        sampling_passes = -(-batch.prompts // work.sampled_prompts)
+        # Each token reads every weight, and on average half of the keys and values.
+        each = sampling_passes * (read + 2 * sizes.projection) + held["keys and values"] / 2
+        products = update_flops(
+            sizes, batch, arm, tail=self.tail, trained=len(self.blocks), recompute=training.recompute
+        )
+        if arm == "midtune":
+            passes = (2 + training.recompute) * self.tail / sizes.blocks
+        else:
+            passes = 2.0 + ARMS[arm].checkpointing
+        micro_batches = batch.prompts // work.micro_prompts
+        return {
+            "sampling": max(
+                rollout_flops(sizes, batch, arm) / card.flops, batch.new_tokens * each / card.bandwidth
             ),
+            "update": max(products / card.flops, micro_batches * passes * weights / card.bandwidth),
         }
 
     def fitting(self, work: Work) -> dict[str, Any] | None:
@@ -201,22 +203,18 @@ class Planner:
             "new_tokens": training.max_new_tokens,
         }
         now = sizes[what]
-        totals = [
-            {name: sum(parts.values()) for name, parts in phases.items()}
-            for phases in (self._sized(work, what, now), self._sized(work, what, 2 * now))
-        ]
+        once, twice = (totals(self._sized(work, what, size)) for size in (now, 2 * now))
         most = [
-            now + now * (self.card.memory - once) / (twice - once)
-            for once, twice in zip(totals[0].values(), totals[1].values(), strict=True)
-            if twice > once
+            now + now * (self.card.memory - total) / (twice[phase] - total)
+            for phase, total in once.items()
+            if twice[phase] > total
         ]
         return max(now, min([MOST[what], *map(int, most)]))
 
     def _sized(self, work: Work, what: str, size: int) -> Phases:
-        if what == "group_size":
-            return self.phases("midtune", work.changed({"training.group_size": size}))
-        if what == "new_tokens":
-            return self.phases("midtune", work.changed({"training.max_new_tokens": size}))
+        if what != "prompts":
+            key = {"group_size": "training.group_size", "new_tokens": "training.max_new_tokens"}[what]
+            return self.phases("midtune", work.changed({key: size}))
         # Each prompt of an update adds what its group takes there; as many as before are sampled together.
         wider = work.changed(
             {
@@ -228,8 +226,8 @@ class Planner:
         return {"update": self.phases("midtune", wider)["update"]}
 
 
-def planner_of(config: RunConfig, gpu: str) -> tuple[Planner, list[int]]:
-    """What plans for the configuration's model on a card, and the blocks that would be trained.
+def planner_of(config: RunConfig, gpu: str) -> Planner:
+    """What plans for the configuration's model on a card.
 
     Args:
         gpu: the card, see `card_named`; or `cpu`, this machine.
@@ -240,23 +238,23 @@ def planner_of(config: RunConfig, gpu: str) -> tuple[Planner, list[int]]:
     card = card_named(gpu) if on_card else host
     model_config = config_of(config.model.name, trust_remote_code=config.model.trust_remote_code)
     sizes = sizes_of(model_config)
-    wanted = config.blocks
-    blocks = (
-        parse_layers(wanted.layers, sizes.blocks, wanted.top_k)
-        if wanted.layers is not None
-        else middle(sizes.blocks, wanted.top_k)
-    )
+    layers = "middle" if config.blocks.layers is None else config.blocks.layers
+    blocks = parse_layers(layers, sizes.blocks, config.blocks.top_k)
     dtype = torch.bfloat16 if on_card else torch.float32
     model = Loaded(model_config, dtype, config.model.quantize == "nf4", on_card)
-    process = CONTEXT_BYTES if on_card else _libraries_bytes()
-    return Planner(model, sizes, card, blocks[0], len(blocks), process, card.memory), blocks
+    process = CONTEXT_BYTES
+    if not on_card:
+        # What a process that trains has resident before a model is loaded counts there.
+        import midtune.rl.training  # noqa: F401
+
+        process = Meter("cpu").current_bytes()
+    return Planner(model, sizes, card, blocks, process, card.memory)
 
 
 def planner_for(policy: Policy, blocks: list[int], process_bytes: int) -> Planner:
     """What plans for a loaded model on its own device.
 
     Args:
-        blocks: the trained ones.
         process_bytes: resident memory of this process before the model was loaded.
     """
     on_card = policy.device.type == "cuda"
@@ -265,8 +263,7 @@ def planner_for(policy: Policy, blocks: list[int], process_bytes: int) -> Planne
         Loaded(policy.model.config, policy.compute_dtype, policy.quantized, on_card),
         sizes_of(policy.model.config),
         PublishedCard("this device", total, math.nan, math.nan),
-        blocks[0],
-        len(blocks),
+        blocks,
         CONTEXT_BYTES if on_card else process_bytes,
         total,
     )
@@ -284,7 +281,6 @@ def fitted(
 
     Args:
         sampler: of the loaded model.
-        blocks: the chosen ones.
         process_bytes: resident memory of this process before the model was loaded.
 
     Raises:
@@ -307,10 +303,3 @@ def fitted(
     # Scoring samples as many together as training does.
     together = {"training.sampled_prompts": found.sampled_prompts}
     return with_settings(config, {**changes, **together, "training.fit": None})
-
-
-def _libraries_bytes() -> int:
-    """What a process that trains on a CPU has resident before a model is loaded: it counts there."""
-    import midtune.rl.training  # noqa: F401
-
-    return Meter("cpu").current_bytes()

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from midtune.model.blocks import config_from, find_blocks
 from midtune.model.policy import Policy
 from midtune.model.sizes import blocks_of
-from midtune.planning.budget import packed_bytes
+from midtune.planning.budget import Loaded, packed_bytes
 
 # Masks with more values than this, rows by tokens by tokens, are left without data.
 LARGE_MASK = 2**28
@@ -23,36 +22,15 @@ LARGE_MASK = 2**28
 HEAD_TOKENS, HEAD_WORDS = 4096, 32768
 
 
-@dataclass(frozen=True, eq=False)
-class Loaded:
-    """A model as a trainer loads it.
-
-    Attributes:
-        dtype: of activations, and of unquantized frozen weights.
-        quantized: linear layers of frozen blocks are in 4-bit.
-        on_card: it works on a GPU, where TRL's head has kernels of its own.
-        full: every parameter is trained, so weights are in fp32.
-    """
-
-    config: PretrainedConfig
-    dtype: torch.dtype
-    quantized: bool
-    on_card: bool
-    full: bool = False
-
-    @property
-    def weight_dtype(self) -> torch.dtype:
-        return torch.float32 if self.full else self.dtype
-
-
 def skeleton(
-    model: Loaded, depth: int, vocabulary: int | None = None
+    model: Loaded, depth: int, vocabulary: int | None = None, trained: int = 0
 ) -> tuple[PreTrainedModel, FakeTensorMode]:
     """A model without data, and the mode that makes further tensors of its kind.
 
     Args:
         depth: how many of its last blocks to build.
         vocabulary: tokens of the embeddings and of the head; None: the model's own.
+        trained: how many of the first of them are trained, and so not in 4-bit.
     """
     blocks = blocks_of(model.config)
     cut = config_from(model.config, blocks - depth, blocks)
@@ -62,7 +40,7 @@ def skeleton(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         built: PreTrainedModel = AutoModelForCausalLM.from_config(cut, dtype=model.weight_dtype)
-        for block in find_blocks(built)[1] if model.quantized else ():
+        for block in find_blocks(built)[1][trained:] if model.quantized else ():
             for name, part in list(block.named_modules()):
                 if isinstance(part, nn.Linear):
                     block.set_submodule(name, PackedLinear(part, model.dtype))
@@ -73,12 +51,11 @@ class SkeletonPolicy(Policy):
     """A policy without data: what it computes has the shapes, dtypes and lifetimes of the real one.
 
     Args:
-        depth, vocabulary: see `skeleton`.
-        trained: how many of the first of its blocks are trained.
+        depth, trained, vocabulary: see `skeleton`.
     """
 
     def __init__(self, model: Loaded, depth: int, trained: int, vocabulary: int | None = None) -> None:
-        built, self.mode = skeleton(model, depth, vocabulary)
+        built, self.mode = skeleton(model, depth, vocabulary, trained)
         super().__init__(built, cast(Any, None), cast(Any, None), compute_dtype=model.dtype)
         for block in range(trained):
             self.thaw(block)
@@ -87,9 +64,6 @@ class SkeletonPolicy(Policy):
         """Make `block` trainable: fp32 masters in place of its frozen layers."""
         frozen = self.blocks[block]
         with self.mode:
-            for name, part in list(frozen.named_modules()):
-                if isinstance(part, PackedLinear):
-                    frozen.set_submodule(name, part.unpacked())
             for part in frozen.modules():
                 for name, parameter in part.named_parameters(recurse=False):
                     # Module.float() cannot replace parameters without data.
@@ -108,11 +82,6 @@ class SkeletonPolicy(Policy):
         found = super().tail(first, checkpointing=checkpointing)
         found.register_forward_pre_hook(enter, with_kwargs=True)
         return found
-
-    def empty(self, *shape: int) -> torch.Tensor:
-        """Activations without data."""
-        with self.mode:
-            return torch.empty(*shape, dtype=self.compute_dtype)
 
 
 class PackedLinear(nn.Linear):
@@ -133,12 +102,6 @@ class PackedLinear(nn.Linear):
         shape = (self.out_features, self.in_features)
         found: torch.Tensor = _Product.apply(inputs.to(self.compute_dtype), self.weight, shape)  # type: ignore[no-untyped-call]
         return found if self.bias is None else found + self.bias
-
-    def unpacked(self) -> nn.Linear:
-        """The layer that it was made from."""
-        return nn.Linear(
-            self.in_features, self.out_features, bias=self.bias is not None, dtype=self.compute_dtype
-        )
 
 
 class _Product(torch.autograd.Function):
@@ -175,7 +138,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         statistics = [per_token() for _ in range(7)]
         for _, _, tile in _tiles(states, weight, ctx.dtype):
             if not on_card:
-                _fold(tile)
+                _work_on(tile, gradients=False)
         del statistics
         ctx.save_for_backward(states, weight, targets, per_token(), per_token())
         return per_token()
@@ -189,7 +152,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         ]
         for tokens, words, tile in _tiles(states, weight, ctx.dtype):
             if not ctx.on_card:
-                _turn_into_gradients(tile)
+                _work_on(tile, gradients=True)
             for gradients, factor in zip(needed, (words, tokens), strict=True):
                 if gradients is not None:
                     # Products are added up in fp32.
@@ -212,20 +175,15 @@ def _tiles(
             yield tokens, rows.to(dtype), logits[: len(some), : len(rows)]
 
 
-def _fold(tile: torch.Tensor) -> None:
-    """Hold what torch does to fold a tile into statistics."""
-    _held = _copies(tile, 3)
+def _work_on(tile: torch.Tensor, *, gradients: bool) -> None:
+    """Hold what torch does to fold a tile of logits into statistics, or to make gradients of it."""
 
+    def copies(count: int) -> list[torch.Tensor]:
+        return [tile.new_empty(tile.shape, dtype=torch.float32) for _ in range(count)]
 
-def _turn_into_gradients(tile: torch.Tensor) -> None:
-    """Hold what torch does to make gradients of a tile of logits."""
-
-    def targets() -> torch.Tensor:
-        _words = tile.new_empty(tile.size(1), dtype=torch.long)
-        return tile.new_empty(tile.shape, dtype=torch.bool)
-
-    _held = [*_copies(tile, 5), targets(), *_copies(tile, 2)]
-
-
-def _copies(tile: torch.Tensor, count: int) -> list[torch.Tensor]:
-    return [tile.new_empty(tile.shape, dtype=torch.float32) for _ in range(count)]
+    _held = copies(5 if gradients else 3)
+    if gradients:
+        words = tile.new_empty(tile.size(1), dtype=torch.long)
+        _targets = tile.new_empty(tile.shape, dtype=torch.bool)
+        del words
+        _held += copies(2)

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from midtune.bench.flops import Batch
-from midtune.bench.workload import LORA_RANK
+from midtune.bench.workload import ARMS, LORA_RANK
 from midtune.config import RunConfig
 from midtune.errors import InputError
 from midtune.model.sizes import Sizes
-from midtune.planning.budget import Phases, Standing, packed_bytes
+from midtune.planning.budget import Loaded, Phases, Standing, packed_bytes
 from midtune.rl.algorithms import groups_per_micro_batch
 
 ADAM_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 2 * 4 / 256}
@@ -74,11 +74,6 @@ class Work:
         """Prompts, with their groups, that are sampled together."""
         return self.config.training.sampled_prompts or self.config.training.prompts_per_step
 
-    @property
-    def reference(self) -> bool:
-        """Whether there is a KL term."""
-        return self.config.training.beta > 0
-
     def described(self) -> dict[str, Any]:
         """What a plan says of it."""
         training, model = self.config.training, self.config.model
@@ -91,7 +86,7 @@ class Work:
             "recompute": training.recompute,
             "sampled_prompts": training.sampled_prompts or None,
             "optimizer": training.optimizer,
-            "reference": self.reference,
+            "reference": training.beta > 0,
             "unpack": model.unpack == "auto",
             "host_embedding": model.embeddings == "host",
             "gradients": training.gradients,
@@ -115,44 +110,42 @@ def work_of(config: RunConfig, prompt_tokens: int) -> Work:
     return work
 
 
-def standing(
-    sizes: Sizes, arm: str, work: Work, *, trained: int, quantized: bool, weight_bytes: int, on_card: bool
-) -> Standing:
+def standing(model: Loaded, sizes: Sizes, arm: str, work: Work, *, trained: int) -> Standing:
     """What an arm holds throughout a step.
 
     Args:
-        arm: `midtune`, or one of TRL's: `trl-full`, `trl-block`, `trl-qlora`.
-        trained: blocks that midtune or `trl-block` trains.
-        weight_bytes: of an unquantized weight outside trained blocks.
-        on_card: the optimizer works on all tensors at once, with a temporary copy of what it trains.
+        arm: of `bench.workload.PLANNED`.
+        trained: blocks that midtune trains; TRL trains one.
     """
-    ours, full = arm == "midtune", arm == "trl-full"
-    training, model = work.config.training, work.config.model
+    ours, trains = arm == "midtune", ARMS[arm].trains
+    training, weight_bytes = work.config.training, model.weight_dtype.itemsize
     optimizer = training.optimizer if ours else "adamw"
-    kept = packed_bytes(sizes.linear) if quantized else sizes.linear * weight_bytes
+    kept = packed_bytes(sizes.linear) if model.quantized else sizes.linear * weight_bytes
     # One that is the head too has to stay.
-    on_host = ours and on_card and model.embeddings == "host" and sizes.head
+    on_host = ours and model.on_card and work.config.model.embeddings == "host" and sizes.head
     embedding = 0 if on_host else sizes.embedding
     parts = {
-        "frozen blocks" if not full else "blocks": sizes.blocks * (kept + sizes.rest * weight_bytes),
+        "blocks" if trains == "all" else "frozen blocks": sizes.blocks * (kept + sizes.rest * weight_bytes),
         "embeddings and head": (embedding + sizes.head + sizes.outside) * weight_bytes,
     }
-    if full:
+    if trains == "all":
         parameters, bytes_each, largest = sizes.total, 4, max(sizes.embedding, sizes.linear // 2)
-    elif arm == "trl-qlora":
+    elif trains == "adapters":
         # TRL casts the adapters of a quantized model to bf16, and Adam's moments are of their kind.
         parameters, bytes_each = sizes.blocks * LORA_RANK * sizes.widths, 2
         largest = parameters // sizes.blocks
         parts["adapters"] = parameters * bytes_each
     else:
-        parameters, bytes_each, largest = trained * sizes.block, 4, sizes.linear // 2
+        blocks = trained if ours else 1
+        parameters, bytes_each, largest = blocks * sizes.block, 4, sizes.linear // 2
         parts["trained blocks, fp32"] = parameters * 4
     moments = ADAM_BYTES[optimizer] * (bytes_each / 4 if optimizer == "adamw" else 1)
     parts["optimizer"] = round(parameters * moments)
-    if work.reference and arm != "trl-qlora":
+    if training.beta > 0 and trains != "adapters":
         # TRL loads a second model unless it trains adapters.
         parts["reference"] = (parameters if ours else sizes.total) * 4
-    temporary = parameters if on_card else 2 * largest
+    # On a card the optimizer works on all tensors at once, with a temporary copy of what it trains.
+    temporary = parameters if model.on_card else 2 * largest
     # In bf16, only one gradient is in fp32 at a time.
     bf16 = ours and training.gradients == "bf16"
     return Standing(

@@ -17,11 +17,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache, LogitsProcessorList
 
 from midtune.bench.flops import Batch
-from midtune.bench.workload import qlora
+from midtune.bench.workload import ARMS, qlora
 from midtune.model.blocks import find_blocks
 from midtune.model.sizes import blocks_of
-from midtune.planning.budget import Held
-from midtune.planning.skeleton import Loaded, SkeletonPolicy, chunked_log_probs, skeleton
+from midtune.planning.budget import Held, Loaded
+from midtune.planning.skeleton import SkeletonPolicy, chunked_log_probs, skeleton
 from midtune.planning.tracker import Tracker
 from midtune.rl import tail
 from midtune.rollout.boundary import BoundaryStates, positions
@@ -57,7 +57,10 @@ def _block_update(model: Loaded, batch: Batch, depth: int, trained: int, **setti
     hidden = policy.model.config.get_text_config().hidden_size
     prompt_mask = torch.ones(batch.prompts, prompt_tokens, dtype=torch.long)
     completion_mask = torch.ones(batch.rows, new_tokens, dtype=torch.long)
-    states = [policy.empty(*mask.shape, hidden) for mask in (prompt_mask, completion_mask)]
+    with policy.mode:
+        states = [
+            torch.empty(*mask.shape, hidden, dtype=model.dtype) for mask in (prompt_mask, completion_mask)
+        ]
     rollout = Rollout(
         torch.zeros_like(prompt_mask),
         prompt_mask,
@@ -70,28 +73,26 @@ def _block_update(model: Loaded, batch: Batch, depth: int, trained: int, **setti
     )
     _give_gradients(policy.model)
     with Tracker([*_there(policy.model), *states, rollout.prompt_mask, rollout.completion_mask]) as tracker:
-        with _repeated(tracker, policy.blocks, trained):
+        with tracker.repeated(policy.blocks, trained):
             log_probs, _ = tail.completion_log_probs(policy, rollout, temperature=1.0, **settings)
         tracker.keep()
         log_probs.mean().backward()
     return tracker
 
 
-def whole_update(
-    model: Loaded, batch: Batch, *, arm: str, block: int = 0, checkpointing: bool = True
-) -> Held:
+def whole_update(model: Loaded, batch: Batch, arm: str, block: int = 0) -> Held:
     """TRL's update of a micro-batch, every prompt repeated for each of its completions.
 
     Args:
-        arm: `trl-full`, `trl-block` (only `block` is trained) or `trl-qlora` (LoRA on every linear layer).
-        checkpointing: blocks keep their inputs only, and run again for the gradient.
+        arm: one of TRL's in `bench.workload.PLANNED`.
+        block: the one that `trl-block` trains.
     """
     prompt_tokens, new_tokens = int(batch.prompt_tokens), int(batch.new_tokens)
     # Below a block that is trained alone nothing is kept.
-    depth = blocks_of(model.config) - (block if arm == "trl-block" else 0)
+    depth = blocks_of(model.config) - (block if ARMS[arm].trains == "blocks" else 0)
     built = min(depth, FEW_BLOCKS)
     held, mode = _held_by(model, built, arm)
-    if checkpointing:
+    if ARMS[arm].checkpointing:
         held.activation_checkpointing_enable()
     held.train()
     with mode:
@@ -101,7 +102,7 @@ def whole_update(
     scored = slice(prompt_tokens - 1 if model.on_card else 0, -1)
 
     with Tracker([*_there(held), ones]) as tracker:
-        with _mixed(model.dtype), _repeated(tracker, find_blocks(held)[1], 1):
+        with _mixed(model.dtype), tracker.repeated(find_blocks(held)[1], 1):
             states = held.base_model(
                 input_ids=torch.zeros_like(ones), attention_mask=ones, use_cache=False
             ).last_hidden_state[:, scored]
@@ -135,7 +136,7 @@ def sampling(model: Loaded, batch: Batch, *, shared: bool) -> Held:
     with (
         Tracker([*_there(held), ones]) as tracker,
         _mixed(model.dtype),
-        _repeated(tracker, find_blocks(held)[1], 1),
+        tracker.repeated(find_blocks(held)[1], 1),
     ):
         cache: Any = shared_prompts(room=min(new_tokens, ROOM)) if shared else DynamicCache()
         held(
@@ -147,7 +148,7 @@ def sampling(model: Loaded, batch: Batch, *, shared: bool) -> Held:
             logits_to_keep=1,
         )
         for number, layer in enumerate(cache.layers):
-            with tracker.made_by(repeated=number == 1):
+            with tracker.made_by_repeated() if number == 1 else contextlib.nullcontext():
                 if shared:
                     layer.batch_repeat_interleave(batch.group_size)
                 rows, heads, _, width = layer.keys.shape
@@ -171,11 +172,11 @@ def sampling(model: Loaded, batch: Batch, *, shared: bool) -> Held:
 
 def _held_by(model: Loaded, depth: int, arm: str) -> tuple[Any, FakeTensorMode]:
     """The model as TRL trains it in an arm, or its first block alone, and the mode of its tensors."""
-    if arm == "trl-block":
+    if ARMS[arm].trains == "blocks":
         policy = SkeletonPolicy(model, depth, trained=1)
         return policy.model, policy.mode
     held, mode = skeleton(model, depth)
-    if arm == "trl-qlora":
+    if ARMS[arm].trains == "adapters":
         _add_lora(held, mode)
     return held, mode
 
@@ -210,10 +211,3 @@ def _give_gradients(model: Any) -> None:
 
 def _mixed(dtype: torch.dtype) -> Any:
     return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype=dtype)
-
-
-def _repeated(tracker: Tracker, blocks: nn.ModuleList, place: int) -> contextlib.AbstractContextManager[None]:
-    """Let the block at a place stand for those that a deeper model has, if there is one after it."""
-    if place + 1 >= len(blocks):
-        return contextlib.nullcontext()
-    return tracker.repeated(blocks[place], blocks[place + 1])

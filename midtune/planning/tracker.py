@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,33 +32,25 @@ class Tracker(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         # Storages by address: those that were there already, and those that are counted until they go.
         self._held: dict[int, Any] = {part.untyped_storage()._cdata: part for part in known}
-        self._all, self._own, self._left = _Bytes(), _Bytes(), _Bytes()
-        self._inside = self._due = False
-        # What all blocks and what that block held at each operator, and where it is not known yet what of its
-        # own it leaves behind.
-        self._moments: list[tuple[_Bytes, _Bytes]] = []
-        self._open: list[tuple[_Bytes, _Bytes]] = []
-        self._kept = _Bytes(), _Bytes()
+        # Bytes of all storages and of those that a CPU's heap has room for, as larger ones are mapped one by one;
+        # then of the repeated block's own storages the same two. After each operator, what they were.
+        self._now = (0, 0, 0, 0)
+        self._moments = [self._now]
+        self._kept = self._now
+        self._inside = False
+        self._entered = 0
+        self._due = False
 
     @contextlib.contextmanager
-    def repeated(self, block: nn.Module, after: nn.Module) -> Iterator[None]:
-        """Let `block` stand for others too; `after` is the block after it, and both run forward here only."""
-
-        def enter(*_: Any) -> None:
-            self._inside = True
-
-        def leave(*_: Any) -> None:
-            self._inside = False
-
-        def settle(*_: Any) -> None:
-            # Not at once: what the block was given is still held by those who called it.
-            self._due = True
-
-        hooks = [
-            block.register_forward_pre_hook(enter),
-            block.register_forward_hook(leave),
-            after.register_forward_hook(settle),
-        ]
+    def repeated(self, blocks: Sequence[nn.Module] | nn.ModuleList, place: int) -> Iterator[None]:
+        """Let the block at a place stand for others too, if there is one after it; both run forward here only."""
+        hooks = []
+        if place + 1 < len(blocks):
+            hooks = [
+                blocks[place].register_forward_pre_hook(lambda *_: self._enter()),
+                blocks[place].register_forward_hook(lambda *_: self._leave()),
+                blocks[place + 1].register_forward_hook(lambda *_: self._done()),
+            ]
         try:
             yield
         finally:
@@ -65,27 +58,42 @@ class Tracker(TorchDispatchMode):
                 hook.remove()
 
     @contextlib.contextmanager
-    def made_by(self, repeated: bool) -> Iterator[None]:
-        """Count what is made here as made by the block that stands for others, if it is `repeated`."""
-        self._inside = repeated
+    def made_by_repeated(self) -> Iterator[None]:
+        """Count what is made here as made by the block that stands for others."""
+        self._enter()
         yield
+        self._leave()
+        self._done()
+
+    def _enter(self) -> None:
+        self._settle()
+        self._inside, self._entered = True, len(self._moments)
+
+    def _leave(self) -> None:
         self._inside = False
+
+    def _done(self) -> None:
+        # What the block was given is still held by those who called it.
         self._due = True
+
+    def _settle(self) -> None:
+        """While the last of the others works, those before it have left behind what it leaves."""
+        if self._due:
+            self._due = False
+            left = self._now[2:]
+            since = self._entered
+            self._moments[since:] = [(*moment[:2], *left) for moment in self._moments[since:]]
 
     def keep(self) -> None:
         """Remember what is held now as what is kept."""
         self._settle()
-        self._kept = self._all, self._own.least(self._left)
+        self._kept = self._now
 
     def held(self, more: int = 0) -> Held:
         """What was kept and the most that was held, where the block stands for so many others too."""
-        self._close()
-        totals = [every.plus(own, more) for every, own in self._moments]
-        return Held(
-            self._kept[0].plus(self._kept[1], more).every,
-            max((total.every for total in totals), default=0),
-            max((total.small for total in totals), default=0),
-        )
+        kept, *totals = np.array([self._kept, *self._moments]) @ [[1, 0], [0, 1], [more, 0], [0, more]]
+        peak, small = np.max(totals, 0)
+        return Held(int(kept[0]), int(peak), int(small))
 
     def __exit__(self, *raised: Any) -> None:
         super().__exit__(*raised)  # type: ignore[no-untyped-call]
@@ -103,7 +111,7 @@ class Tracker(TorchDispatchMode):
                 size, own = storage.nbytes(), self._inside
                 self._held[key] = weakref.ref(storage, partial(self._free, key, size, own))
                 self._count(size, own)
-                self._open.append((self._all, self._own))
+                self._moments.append(self._now)
         return found
 
     def _free(self, key: int, size: int, own: bool, _: Any) -> None:
@@ -111,32 +119,9 @@ class Tracker(TorchDispatchMode):
             self._count(-size, own)
 
     def _count(self, size: int, own: bool) -> None:
-        added = _Bytes(size, size if abs(size) < MAPPED_AT_MOST else 0)
-        self._all = self._all.plus(added)
-        self._own = self._own.plus(added) if own else self._own
-
-    def _settle(self) -> None:
-        if self._due:
-            self._due = False
-            self._left = self._own
-            self._close()
-
-    def _close(self) -> None:
-        self._moments += [(every, own.least(self._left)) for every, own in self._open]
-        self._open.clear()
-
-
-class _Bytes(NamedTuple):
-    """Of all storages, and of those that a CPU's heap has room for: larger ones are mapped one by one."""
-
-    every: int = 0
-    small: int = 0
-
-    def plus(self, other: _Bytes, times: int = 1) -> _Bytes:
-        return _Bytes(self.every + times * other.every, self.small + times * other.small)
-
-    def least(self, other: _Bytes) -> _Bytes:
-        return _Bytes(min(self.every, other.every), min(self.small, other.small))
+        small = size if abs(size) < MAPPED_AT_MOST else 0
+        every, every_small, owned, owned_small = self._now
+        self._now = every + size, every_small + small, owned + own * size, owned_small + own * small
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

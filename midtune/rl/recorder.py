@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from midtune.config import TrainingConfig
 from midtune.errors import RunStopped
 from midtune.measure.meter import OUTSIDE, Meter, StepClock
 from midtune.rl.collapse import find_collapse
@@ -38,6 +39,7 @@ FIELDS = {
 }
 
 
+@dataclass(eq=False)
 class StepRecorder(TrainerCallback):
     """Turns TRL's logs into one line of metrics a step.
 
@@ -56,41 +58,24 @@ class StepRecorder(TrainerCallback):
         on_message: receives a sentence for the person who watches.
         stop_requested: asked after every step; True saves a checkpoint and ends training.
         stop_after: a step after which training ends likewise.
-        stop_after_equal_rewards: see `TrainingConfig`.
-        rows_per_step: completions of a step.
-        clock: seconds from any origin.
+        settings: of the run.
     """
 
-    def __init__(
-        self,
-        meter: Meter,
-        *,
-        on_step: Callable[[dict[str, Any]], None],
-        on_sample: Callable[[dict[str, Any]], None],
-        on_message: Callable[[str], None],
-        stop_requested: Callable[[], bool],
-        stop_after: int | None,
-        stop_after_equal_rewards: int,
-        rows_per_step: int,
-        max_new_tokens: int,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        self.trainer: LayerGRPOTrainer | None = None
-        self.meter = meter
-        self._now = clock
-        self._clock = StepClock(meter, clock=clock)
-        self.on_step = on_step
-        self.on_sample = on_sample
-        self.on_message = on_message
-        self.stop_requested = stop_requested
-        self.stop_after = stop_after
-        self.stop_after_equal_rewards = stop_after_equal_rewards
-        self.rows_per_step = rows_per_step
-        self.max_new_tokens = max_new_tokens
-        self._started = self._saved = self._now()
+    meter: Meter
+    _: KW_ONLY
+    on_step: Callable[[dict[str, Any]], None]
+    on_sample: Callable[[dict[str, Any]], None]
+    on_message: Callable[[str], None]
+    stop_requested: Callable[[], bool]
+    stop_after: int | None
+    settings: TrainingConfig
+    trainer: LayerGRPOTrainer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._clock = StepClock(self.meter)
+        self._started = self._saved = self.meter.clock()
         self._phases: dict[str, float] = {}
         self._peaks: dict[str, int] = {}
-        self._only_equal = True
         self._checked = False
         self._said: set[str] = set()
         self._rewards: list[float] = []
@@ -100,7 +85,6 @@ class StepRecorder(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # A resumed run knows from its checkpoint what the steps before it were like.
-        self._only_equal = all(log.get("frac_reward_zero_std", 1) == 1 for log in state.log_history)
         known = [log for log in state.log_history if "reward" in log]
         self._rewards = [log["reward"] for log in known]
         self._equal_groups = [log["frac_reward_zero_std"] for log in known]
@@ -121,7 +105,6 @@ class StepRecorder(TrainerCallback):
             for phase, peaks in self.meter.peaks.items()
             for kind, count in peaks.items()
         }
-        assert self.trainer is not None
         if not self._checked:
             self.trainer.check_frozen()
             self._checked = True
@@ -138,8 +121,7 @@ class StepRecorder(TrainerCallback):
 
     def _checkpoint_is_due(self, step_s: float) -> bool:
         """Whether time asks for a checkpoint; the first step does, which tells what one takes."""
-        assert self.trainer is not None
-        since, takes_s = self._now() - self._saved, self.trainer.checkpoint_s
+        since, takes_s = self.meter.clock() - self._saved, self.trainer.checkpoint_s
         return since >= CHECKPOINT_SPACING * takes_s or since + step_s + takes_s > MOST_LOST_S
 
     def on_save(
@@ -159,35 +141,38 @@ class StepRecorder(TrainerCallback):
             return
         metrics: dict[str, Any] = {"step": state.global_step}
         metrics |= {ours: logs[theirs] for theirs, ours in FIELDS.items() if theirs in logs}
-        assert self.trainer is not None
         metrics["clipped"] = self.trainer.cut_share
         if len(names := self.trainer.reward_func_names) > 1:
             metrics["rewards"] = {name: logs[f"rewards/{name}/mean"] for name in names}
         metrics |= self._phases
-        tokens = metrics["completion_length"] * self.rows_per_step
+        rows = self.settings.prompts_per_step * self.settings.group_size
+        tokens = metrics["completion_length"] * rows
         metrics["tokens_per_s"] = tokens / max(self._phases["rollout_s"], 1e-9)
         metrics["memory_bytes"] = self.meter.current_bytes()
         metrics |= self._peaks
-        metrics["elapsed_s"] = self._now() - self._started
-        metrics |= self._limits()
+        metrics["elapsed_s"] = self.meter.clock() - self._started
+        limits = {
+            "sampling_rows": self.trainer.sampler.limits.rows.rows,
+            "update_rows": self.trainer.update_rows.rows,
+        }
+        metrics |= {name: rows for name, rows in limits.items() if rows is not None}
         self.on_step(metrics)
         for sample in self._last_samples()[:SAMPLES_PER_STEP]:
             self.on_sample({"step": state.global_step, **sample})
         self._watch(metrics)
 
     def _watch(self, metrics: dict[str, Any]) -> None:
-        if metrics["equal_groups"] < 1:
-            self._only_equal = False
-        if self._only_equal and 0 < self.stop_after_equal_rewards <= metrics["step"]:
-            raise RunStopped(self._nothing_to_learn(metrics))
         self._rewards.append(metrics["reward"])
         self._equal_groups.append(metrics["equal_groups"])
+        only_equal = all(share == 1 for share in self._equal_groups)
+        if only_equal and 0 < self.settings.stop_after_equal_rewards <= metrics["step"]:
+            raise RunStopped(self._nothing_to_learn(metrics))
         if "collapse" not in self._said and (found := find_collapse(self._rewards, self._equal_groups)):
             self._say("collapse", f"{found}.")
         if metrics["clipped"] == 1:
             self._say(
                 "clipped",
-                f"every completion was cut at {self.max_new_tokens} tokens, so answers at the end are lost; "
+                f"every completion was cut at {self.settings.max_new_tokens} tokens, so answers at the end are lost; "
                 "raise --max-new-tokens if this goes on.",
             )
         if abs(metrics.get("loss", 1.0)) < 1e-3:
@@ -214,21 +199,12 @@ class StepRecorder(TrainerCallback):
             f"(--set training.stop_after_equal_rewards=0 goes on regardless):\n{shown}"
         )
 
-    def _limits(self) -> dict[str, int]:
-        assert self.trainer is not None
-        known = {
-            "sampling_rows": self.trainer.sampler.limits.rows.rows,
-            "update_rows": self.trainer.update_rows.rows,
-        }
-        return {name: rows for name, rows in known.items() if rows is not None}
-
     def _say(self, key: str, text: str) -> None:
         if key not in self._said:
             self._said.add(key)
             self.on_message(text)
 
     def _last_samples(self) -> list[dict[str, Any]]:
-        assert self.trainer is not None
         logs = self.trainer._logs
         rewards = list(logs["rewards"].values())
         weights = self.trainer.reward_weights.tolist()

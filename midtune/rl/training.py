@@ -98,9 +98,7 @@ def train_blocks(
         on_message=on_message,
         stop_requested=stop_requested,
         stop_after=stop_after,
-        stop_after_equal_rewards=settings.stop_after_equal_rewards,
-        rows_per_step=settings.prompts_per_step * settings.group_size,
-        max_new_tokens=settings.max_new_tokens,
+        settings=settings,
     )
     parameters = policy.trained_parameters().values()
     bf16_gradients = Bf16Gradients(parameters) if settings.gradients == "bf16" else None

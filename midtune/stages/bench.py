@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from midtune.bench.workload import ARMS, Workload
+from midtune.bench.workload import ARMS, BENCHED, Workload
 from midtune.config import RunConfig
 from midtune.device import compute_dtype, resolve_device
 from midtune.errors import InputError, MidtuneError
-from midtune.probe.selection import middle
+from midtune.probe.selection import parse_layers
 from midtune.report.terminal import Terminal
 from midtune.runs import RunFolder, describe_environment
 from midtune.stages.opening import Opened
@@ -39,7 +39,7 @@ def run(
 
     Args:
         config: names the model, the device and the dtype; `blocks.layers` may name the block.
-        arms: see `midtune.bench.workload.ARMS`.
+        arms: see `midtune.bench.workload.BENCHED`.
         steps: counted steps of each arm, after one that warms up.
         micro_batch_tokens: most tokens in one backward pass of any arm; None: as in training.
         profile: profile one more step of the first arm.
@@ -60,13 +60,18 @@ def run(
 
     from midtune.model.loading import load_tokenizer
 
-    unknown = [arm for arm in arms if arm not in ARMS]
+    unknown = [arm for arm in arms if arm not in BENCHED]
     if unknown or not arms:
         asked = f"arm {unknown[0]} is not known" if unknown else "no arm was named"
-        raise InputError(f"{asked}; choose among {', '.join(ARMS)}.")
+        raise InputError(f"{asked}; choose among {', '.join(BENCHED)}.")
     source = Opened(config, terminal).source
     blocks = AutoConfig.from_pretrained(source.folder).get_text_config().num_hidden_layers
-    block = middle(blocks, 1)[0] if config.blocks.layers is None else _block(config.blocks.layers, blocks)
+    layers = "middle" if config.blocks.layers is None else config.blocks.layers
+    block, *others = parse_layers(layers, blocks)
+    if others:
+        raise InputError(
+            f"--layers {layers} names {1 + len(others)} blocks, but the bench trains one; name one."
+        )
     folder = RunFolder.create(out, f"bench-{Path(config.model.name).stem}")
     device = str(resolve_device(config.model.device))
     work = Workload(
@@ -93,37 +98,23 @@ def run(
         "failed": {},
         "environment": describe_environment(device, config.seed),
     }
-    model = {
-        "model": source.name,
-        "revision": source.revision,
-        "device": device,
-        "dtype": config.model.dtype,
-    }
-    # Arms take long, and what has been measured should outlive the rest.
-    for _ in _added(result, arms, model, work, profile, terminal):
-        folder.write_json(folder.path / "bench.json", result)
-    return result
-
-
-def _added(
-    result: dict[str, Any],
-    arms: Sequence[str],
-    model: dict[str, Any],
-    work: Workload,
-    profile: bool,
-    terminal: Terminal,
-) -> Iterator[None]:
-    """Add to the result what one arm after the other measures."""
     first: dict[str, Any] = {}
-    rows = len(work.prompts) * work.group_size * work.new_tokens
+    rows = prompts * group_size * new_tokens
     with terminal.progress("arms", len(arms)) as advance:
         for arm in arms:
-            terminal.message(f"{ARMS[arm]}: {work.warmup} + {work.steps} steps")
+            terminal.message(f"{ARMS[arm].label}: {work.warmup} + {work.steps} steps")
             own = asdict(replace(work, profile=profile and not first))
             try:
                 found = in_own_process(
                     f"{__name__}:{arm_alone.__name__}",
-                    {"arm": arm, **model, "work": own},
+                    {
+                        "arm": arm,
+                        "model": source.name,
+                        "revision": source.revision,
+                        "device": device,
+                        "dtype": config.model.dtype,
+                        "work": own,
+                    },
                     what=f"the arm {arm}",
                     instead="leave it out with --arms, or lower --micro-batch-tokens",
                 )
@@ -139,8 +130,10 @@ def _added(
                         key: found[key] for key in ("profile", "flops", "peak_flops_per_s") if key in found
                     }
                 result["arms"].append(summarise(found, first, rows=rows))
+            # Arms take long, and what has been measured should outlive the rest.
+            folder.write_json(folder.path / "bench.json", result)
             advance(1)
-            yield
+    return result
 
 
 def make_prompts(tokenizer: Any, count: int, tokens: int) -> list[str]:
@@ -181,15 +174,6 @@ def summarise(arm: dict[str, Any], first: dict[str, Any], *, rows: int) -> dict[
         "tokens_per_s": rows / phases["rollout"]["median"],
         "ratios": ratios,
     }
-
-
-def _block(layers: str, blocks: int) -> int:
-    from midtune.probe.selection import parse_layers
-
-    chosen = parse_layers(layers, blocks, 1)
-    if len(chosen) != 1:
-        raise InputError(f"--layers {layers} names {len(chosen)} blocks, but the bench trains one; name one.")
-    return chosen[0]
 
 
 def arm_alone(

@@ -8,8 +8,7 @@ from typing import Any
 from midtune.config import PLANNED_CARD, PLANNED_PROMPT_TOKENS, RunConfig, require_task
 from midtune.errors import InputError
 from midtune.model.configs import config_of
-from midtune.model.sizes import Sizes
-from midtune.planning.search import planner_of
+from midtune.planning.search import Planner, planner_of
 from midtune.planning.step_size import work_of
 from midtune.runs import RunFolder, run_stem
 from midtune.tasks.sources.hub_dataset import is_dataset
@@ -69,14 +68,14 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None = None) -> d
         if name.count("/") != 1:
             raise
         return {**found, "note": NOT_AT_HAND}
-    planner, blocks = planner_of(config, training.fit or PLANNED_CARD)
+    planner = planner_of(config, training.fit or PLANNED_CARD)
     arm = planner.arm("midtune", work_of(config, PLANNED_PROMPT_TOKENS))
     return {
         **found,
         "weights_bytes": BF16_BYTES * planner.sizes.total if _is_fetched(name) else None,
         "plan": {
-            "blocks": blocks,
-            "trainable_parameters": _trained(config, blocks, planner.sizes),
+            "blocks": planner.blocks,
+            "trainable_parameters": _trained(config, planner),
             "card": planner.card.name,
             "prompt_tokens": PLANNED_PROMPT_TOKENS,
             **{key: arm[key] for key in ("peak", "phase", "fits", "seconds")},
@@ -84,10 +83,11 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None = None) -> d
     }
 
 
-def _trained(config: RunConfig, blocks: list[int], sizes: Sizes) -> int:
+def _trained(config: RunConfig, planner: Planner) -> int:
+    sizes = planner.sizes
     if config.blocks.select == "boost":
         return sizes.blocks * sizes.block
-    return len(blocks) * (
+    return len(planner.blocks) * (
         sizes.block if config.model.adapter == "full" else config.model.lora_rank * sizes.widths
     )
 

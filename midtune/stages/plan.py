@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import Any
 
+from midtune.bench.workload import PLANNED
 from midtune.config import RunConfig
 from midtune.planning.budget import peak
-from midtune.planning.search import ARMS, MOST, planner_of
+from midtune.planning.search import MOST, planner_of
 from midtune.planning.step_size import work_of
 
 
@@ -19,7 +20,6 @@ def run(config: RunConfig, *, gpu: str, prompt_tokens: int) -> dict[str, Any]:
     """Work out the memory of each phase, for midtune and for TRL, and what fits.
 
     Args:
-        config: names the model and says how it is to be trained.
         gpu: the card, by name or memory, see `card_named`; or `cpu`, this machine.
         prompt_tokens: of the longest prompt.
 
@@ -34,9 +34,8 @@ def run(config: RunConfig, *, gpu: str, prompt_tokens: int) -> dict[str, Any]:
         InputError: the model, the card or a block is not known.
         MidtuneError: the architecture cannot run on tensors without data.
     """
-    planner, blocks = planner_of(config, gpu)
-    sizes, work = planner.sizes, work_of(config, prompt_tokens)
-    firsts = range(sizes.blocks - len(blocks) + 1)
+    planner = planner_of(config, gpu)
+    blocks, sizes, work = planner.blocks, planner.sizes, work_of(config, prompt_tokens)
     fit = planner.fitting(work)
     lean = None if fit is None else work.changed(fit)
     return {
@@ -47,9 +46,13 @@ def run(config: RunConfig, *, gpu: str, prompt_tokens: int) -> dict[str, Any]:
         "blocks": blocks,
         "card": asdict(planner.card),
         "work": work.described(),
-        "arms": [planner.arm(name, work) for name in ARMS],
+        "arms": [planner.arm(name, work) for name in PLANNED],
         "by_block": [
-            {"block": k, "peak": peak(replace(planner, block=k).phases("midtune", work))[1]} for k in firsts
+            {
+                "block": k,
+                "peak": peak(replace(planner, blocks=range(k, k + len(blocks))).phases("midtune", work))[1],
+            }
+            for k in range(sizes.blocks - len(blocks) + 1)
         ],
         "fit": fit,
         "fitted": None if lean is None else planner.arm("midtune", lean),

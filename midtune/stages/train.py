@@ -303,7 +303,7 @@ def _report(
         full = estimates["trl-full"]
     unknown = [found["note"] for found in estimates.values() if found["note"]]
     for note in unknown:
-        terminal.message(note)
+        terminal.message(f"{note}.")
     collapse = collapse_in(steps)
     return summary.build(
         model=opened.source.name,

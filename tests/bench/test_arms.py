@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from midtune.bench.arms import full_training, run_arm
-from midtune.bench.workload import ARMS, Workload
+from midtune.bench.workload import BENCHED, Workload
 from midtune.config import TrainingConfig
 from midtune.model.sources import resolve
 from midtune.rl import trainer
@@ -30,16 +30,16 @@ WORK = Workload(
 def found(random_checkpoint: Callable[..., Path]) -> dict[str, dict[str, Any]]:
     """What each arm measured on a random checkpoint."""
     source = resolve(str(random_checkpoint("qwen3")))
-    return {arm: run_arm(arm, source, WORK, torch.device("cpu"), torch.float32) for arm in ARMS}
+    return {arm: run_arm(arm, source, WORK, torch.device("cpu"), torch.float32) for arm in BENCHED}
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", BENCHED)
 def test_every_arm_does_the_same_work(found: dict[str, dict[str, Any]], arm: str) -> None:
     assert found[arm]["completion_tokens"] == 8 * 6
     assert found[arm]["prompt_tokens"] == 4 * sum(map(len, WORK.prompts))
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", BENCHED)
 def test_phases_make_up_a_step(found: dict[str, dict[str, Any]], arm: str) -> None:
     assert len(found[arm]["steps"]) == 2
     for step in found[arm]["steps"]:

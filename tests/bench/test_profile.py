@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from midtune.bench.profile import BETWEEN, Profile, kind_of, seconds_by_kind
+from midtune.bench.profile import BETWEEN, BenchMeter, Profile, kind_of, seconds_by_kind
 
 
 def test_operators_have_kinds() -> None:
@@ -17,16 +19,28 @@ def test_operators_have_kinds() -> None:
     assert kind_of("aten::exp") == "other operators"
 
 
+@contextmanager
+def profiled_step(device: str) -> Iterator[tuple[BenchMeter, Profile]]:
+    """The second of two steps, of which nothing but the last is profiled."""
+    meter = BenchMeter(torch.device(device))
+    profile = Profile(meter, torch.device(device), last=2)
+    profile.on_step_begin(None, SimpleNamespace(global_step=0))
+    profile.on_step_end(None, SimpleNamespace(global_step=1))
+    assert profile.found == {}
+    profile.on_step_begin(None, SimpleNamespace(global_step=1))
+    yield meter, profile
+    profile.on_step_end(None, SimpleNamespace(global_step=2))
+
+
 def test_time_goes_to_the_phase_it_is_spent_in() -> None:
-    profile = Profile(torch.device("cpu"))
     matrix = torch.randn(400, 400)
-    profile.start()
-    with profile.phase("rollout"):
-        for _ in range(20):
-            matrix @ matrix
-    with profile.phase("update"):
+    with profiled_step("cpu") as (meter, profile):
+        with meter.phase("rollout"):
+            for _ in range(20):
+                matrix @ matrix
         matrix.exp()
-    found = profile.stop()
+    found = profile.found
+    assert profile.peak > 0
     assert found["rollout"]["matrix products"] > 0
     assert "matrix products" not in found["update"]
     assert found["update"]["other operators"] > 0
@@ -67,11 +81,9 @@ def test_a_kernel_counts_once_and_the_card_idles_the_rest() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_a_cards_profile_is_no_longer_than_the_phase() -> None:
-    profile = Profile(torch.device("cuda"))
     matrix = torch.randn(2048, 2048, device="cuda")
-    profile.start()
-    with profile.phase("rollout"):
+    with profiled_step("cuda") as (meter, profile), meter.phase("rollout"):
         for _ in range(50):
             matrix @ matrix
-    seconds = profile.stop()["rollout"]
+    seconds = profile.found["rollout"]
     assert seconds["matrix products"] > 0.5 * sum(seconds.values())

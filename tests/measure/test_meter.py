@@ -65,7 +65,7 @@ def test_an_error_closes_the_phase(clock: Clock) -> None:
 
 def test_the_phases_of_a_step_add_up_to_it(clock: Clock) -> None:
     meter = Meter(clock=clock)
-    steps = StepClock(meter, clock=clock)
+    steps = StepClock(meter)
     with meter.phase("rollout"):
         clock.now += 9
     steps.begin()

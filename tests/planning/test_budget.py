@@ -1,4 +1,7 @@
-from midtune.planning.budget import Held, Standing, packed_bytes, peak, step_phases, unpacked_bytes
+import torch
+from transformers import PretrainedConfig
+
+from midtune.planning.budget import Held, Loaded, Standing, packed_bytes, peak, step_phases, unpacked_bytes
 from tests.planning.toy_sizes import SIZES
 
 STANDING = Standing({"a": 30, "b": 4}, accumulated=60, gradients=70, step=9)
@@ -12,9 +15,13 @@ def test_four_bits_a_weight_and_their_scales() -> None:
 
 def test_unpacked_weights() -> None:
     linear = 10 * 16384
-    assert unpacked_bytes(SIZES, quantized=True, dtype_bytes=2, laid_out=False) == linear * 2
-    assert unpacked_bytes(SIZES, quantized=False, dtype_bytes=2, laid_out=False) == 0
-    assert unpacked_bytes(SIZES, quantized=False, dtype_bytes=4, laid_out=True) == (linear + 1000) * 4
+
+    def unpacked(dtype: torch.dtype, *, quantized: bool, on_card: bool) -> int:
+        return unpacked_bytes(Loaded(PretrainedConfig(), dtype, quantized, on_card), SIZES)
+
+    assert unpacked(torch.bfloat16, quantized=True, on_card=True) == linear * 2
+    assert unpacked(torch.bfloat16, quantized=False, on_card=True) == 0
+    assert unpacked(torch.float32, quantized=False, on_card=False) == (linear + 1000) * 4
 
 
 def test_phases_of_midtune() -> None:

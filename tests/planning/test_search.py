@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
-from transformers import Qwen3Config
+import torch
+from transformers import PretrainedConfig, Qwen3Config
 
+from midtune.bench.flops import rollout_flops, update_flops
+from midtune.bench.workload import PLANNED
 from midtune.config import load_config
 from midtune.errors import MidtuneError
-from midtune.planning.budget import peak
-from midtune.planning.search import MOST, planner_of
-from midtune.planning.step_size import work_of
+from midtune.model.sizes import Sizes
+from midtune.planning.budget import Loaded, peak
+from midtune.planning.search import MOST, Planner, planner_of
+from midtune.planning.step_size import Work, work_of
+from midtune.published import PublishedCard
 
 CONFIG = load_config(None, {"model.name": "tiny"})
 WORK = work_of(CONFIG, 40)
 
 
 def test_what_is_the_largest_fits_and_more_does_not() -> None:
-    planner, _ = planner_of(CONFIG, "1GB")
+    planner = planner_of(CONFIG, "1GB")
     assert planner.largest(WORK, "group_size") <= MOST["group_size"]
     largest = planner.largest(WORK, "new_tokens")
     assert WORK.config.training.max_new_tokens < largest < MOST["new_tokens"]
@@ -30,19 +36,19 @@ def test_what_is_the_largest_fits_and_more_does_not() -> None:
 def test_three_cards_are_met_in_three_ways() -> None:
     chosen = {}
     for gigabytes in (1.0, 0.72, 0.68):
-        planner, _ = planner_of(CONFIG, f"{gigabytes}GB")
+        planner = planner_of(CONFIG, f"{gigabytes}GB")
         fit = planner.fitting(WORK)
         assert fit is not None
         assert peak(planner.phases("midtune", WORK.changed(fit)))[1] <= gigabytes * 2**30
         chosen[gigabytes] = fit
     assert chosen[1.0] == {}
     assert chosen[0.72].keys() < chosen[0.68].keys() or chosen[0.72] != chosen[0.68]
-    assert planner_of(CONFIG, "0.58GB")[0].fitting(WORK) is None
+    assert planner_of(CONFIG, "0.58GB").fitting(WORK) is None
 
 
 def test_an_embedding_that_is_not_the_head_leaves_the_card_first() -> None:
     config = load_config(None, {"model.name": "Qwen/Qwen3-8B"})
-    planner, _ = planner_of(config, "14GB")
+    planner = planner_of(config, "14GB")
     work = work_of(config, 512)
     fit = planner.fitting(work)
     assert fit is not None and fit["model.embeddings"] == "host"
@@ -55,8 +61,51 @@ def test_an_embedding_that_is_not_the_head_leaves_the_card_first() -> None:
 
 
 def test_an_architecture_that_cannot_run_without_data_is_named() -> None:
-    planner, _ = planner_of(CONFIG, "24GB")
+    planner = planner_of(CONFIG, "24GB")
     odd = Qwen3Config(num_hidden_layers=12, hidden_act="no such function")
     broken = replace(planner, model=replace(planner.model, config=odd))
     with pytest.raises(MidtuneError, match="memory of `trl-full` is not known: qwen3 cannot run"):
         broken.phases("trl-full", WORK)
+
+
+SIZES = Sizes(blocks=4, linear=1000, rest=0, widths=0, embedding=500, head=0, outside=0, hidden=1)
+STEP = Work(
+    load_config(
+        None, {"training.prompts_per_step": 2, "training.group_size": 3, "training.max_new_tokens": 5}
+    ),
+    10,
+)
+
+
+def seconds(
+    arm: str, card: PublishedCard, *, unpacked: int = 0, cache: int = 0, **settings: object
+) -> dict[str, float]:
+    work = STEP.changed({f"training.{key}": value for key, value in settings.items()})
+    model = Loaded(PretrainedConfig(), torch.bfloat16, quantized=True, on_card=True)
+    planner = Planner(model, SIZES, card, blocks=[2], process=0, device_bytes=1)
+    return planner.seconds(arm, work, {"unpacked weights": unpacked, "keys and values": cache})
+
+
+@pytest.mark.parametrize("arm", PLANNED)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_has_to_be_computed(arm: str, recompute: bool) -> None:
+    card = PublishedCard("all memory at once", 1, 10.0, math.inf)
+    # A KL term's reference is left out.
+    update = update_flops(SIZES, STEP.batch(), arm, tail=2, trained=1, recompute=recompute)
+    assert seconds(arm, card, recompute=recompute, beta=0.1) == {
+        "sampling": rollout_flops(SIZES, STEP.batch(), arm) / 10,
+        "update": update / 10,
+    }
+
+
+def test_what_has_to_be_read() -> None:
+    card = PublishedCard("computes at once", 1, math.inf, 1.0)
+    packed = 500 + 15 + 0
+    ours = seconds("midtune", card, cache=100)
+    # Each of five tokens reads all blocks and the head in two bytes, and on average half the cache.
+    assert ours["sampling"] == 5 * (4 * packed + 2 * 500 + 50)
+    assert seconds("midtune", card, unpacked=1)["sampling"] == 5 * (2 * 4000 + 2 * 500)
+    assert seconds("midtune", card, sampled_prompts=1)["sampling"] == 5 * 2 * (4 * packed + 2 * 500)
+    assert ours["update"] == 2 * 2 * packed
+    assert seconds("midtune", card, micro_batch_tokens=1)["update"] == 2 * 2 * 2 * packed
+    assert seconds("trl-qlora", card)["update"] == 3 * 4 * packed

@@ -15,8 +15,8 @@ from trl.trainer import utils
 from midtune.bench.flops import Batch
 from midtune.model.configs import config_of
 from midtune.planning import skeleton
-from midtune.planning.budget import Held
-from midtune.planning.skeleton import Loaded, chunked_log_probs
+from midtune.planning.budget import Held, Loaded
+from midtune.planning.skeleton import chunked_log_probs
 from midtune.planning.trace import block_update
 from midtune.planning.tracker import Tracker
 

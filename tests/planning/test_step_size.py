@@ -4,11 +4,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
+from transformers import PretrainedConfig
 
 from midtune.config import load_config
 from midtune.errors import InputError
 from midtune.model.sizes import Sizes
-from midtune.planning.budget import Standing
+from midtune.planning.budget import Loaded, Standing
 from midtune.planning.step_size import Work, leaner, standing, work_of
 from tests.planning.toy_sizes import SIZES
 
@@ -18,8 +20,8 @@ PLAIN = Work(load_config(None, {"model.name": "x", "training.beta": 0.0}), 10)
 def stood(arm: str, sizes: Sizes = SIZES, **settings: Any) -> Standing:
     work = PLAIN.changed({key.replace("__", "."): value for key, value in settings.items()})
     full = arm == "trl-full"
-    weights = {"quantized": not full, "weight_bytes": 4 if full else 2}
-    return standing(sizes, arm, work, trained=1, on_card=True, **weights)  # type: ignore[arg-type]
+    model = Loaded(PretrainedConfig(), torch.bfloat16, quantized=not full, on_card=True, full=full)
+    return standing(model, sizes, arm, work, trained=1)
 
 
 def held(arm: str, sizes: Sizes = SIZES, **settings: Any) -> dict[str, int]:
@@ -47,7 +49,8 @@ def test_states_in_eight_bits_take_a_quarter_and_their_scales() -> None:
 
 
 def test_a_cpu_steps_tensors_one_by_one() -> None:
-    found = standing(SIZES, "midtune", PLAIN, trained=1, quantized=True, weight_bytes=2, on_card=False)
+    model = Loaded(PretrainedConfig(), torch.bfloat16, quantized=True, on_card=False)
+    found = standing(model, SIZES, "midtune", PLAIN, trained=1)
     # The largest of a block is taken to be half of it.
     assert found.step == 2 * (16384 // 2) * 4
 

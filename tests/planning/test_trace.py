@@ -14,8 +14,7 @@ from midtune.model.configs import config_of
 from midtune.model.loading import load_policy
 from midtune.model.sources import resolve
 from midtune.planning import trace
-from midtune.planning.budget import Held
-from midtune.planning.skeleton import Loaded
+from midtune.planning.budget import Held, Loaded
 from midtune.planning.trace import block_update, sampling, whole_update
 from midtune.planning.tracker import Tracker
 from midtune.rl.tail import completion_log_probs
@@ -89,9 +88,8 @@ def test_a_deep_model_is_worked_out_from_three_blocks(monkeypatch: pytest.Monkey
 
     def held() -> tuple[Held, Held]:
         trace.sampling.cache_clear()
-        checkpointing = arm != "trl-block"
         return (
-            whole_update(model, BATCH, arm=arm, block=1, checkpointing=checkpointing),
+            whole_update(model, BATCH, arm, block=1),
             sampling(model, BATCH, shared=arm == "trl-block"),
         )
 
@@ -105,13 +103,13 @@ def test_a_deep_model_is_worked_out_from_three_blocks(monkeypatch: pytest.Monkey
 def test_checkpointing_holds_less_and_adapters_less_than_all() -> None:
     model = Loaded(config_of("smollm2-135m"), torch.bfloat16, True, on_card=True)
     plain = Loaded(model.config, model.dtype, False, on_card=True)
-    full = whole_update(plain, BATCH, arm="trl-full")
-    kept = whole_update(plain, BATCH, arm="trl-full", checkpointing=False)
+    full = whole_update(plain, BATCH, "trl-full")
+    kept = whole_update(plain, BATCH, "trl-full-kept")
     assert full.kept < kept.kept / 3
-    qlora = whole_update(model, BATCH, arm="trl-qlora")
+    qlora = whole_update(model, BATCH, "trl-qlora")
     assert qlora.peak < full.peak
-    one = whole_update(model, BATCH, arm="trl-block", block=15, checkpointing=False)
-    lower = whole_update(model, BATCH, arm="trl-block", block=5, checkpointing=False)
+    one = whole_update(model, BATCH, "trl-block", block=15)
+    lower = whole_update(model, BATCH, "trl-block", block=5)
     assert one.kept < lower.kept
 
 

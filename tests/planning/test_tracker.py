@@ -53,7 +53,7 @@ def test_one_block_stands_for_many() -> None:
     def held(depth: int, more: int) -> tuple[int, int]:
         blocks = [_Block() for _ in range(depth)]
         hidden = torch.zeros(4096)
-        with Tracker([hidden]) as tracker, tracker.repeated(blocks[1], blocks[2]):
+        with Tracker([hidden]) as tracker, tracker.repeated(blocks, 1):
             for block in blocks:
                 hidden = block(hidden)
             tracker.keep()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from transformers import TrainerControl, TrainerState
 
+from midtune.config import TrainingConfig
 from midtune.errors import RunStopped
 from midtune.measure.meter import Meter
 from midtune.rl.recorder import StepRecorder
@@ -142,16 +143,13 @@ def test_the_first_step_has_a_checkpoint_and_the_next_come_by_time(
 ) -> None:
     now = 0.0
     recorder = StepRecorder(
-        Meter(),
+        Meter(clock=lambda: now),
         on_step=ignore,
         on_sample=ignore,
         on_message=ignore,
         stop_requested=lambda: False,
         stop_after=None,
-        stop_after_equal_rewards=0,
-        rows_per_step=8,
-        max_new_tokens=6,
-        clock=lambda: now,
+        settings=TrainingConfig(),
     )
     accelerator = SimpleNamespace(optimizer_step_was_skipped=False)
     trainer: Any = SimpleNamespace(accelerator=accelerator, checkpoint_s=0.0, check_frozen=ignore)

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
+from midtune.bench.workload import PLANNED
 from midtune.cli import main
 from midtune.config import RunConfig, load_config
 from midtune.errors import InputError
 from midtune.planning import search
 from midtune.planning.budget import peak
-from midtune.planning.search import ARMS
 from midtune.report.plans import plan_table
 from midtune.report.terminal import Terminal
 from midtune.stages import plan, train
@@ -28,7 +28,7 @@ def roomy() -> dict[str, Any]:
 
 
 def test_every_arm_is_worked_out(roomy: dict[str, Any]) -> None:
-    assert [arm["arm"] for arm in roomy["arms"]] == list(ARMS)
+    assert [arm["arm"] for arm in roomy["arms"]] == list(PLANNED)
     for arm in roomy["arms"]:
         assert (arm["phase"], arm["peak"]) == peak(arm["phases"])
         assert arm["fits"] and all(seconds > 0 for seconds in arm["seconds"].values())
