@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import DynamicCache
@@ -16,6 +17,9 @@ from transformers import DynamicCache
 from midtune.device import free_bytes
 from midtune.model.memory import RowLimit, slices
 from midtune.model.policy import Policy
+
+if TYPE_CHECKING:
+    from midtune.rollout.sampling import Rollout
 
 
 @dataclass
@@ -93,57 +97,29 @@ def captured(
 
 
 @torch.no_grad()
-def recompute(
-    policy: Policy,
-    block: int,
-    prompt_ids: torch.Tensor,
-    prompt_mask: torch.Tensor,
-    completion_ids: torch.Tensor,
-    completion_mask: torch.Tensor,
-    *,
-    limit: RowLimit,
-) -> BoundaryStates:
-    """The boundary states of sequences that were sampled elsewhere, by one pass through the blocks below.
+def recompute(policy: Policy, block: int, rollout: Rollout, *, limit: RowLimit) -> BoundaryStates:
+    """The boundary states of a rollout that was sampled elsewhere, by one pass through the blocks below.
 
     Each prompt passes once; its keys and values are shared by its group. All pass together, or as many groups
     as memory holds.
 
     Args:
-        prompt_ids, prompt_mask: [N, P], left-padded.
-        completion_ids, completion_mask: [N·G, C], right-padded, the G completions of a prompt adjacent.
         limit: how many completions may go together.
     """
-    group_size = completion_ids.size(0) // prompt_ids.size(0)
-    storage = storage_device(policy, completion_ids.numel())
+    storage = storage_device(policy, rollout.completion_ids.numel())
 
     def run(groups: int) -> BoundaryStates:
         found = []
-        for prompts in slices(len(prompt_ids), groups):
-            rows = slice(prompts.start * group_size, prompts.stop * group_size)
-            states = _below(
-                policy,
-                block,
-                prompt_ids[prompts],
-                prompt_mask[prompts],
-                completion_ids[rows],
-                completion_mask[rows],
-            )
+        for part in slices(len(rollout.prompt_ids), groups):
+            states = _below(policy, block, rollout.groups(part))
             found.append(BoundaryStates(block, *(state.to(storage) for state in states)))
         return BoundaryStates.joined(found)
 
-    return limit.fitting(len(prompt_ids), group_size, run)
+    return limit.fitting(len(rollout.prompt_ids), rollout.group_size, run)
 
 
-def _below(
-    policy: Policy,
-    block: int,
-    prompt_ids: torch.Tensor,
-    prompt_mask: torch.Tensor,
-    completion_ids: torch.Tensor,
-    completion_mask: torch.Tensor,
-) -> list[torch.Tensor]:
+def _below(policy: Policy, block: int, rollout: Rollout) -> list[torch.Tensor]:
     """The states of prompts and those of their completions, which pass through the blocks below `block`."""
-    group_size = completion_ids.size(0) // prompt_ids.size(0)
     cache = DynamicCache()
 
     def below(ids: torch.Tensor, mask: torch.Tensor) -> None:
@@ -159,9 +135,10 @@ def _below(
             )
 
     with captured(policy, block, stop=True) as states, policy.autocast():
-        below(prompt_ids, prompt_mask)
-        cache.batch_repeat_interleave(group_size)
-        below(completion_ids, torch.cat([prompt_mask.repeat_interleave(group_size, 0), completion_mask], 1))
+        below(rollout.prompt_ids, rollout.prompt_mask)
+        cache.batch_repeat_interleave(rollout.group_size)
+        prompt_mask = rollout.prompt_mask.repeat_interleave(rollout.group_size, 0)
+        below(rollout.completion_ids, torch.cat([prompt_mask, rollout.completion_mask], 1))
     return states
 
 

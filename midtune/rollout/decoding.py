@@ -85,7 +85,6 @@ class Decoder:
         uniforms: torch.Tensor | None,
         *,
         leave: bool,
-        on_tokens: Callable[[int], None] | None = None,
     ) -> Drawn:
         """Draw tokens for every row until it ends or reaches its limit; its last token is not fed yet.
 
@@ -93,7 +92,6 @@ class Decoder:
             limits: [B], most tokens of each row.
             uniforms: [T, B], one U(0, 1) per token; None when greedy.
             leave: rows that end leave the batch; otherwise they wait for `follow`.
-            on_tokens: called with the number of new tokens after every step.
         """
         rows, longest, device = len(limits), max(limits), self._mask.device
         ids = torch.full((rows, longest), self.policy.tokenizer.pad_token_id, device=device)
@@ -114,8 +112,6 @@ class Decoder:
             )
             ids[live, step] = tokens
             lengths[live] += going
-            if on_tokens is not None:
-                on_tokens(len(live))
             stopped = going & ends(ids[live, : step + 1])
             ended[live] |= stopped
             going = going & ~stopped & (lengths[live] < most[live])

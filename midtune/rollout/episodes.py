@@ -118,74 +118,60 @@ class EpisodeSampler:
         return [len(prompt_ids(self.policy.tokenizer, row["prompt"])) for row in begun]
 
     def sample(
-        self,
-        prompts: Sequence[Any],
-        sampling: Sampling,
-        *,
-        group_size: int = 1,
-        boundary_block: int | None = None,
+        self, prompts: Sequence[Any], sampling: Sampling, *, boundary_block: int | None = None
     ) -> Rollout:
-        episodes = play(self.policy, self.game, prompts, sampling, group_size=group_size, limits=self.limits)
-        rollout = rollout_of(self.policy, with_common_prompts(episodes, group_size), group_size)
-        return with_boundary(self, rollout, boundary_block)
+        episodes = with_common_prompts(self.play(prompts, sampling), sampling.group_size)
+        return with_boundary(self, rollout_of(self.policy, episodes, sampling.group_size), boundary_block)
 
+    def play(self, prompts: Sequence[Any], sampling: Sampling) -> list[Episode]:
+        """Play an episode in every match of the game, all together or as many as memory holds, a turn at a time.
 
-def play(
-    policy: Policy,
-    game: Game,
-    prompts: Sequence[Any],
-    sampling: Sampling,
-    *,
-    group_size: int = 1,
-    limits: SamplingLimits | None = None,
-) -> list[Episode]:
-    """Play an episode in every match of the game, all together or as many as memory holds, a turn at a time.
+        Every token has a random number of its own, as in `text.sample`.
 
-    Every token has a random number of its own, as in `sample`.
+        Args:
+            prompts: texts or chat messages that each begins with; those of a group are adjacent, and the matches of
+                the game are already reset.
+            sampling: `max_new_tokens` are those of a whole episode, with what environments show.
 
-    Args:
-        game: its matches are already reset.
-        prompts: texts or chat messages that each begins with; the `group_size` of a group are adjacent.
-        sampling: `max_new_tokens` are those of a whole episode, with what environments show.
-        limits: what memory allows.
+        Raises:
+            InputError: the environment or the model cannot do what they are to do.
+            RunStopped: a single group does not fit into memory.
+        """
+        game, group_size = self.game, sampling.group_size
+        chat = not isinstance(prompts[0], str)
+        speech = (
+            game.speech(self.policy) if game.speech else Text(self.policy, sampling.stop_strings, chat=chat)
+        )
+        matches, ids = game.matches(len(prompts)), [speech.prompt_ids(prompt) for prompt in prompts]
+        most = min(game.turn_tokens or sampling.max_new_tokens, sampling.max_new_tokens)
+        uniforms = (
+            torch.rand(game.max_turns, most, len(prompts), device=self.policy.device)
+            if sampling.temperature > 0
+            else None
+        )
 
-    Raises:
-        InputError: the environment or the model cannot do what they are to do.
-        RunStopped: a single group does not fit into memory.
-    """
-    limits = limits or SamplingLimits()
-    chat = not isinstance(prompts[0], str)
-    speech = game.speech(policy) if game.speech else Text(policy, sampling.stop_strings, chat=chat)
-    matches, ids = game.matches(len(prompts)), [speech.prompt_ids(prompt) for prompt in prompts]
-    most = min(game.turn_tokens or sampling.max_new_tokens, sampling.max_new_tokens)
-    uniforms = (
-        torch.rand(game.max_turns, most, len(prompts), device=policy.device)
-        if sampling.temperature > 0
-        else None
-    )
+        def run(groups: int) -> list[Episode]:
+            rows = groups * group_size
+            with ready_to_sample(self.policy, rows, unpack=self.limits.unpack):
+                return [
+                    episode
+                    for part in slices(len(prompts), rows)
+                    for episode in _play_together(
+                        speech,
+                        matches[part],
+                        _decoder(self.policy, ids[part], group_size),
+                        [
+                            Episode([*prompt], match.environment)
+                            for prompt, match in zip(ids[part], matches[part], strict=True)
+                        ],
+                        replace(sampling, max_new_tokens=most),
+                        None if uniforms is None else uniforms[:, :, part],
+                        max_turns=game.max_turns,
+                        episode_tokens=sampling.max_new_tokens,
+                    )
+                ]
 
-    def run(groups: int) -> list[Episode]:
-        rows = groups * group_size
-        with ready_to_sample(policy, rows, unpack=limits.unpack):
-            return [
-                episode
-                for part in slices(len(prompts), rows)
-                for episode in _play_together(
-                    speech,
-                    matches[part],
-                    _decoder(policy, ids[part], group_size),
-                    [
-                        Episode([*prompt], match.environment)
-                        for prompt, match in zip(ids[part], matches[part], strict=True)
-                    ],
-                    replace(sampling, max_new_tokens=most),
-                    None if uniforms is None else uniforms[:, :, part],
-                    max_turns=game.max_turns,
-                    episode_tokens=sampling.max_new_tokens,
-                )
-            ]
-
-    return limits.rows.fitting(len(prompts) // group_size, group_size, run)
+        return self.limits.rows.fitting(len(prompts) // group_size, group_size, run)
 
 
 def _decoder(policy: Policy, prompts: Sequence[list[int]], group_size: int) -> Decoder:

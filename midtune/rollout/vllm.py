@@ -78,21 +78,16 @@ class VLLMSampler(TextSampler):
         self._load(self.folder)
 
     def sample(
-        self,
-        prompts: Sequence[Any],
-        sampling: Sampling,
-        *,
-        group_size: int = 1,
-        boundary_block: int | None = None,
+        self, prompts: Sequence[Any], sampling: Sampling, *, boundary_block: int | None = None
     ) -> Rollout:
         """Completions by the blocks as they were sent last; entropies are not known, and zero."""
-        asked = [prompt_ids(self.policy.tokenizer, prompt) for prompt in prompts[::group_size]]
+        asked = [prompt_ids(self.policy.tokenizer, prompt) for prompt in prompts[:: sampling.group_size]]
         answer = self._post(
             "/v1/completions",
             {
                 "model": self.model,
                 "prompt": asked,
-                "n": group_size,
+                "n": sampling.group_size,
                 "max_tokens": sampling.max_new_tokens,
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,

@@ -17,8 +17,8 @@ from midtune.errors import InputError
 from midtune.model.policy import Policy
 from midtune.rl.tools import ToolSpeech, tools_for
 from midtune.rollout.decoding import Decoder, Drawn
-from midtune.rollout.episodes import play
-from midtune.rollout.sampling import Sampling, padded
+from midtune.rollout.episodes import EpisodeSampler
+from midtune.rollout.sampling import Sampling, SamplingLimits, padded
 from tests.tasks.toy_data import load
 
 Load = Callable[..., Policy]
@@ -138,7 +138,8 @@ def test_turns_are_those_of_trls_loop(
     monkeypatch.setattr(Decoder, "draw", draw)
     matches = task.game.matches(4)
     begun = [match.reset(row)["prompt"] for match in matches]
-    episodes = play(policy, task.game, begun, Sampling(2000, 0.0), group_size=4)
+    sampler = EpisodeSampler(policy, SamplingLimits(), task.game)
+    episodes = sampler.play(begun, Sampling(2000, 0.0, group_size=4))
     for number, episode in enumerate(episodes):
         kept = expected["prompt_mask"][number].bool()
         assert episode.prompt == expected["prompt_ids"][number][kept].tolist()

@@ -159,16 +159,11 @@ class DecidedSampler(TextSampler):
 
     @torch.no_grad()
     def sample(
-        self,
-        prompts: Sequence[Any],
-        sampling: Sampling,
-        *,
-        group_size: int = 1,
-        boundary_block: int | None = None,
+        self, prompts: Sequence[Any], sampling: Sampling, *, boundary_block: int | None = None
     ) -> Rollout:
         asked = [prompt_ids(self.policy.tokenizer, prompt) for prompt in prompts]
         prompt, completion = (
-            padded(self.policy, asked[::group_size], "left"),
+            padded(self.policy, asked[:: sampling.group_size], "left"),
             padded(self.policy, self.decide(asked), "right"),
         )
         unknown = torch.zeros(completion[0].shape)

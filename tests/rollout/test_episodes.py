@@ -12,8 +12,8 @@ from midtune.model.policy import Policy
 from midtune.rl.tail import completion_log_probs
 from midtune.rollout.episodes import (
     Episode,
+    EpisodeSampler,
     Turn,
-    play,
     rollout_of,
     with_common_prompts,
 )
@@ -42,8 +42,8 @@ def played(
     matches = game.matches(len(rows))
     begun = [match.reset(row)["prompt"] for match, row in zip(matches, rows, strict=True)]
     torch.manual_seed(0)
-    sampling = Sampling(**{"max_new_tokens": 60, **settings})
-    return play(policy, game, begun, sampling, group_size=GROUP, limits=limits)
+    sampling = Sampling(**{"max_new_tokens": 60, "group_size": GROUP, **settings})
+    return EpisodeSampler(policy, limits or SamplingLimits(), game).play(begun, sampling)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -86,7 +86,7 @@ def test_a_single_turn_is_what_the_sampler_draws(load: Load) -> None:
     stop_early(policy)
     episodes = played(policy, temperature=0, max_new_tokens=7, turn_tokens=None)
     prompts = [episode.prompt for episode in episodes[::GROUP]]
-    expected = sample(policy, prompts, Sampling(7, temperature=0), group_size=GROUP).completions()
+    expected = sample(policy, prompts, Sampling(7, temperature=0, group_size=GROUP)).completions()
     firsts = [episode.ids[: episode.turns[0].stop] for episode in episodes]
     assert firsts == expected
 
@@ -160,8 +160,8 @@ def test_prompts_that_go_on_differently_are_scored_alike(load: Load) -> None:
     game = Game("the corridor", Corridor, max_turns=3, turn_tokens=4)
     matches = game.matches(2)
     begun = [match.reset(row)["prompt"] for match, row in zip(matches, ROWS[:2], strict=True)]
-    episodes = play(policy, game, begun, Sampling(40), group_size=2)
-    rollout = rollout_of(policy, with_common_prompts(episodes, 2), 2)
+    sampler = EpisodeSampler(policy, SamplingLimits(), game)
+    rollout = sampler.sample(begun, Sampling(40, group_size=2))
     assert len(rollout.prompt_ids) == 1
     with torch.no_grad():
         log_probs, _ = plain_log_probs(policy, rollout, 1.0)
