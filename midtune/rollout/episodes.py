@@ -33,12 +33,15 @@ class Turn:
     Attributes:
         state: what the environment was in when the policy acted.
         reward: what the action was given at once.
+        log_probs, entropies: [stop − start] of the action's tokens.
     """
 
     start: int
     stop: int
     state: Hashable
     reward: float
+    log_probs: list[float] = field(default_factory=list, compare=False)
+    entropies: list[float] = field(default_factory=list, compare=False)
 
 
 @dataclass
@@ -46,58 +49,24 @@ class Episode:
     """What was said in an episode, after its prompt.
 
     Attributes:
-        ids: [C] the actions and, between them, what the environment showed.
-        drawn: [C] 1 for tokens that the policy sampled, 0 for others.
-        log_probs, entropies: [C] of sampled tokens; 0 for others.
-        cut: whether it ended because it had no tokens left.
         environment: what it is played in.
+        ids: [C] the actions, which are those of `turns`, and between them what the environment showed.
+        cut: whether it ended because it had no tokens left.
     """
 
     prompt: list[int]
     environment: Any = None
     ids: list[int] = field(default_factory=list)
-    drawn: list[int] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
-    entropies: list[float] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
     cut: bool = False
-
-    def acted(
-        self,
-        ids: list[int],
-        log_probs: list[float],
-        entropies: list[float],
-        state: Hashable,
-        reward: float,
-    ) -> None:
-        """Append an action."""
-        start = len(self.ids)
-        self.ids += ids
-        self.drawn += [1] * len(ids)
-        self.log_probs += log_probs
-        self.entropies += entropies
-        self.turns.append(Turn(start, len(self.ids), state, reward))
-
-    def shown(self, ids: list[int]) -> None:
-        """Append what the policy did not sample."""
-        self.ids += ids
-        self.drawn += [0] * len(ids)
-        self.log_probs += [0.0] * len(ids)
-        self.entropies += [0.0] * len(ids)
 
     def begin_at(self, start: int) -> Episode:
         """The same episode with a prompt of `start` tokens; the rest of it opens the completion, as shown."""
         rest = self.prompt[start:]
-        found = Episode(self.prompt[:start], self.environment, cut=self.cut)
-        found.shown(rest)
-        found.ids += self.ids
-        found.drawn += self.drawn
-        found.log_probs += self.log_probs
-        found.entropies += self.entropies
-        found.turns = [
+        turns = [
             replace(turn, start=turn.start + len(rest), stop=turn.stop + len(rest)) for turn in self.turns
         ]
-        return found
+        return replace(self, prompt=self.prompt[:start], ids=rest + self.ids, turns=turns)
 
 
 @dataclass
@@ -209,17 +178,21 @@ def _play_together(
             sampling, left, None if uniforms is None else uniforms[turn][:, live], leave=False
         )
         going, said = [], []
-        for row, (i, state, action) in enumerate(zip(live, states, drawn.rows(), strict=True)):
+        for row, (i, state, (ids, log_probs, entropies)) in enumerate(
+            zip(live, states, drawn.rows(), strict=True)
+        ):
             episode = episodes[i]
-            reply, reward = speech.answer(matches[i], episode.prompt + episode.ids, action[0])
-            episode.acted(*action, state, reward)
+            reply, reward = speech.answer(matches[i], episode.prompt + episode.ids, ids)
+            start = len(episode.ids)
+            episode.ids += ids
+            episode.turns.append(Turn(start, len(episode.ids), state, reward, log_probs, entropies))
             if reply is None or turn + 1 == max_turns:
                 continue
             episode.cut = len(episode.ids) + len(reply) >= episode_tokens
             if not episode.cut:
-                episode.shown(reply)
+                episode.ids += reply
                 going.append(row)
-                said.append([action[0][-1], *reply])
+                said.append([ids[-1], *reply])
         if not going:
             break
         decoder.follow(going, said)
@@ -255,14 +228,18 @@ def rollout_of(policy: Policy, episodes: Sequence[Episode], group_size: int) -> 
     """
     prompt_ids, prompt_mask = padded(policy, [episode.prompt for episode in episodes[::group_size]], "left")
     ids, mask = padded(policy, [episode.ids for episode in episodes], "right")
-    drawn = torch.zeros_like(mask)
-    log_probs, entropies = (torch.zeros(ids.shape, device=ids.device) for _ in range(2))
+    drawn = torch.zeros(ids.shape, dtype=mask.dtype)
+    log_probs, entropies = torch.zeros(ids.shape), torch.zeros(ids.shape)
     for row, episode in enumerate(episodes):
-        place = slice(len(episode.ids))
-        drawn[row, place] = drawn.new_tensor(episode.drawn)
-        log_probs[row, place] = log_probs.new_tensor(episode.log_probs)
-        entropies[row, place] = entropies.new_tensor(episode.entropies)
-    cut = torch.tensor([episode.cut for episode in episodes], device=ids.device)
+        for turn in episode.turns:
+            place = slice(turn.start, turn.stop)
+            drawn[row, place] = 1
+            log_probs[row, place] = torch.tensor(turn.log_probs)
+            entropies[row, place] = torch.tensor(turn.entropies)
+    cut = torch.tensor([episode.cut for episode in episodes])
+    log_probs, entropies, cut, drawn = (
+        values.to(ids.device) for values in (log_probs, entropies, cut, drawn)
+    )
     return Rollout(
         prompt_ids, prompt_mask, ids, mask, log_probs, entropies, cut, drawn=drawn, episodes=episodes
     )

@@ -145,7 +145,8 @@ def test_turns_are_those_of_trls_loop(
         assert episode.prompt == expected["prompt_ids"][number][kept].tolist()
         kept = expected["completion_mask"][number].bool()
         assert episode.ids == expected["completion_ids"][number][kept].tolist()
-        assert episode.drawn == expected["tool_mask"][number][kept].tolist()
+        drawn = [place for turn in episode.turns for place in range(turn.start, turn.stop)]
+        assert drawn == expected["tool_mask"][number][kept].nonzero()[:, 0].tolist()
     assert [len(episode.turns) for episode in episodes] == [2, 4, 1, 2]
     rewards = task.reward(environments=[match.environment for match in matches])
     assert rewards == [environment.reward for environment in theirs.environments]

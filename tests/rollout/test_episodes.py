@@ -100,8 +100,6 @@ def test_tokens_stay_as_they_were_drawn_and_replies_stand_between_them(load: Loa
         corridor.reset({"prompt": "", "width": width})
         end = 0
         for turn in episode.turns:
-            assert episode.drawn[turn.start : turn.stop] == [1] * (turn.stop - turn.start)
-            assert episode.drawn[end : turn.start] == [0] * (turn.start - end)
             assert turn.state == corridor.state
             action = episode.ids[turn.start : turn.stop]
             text, reward = corridor.step(policy.tokenizer.decode(action, skip_special_tokens=True).strip())
@@ -141,15 +139,17 @@ def test_episodes_begin_again_where_memory_ran_out(load: Load) -> None:
     assert limits.rows.rows == 2 * GROUP
 
 
-def test_a_group_shares_what_its_prompts_have_in_common() -> None:
-    first, second = Episode([1, 2, 3]), Episode([1, 2, 4, 5])
-    for episode in (first, second):
-        episode.acted([7, 8], [-0.5, -1.0], [0.1, 0.2], "here", 1.0)
-    a, b = with_common_prompts([first, second], 2)
+def test_a_group_shares_what_its_prompts_have_in_common(load: Load) -> None:
+    turn = Turn(0, 2, "here", 1.0, [-0.5, -1.0], [0.25, 0.5])
+    episodes = [Episode(prompt, ids=[7, 8], turns=[turn]) for prompt in ([1, 2, 3], [1, 2, 4, 5])]
+    a, b = with_common_prompts(episodes, 2)
     assert a.prompt == b.prompt == [1, 2]
-    assert (a.ids, a.drawn, a.log_probs) == ([3, 7, 8], [0, 1, 1], [0.0, -0.5, -1.0])
-    assert (b.ids, b.drawn, b.entropies) == ([4, 5, 7, 8], [0, 0, 1, 1], [0.0, 0.0, 0.1, 0.2])
-    assert b.turns == [Turn(2, 4, "here", 1.0)]
+    assert (a.ids, b.ids) == ([3, 7, 8], [4, 5, 7, 8])
+    assert (a.turns, b.turns) == ([Turn(1, 3, "here", 1.0)], [Turn(2, 4, "here", 1.0)])
+    rollout = rollout_of(load("qwen3", "none"), [a, b], 2)
+    assert rollout.scored.tolist() == [[0, 1, 1, 0], [0, 0, 1, 1]]
+    assert rollout.log_probs.tolist() == [[0.0, -0.5, -1.0, 0.0], [0.0, 0.0, -0.5, -1.0]]
+    assert rollout.entropies.tolist() == [[0.0, 0.25, 0.5, 0.0], [0.0, 0.0, 0.25, 0.5]]
     with pytest.raises(InputError, match="begin with different words"):
         with_common_prompts([Episode([1]), Episode([2])], 2)
 
