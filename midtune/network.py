@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from midtune.errors import InputError, reason
@@ -88,20 +89,17 @@ def transport_errors() -> tuple[type[Exception], ...]:
 
 def within(seconds: float, call: Callable[[], T]) -> T:
     """The result of `call`, or TimeoutError; a late call is left on a thread that dies with the process."""
-    results: list[T] = []
-    failures: list[BaseException] = []
+    answer: Future[T] = Future()
 
     def run() -> None:
         try:
-            results.append(call())
-        except BaseException as error:  # handed to the caller below
-            failures.append(error)
+            answer.set_result(call())
+        except BaseException as error:  # raised again below
+            answer.set_exception(error)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(seconds)
-    if failures:
-        raise failures[0]
-    if not results:
+    if not answer.done():
         raise TimeoutError(f"no answer within {seconds:.0f} s")
-    return results[0]
+    return answer.result()

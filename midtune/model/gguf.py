@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from midtune.errors import InputError, explained
 from midtune.model.cache import build_once, cache_folder
-from midtune.model.progress import Progress, quiet, silent
+from midtune.model.progress import Progress, silent
 
 MAGIC = b"GGUF"
 # Part of every cache key: raise it when a conversion would come out differently.
@@ -158,7 +158,7 @@ def convert(path: Path, out: Path, progress: Progress) -> Path:
         )
 
     kept = (OSError, torch.OutOfMemoryError)
-    with quiet(), _reported(progress, f"converting {path.name}"), explained(unread, keep=kept):
+    with _reported(progress, f"converting {path.name}"), explained(unread, keep=kept):
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
         loaded, info = auto.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
     if info["missing_keys"]:
@@ -177,8 +177,7 @@ def convert(path: Path, out: Path, progress: Progress) -> Path:
     stop_ids = list(dict.fromkeys(int(i) for i in stops if i is not None))
     if loaded.generation_config is not None and stop_ids:
         loaded.generation_config.eos_token_id = stop_ids if len(stop_ids) > 1 else stop_ids[0]
-    with quiet():
-        loaded.save_pretrained(out)
+    loaded.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return out
 

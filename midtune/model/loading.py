@@ -14,7 +14,6 @@ from midtune.model.blocks import check_tail, find_blocks
 from midtune.model.configs import read_config
 from midtune.model.memory import freed_at_once
 from midtune.model.policy import Policy
-from midtune.model.progress import quiet
 from midtune.model.quantize import clear_quantized_markers, forbid_cpu_packing, nf4_config
 from midtune.model.sources import Source
 
@@ -50,7 +49,7 @@ def load_policy(
             "use a decoder-only model in Hugging Face layout."
         )
 
-    with quiet(), explained(unusable, keep=(torch.OutOfMemoryError,)):
+    with explained(unusable, keep=(torch.OutOfMemoryError,)):
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         _check_vocabulary(tokenizer, skeleton, source)
@@ -115,7 +114,7 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTraine
             "tokenizer_config.json) beside config.json."
         )
 
-    with quiet(), explained(missing):
+    with explained(missing):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source.folder, trust_remote_code=trust_remote_code, padding_side="left"
         )

@@ -147,12 +147,6 @@ def apply_patch(policy: Policy, folder: Path) -> Patch:
     return patch
 
 
-def remove_patch(policy: Policy) -> None:
-    """Put the base's own blocks back, bit for bit as they were before `apply_patch`."""
-    policy.remove_adapter()
-    policy.freeze_all()
-
-
 def merge_patch(source: Source, tensors: dict[str, torch.Tensor], out: Path) -> int:
     """Write a complete checkpoint, the base's files with `tensors` in their places; returns the bytes written.
 

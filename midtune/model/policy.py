@@ -117,11 +117,6 @@ class Policy:
         self.blocks[block] = thawed(frozen, self.original_tensors(block))
         self._frozen[block] = frozen
 
-    def freeze(self, block: int) -> None:
-        """Put the frozen block back, bit for bit as it was before `thaw`; the trained one is dropped."""
-        self.blocks[block] = self._frozen.pop(block)
-        self._reference.pop(block, None)
-
     def thaw_all(self) -> None:
         """Make every parameter trainable, embeddings, final norm and head too, for full training.
 
@@ -147,10 +142,15 @@ class Policy:
                 parameter.data = parameter.data.float().clone()
                 parameter.requires_grad_(True)
 
-    def freeze_all(self) -> None:
-        """Put back everything that was thawed, bit for bit; what was trained is dropped."""
-        for block in list(self._frozen):
-            self.freeze(block)
+    def restore(self) -> None:
+        """Put back everything that was thawed or wrapped by LoRA, bit for bit; what was trained is dropped."""
+        if self.adapter is not None:
+            self.adapter.unload()
+            self.adapter, self.adapted = None, []
+        for block, frozen in self._frozen.items():
+            self.blocks[block] = frozen
+        self._frozen.clear()
+        self._reference.clear()
         for parameter, data in self._outside.items():
             parameter.data = data
             parameter.grad = None
@@ -177,12 +177,6 @@ class Policy:
         self.adapter, self.adapted = adapter, sorted(blocks)
         for parameter in self.trained_parameters().values():
             parameter.data = parameter.data.float()
-
-    def remove_adapter(self) -> None:
-        """Put back the layers that LoRA wrapped, the same objects as before `use_adapter`; its matrices are dropped."""
-        if self.adapter is not None:
-            self.adapter.unload()
-            self.adapter, self.adapted = None, []
 
     def keep_reference(self) -> None:
         """Remember the trained blocks as they are now; `reference` computes with them."""

@@ -64,17 +64,14 @@ def resolve(name: str, revision: str | None = None, *, progress: Progress = sile
     path = TINY if name == "tiny" else Path(name).expanduser()
     if revision is not None and (name == "tiny" or path.exists()):
         raise InputError(f"revision {revision} was asked for, but {name} is not a hub model; leave it out.")
-    if name == "tiny":
-        if not path.is_dir():
-            raise InputError(f"the bundled model is missing from {path}; install midtune again.")
-        return Source(name, _checked(path), None)
-    if path.is_dir():
-        return Source(str(path.resolve()), _checked(path.resolve()), None)
-    if path.is_file():
-        if path.suffix == ".safetensors":
-            raise InputError(f"{name} is one weights file; give the folder that also holds its config.json.")
-        folder = gguf.cached_conversion(path.resolve(), progress)
-        return Source(str(path.resolve()), _checked(folder), None)
+    if name == "tiny" and not path.is_dir():
+        raise InputError(f"the bundled model is missing from {path}; install midtune again.")
+    if path.suffix == ".safetensors" and path.is_file():
+        raise InputError(f"{name} is one weights file; give the folder that also holds its config.json.")
+    if path.is_dir() or path.is_file():
+        path = path.resolve()
+        folder = path if path.is_dir() else gguf.cached_conversion(path, progress)
+        return Source(name if name == "tiny" else str(path), _checked(folder), None)
     if name.startswith((".", "/", "~")) or name.endswith(".gguf"):
         raise InputError(f"there is no file or folder {name}; give the path of one that exists.")
     if _HUB_ID.fullmatch(name):

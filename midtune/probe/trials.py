@@ -170,7 +170,7 @@ class Trials:
                 shutil.rmtree(self._folder(trained, seed).path, ignore_errors=True)
             return found
         finally:
-            self.policy.freeze_all()
+            self.policy.restore()
             give_back()
 
     def forget(self) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,12 +58,8 @@ def group_relative(rewards: Values, *, scaled: bool = True) -> Values:
 
 def discounted_returns(rewards: Sequence[float], gamma: float) -> Values:
     """Σ_{k≥t} γ^(k−t) r_k for every turn t of an episode, [T] → [T]."""
-    found = np.zeros(len(rewards))
-    after = 0.0
-    for turn in reversed(range(len(rewards))):
-        after = rewards[turn] + gamma * after
-        found[turn] = after
-    return found
+    backwards = accumulate(reversed(rewards), lambda after, reward: reward + gamma * after)
+    return np.array([*backwards], dtype=np.float64)[::-1]
 
 
 def turn_relative(group: Sequence[Turns], gamma: float, *, scaled: bool = True) -> list[Values]:

@@ -7,7 +7,7 @@ they are captured while sampling and the blocks below k are not run again.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ import torch
 from transformers import DynamicCache
 
 from midtune.device import free_bytes
+from midtune.model.blocks import Reached, captured
 from midtune.model.memory import RowLimit, slices
 from midtune.model.policy import Policy
 
@@ -53,47 +54,11 @@ class BoundaryStates:
         return BoundaryStates(parts[0].block, stacked(prompt), stacked(completion))
 
 
-class _Reached(Exception):
-    """Ends a forward pass at the boundary."""
-
-
 def storage_device(policy: Policy, tokens: int) -> torch.device:
     """Where to keep the boundary states of `tokens` tokens: on the policy's device, or on the host if they crowd it."""
     state_bytes = policy.model.config.get_text_config().hidden_size * policy.compute_dtype.itemsize
     crowded = tokens * state_bytes > free_bytes(policy.device) // 4
     return torch.device("cpu") if crowded else policy.device
-
-
-@contextlib.contextmanager
-def captured(
-    policy: Policy, block: int | None, *, stop: bool = False, storage: torch.device | None = None
-) -> Iterator[list[torch.Tensor]]:
-    """Collects the states [B, T, H] that enter `block` in each forward pass inside the context.
-
-    Args:
-        policy: the policy whose model is run inside the context.
-        block: the block to watch; None collects nothing.
-        stop: end each forward pass there, by an exception.
-        storage: where to put the states; default: where they are.
-    """
-    states: list[torch.Tensor] = []
-
-    def keep(
-        module: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]
-    ) -> None:
-        state = args[0] if args else kwargs["hidden_states"]
-        states.append(state if storage is None else state.to(storage))
-        if stop:
-            raise _Reached
-
-    if block is None:
-        yield states
-        return
-    hook = policy.blocks[block].register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        yield states
-    finally:
-        hook.remove()
 
 
 @torch.no_grad()
@@ -124,7 +89,7 @@ def _below(policy: Policy, block: int, rollout: Rollout) -> list[torch.Tensor]:
 
     def below(ids: torch.Tensor, mask: torch.Tensor) -> None:
         width = ids.size(1)
-        with contextlib.suppress(_Reached):
+        with contextlib.suppress(Reached):
             policy.model(
                 input_ids=ids,
                 # Below the first block there is nothing to attend to, and no cache.
@@ -134,7 +99,7 @@ def _below(policy: Policy, block: int, rollout: Rollout) -> list[torch.Tensor]:
                 use_cache=True,
             )
 
-    with captured(policy, block, stop=True) as states, policy.autocast():
+    with captured(policy.blocks[block], stop=True) as states, policy.autocast():
         below(rollout.prompt_ids, rollout.prompt_mask)
         cache.batch_repeat_interleave(rollout.group_size)
         prompt_mask = rollout.prompt_mask.repeat_interleave(rollout.group_size, 0)

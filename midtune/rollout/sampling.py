@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -206,11 +207,7 @@ class Sampler(Protocol):
 
 def padded(policy: Policy, rows: Sequence[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and their mask, [N, T] each, padded on the `left` or on the `right`."""
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), policy.tokenizer.pad_token_id, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, own in enumerate(rows):
-        place = slice(width - len(own), width) if side == "left" else slice(len(own))
-        ids[row, place] = torch.tensor(own)
-        mask[row, place] = 1
+    tokens = [torch.tensor(row, dtype=torch.long) for row in rows]
+    ids = pad_sequence(tokens, True, policy.tokenizer.pad_token_id, side)
+    mask = pad_sequence([torch.ones_like(row) for row in tokens], True, 0, side)
     return ids.to(policy.device), mask.to(policy.device)

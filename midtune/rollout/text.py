@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from midtune.device import random_state, set_random_state
+from midtune.model.blocks import captured
 from midtune.model.memory import slices
 from midtune.model.policy import Policy
-from midtune.rollout.boundary import BoundaryStates, captured, recompute, storage_device
+from midtune.rollout.boundary import BoundaryStates, recompute, storage_device
 from midtune.rollout.decoding import ROOM, Decoder, ready_to_sample
 from midtune.rollout.sampling import Rollout, Sampler, Sampling, SamplingLimits, padded
 from midtune.rollout.speech import prompt_ids
@@ -69,10 +70,11 @@ def sample(
         torch.rand(sampling.max_new_tokens, rows, device=policy.device) if sampling.temperature > 0 else None
     )
     storage = storage_device(policy, rows * sampling.max_new_tokens)
+    watched = None if boundary_block is None else policy.blocks[boundary_block]
 
     def together(part: slice) -> Rollout:
         own = slice(part.start * group_size, part.stop * group_size)
-        with captured(policy, boundary_block, storage=storage) as states:
+        with captured(watched, storage=storage) as states:
             decoder = Decoder(policy, ids[part], mask[part], group_size, min(sampling.max_new_tokens, ROOM))
             drawn = decoder.draw(
                 sampling,
