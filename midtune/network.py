@@ -43,7 +43,7 @@ class Unavailable(InputError):
 
 
 class Unreachable(Exception):
-    """The hub does not answer; the message says why."""
+    """The hub was not asked or does not answer; the message says why."""
 
 
 def ask_hub(name: str, kind: str, call: Callable[[Any], T], revision: str | None = None) -> T:
@@ -55,12 +55,14 @@ def ask_hub(name: str, kind: str, call: Callable[[Any], T], revision: str | None
         revision: for messages too.
 
     Raises:
-        Unreachable: there is no answer within `REACH_TIMEOUT_S`.
+        Unreachable: work is offline, or there is no answer within `REACH_TIMEOUT_S`.
         Unavailable: there is no such repository.
         InputError: it is gated or has no such revision, or the name is none.
     """
     from huggingface_hub import HfApi, errors
 
+    if hub_is_offline():
+        raise Unreachable("work is offline")
     try:
         return within(REACH_TIMEOUT_S, lambda: call(HfApi()))
     except errors.GatedRepoError:

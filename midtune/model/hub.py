@@ -21,7 +21,6 @@ from midtune.network import (
     Unavailable,
     Unreachable,
     ask_hub,
-    hub_is_offline,
     is_offline,
     transport_errors,
 )
@@ -64,8 +63,6 @@ def fetch(
         Unavailable: no such repository, or it is not cached and the hub cannot be reached.
         InputError: the repository cannot be used, is gated, or the download broke off.
     """
-    if hub_is_offline():
-        return _cached(name, revision, "work is offline")
 
     def ask(api: HfApi) -> Any:
         return api.model_info(name, revision=revision, timeout=REQUEST_TIMEOUT_S, files_metadata=True)

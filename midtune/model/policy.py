@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -147,15 +147,18 @@ class Policy:
         if self.adapter is not None:
             self.adapter.unload()
             self.adapter, self.adapted = None, []
-        for block, frozen in self._frozen.items():
-            self.blocks[block] = frozen
-        self._frozen.clear()
-        self._reference.clear()
-        for parameter, data in self._outside.items():
-            parameter.data = data
+        self._put(self._frozen, self._outside)
+        for parameter in self._outside:
             parameter.grad = None
             parameter.requires_grad_(False)
-        self._outside.clear()
+        for kept in (self._frozen, self._reference, self._outside):
+            kept.clear()
+
+    def _put(self, blocks: Mapping[int, nn.Module], outside: Mapping[nn.Parameter, torch.Tensor]) -> None:
+        for number, block in blocks.items():
+            self.blocks[number] = block
+        for parameter, data in outside.items():
+            parameter.data = data
 
     def add_lora(self, blocks: list[int], rank: int) -> None:
         """Put LoRA matrices (PEFT's, fp32) on every linear layer of `blocks`, which stay frozen."""
@@ -193,16 +196,10 @@ class Policy:
         current = {k: self.blocks[k] for k in self._reference}
         outside = {parameter: parameter.data for parameter in self._outside}
         try:
-            for k, block in self._reference.items():
-                self.blocks[k] = block
-            for parameter, data in self._outside.items():
-                parameter.data = data
+            self._put(self._reference, self._outside)
             yield
         finally:
-            for k, block in current.items():
-                self.blocks[k] = block
-            for parameter, data in outside.items():
-                parameter.data = data
+            self._put(current, outside)
 
     def original_tensors(self, block: int) -> dict[str, torch.Tensor]:
         """The block's tensors as the checkpoint stores them, by name inside the block, on the CPU.

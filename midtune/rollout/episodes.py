@@ -17,10 +17,10 @@ from midtune.model.memory import slices
 from midtune.model.policy import Policy
 from midtune.rollout.decoding import Decoder, ready_to_sample
 from midtune.rollout.sampling import Rollout, Sampling, SamplingLimits, padded
-from midtune.rollout.speech import Speech, Text, prompt_ids
+from midtune.rollout.speech import Text, prompt_ids
 from midtune.rollout.text import with_boundary
 from midtune.tasks import Row
-from midtune.tasks.environment import Game, Match
+from midtune.tasks.environment import Game
 
 # Episodes begun to see how long their prompts are.
 EPISODES_READ = 16
@@ -59,6 +59,14 @@ class Episode:
     ids: list[int] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
     cut: bool = False
+
+    def act(
+        self, ids: list[int], log_probs: list[float], entropies: list[float], state: Hashable, reward: float
+    ) -> None:
+        """Append an action."""
+        start = len(self.ids)
+        self.ids += ids
+        self.turns.append(Turn(start, len(self.ids), state, reward, log_probs, entropies))
 
     def begin_at(self, start: int) -> Episode:
         """The same episode with a prompt of `start` tokens; the rest of it opens the completion, as shown."""
@@ -106,39 +114,53 @@ class EpisodeSampler:
             InputError: the environment or the model cannot do what they are to do.
             RunStopped: a single group does not fit into memory.
         """
-        game, group_size = self.game, sampling.group_size
+        game, policy, group_size = self.game, self.policy, sampling.group_size
         chat = not isinstance(prompts[0], str)
-        speech = (
-            game.speech(self.policy) if game.speech else Text(self.policy, sampling.stop_strings, chat=chat)
-        )
+        speech = game.speech(policy) if game.speech else Text(policy, sampling.stop_strings, chat=chat)
         matches, ids = game.matches(len(prompts)), [speech.prompt_ids(prompt) for prompt in prompts]
         most = min(game.turn_tokens or sampling.max_new_tokens, sampling.max_new_tokens)
         uniforms = (
-            torch.rand(game.max_turns, most, len(prompts), device=self.policy.device)
+            torch.rand(game.max_turns, most, len(prompts), device=policy.device)
             if sampling.temperature > 0
             else None
         )
 
+        def together(part: slice) -> list[Episode]:
+            """Play whole groups to their end."""
+            playing, decoder = matches[part], _decoder(policy, ids[part], group_size)
+            for match in playing:
+                match.rewind()
+            episodes = [
+                Episode([*prompt], match.environment)
+                for prompt, match in zip(ids[part], playing, strict=True)
+            ]
+            live = list(range(len(episodes)))
+            for turn in range(game.max_turns):
+                left = [min(most, sampling.max_new_tokens - len(episodes[i].ids)) for i in live]
+                numbers = None if uniforms is None else uniforms[turn, :, part][:, live]
+                states = [playing[i].state for i in live]
+                drawn = decoder.draw(sampling, left, numbers, leave=False)
+                going, said = [], []
+                for row, (i, state, action) in enumerate(zip(live, states, drawn.rows(), strict=True)):
+                    reply, reward = speech.answer(playing[i], episodes[i].prompt + episodes[i].ids, action[0])
+                    episodes[i].act(*action, state, reward)
+                    if reply is None or turn + 1 == game.max_turns:
+                        continue
+                    episodes[i].cut = len(episodes[i].ids) + len(reply) >= sampling.max_new_tokens
+                    if not episodes[i].cut:
+                        episodes[i].ids += reply
+                        going.append(row)
+                        said.append([action[0][-1], *reply])
+                if not going:
+                    break
+                decoder.follow(going, said)
+                live = [live[row] for row in going]
+            return episodes
+
         def run(groups: int) -> list[Episode]:
             rows = groups * group_size
-            with ready_to_sample(self.policy, rows, unpack=self.limits.unpack):
-                return [
-                    episode
-                    for part in slices(len(prompts), rows)
-                    for episode in _play_together(
-                        speech,
-                        matches[part],
-                        _decoder(self.policy, ids[part], group_size),
-                        [
-                            Episode([*prompt], match.environment)
-                            for prompt, match in zip(ids[part], matches[part], strict=True)
-                        ],
-                        replace(sampling, max_new_tokens=most),
-                        None if uniforms is None else uniforms[:, :, part],
-                        max_turns=game.max_turns,
-                        episode_tokens=sampling.max_new_tokens,
-                    )
-                ]
+            with ready_to_sample(policy, rows, unpack=self.limits.unpack):
+                return [episode for part in slices(len(prompts), rows) for episode in together(part)]
 
         return self.limits.rows.fitting(len(prompts) // group_size, group_size, run)
 
@@ -148,56 +170,6 @@ def _decoder(policy: Policy, prompts: Sequence[list[int]], group_size: int) -> D
     alike = all(prompt == prompts[i - i % group_size] for i, prompt in enumerate(prompts))
     shared = group_size if alike else 1
     return Decoder(policy, *padded(policy, prompts[::shared], "left"), shared)
-
-
-def _play_together(
-    speech: Speech,
-    matches: Sequence[Match],
-    decoder: Decoder,
-    episodes: list[Episode],
-    sampling: Sampling,
-    uniforms: torch.Tensor | None,
-    *,
-    max_turns: int,
-    episode_tokens: int,
-) -> list[Episode]:
-    """Play whole groups to their end.
-
-    Args:
-        decoder: has a row for each of the episodes.
-        sampling: of an action.
-        uniforms: [turns, T, B], one U(0, 1) per token; None when greedy.
-    """
-    for match in matches:
-        match.rewind()
-    live = list(range(len(episodes)))
-    for turn in range(max_turns):
-        left = [min(sampling.max_new_tokens, episode_tokens - len(episodes[i].ids)) for i in live]
-        states = [matches[i].state for i in live]
-        drawn = decoder.draw(
-            sampling, left, None if uniforms is None else uniforms[turn][:, live], leave=False
-        )
-        going, said = [], []
-        for row, (i, state, (ids, log_probs, entropies)) in enumerate(
-            zip(live, states, drawn.rows(), strict=True)
-        ):
-            episode = episodes[i]
-            reply, reward = speech.answer(matches[i], episode.prompt + episode.ids, ids)
-            start = len(episode.ids)
-            episode.ids += ids
-            episode.turns.append(Turn(start, len(episode.ids), state, reward, log_probs, entropies))
-            if reply is None or turn + 1 == max_turns:
-                continue
-            episode.cut = len(episode.ids) + len(reply) >= episode_tokens
-            if not episode.cut:
-                episode.ids += reply
-                going.append(row)
-                said.append([ids[-1], *reply])
-        if not going:
-            break
-        decoder.follow(going, said)
-        live = [live[row] for row in going]
-    return episodes
 
 
 def with_common_prompts(episodes: Sequence[Episode], group_size: int) -> list[Episode]:

@@ -79,8 +79,7 @@ def train(
         settings,
         folder=folder,
         seed=0,
-        on_step=metrics.append,
-        **{"meter": Meter(sampler.policy.device), **others},
+        **{"meter": Meter(sampler.policy.device), "on_step": metrics.append, **others},
     )
     return step, metrics
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from midtune.errors import InputError
-from midtune.network import REQUEST_TIMEOUT_S, Unreachable, ask_hub, hub_is_offline
+from midtune.network import REQUEST_TIMEOUT_S, Unreachable, ask_hub
 from midtune.tasks.sources.files import FORMATS, Source, data_suffix, of_splits
 
 _ID = re.compile(r"[\w.-]+/[\w.-]+(?::[\w.-]+)?")
@@ -34,14 +34,11 @@ def read_dataset(name: str) -> Source:
     from datasets.exceptions import DatasetsError
 
     repository, _, configuration = name.partition(":")
-    why = "work is offline" if hub_is_offline() else None
-    if why is None:
-        try:
-            ask_hub(
-                repository, "dataset", lambda hub: hub.dataset_info(repository, timeout=REQUEST_TIMEOUT_S)
-            )
-        except Unreachable as error:
-            why = str(error)
+    why = None
+    try:
+        ask_hub(repository, "dataset", lambda hub: hub.dataset_info(repository, timeout=REQUEST_TIMEOUT_S))
+    except Unreachable as error:
+        why = str(error)
     known = datasets.config.HF_HUB_OFFLINE
     # Else it would ask the hub again, several times.
     datasets.config.HF_HUB_OFFLINE = why is not None

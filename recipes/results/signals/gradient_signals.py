@@ -259,7 +259,7 @@ def pair_products(
     if unequal.size == 0:
         return dict.fromkeys(blocks, Sums(0.0, 0.0, 0.0, 0.0))
     # A group without advantages has a gradient of exactly zero: it counts, but need not be computed.
-    kept = rollout.groups_at(torch.as_tensor(unequal, device=policy.device))
+    kept = rollout.groups(torch.as_tensor(unequal, device=policy.device))
     assert kept.boundary is not None
     with torch.enable_grad(), watched(policy, blocks, len(unequal), len(advantages)) as gradients:
         # Autograd starts at these states, so the blocks below the lowest one are left alone.
