@@ -47,12 +47,7 @@ class Unreachable(Exception):
 
 
 def ask_hub(name: str, kind: str, call: Callable[[Any], T], revision: str | None = None) -> T:
-    """The result of `call`, which is given the hub's `HfApi`.
-
-    Args:
-        name: `org/name`.
-        kind: `model` or `dataset`, for messages.
-        revision: for messages too.
+    """The result of `call`, which is given the hub's `HfApi`; `kind` is `model` or `dataset`.
 
     Raises:
         Unreachable: work is offline, or there is no answer within `REACH_TIMEOUT_S`.

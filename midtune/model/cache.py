@@ -30,10 +30,8 @@ def build_once(
     """The folder `target`, made by `build` if it is not there; others see it only when it is complete.
 
     Args:
-        target: folder in the cache.
         build: gets an empty work folder beside `target` and returns the finished folder inside it.
         need_bytes: free disk space that `build` takes.
-        progress: told when another process is building the same.
 
     Raises:
         InputError: the cache cannot be written or the disk has no room.

@@ -51,10 +51,8 @@ def fetch(
     """A hub repository's snapshot in the hub's own cache, downloaded if need be.
 
     Args:
-        name: `org/name`.
         revision: branch, tag or commit; None: the main branch.
         check: raises InputError if a repository with these file names cannot be used.
-        progress: told the bytes done and to do.
 
     Returns:
         The snapshot's folder and its commit.

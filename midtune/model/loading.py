@@ -84,11 +84,7 @@ def load_policy(
 
 
 def _is_in_4bit(config: Any, source: Source) -> bool:
-    """Whether the checkpoint is stored in bitsandbytes 4-bit.
-
-    Raises:
-        InputError: it is stored with another quantization.
-    """
+    """Whether the checkpoint is stored in bitsandbytes 4-bit; raises InputError for another quantization."""
     stored = getattr(config, "quantization_config", None)
     method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
     if stored is not None and "bitsandbytes" not in str(method or "bitsandbytes"):

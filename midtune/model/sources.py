@@ -54,7 +54,6 @@ def resolve(name: str, revision: str | None = None, *, progress: Progress = sile
         name: `tiny`, `smollm2-135m`, a folder, a GGUF file or a hub id `org/name`.
         revision: branch, tag or commit of a hub model; for `smollm2-135m` also a revision that an earlier
             `Source` of it had.
-        progress: called with (message, done, total) while something is fetched or converted.
 
     Raises:
         InputError: there is no such model, it cannot be reached, or its files cannot be used.
@@ -85,13 +84,10 @@ def resolve(name: str, revision: str | None = None, *, progress: Progress = sile
 
 
 def checkpoint_files(folder: Path) -> dict[str, Path]:
-    """Which safetensors file of a model folder holds each tensor.
+    """Tensor name → the safetensors file of a model folder that holds it; see `stored_tensors`.
 
     Args:
         folder: holds `model.safetensors`, or `model.safetensors.index.json` and the shards that it names.
-
-    Returns:
-        tensor name → file; see `stored_tensors`.
 
     Raises:
         InputError: no such file, a missing shard, or a file that is cut short or damaged.
@@ -137,12 +133,7 @@ def stored_tensors(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, to
 
 
 def judge(files: Collection[str], what: str) -> None:
-    """Raise InputError if a model with these file names cannot be used.
-
-    Args:
-        files: names at the top of a folder or repository.
-        what: that folder or repository, for the message.
-    """
+    """Raise InputError if a folder or repository (`what`) with these file names at its top cannot be used."""
     if "adapter_config.json" in files:
         raise InputError(
             f"{what} is a PEFT adapter, not a whole model; merge it into its base model "

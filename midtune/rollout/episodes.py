@@ -17,7 +17,7 @@ from midtune.model.memory import slices
 from midtune.model.policy import Policy
 from midtune.rollout.decoding import Decoder, ready_to_sample
 from midtune.rollout.sampling import Rollout, Sampling, SamplingLimits, padded
-from midtune.rollout.speech import Text, prompt_ids
+from midtune.rollout.speech import Speech, Text, prompt_ids
 from midtune.rollout.text import with_boundary
 from midtune.tasks import Row
 from midtune.tasks.environment import Game
@@ -116,7 +116,9 @@ class EpisodeSampler:
         """
         game, policy, group_size = self.game, self.policy, sampling.group_size
         chat = not isinstance(prompts[0], str)
-        speech = game.speech(policy) if game.speech else Text(policy, sampling.stop_strings, chat=chat)
+        speech: Speech = (
+            game.speech(policy) if game.speech else Text(policy, sampling.stop_strings, chat=chat)
+        )
         matches, ids = game.matches(len(prompts)), [speech.prompt_ids(prompt) for prompt in prompts]
         most = min(game.turn_tokens or sampling.max_new_tokens, sampling.max_new_tokens)
         uniforms = (

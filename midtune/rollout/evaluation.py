@@ -97,11 +97,7 @@ def evaluate(
 def score_completions(
     score: Reward, rows: Sequence[Row], texts: Sequence[str], ids: Sequence[list[int]], **seen: Any
 ) -> list[float]:
-    """Call a reward as TRL does, with every other column of the rows as a list; None counts as 0.
-
-    Args:
-        seen: what the reward gets besides.
-    """
+    """Call a reward as TRL does, with every other column of the rows and `seen`; None counts as 0."""
     columns: dict[str, list[Any]] = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
     found = score(
         prompts=[row["prompt"] for row in rows],

@@ -67,11 +67,7 @@ class RoomyLayer(DynamicLayer):
 
 
 def shared_prompts(room: int) -> Cache:
-    """An empty cache that keeps every key; a window is then applied by the mask, exactly.
-
-    Args:
-        room: spare tokens to allocate whenever the tensors have to grow.
-    """
+    """An empty cache that keeps every key; a window is then applied by the mask, exactly. See `RoomyLayer`."""
     return Cache(layer_class_to_replicate=partial(RoomyLayer, room))
 
 

@@ -56,7 +56,6 @@ def sample(
 
     Args:
         prompts: token ids of each prompt.
-        boundary_block: capture the states that enter this block.
         limits: what memory allows; its rows are lowered where memory runs out.
 
     Raises:

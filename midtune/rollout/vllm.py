@@ -55,8 +55,6 @@ class VLLMSampler(TextSampler):
     from it a little.
 
     Args:
-        url: its address.
-        policy: what it samples for.
         folder: gets the trained blocks; the server reads it under the same path.
 
     Raises:
