@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 NO_MEMORY = "memory ran out; make room"
@@ -17,6 +17,8 @@ LACKS = {
     errno.EIO: ("the disk fails", "check it"),
 }
 MOST_CHARACTERS = 4000
+# Stands for a library's reason in what is given to `explained`.
+WHY = "‹why›"
 # What a terminal obeys instead of showing: escape sequences, controls other than tab and line break, marks that
 # turn the direction of text, and surrogates, which cannot be written.
 _OBEYED = re.compile(
@@ -67,11 +69,11 @@ class Interrupted(MidtuneError):
 
 
 @contextmanager
-def explained(sentence: Callable[[str], str], *, keep: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+def explained(sentence: str, *, keep: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Turn the failure of a library over someone else's file into one sentence; it may raise anything.
 
     Args:
-        sentence: takes the library's reason.
+        sentence: `WHY` in it becomes the library's reason.
         keep: errors that pass as they are, beside midtune's own and MemoryError.
     """
     kept: tuple[type[Exception], ...] = (MidtuneError, MemoryError, *keep)
@@ -80,7 +82,7 @@ def explained(sentence: Callable[[str], str], *, keep: tuple[type[Exception], ..
     except kept:
         raise
     except Exception as error:
-        raise InputError(sentence(reason(error))) from error
+        raise InputError(sentence.replace(WHY, reason(error))) from error
 
 
 def lack_of(error: BaseException) -> str | None:

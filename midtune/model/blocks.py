@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 
-from midtune.errors import InputError, explained
+from midtune.errors import WHY, InputError, explained
 
 KNOWN = "model such as Qwen, Llama, Mistral, Gemma 3, Phi-3 or SmolLM3"
 
@@ -149,10 +149,7 @@ def check_tail(model: PreTrainedModel, stack_name: str) -> None:
     given = torch.linspace(-1, 1, width, dtype=model.dtype, device=model.device).view(1, 1, width)
     block = model.get_submodule(f"{stack_name}.{last}")
     ones = torch.ones(1, 1, dtype=torch.long, device=model.device)
-
-    def refused(why: str) -> str:
-        return f"{type(model).__name__} cannot be run from a block in the middle ({why}); use a {KNOWN}."
-
+    refused = f"{type(model).__name__} cannot be run from a block in the middle ({WHY}); use a {KNOWN}."
     # An unknown architecture may raise anything.
     with explained(refused, keep=(torch.OutOfMemoryError,)), captured(block) as entered:
         forward = partial(tail_of(model, stack_name, last), inputs_embeds=given, attention_mask=ones)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from midtune.errors import InputError, explained
+from midtune.errors import WHY, InputError, explained
 from midtune.model.cache import build_once, cache_folder
 from midtune.model.progress import Progress, silent
 
@@ -54,8 +54,7 @@ def read_header(path: Path) -> Header:
     with path.open("rb") as file:
         if file.read(4) != MAGIC:
             raise InputError(f"{path} is not a GGUF file; give a GGUF file, a model folder or a hub id.")
-        damaged = f"{path} is a damaged GGUF file: its header cannot be read; fetch it again."
-        with explained(lambda why: damaged):
+        with explained(f"{path} is a damaged GGUF file: its header cannot be read; fetch it again."):
             version, tensors, pairs = _unpack(file, "IQQ")
             if version not in (2, 3):
                 raise InputError(
@@ -151,12 +150,10 @@ def convert(path: Path, out: Path, progress: Progress) -> Path:
     metadata = read_header(path).metadata
     kind = metadata.get("general.architecture", "unknown")
 
-    def unread(why: str) -> str:
-        return (
-            f"{path} holds a `{kind}` model that transformers cannot read from GGUF ({why}); "
-            "use the safetensors of that model."
-        )
-
+    unread = (
+        f"{path} holds a `{kind}` model that transformers cannot read from GGUF ({WHY}); "
+        "use the safetensors of that model."
+    )
     kept = (OSError, torch.OutOfMemoryError)
     with _reported(progress, f"converting {path.name}"), explained(unread, keep=kept):
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)

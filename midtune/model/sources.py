@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from midtune.errors import InputError, bounded, explained
+from midtune.errors import WHY, InputError, bounded, explained
 from midtune.model import gguf, hub
 from midtune.model.progress import Progress, silent
 from midtune.network import Unavailable
@@ -234,8 +234,6 @@ def _header_names(path: Path, size_bytes: int, mtime_ns: int) -> frozenset[str]:
     """The tensor names in a safetensors file; the library checks that the header fits the file's length."""
     from safetensors import safe_open
 
-    def sentence(why: str) -> str:
-        return f"{path} ({size_bytes:,} bytes) is cut short or damaged ({why}); fetch it again."
-
-    with explained(sentence), safe_open(path, framework="np") as file:
+    damaged = f"{path} ({size_bytes:,} bytes) is cut short or damaged ({WHY}); fetch it again."
+    with explained(damaged), safe_open(path, framework="np") as file:
         return frozenset(file.keys())
