@@ -63,16 +63,15 @@ def fetch(
     """
 
     def ask(api: HfApi) -> Any:
-        return api.model_info(name, revision=revision, timeout=REQUEST_TIMEOUT_S, files_metadata=True)
+        return api.model_info(name, revision=revision, timeout=REQUEST_TIMEOUT_S)
 
     try:
         info = ask_hub(name, "model", ask, revision)
     except Unreachable as error:
         return _cached(name, revision, str(error))
-    sizes = {s.rfilename: s.size or 0 for s in info.siblings or []}
-    check([f for f in sizes if "/" not in f], f"{name} on the hub")
+    check([s.rfilename for s in info.siblings or [] if "/" not in s.rfilename], f"{name} on the hub")
     try:
-        return _download(name, revision, str(info.sha), sizes, progress), str(info.sha)
+        return _download(name, revision, progress), str(info.sha)
     except transport_errors() as error:
         raise InputError(
             f"the download of {name} broke off ({reason(error)}); run the command again to resume."
@@ -119,18 +118,13 @@ def _cached(name: str, revision: str | None, why: str) -> tuple[Path, str]:
     return folder, folder.name
 
 
-def _download(
-    name: str, revision: str | None, commit: str, sizes: dict[str, int], progress: Progress
-) -> Path:
-    from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
-    from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
+def _download(name: str, revision: str | None, progress: Progress) -> Path:
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.utils.tqdm import tqdm
 
-    missing_bytes = sum(
-        sizes[file]
-        for file in filter_repo_objects(sizes, **_FILES)
-        if not isinstance(try_to_load_from_cache(name, file, revision=commit), str)
-    )
+    settings = {"revision": revision, "etag_timeout": REQUEST_TIMEOUT_S, **_FILES}
+    files = snapshot_download(name, dry_run=True, **settings)
+    missing_bytes = sum(file.file_size or 0 for file in files if file.will_download)
     cache = Path(constants.HF_HUB_CACHE)
     require_space(cache, int(missing_bytes * 1.05), f"the download of {name}", OTHER_DISK)
 
@@ -147,8 +141,7 @@ def _download(
                 progress(f"downloading {name}", min(self.done, missing_bytes), missing_bytes)
             return None
 
-    settings = {"etag_timeout": REQUEST_TIMEOUT_S, "tqdm_class": Bar, **_FILES}
-    return Path(snapshot_download(name, revision=revision, **settings))
+    return Path(snapshot_download(name, tqdm_class=Bar, **settings))
 
 
 def _package_gguf(folder: Path, progress: Progress) -> Path:
