@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from midtune.errors import InputError
-from midtune.model.progress import Progress, silent
 from midtune.whole import require_space
 
+Progress = Callable[[str, "int | None", "int | None"], None]
+"""Called with a message, how much is done and how much there is (None: unknown)."""
 OTHER_DISK = "set MIDTUNE_CACHE and HF_HOME to another disk"
 
 
@@ -22,6 +23,10 @@ def cache_folder() -> Path:
     chosen = os.environ.get("MIDTUNE_CACHE")
     root = Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("midtune"))
     return root / "models"
+
+
+def silent(message: str, done: int | None, total: int | None) -> None:
+    """Default progress: show nothing."""
 
 
 def build_once(

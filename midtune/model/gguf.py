@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from midtune.errors import WHY, InputError, explained
-from midtune.model.cache import build_once, cache_folder
-from midtune.model.progress import Progress, silent
+from midtune.model.cache import Progress, build_once, cache_folder
 
 MAGIC = b"GGUF"
 # Part of every cache key: raise it when a conversion would come out differently.
@@ -105,7 +104,7 @@ def _whole(metadata: dict[str, Any], key: str, default: int) -> int:
     return value
 
 
-def cached_conversion(path: Path, progress: Progress = silent) -> Path:
+def cached_conversion(path: Path, progress: Progress) -> Path:
     """The safetensors folder of a GGUF file, converted at the first call and found again afterwards.
 
     Raises:

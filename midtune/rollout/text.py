@@ -12,7 +12,7 @@ from midtune.device import random_state, set_random_state
 from midtune.model.blocks import captured
 from midtune.model.memory import slices
 from midtune.model.policy import Policy
-from midtune.rollout.boundary import BoundaryStates, recompute, storage_device
+from midtune.rollout.boundary import BoundaryStates, storage_device, with_boundary
 from midtune.rollout.decoding import ROOM, Decoder, ready_to_sample
 from midtune.rollout.sampling import Rollout, Sampler, Sampling, SamplingLimits, padded
 from midtune.rollout.speech import prompt_ids
@@ -149,10 +149,3 @@ class AlikeSampler:
         if not begun:
             self._first[self._seed] = replace(rollout, boundary=None), random_state(self.policy.device)
         return rollout
-
-
-def with_boundary(sampler: Sampler, rollout: Rollout, block: int | None) -> Rollout:
-    """The rollout with the states that enter `block`, by one pass through the blocks below; None: without any."""
-    if block is None:
-        return rollout
-    return replace(rollout, boundary=recompute(sampler.policy, block, rollout, limit=sampler.limits.rows))

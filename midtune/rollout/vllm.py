@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 
 from midtune.errors import InputError, MidtuneError
 from midtune.model.policy import Policy
+from midtune.rollout.boundary import with_boundary
 from midtune.rollout.sampling import Rollout, Sampling, SamplingLimits, padded
 from midtune.rollout.speech import prompt_ids
-from midtune.rollout.text import TextSampler, with_boundary
+from midtune.rollout.text import TextSampler
 
 START = "VLLM_SERVER_DEV_MODE=1 vllm serve {model} --logprobs-mode processed_logprobs"
 

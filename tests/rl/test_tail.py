@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -17,9 +16,9 @@ from midtune.model.policy import Policy
 from midtune.model.sources import resolve
 from midtune.rl import tail
 from midtune.rl.tail import completion_log_probs, packs
-from midtune.rollout.boundary import recompute
+from midtune.rollout.boundary import with_boundary
 from midtune.rollout.sampling import Rollout, Sampling, SamplingLimits
-from midtune.rollout.text import sample
+from midtune.rollout.text import TextSampler, sample
 from tests.conftest import ARCHITECTURES, STUDY
 from tests.plain import PROMPTS, plain_log_probs, stop_early
 
@@ -147,8 +146,8 @@ def test_recomputed_states_serve_as_well_as_captured_ones(load: Load, architectu
     policy = load(architecture)
     policy.thaw(2)
     rollout = rollout_of(policy)
-    again = recompute(policy, 2, rollout, limit=SamplingLimits().rows)
-    found = completion_log_probs(policy, dataclasses.replace(rollout, boundary=again), temperature=1.0)
+    again = with_boundary(TextSampler(policy, SamplingLimits()), rollout, 2)
+    found = completion_log_probs(policy, again, temperature=1.0)
     assert_same(policy, found, completion_log_probs(policy, rollout, temperature=1.0))
 
 

@@ -10,6 +10,7 @@ import torch
 from midtune.errors import InputError
 from midtune.model.policy import Policy
 from midtune.rl.tail import completion_log_probs
+from midtune.rollout.boundary import with_boundary
 from midtune.rollout.episodes import (
     Episode,
     EpisodeSampler,
@@ -18,7 +19,7 @@ from midtune.rollout.episodes import (
     with_common_prompts,
 )
 from midtune.rollout.sampling import Sampling, SamplingLimits
-from midtune.rollout.text import TextSampler, sample, with_boundary
+from midtune.rollout.text import TextSampler, sample
 from midtune.tasks.environment import Game, Match
 from tests.conftest import ARCHITECTURES
 from tests.plain import plain_log_probs, stop_early
