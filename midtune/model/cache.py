@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from midtune.errors import InputError
 from midtune.whole import require_space
@@ -65,24 +66,20 @@ def is_complete(target: Path) -> bool:
     return (target / "config.json").is_file() and any(target.glob("*.safetensors"))
 
 
-@contextmanager
-def _sole_builder(target: Path, progress: Progress) -> Iterator[None]:
+def _sole_builder(target: Path, progress: Progress) -> AbstractContextManager[Any]:
+    """A lock that is held until the context ends."""
     from filelock import FileLock, Timeout
 
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(target.with_name(f".{target.name}.lock"))
         try:
-            lock.acquire(timeout=0)
+            return lock.acquire(timeout=0)
         except Timeout:
             progress(f"waiting for another midtune that is preparing {target.name}", None, None)
-            lock.acquire()
+            return lock.acquire()
     except OSError as error:
         raise InputError(
             f"the cache folder {target.parent} cannot be written ({error.strerror}); "
             "set MIDTUNE_CACHE to a folder that can."
         ) from None
-    try:
-        yield
-    finally:
-        lock.release()
