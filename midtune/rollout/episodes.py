@@ -144,13 +144,14 @@ class EpisodeSampler:
                 drawn = decoder.draw(sampling, left, numbers, leave=False)
                 going, said = [], []
                 for row, (i, state, action) in enumerate(zip(live, states, drawn.rows(), strict=True)):
-                    reply, reward = speech.answer(playing[i], episodes[i].prompt + episodes[i].ids, action[0])
-                    episodes[i].act(*action, state, reward)
+                    episode = episodes[i]
+                    reply, reward = speech.answer(playing[i], episode.prompt + episode.ids, action[0])
+                    episode.act(*action, state, reward)
                     if reply is None or turn + 1 == game.max_turns:
                         continue
-                    episodes[i].cut = len(episodes[i].ids) + len(reply) >= sampling.max_new_tokens
-                    if not episodes[i].cut:
-                        episodes[i].ids += reply
+                    episode.cut = len(episode.ids) + len(reply) >= sampling.max_new_tokens
+                    if not episode.cut:
+                        episode.ids += reply
                         going.append(row)
                         said.append([action[0][-1], *reply])
                 if not going:
