@@ -32,26 +32,15 @@ class Turns:
 
 
 def leave_one_out(rewards: Values) -> Values:
-    """RLOO (arXiv 2402.14740): each reward less the mean of the others of its group.
-
-    Args:
-        rewards: [N, G] of the completions of N prompts.
-
-    Returns:
-        Advantages [N, G].
-    """
+    """RLOO (arXiv 2402.14740): each reward less the mean of the others of its group, [N, G] → [N, G]."""
     return np.array([_against_others(group) for group in rewards])
 
 
 def group_relative(rewards: Values, *, scaled: bool = True) -> Values:
-    """GRPO (arXiv 2402.03300): each reward less the mean of its group, divided by their standard deviation.
+    """GRPO (arXiv 2402.03300): rewards less the mean of their group, by its standard deviation, [N, G] → [N, G].
 
     Args:
-        rewards: [N, G]. Standard deviations are those of samples (G − 1), as in TRL.
-        scaled: divide by them; without, as in Dr. GRPO (2503.20783).
-
-    Returns:
-        Advantages [N, G].
+        scaled: divide by standard deviations, of samples (G − 1) as in TRL; without, as in Dr. GRPO (2503.20783).
     """
     return np.array([_normalized(group, scaled) for group in rewards])
 
