@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 NO_MEMORY = "memory ran out; make room"
@@ -17,6 +17,8 @@ LACKS = {
     errno.EIO: ("the disk fails", "check it"),
 }
 MOST_CHARACTERS = 4000
+# Stands for a library's reason in what is given to `explained`.
+WHY = "‹why›"
 # What a terminal obeys instead of showing: escape sequences, controls other than tab and line break, marks that
 # turn the direction of text, and surrogates, which cannot be written.
 _OBEYED = re.compile(
@@ -68,12 +70,12 @@ class Interrupted(MidtuneError):
 
 @contextmanager
 def explained(
-    sentence: Callable[[str], str], *, keep: tuple[type[Exception], ...] = (), with_kind: bool = False
+    sentence: str, *, keep: tuple[type[Exception], ...] = (), with_kind: bool = False
 ) -> Iterator[None]:
     """Turn the failure of a library over someone else's file, or of a person's code, into one sentence.
 
     Args:
-        sentence: takes the reason.
+        sentence: `WHY` in it becomes the reason.
         keep: errors that pass as they are, beside midtune's own and MemoryError.
         with_kind: put the error's class before the reason.
     """
@@ -84,7 +86,7 @@ def explained(
         raise
     except Exception as error:
         why = f"{type(error).__name__}: {error}" if with_kind else reason(error)
-        raise InputError(sentence(why)) from error
+        raise InputError(sentence.replace(WHY, why)) from error
 
 
 def lack_of(error: BaseException) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from midtune.errors import InputError, reason
@@ -42,24 +43,21 @@ class Unavailable(InputError):
 
 
 class Unreachable(Exception):
-    """The hub does not answer; the message says why."""
+    """The hub was not asked or does not answer; the message says why."""
 
 
 def ask_hub(name: str, kind: str, call: Callable[[Any], T], revision: str | None = None) -> T:
-    """The result of `call`, which is given the hub's `HfApi`.
-
-    Args:
-        name: `org/name`.
-        kind: `model` or `dataset`, for messages.
-        revision: for messages too.
+    """The result of `call`, which is given the hub's `HfApi`; `kind` is `model` or `dataset`.
 
     Raises:
-        Unreachable: there is no answer within `REACH_TIMEOUT_S`.
+        Unreachable: work is offline, or there is no answer within `REACH_TIMEOUT_S`.
         Unavailable: there is no such repository.
         InputError: it is gated or has no such revision, or the name is none.
     """
     from huggingface_hub import HfApi, errors
 
+    if hub_is_offline():
+        raise Unreachable("work is offline")
     try:
         return within(REACH_TIMEOUT_S, lambda: call(HfApi()))
     except errors.GatedRepoError:
@@ -88,20 +86,17 @@ def transport_errors() -> tuple[type[Exception], ...]:
 
 def within(seconds: float, call: Callable[[], T]) -> T:
     """The result of `call`, or TimeoutError; a late call is left on a thread that dies with the process."""
-    results: list[T] = []
-    failures: list[BaseException] = []
+    answer: Future[T] = Future()
 
     def run() -> None:
         try:
-            results.append(call())
-        except BaseException as error:  # handed to the caller below
-            failures.append(error)
+            answer.set_result(call())
+        except BaseException as error:  # raised again below
+            answer.set_exception(error)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(seconds)
-    if failures:
-        raise failures[0]
-    if not results:
+    if not answer.done():
         raise TimeoutError(f"no answer within {seconds:.0f} s")
-    return results[0]
+    return answer.result()

@@ -74,16 +74,11 @@ def find_card(text: str) -> PublishedCard | None:
         memory = round(float(size[1]) * 2**30)
         like = next((card for card in CARDS if card.memory >= memory), CARDS[-1])
         return PublishedCard(f"{text.strip()} ({like.name})", memory, like.flops, like.bandwidth)
-    plain = _plain(text)
-    # `RTX 4090`, `4090`; `A100 40GB`, `A100`.
-    return next(
-        (
-            card
-            for card in CARDS
-            if plain in (_plain(card.name), _plain(card.name.removeprefix("RTX").split()[0]))
-        ),
-        None,
-    )
+    for card in CARDS:
+        # `RTX 4090`, `4090`; `A100 40GB`, `A100`.
+        if _plain(text) in (_plain(card.name), _plain(card.name.removeprefix("RTX").split()[0])):
+            return card
+    return None
 
 
 def _plain(text: str) -> str:

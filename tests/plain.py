@@ -25,8 +25,8 @@ def sampled(
 ) -> Rollout:
     """Three completions of each prompt."""
     torch.manual_seed(seed)
-    sampling = Sampling(**{"max_new_tokens": 12, **settings})
-    return sample(policy, PROMPTS, sampling, group_size=3, boundary_block=boundary_block, limits=limits)
+    sampling = Sampling(**{"max_new_tokens": 12, "group_size": 3, **settings})
+    return sample(policy, PROMPTS, sampling, boundary_block=boundary_block, limits=limits)
 
 
 def stop_early(policy: Policy) -> list[int]:

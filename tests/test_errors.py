@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from midtune.errors import InputError, RunStopped, bounded, escaped, explained, lack_of, plain, reason
+from midtune.errors import WHY, InputError, RunStopped, bounded, escaped, explained, lack_of, plain, reason
 
 
 def test_text_of_others_is_shown_without_what_a_terminal_obeys() -> None:
@@ -27,13 +27,13 @@ def test_a_reason_is_one_line(error: Exception, text: str) -> None:
 
 def test_a_librarys_failure_becomes_a_sentence_and_others_pass() -> None:
     with pytest.raises(InputError, match=r"^a.json is damaged \(KeyError\)$"):
-        with explained(lambda why: f"a.json is damaged ({why})"):
+        with explained(f"a.json is damaged ({WHY})"):
             raise KeyError
     with pytest.raises(InputError, match="^`f` raised KeyError: 'x'$"):
-        with explained(lambda why: f"`f` raised {why}", with_kind=True):
+        with explained(f"`f` raised {WHY}", with_kind=True):
             raise KeyError("x")
     for error in (RunStopped("stop"), MemoryError(), OSError("full")):
-        with pytest.raises(type(error)), explained(lambda why: why, keep=(OSError,)):
+        with pytest.raises(type(error)), explained(WHY, keep=(OSError,)):
             raise error
 
 

@@ -38,19 +38,18 @@ def read_script() -> Any:
 
 script = read_script()
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [20, 21], [30, 31, 32, 33], [40]]
-SAMPLING = Sampling(max_new_tokens=6, temperature=0.8)
-GROUP_SIZE = 3
+SAMPLING = Sampling(max_new_tokens=6, temperature=0.8, group_size=3)
 Load = Callable[..., Policy]
 
 
 def rollout_of(policy: Policy, block: int) -> Rollout:
     torch.manual_seed(1)
-    return sample(policy, PROMPTS, SAMPLING, group_size=GROUP_SIZE, boundary_block=block)
+    return sample(policy, PROMPTS, SAMPLING, boundary_block=block)
 
 
 def advantages() -> NDArray[np.float64]:
     """Unequal in three groups of four."""
-    found = np.random.default_rng(0).normal(size=(len(PROMPTS), GROUP_SIZE))
+    found = np.random.default_rng(0).normal(size=(len(PROMPTS), SAMPLING.group_size))
     found[2] = 0
     return found
 
@@ -121,7 +120,7 @@ def test_two_prompts_give_the_product_of_two_halves(load: Load) -> None:
     policy = load("qwen3", "none")
     rollout, given = rollout_of(policy, 0), advantages()
 
-    found = script.pair_products(policy, rollout.groups(0, 2), given[:2], [0], SAMPLING.temperature)[0]
+    found = script.pair_products(policy, rollout.groups(slice(0, 2)), given[:2], [0], SAMPLING.temperature)[0]
 
     half_a, half_b = by_autograd(policy, rollout, given, [0])[0][:2]
     assert found.product == pytest.approx(float(half_a @ half_b), rel=1e-4)
@@ -155,7 +154,7 @@ def test_states_that_differ_with_the_advantage_are_separated(load: Load) -> None
     assert not any(module._forward_hooks for module in policy.blocks.modules())
     entered, left = [], []
     for row, completion in enumerate(rollout.completions()):
-        ids = torch.tensor([PROMPTS[row // GROUP_SIZE] + completion])
+        ids = torch.tensor([PROMPTS[row // SAMPLING.group_size] + completion])
         states = policy.model(input_ids=ids, output_hidden_states=True).hidden_states
         entered.append(states[2][0, -len(completion) :])
         left.append(states[3][0, -len(completion) :])
@@ -190,8 +189,8 @@ def rewards_by_length(rollout: Rollout, start: int) -> NDArray[np.float64]:
 
 def signals_of(policy: Policy, prompts: list[list[int]], reward: object, **settings: Any) -> dict[int, Any]:
     """Signals from completions of `new_tokens` tokens, in passes of two prompts."""
-    asked = {"blocks": [2], "group_size": 4, "micro_prompts": 2, "sample_prompts": 2, **settings}
-    sampling = Sampling(max_new_tokens=asked.pop("new_tokens", 2))
+    asked = {"blocks": [2], "micro_prompts": 2, "sample_prompts": 2, **settings}
+    sampling = Sampling(max_new_tokens=asked.pop("new_tokens", 2), group_size=4)
     torch.manual_seed(0)
     found: dict[int, Any] = script.gradient_signals(policy, prompts, reward, sampling=sampling, **asked)
     return found

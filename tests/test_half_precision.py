@@ -176,7 +176,7 @@ def test_sampling_and_update_agree_within_rounding(dtype: str) -> None:
     policy.thaw(5)
     torch.manual_seed(0)
     prompts = [policy.tokenizer.encode(text) for text in ("What is 12 + 7?", "What is 31 - 5 now?")]
-    rollout = sample(policy, prompts, Sampling(12), group_size=4, boundary_block=5)
+    rollout = sample(policy, prompts, Sampling(12, group_size=4), boundary_block=5)
     assert rollout.boundary is not None
     assert rollout.boundary.completion.dtype == DTYPES[dtype]
     log_probs, entropies = completion_log_probs(policy, rollout, temperature=1.0)

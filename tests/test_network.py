@@ -18,11 +18,16 @@ def test_a_call_that_takes_too_long_is_left() -> None:
         within(1, lambda: {}["a"])
 
 
-def test_a_call_that_fails_says_why() -> None:
+def test_a_call_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(HUB_OFFLINE, "0")
+
     def late(_: Any) -> None:
         raise TimeoutError("no answer within 8 s")
 
     with pytest.raises(Unreachable, match=r"the hub cannot be reached \(no answer within 8 s\)"):
+        ask_hub("org/toy", "model", late)
+    monkeypatch.setenv(HUB_OFFLINE, "1")
+    with pytest.raises(Unreachable, match="work is offline"):
         ask_hub("org/toy", "model", late)
 
 

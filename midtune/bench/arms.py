@@ -68,9 +68,8 @@ def run_arm(
         if arm == "midtune":
             policy = _policy(source, work.block, device, dtype)
             sampler = TextSampler(policy, SamplingLimits())
-            trainer = _Midtune(
-                sampler, Sampling(work.new_tokens), args, [lambda **_: rewards], rows, meter=meter
-            )
+            sampling = Sampling(work.new_tokens, group_size=work.group_size)
+            trainer = _Midtune(sampler, sampling, args, [lambda **_: rewards], rows, meter=meter)
         else:
             trainer = stock_trainer(
                 arm, source, args, rows, lambda **_: rewards, meter, device, dtype, work.block

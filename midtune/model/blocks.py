@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 
-from midtune.errors import InputError, explained
+from midtune.errors import WHY, InputError, explained
 
 KNOWN = "model such as Qwen, Llama, Mistral, Gemma 3, Phi-3 or SmolLM3"
 
@@ -103,6 +104,39 @@ def _checkpointed(block: nn.Module) -> nn.Module:
     return view
 
 
+class Reached(Exception):
+    """Ends a forward pass at a block."""
+
+
+@contextlib.contextmanager
+def captured(
+    block: nn.Module | None, *, stop: bool = False, storage: torch.device | None = None
+) -> Iterator[list[torch.Tensor]]:
+    """Collects the states [B, T, H] that enter `block` in each forward pass inside the context.
+
+    Args:
+        block: None collects nothing.
+        stop: end each forward pass there, by `Reached`.
+        storage: where to put the states; default: where they are.
+    """
+    states: list[torch.Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
+        state = args[0] if args else kwargs["hidden_states"]
+        states.append(state if storage is None else state.to(storage))
+        if stop:
+            raise Reached
+
+    if block is None:
+        yield states
+        return
+    hook = block.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield states
+    finally:
+        hook.remove()
+
+
 @torch.no_grad()
 def check_tail(model: PreTrainedModel, stack_name: str) -> None:
     """Run the last block as a tail, and check that what the tail is given enters the block unchanged.
@@ -113,24 +147,13 @@ def check_tail(model: PreTrainedModel, stack_name: str) -> None:
     last = len(model.get_submodule(stack_name)) - 1
     width = model.config.get_text_config().hidden_size
     given = torch.linspace(-1, 1, width, dtype=model.dtype, device=model.device).view(1, 1, width)
-    entered: list[torch.Tensor] = []
-
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        entered.append(args[0] if args else kwargs["hidden_states"])
-
-    hook = model.get_submodule(f"{stack_name}.{last}").register_forward_pre_hook(keep, with_kwargs=True)
+    block = model.get_submodule(f"{stack_name}.{last}")
     ones = torch.ones(1, 1, dtype=torch.long, device=model.device)
-
-    def refused(why: str) -> str:
-        return f"{type(model).__name__} cannot be run from a block in the middle ({why}); use a {KNOWN}."
-
+    refused = f"{type(model).__name__} cannot be run from a block in the middle ({WHY}); use a {KNOWN}."
     # An unknown architecture may raise anything.
-    with explained(refused, keep=(torch.OutOfMemoryError,)):
-        try:
-            forward = partial(tail_of(model, stack_name, last), inputs_embeds=given, attention_mask=ones)
-            forward(position_ids=ones, past_key_values=TailCache(last), use_cache=True)
-        finally:
-            hook.remove()
+    with explained(refused, keep=(torch.OutOfMemoryError,)), captured(block) as entered:
+        forward = partial(tail_of(model, stack_name, last), inputs_embeds=given, attention_mask=ones)
+        forward(position_ids=ones, past_key_values=TailCache(last), use_cache=True)
         if not torch.equal(entered[0], given):
             raise ValueError("it changes what it is given on the way to its blocks")
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from midtune.errors import InputError
-from midtune.model.progress import Progress, silent
 from midtune.whole import require_space
 
+Progress = Callable[[str, "int | None", "int | None"], None]
+"""Called with a message, how much is done and how much there is (None: unknown)."""
 OTHER_DISK = "set MIDTUNE_CACHE and HF_HOME to another disk"
 
 
@@ -24,16 +26,18 @@ def cache_folder() -> Path:
     return root / "models"
 
 
+def silent(message: str, done: int | None, total: int | None) -> None:
+    """Default progress: show nothing."""
+
+
 def build_once(
     target: Path, build: Callable[[Path], Path], *, need_bytes: int, progress: Progress = silent
 ) -> Path:
     """The folder `target`, made by `build` if it is not there; others see it only when it is complete.
 
     Args:
-        target: folder in the cache.
         build: gets an empty work folder beside `target` and returns the finished folder inside it.
         need_bytes: free disk space that `build` takes.
-        progress: told when another process is building the same.
 
     Raises:
         InputError: the cache cannot be written or the disk has no room.
@@ -62,24 +66,20 @@ def is_complete(target: Path) -> bool:
     return (target / "config.json").is_file() and any(target.glob("*.safetensors"))
 
 
-@contextmanager
-def _sole_builder(target: Path, progress: Progress) -> Iterator[None]:
+def _sole_builder(target: Path, progress: Progress) -> AbstractContextManager[Any]:
+    """A lock that is held until the context ends."""
     from filelock import FileLock, Timeout
 
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(target.with_name(f".{target.name}.lock"))
         try:
-            lock.acquire(timeout=0)
+            return lock.acquire(timeout=0)
         except Timeout:
             progress(f"waiting for another midtune that is preparing {target.name}", None, None)
-            lock.acquire()
+            return lock.acquire()
     except OSError as error:
         raise InputError(
             f"the cache folder {target.parent} cannot be written ({error.strerror}); "
             "set MIDTUNE_CACHE to a folder that can."
         ) from None
-    try:
-        yield
-    finally:
-        lock.release()

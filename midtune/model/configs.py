@@ -7,8 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from midtune.errors import InputError, explained, reason
-from midtune.model.progress import quiet
+from midtune.errors import WHY, InputError, explained, reason
 from midtune.model.sources import NAMES, SMOLLM2_HUB_ID, TINY, check_config
 from midtune.network import REACH_TIMEOUT_S, within
 
@@ -69,7 +68,7 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
 
     path = folder / "config.json"
     check_config(path)
-    with quiet(), explained(lambda why: f"{path} cannot be read ({why}); correct it or fetch it again."):
+    with explained(f"{path} cannot be read ({WHY}); correct it or fetch it again."):
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     return config
 

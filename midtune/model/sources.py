@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from midtune.errors import InputError, bounded, explained
+from midtune.errors import WHY, InputError, bounded, explained
 from midtune.model import gguf, hub
-from midtune.model.progress import Progress, silent
+from midtune.model.cache import Progress, silent
 from midtune.network import Unavailable
 
 if TYPE_CHECKING:
@@ -54,7 +54,6 @@ def resolve(name: str, revision: str | None = None, *, progress: Progress = sile
         name: `tiny`, `smollm2-135m`, a folder, a GGUF file or a hub id `org/name`.
         revision: branch, tag or commit of a hub model; for `smollm2-135m` also a revision that an earlier
             `Source` of it had.
-        progress: called with (message, done, total) while something is fetched or converted.
 
     Raises:
         InputError: there is no such model, it cannot be reached, or its files cannot be used.
@@ -64,17 +63,14 @@ def resolve(name: str, revision: str | None = None, *, progress: Progress = sile
     path = TINY if name == "tiny" else Path(name).expanduser()
     if revision is not None and (name == "tiny" or path.exists()):
         raise InputError(f"revision {revision} was asked for, but {name} is not a hub model; leave it out.")
-    if name == "tiny":
-        if not path.is_dir():
-            raise InputError(f"the bundled model is missing from {path}; install midtune again.")
-        return Source(name, _checked(path), None)
-    if path.is_dir():
-        return Source(str(path.resolve()), _checked(path.resolve()), None)
-    if path.is_file():
-        if path.suffix == ".safetensors":
-            raise InputError(f"{name} is one weights file; give the folder that also holds its config.json.")
-        folder = gguf.cached_conversion(path.resolve(), progress)
-        return Source(str(path.resolve()), _checked(folder), None)
+    if name == "tiny" and not path.is_dir():
+        raise InputError(f"the bundled model is missing from {path}; install midtune again.")
+    if path.suffix == ".safetensors" and path.is_file():
+        raise InputError(f"{name} is one weights file; give the folder that also holds its config.json.")
+    if path.is_dir() or path.is_file():
+        path = path.resolve()
+        folder = path if path.is_dir() else gguf.cached_conversion(path, progress)
+        return Source(name if name == "tiny" else str(path), _checked(folder), None)
     if name.startswith((".", "/", "~")) or name.endswith(".gguf"):
         raise InputError(f"there is no file or folder {name}; give the path of one that exists.")
     if _HUB_ID.fullmatch(name):
@@ -88,13 +84,10 @@ def resolve(name: str, revision: str | None = None, *, progress: Progress = sile
 
 
 def checkpoint_files(folder: Path) -> dict[str, Path]:
-    """Which safetensors file of a model folder holds each tensor.
+    """Tensor name → the safetensors file of a model folder that holds it; see `stored_tensors`.
 
     Args:
         folder: holds `model.safetensors`, or `model.safetensors.index.json` and the shards that it names.
-
-    Returns:
-        tensor name → file; see `stored_tensors`.
 
     Raises:
         InputError: no such file, a missing shard, or a file that is cut short or damaged.
@@ -140,12 +133,7 @@ def stored_tensors(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, to
 
 
 def judge(files: Collection[str], what: str) -> None:
-    """Raise InputError if a model with these file names cannot be used.
-
-    Args:
-        files: names at the top of a folder or repository.
-        what: that folder or repository, for the message.
-    """
+    """Raise InputError if a folder or repository (`what`) with these file names at its top cannot be used."""
     if "adapter_config.json" in files:
         raise InputError(
             f"{what} is a PEFT adapter, not a whole model; merge it into its base model "
@@ -246,8 +234,6 @@ def _header_names(path: Path, size_bytes: int, mtime_ns: int) -> frozenset[str]:
     """The tensor names in a safetensors file; the library checks that the header fits the file's length."""
     from safetensors import safe_open
 
-    def sentence(why: str) -> str:
-        return f"{path} ({size_bytes:,} bytes) is cut short or damaged ({why}); fetch it again."
-
-    with explained(sentence), safe_open(path, framework="np") as file:
+    damaged = f"{path} ({size_bytes:,} bytes) is cut short or damaged ({WHY}); fetch it again."
+    with explained(damaged), safe_open(path, framework="np") as file:
         return frozenset(file.keys())

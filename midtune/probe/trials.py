@@ -26,7 +26,7 @@ from midtune.rl.trainer import load_trained
 from midtune.rl.training import sampling_of, train_blocks
 from midtune.rollout.evaluation import evaluate
 from midtune.rollout.sampling import Sampler
-from midtune.rollout.text import AlikeSampler, FirstRollout
+from midtune.rollout.text import AlikeSampler, FirstRollouts
 from midtune.runs import RunFolder, sealed, unsealed
 from midtune.tasks import Row, Task
 
@@ -101,7 +101,7 @@ class Trials:
 
     def __post_init__(self) -> None:
         # Where frozen weights are what a thawed block computes with, all runs of a seed begin alike.
-        self._first: dict[int, FirstRollout] = {}
+        self._first: FirstRollouts = {}
         self._earlier, damaged = _recorded(self.folder.trials)
         if damaged:
             self.terminal.message(
@@ -164,7 +164,7 @@ class Trials:
                 shutil.rmtree(self._folder(trained, seed).path, ignore_errors=True)
             return found
         finally:
-            self.policy.freeze_all()
+            self.policy.restore()
             give_back()
 
     def forget(self) -> None:
@@ -223,7 +223,7 @@ class Trials:
         # Episodes belong to their environments, so they are not shared.
         if self.policy.quantized or self.task.game is not None:
             return self.sampler
-        return AlikeSampler(self.sampler, self._first.setdefault(seed, FirstRollout()))
+        return AlikeSampler(self.sampler, self._first, seed)
 
     def _checkpoint(self, own: RunFolder, steps: int) -> tuple[Path | None, int]:
         """The checkpoint that a trial of `steps` steps continues from, and its step; a damaged trial starts over."""

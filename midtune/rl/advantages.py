@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,38 +32,23 @@ class Turns:
 
 
 def leave_one_out(rewards: Values) -> Values:
-    """RLOO (arXiv 2402.14740): each reward less the mean of the others of its group.
-
-    Args:
-        rewards: [N, G] of the completions of N prompts.
-
-    Returns:
-        Advantages [N, G].
-    """
+    """RLOO (arXiv 2402.14740): each reward less the mean of the others of its group, [N, G] → [N, G]."""
     return np.array([_against_others(group) for group in rewards])
 
 
 def group_relative(rewards: Values, *, scaled: bool = True) -> Values:
-    """GRPO (arXiv 2402.03300): each reward less the mean of its group, divided by their standard deviation.
+    """GRPO (arXiv 2402.03300): rewards less the mean of their group, by its standard deviation, [N, G] → [N, G].
 
     Args:
-        rewards: [N, G]. Standard deviations are those of samples (G − 1), as in TRL.
-        scaled: divide by them; without, as in Dr. GRPO (2503.20783).
-
-    Returns:
-        Advantages [N, G].
+        scaled: divide by standard deviations, of samples (G − 1) as in TRL; without, as in Dr. GRPO (2503.20783).
     """
     return np.array([_normalized(group, scaled) for group in rewards])
 
 
 def discounted_returns(rewards: Sequence[float], gamma: float) -> Values:
     """Σ_{k≥t} γ^(k−t) r_k for every turn t of an episode, [T] → [T]."""
-    found = np.zeros(len(rewards))
-    after = 0.0
-    for turn in reversed(range(len(rewards))):
-        after = rewards[turn] + gamma * after
-        found[turn] = after
-    return found
+    backwards = accumulate(reversed(rewards), lambda after, reward: reward + gamma * after)
+    return np.array([*backwards], dtype=np.float64)[::-1]
 
 
 def turn_relative(group: Sequence[Turns], gamma: float, *, scaled: bool = True) -> list[Values]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from types import TracebackType
 
 import torch
 from torch import nn
@@ -25,9 +24,7 @@ class Bf16Gradients:
     def __enter__(self) -> Bf16Gradients:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, raised: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.clear()
         for hook in self._hooks:
             hook.remove()

@@ -31,8 +31,8 @@ def shaping_reward(name: str, max_new_tokens: int, *, thinking: bool = False) ->
         return named(_format("<think>" if thinking else ""), name)
     if name == "length":
         cache = max(1, round(max_new_tokens * _PUNISHED_SHARE))
-        return named(_called(get_soft_overlong_punishment(max_new_tokens, cache)), name)
-    return named(_called(get_repetition_penalty_reward(ngram_size=3)), name)
+        return named(get_soft_overlong_punishment(max_new_tokens, cache), name)
+    return named(get_repetition_penalty_reward(ngram_size=3), name)
 
 
 def _format(begun: str) -> Reward:
@@ -46,12 +46,3 @@ def _format(begun: str) -> Reward:
         ]
 
     return score
-
-
-def _called(reward: Reward) -> Reward:
-    """A function in place of TRL's object, so that it can be given a name."""
-
-    def call(**columns: Any) -> list[float]:
-        return reward(**columns)
-
-    return call

@@ -24,7 +24,7 @@ from trl.chat_template_utils import (
 
 from midtune.errors import InputError
 from midtune.model.policy import Policy
-from midtune.model.template import rendering
+from midtune.rollout.speech import chat_ids
 from midtune.tasks.environment import Match, tools_of
 
 
@@ -73,7 +73,7 @@ class ToolSpeech:
     def prompt_ids(self, prompt: Any) -> list[int]:
         if isinstance(prompt, str):
             raise InputError("tools are called in a chat; leave out --prompt-format plain.")
-        return self._ids(prompt, tools=self.schemas, add_generation_prompt=True)
+        return chat_ids(self.tokenizer, prompt, tools=self.schemas, add_generation_prompt=True)
 
     def answer(self, match: Match, before: list[int], action: list[int]) -> tuple[list[int] | None, float]:
         calls = parse_response(self.tokenizer, action, prefix=before, tools=self.schemas).get("tool_calls")
@@ -92,17 +92,10 @@ class ToolSpeech:
             {"role": "user", "content": "?"},
             {"role": "assistant", "content": "", "tool_calls": [call]},
         ]
-        before = self._ids(begun)
+        before = chat_ids(self.tokenizer, begun)
         end = self.tokenizer.eos_token_id
         # Some templates put a line break behind the end token, which belongs to the reply.
         if end in before:
             before = before[: len(before) - before[::-1].index(end)]
-        reply = self._ids([*begun, *said], add_generation_prompt=True)[len(before) :]
+        reply = chat_ids(self.tokenizer, [*begun, *said], add_generation_prompt=True)[len(before) :]
         return reply if action[-1] == end or end not in before else [end, *reply]
-
-    def _ids(self, messages: list[dict[str, Any]], **arguments: Any) -> list[int]:
-        with rendering():
-            ids: list[int] = self.tokenizer.apply_chat_template(
-                messages, tokenize=True, return_dict=True, **arguments
-            )["input_ids"]
-        return ids

@@ -189,12 +189,7 @@ class LayerGRPOTrainer(GRPOTrainer):
         # Free the last step's boundary states before sampling makes new ones.
         self._piece, self._buffered_inputs = {}, None
         with self.meter.phase("rollout"):
-            rollout = self.sampler.sample(
-                prompts,
-                self.sampling,
-                group_size=self.num_generations,
-                boundary_block=self.policy.trained[0],
-            )
+            rollout = self.sampler.sample(prompts, self.sampling, boundary_block=self.policy.trained[0])
         self._piece["rollout"] = rollout
         found: dict[str, Any] = {
             "prompt_ids": [ids for ids in rollout.prompts() for _ in range(self.num_generations)],
@@ -321,7 +316,7 @@ class LayerGRPOTrainer(GRPOTrainer):
         prompts = needed.nonzero()[:, 0]
         if len(prompts) > 0:
             rows = rollout.rows_of(prompts)
-            scored = self._scored(rollout.groups_at(prompts))
+            scored = self._scored(rollout.groups(prompts))
             log_probs = log_probs.index_copy(0, rows, scored[0])
             entropies = entropies.index_copy(0, rows, scored[1])
         return log_probs, entropies
@@ -344,9 +339,7 @@ class LayerGRPOTrainer(GRPOTrainer):
 
         def run(groups: int) -> tuple[torch.Tensor, torch.Tensor]:
             found = [
-                completion_log_probs(
-                    self.policy, rollout.groups(part.start, part.stop), temperature=self.temperature
-                )
+                completion_log_probs(self.policy, rollout.groups(part), temperature=self.temperature)
                 for part in slices(len(rollout.prompt_ids), groups)
             ]
             log_probs, entropies = (torch.cat(values) for values in zip(*found, strict=True))
@@ -414,10 +407,10 @@ def groups_of(batch: dict[str, Any], groups: slice) -> dict[str, Any]:
         batch: TRL's inputs of whole groups, and as `rollout` where they came from.
     """
     rollout: Rollout = batch["rollout"]
-    rows = slice(groups.start * rollout.group_size, groups.stop * rollout.group_size)
+    rows = rollout.rows_of(groups)
     part = {
         key: value[rows] if torch.is_tensor(value) and value.dim() > 0 else value
         for key, value in batch.items()
     }
-    part["rollout"] = rollout.groups(groups.start, groups.stop)
+    part["rollout"] = rollout.groups(groups)
     return part

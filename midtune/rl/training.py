@@ -139,6 +139,7 @@ def sampling_of(settings: TrainingConfig) -> Sampling:
         top_k=settings.top_k,
         min_p=settings.min_p,
         stop_strings=tuple(settings.stop_strings),
+        group_size=settings.group_size,
     )
 
 

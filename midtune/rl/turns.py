@@ -40,8 +40,6 @@ def figures_of(episodes: Sequence[Episode]) -> dict[str, float]:
     """Means over episodes: `turns`, and `shown_length` (tokens not drawn); of none, nothing."""
     if not episodes:
         return {}
-    shown = sum(len(episode.drawn) - sum(episode.drawn) for episode in episodes)
-    return {
-        "turns": sum(len(episode.turns) for episode in episodes) / len(episodes),
-        "shown_length": shown / len(episodes),
-    }
+    turns = [turn for episode in episodes for turn in episode.turns]
+    shown = sum(len(episode.ids) for episode in episodes) - sum(turn.stop - turn.start for turn in turns)
+    return {"turns": len(turns) / len(episodes), "shown_length": shown / len(episodes)}

@@ -7,15 +7,20 @@ they are captured while sampling and the blocks below k are not run again.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import DynamicCache
 
 from midtune.device import free_bytes
-from midtune.model.memory import RowLimit, slices
+from midtune.model.blocks import Reached, captured
+from midtune.model.memory import slices
 from midtune.model.policy import Policy
+
+if TYPE_CHECKING:
+    from midtune.rollout.sampling import Rollout, Sampler
 
 
 @dataclass
@@ -49,10 +54,6 @@ class BoundaryStates:
         return BoundaryStates(parts[0].block, stacked(prompt), stacked(completion))
 
 
-class _Reached(Exception):
-    """Ends a forward pass at the boundary."""
-
-
 def storage_device(policy: Policy, tokens: int) -> torch.device:
     """Where to keep the boundary states of `tokens` tokens: on the policy's device, or on the host if they crowd it."""
     state_bytes = policy.model.config.get_text_config().hidden_size * policy.compute_dtype.itemsize
@@ -60,95 +61,35 @@ def storage_device(policy: Policy, tokens: int) -> torch.device:
     return torch.device("cpu") if crowded else policy.device
 
 
-@contextlib.contextmanager
-def captured(
-    policy: Policy, block: int | None, *, stop: bool = False, storage: torch.device | None = None
-) -> Iterator[list[torch.Tensor]]:
-    """Collects the states [B, T, H] that enter `block` in each forward pass inside the context.
-
-    Args:
-        policy: the policy whose model is run inside the context.
-        block: the block to watch; None collects nothing.
-        stop: end each forward pass there, by an exception.
-        storage: where to put the states; default: where they are.
-    """
-    states: list[torch.Tensor] = []
-
-    def keep(
-        module: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]
-    ) -> None:
-        state = args[0] if args else kwargs["hidden_states"]
-        states.append(state if storage is None else state.to(storage))
-        if stop:
-            raise _Reached
-
-    if block is None:
-        yield states
-        return
-    hook = policy.blocks[block].register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        yield states
-    finally:
-        hook.remove()
-
-
 @torch.no_grad()
-def recompute(
-    policy: Policy,
-    block: int,
-    prompt_ids: torch.Tensor,
-    prompt_mask: torch.Tensor,
-    completion_ids: torch.Tensor,
-    completion_mask: torch.Tensor,
-    *,
-    limit: RowLimit,
-) -> BoundaryStates:
-    """The boundary states of sequences that were sampled elsewhere, by one pass through the blocks below.
+def with_boundary(sampler: Sampler, rollout: Rollout, block: int | None) -> Rollout:
+    """The rollout with the states that enter `block`, by one pass through the blocks below; None: as it is.
 
     Each prompt passes once; its keys and values are shared by its group. All pass together, or as many groups
     as memory holds.
-
-    Args:
-        prompt_ids, prompt_mask: [N, P], left-padded.
-        completion_ids, completion_mask: [N·G, C], right-padded, the G completions of a prompt adjacent.
-        limit: how many completions may go together.
     """
-    group_size = completion_ids.size(0) // prompt_ids.size(0)
-    storage = storage_device(policy, completion_ids.numel())
+    if block is None:
+        return rollout
+    storage = storage_device(sampler.policy, rollout.completion_ids.numel())
 
     def run(groups: int) -> BoundaryStates:
         found = []
-        for prompts in slices(len(prompt_ids), groups):
-            rows = slice(prompts.start * group_size, prompts.stop * group_size)
-            states = _below(
-                policy,
-                block,
-                prompt_ids[prompts],
-                prompt_mask[prompts],
-                completion_ids[rows],
-                completion_mask[rows],
-            )
+        for part in slices(len(rollout.prompt_ids), groups):
+            states = _below(sampler.policy, block, rollout.groups(part))
             found.append(BoundaryStates(block, *(state.to(storage) for state in states)))
         return BoundaryStates.joined(found)
 
-    return limit.fitting(len(prompt_ids), group_size, run)
+    boundary = sampler.limits.rows.fitting(len(rollout.prompt_ids), rollout.group_size, run)
+    return replace(rollout, boundary=boundary)
 
 
-def _below(
-    policy: Policy,
-    block: int,
-    prompt_ids: torch.Tensor,
-    prompt_mask: torch.Tensor,
-    completion_ids: torch.Tensor,
-    completion_mask: torch.Tensor,
-) -> list[torch.Tensor]:
+def _below(policy: Policy, block: int, rollout: Rollout) -> list[torch.Tensor]:
     """The states of prompts and those of their completions, which pass through the blocks below `block`."""
-    group_size = completion_ids.size(0) // prompt_ids.size(0)
     cache = DynamicCache()
 
     def below(ids: torch.Tensor, mask: torch.Tensor) -> None:
         width = ids.size(1)
-        with contextlib.suppress(_Reached):
+        with contextlib.suppress(Reached):
             policy.model(
                 input_ids=ids,
                 # Below the first block there is nothing to attend to, and no cache.
@@ -158,10 +99,11 @@ def _below(
                 use_cache=True,
             )
 
-    with captured(policy, block, stop=True) as states, policy.autocast():
-        below(prompt_ids, prompt_mask)
-        cache.batch_repeat_interleave(group_size)
-        below(completion_ids, torch.cat([prompt_mask.repeat_interleave(group_size, 0), completion_mask], 1))
+    with captured(policy.blocks[block], stop=True) as states, policy.autocast():
+        below(rollout.prompt_ids, rollout.prompt_mask)
+        cache.batch_repeat_interleave(rollout.group_size)
+        prompt_mask = rollout.prompt_mask.repeat_interleave(rollout.group_size, 0)
+        below(rollout.completion_ids, torch.cat([prompt_mask, rollout.completion_mask], 1))
     return states
 
 

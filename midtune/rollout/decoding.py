@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from transformers import LogitsProcessorList, StopStringCriteria
 
 from midtune.device import free_bytes
@@ -85,7 +84,6 @@ class Decoder:
         uniforms: torch.Tensor | None,
         *,
         leave: bool,
-        on_tokens: Callable[[int], None] | None = None,
     ) -> Drawn:
         """Draw tokens for every row until it ends or reaches its limit; its last token is not fed yet.
 
@@ -93,7 +91,6 @@ class Decoder:
             limits: [B], most tokens of each row.
             uniforms: [T, B], one U(0, 1) per token; None when greedy.
             leave: rows that end leave the batch; otherwise they wait for `follow`.
-            on_tokens: called with the number of new tokens after every step.
         """
         rows, longest, device = len(limits), max(limits), self._mask.device
         ids = torch.full((rows, longest), self.policy.tokenizer.pad_token_id, device=device)
@@ -114,8 +111,6 @@ class Decoder:
             )
             ids[live, step] = tokens
             lengths[live] += going
-            if on_tokens is not None:
-                on_tokens(len(live))
             stopped = going & ends(ids[live, : step + 1])
             ended[live] |= stopped
             going = going & ~stopped & (lengths[live] < most[live])
@@ -133,12 +128,7 @@ class Decoder:
         return Drawn(ids, log_probs, entropies, lengths, ~ended)
 
     def follow(self, rows: Sequence[int], said: Sequence[list[int]]) -> None:
-        """Keep some rows, and feed them tokens that were not drawn, after the last one that was.
-
-        Args:
-            rows: their numbers, rising.
-            said: at least one token for each of them.
-        """
+        """Keep some rows, by their rising numbers, and feed each one or more tokens after the last that it drew."""
         kept = torch.tensor(rows, device=self._mask.device)
         self._cache.batch_select_indices(kept)
         self._mask = self._mask[kept]
@@ -237,21 +227,14 @@ def ready_to_sample(policy: Policy, rows: int, *, unpack: bool = True) -> Iterat
         unpack: into at most half the free memory; False: never.
     """
     room = free_bytes(policy.device) // 2 if unpack else 0
-    with (
-        torch.no_grad(),
-        _evaluating(policy.model),
-        unpacked(policy.model, policy.compute_dtype, rows=rows, most_bytes=room),
-        policy.autocast(),
-    ):
-        yield
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout inside, and as it was afterwards."""
-    training = model.training
-    model.eval()
+    training = policy.model.training
+    policy.model.eval()
     try:
-        yield
+        with (
+            torch.no_grad(),
+            unpacked(policy.model, policy.compute_dtype, rows=rows, most_bytes=room),
+            policy.autocast(),
+        ):
+            yield
     finally:
-        model.train(training)
+        policy.model.train(training)

@@ -15,12 +15,12 @@ import torch
 from midtune.errors import InputError
 from midtune.model.memory import slices
 from midtune.model.policy import Policy
+from midtune.rollout.boundary import with_boundary
 from midtune.rollout.decoding import Decoder, ready_to_sample
 from midtune.rollout.sampling import Rollout, Sampling, SamplingLimits, padded
 from midtune.rollout.speech import Speech, Text, prompt_ids
-from midtune.rollout.text import with_boundary
 from midtune.tasks import Row
-from midtune.tasks.environment import Game, Match
+from midtune.tasks.environment import Game
 
 # Episodes begun to see how long their prompts are.
 EPISODES_READ = 16
@@ -33,12 +33,15 @@ class Turn:
     Attributes:
         state: what the environment was in when the policy acted.
         reward: what the action was given at once.
+        log_probs, entropies: [stop − start] of the action's tokens.
     """
 
     start: int
     stop: int
     state: Hashable
     reward: float
+    log_probs: list[float] = field(default_factory=list, compare=False)
+    entropies: list[float] = field(default_factory=list, compare=False)
 
 
 @dataclass
@@ -46,58 +49,32 @@ class Episode:
     """What was said in an episode, after its prompt.
 
     Attributes:
-        ids: [C] the actions and, between them, what the environment showed.
-        drawn: [C] 1 for tokens that the policy sampled, 0 for others.
-        log_probs, entropies: [C] of sampled tokens; 0 for others.
-        cut: whether it ended because it had no tokens left.
         environment: what it is played in.
+        ids: [C] the actions, which are those of `turns`, and between them what the environment showed.
+        cut: whether it ended because it had no tokens left.
     """
 
     prompt: list[int]
     environment: Any = None
     ids: list[int] = field(default_factory=list)
-    drawn: list[int] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
-    entropies: list[float] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
     cut: bool = False
 
-    def acted(
-        self,
-        ids: list[int],
-        log_probs: list[float],
-        entropies: list[float],
-        state: Hashable,
-        reward: float,
+    def act(
+        self, ids: list[int], log_probs: list[float], entropies: list[float], state: Hashable, reward: float
     ) -> None:
         """Append an action."""
         start = len(self.ids)
         self.ids += ids
-        self.drawn += [1] * len(ids)
-        self.log_probs += log_probs
-        self.entropies += entropies
-        self.turns.append(Turn(start, len(self.ids), state, reward))
-
-    def shown(self, ids: list[int]) -> None:
-        """Append what the policy did not sample."""
-        self.ids += ids
-        self.drawn += [0] * len(ids)
-        self.log_probs += [0.0] * len(ids)
-        self.entropies += [0.0] * len(ids)
+        self.turns.append(Turn(start, len(self.ids), state, reward, log_probs, entropies))
 
     def begin_at(self, start: int) -> Episode:
         """The same episode with a prompt of `start` tokens; the rest of it opens the completion, as shown."""
         rest = self.prompt[start:]
-        found = Episode(self.prompt[:start], self.environment, cut=self.cut)
-        found.shown(rest)
-        found.ids += self.ids
-        found.drawn += self.drawn
-        found.log_probs += self.log_probs
-        found.entropies += self.entropies
-        found.turns = [
+        turns = [
             replace(turn, start=turn.start + len(rest), stop=turn.stop + len(rest)) for turn in self.turns
         ]
-        return found
+        return replace(self, prompt=self.prompt[:start], ids=rest + self.ids, turns=turns)
 
 
 @dataclass
@@ -118,74 +95,77 @@ class EpisodeSampler:
         return [len(prompt_ids(self.policy.tokenizer, row["prompt"])) for row in begun]
 
     def sample(
-        self,
-        prompts: Sequence[Any],
-        sampling: Sampling,
-        *,
-        group_size: int = 1,
-        boundary_block: int | None = None,
+        self, prompts: Sequence[Any], sampling: Sampling, *, boundary_block: int | None = None
     ) -> Rollout:
-        episodes = play(self.policy, self.game, prompts, sampling, group_size=group_size, limits=self.limits)
-        rollout = rollout_of(self.policy, with_common_prompts(episodes, group_size), group_size)
-        return with_boundary(self, rollout, boundary_block)
+        episodes = with_common_prompts(self.play(prompts, sampling), sampling.group_size)
+        return with_boundary(self, rollout_of(self.policy, episodes, sampling.group_size), boundary_block)
 
+    def play(self, prompts: Sequence[Any], sampling: Sampling) -> list[Episode]:
+        """Play an episode in every match of the game, all together or as many as memory holds, a turn at a time.
 
-def play(
-    policy: Policy,
-    game: Game,
-    prompts: Sequence[Any],
-    sampling: Sampling,
-    *,
-    group_size: int = 1,
-    limits: SamplingLimits | None = None,
-) -> list[Episode]:
-    """Play an episode in every match of the game, all together or as many as memory holds, a turn at a time.
+        Every token has a random number of its own, as in `text.sample`.
 
-    Every token has a random number of its own, as in `sample`.
+        Args:
+            prompts: texts or chat messages that each begins with; those of a group are adjacent, and the matches of
+                the game are already reset.
+            sampling: `max_new_tokens` are those of a whole episode, with what environments show.
 
-    Args:
-        game: its matches are already reset.
-        prompts: texts or chat messages that each begins with; the `group_size` of a group are adjacent.
-        sampling: `max_new_tokens` are those of a whole episode, with what environments show.
-        limits: what memory allows.
+        Raises:
+            InputError: the environment or the model cannot do what they are to do.
+            RunStopped: a single group does not fit into memory.
+        """
+        game, policy, group_size = self.game, self.policy, sampling.group_size
+        chat = not isinstance(prompts[0], str)
+        speech: Speech = (
+            game.speech(policy) if game.speech else Text(policy, sampling.stop_strings, chat=chat)
+        )
+        matches, ids = game.matches(len(prompts)), [speech.prompt_ids(prompt) for prompt in prompts]
+        most = min(game.turn_tokens or sampling.max_new_tokens, sampling.max_new_tokens)
+        uniforms = (
+            torch.rand(game.max_turns, most, len(prompts), device=policy.device)
+            if sampling.temperature > 0
+            else None
+        )
 
-    Raises:
-        InputError: the environment or the model cannot do what they are to do.
-        RunStopped: a single group does not fit into memory.
-    """
-    limits = limits or SamplingLimits()
-    chat = not isinstance(prompts[0], str)
-    speech = game.speech(policy) if game.speech else Text(policy, sampling.stop_strings, chat=chat)
-    matches, ids = game.matches(len(prompts)), [speech.prompt_ids(prompt) for prompt in prompts]
-    most = min(game.turn_tokens or sampling.max_new_tokens, sampling.max_new_tokens)
-    uniforms = (
-        torch.rand(game.max_turns, most, len(prompts), device=policy.device)
-        if sampling.temperature > 0
-        else None
-    )
-
-    def run(groups: int) -> list[Episode]:
-        rows = groups * group_size
-        with ready_to_sample(policy, rows, unpack=limits.unpack):
-            return [
-                episode
-                for part in slices(len(prompts), rows)
-                for episode in _play_together(
-                    speech,
-                    matches[part],
-                    _decoder(policy, ids[part], group_size),
-                    [
-                        Episode([*prompt], match.environment)
-                        for prompt, match in zip(ids[part], matches[part], strict=True)
-                    ],
-                    replace(sampling, max_new_tokens=most),
-                    None if uniforms is None else uniforms[:, :, part],
-                    max_turns=game.max_turns,
-                    episode_tokens=sampling.max_new_tokens,
-                )
+        def together(part: slice) -> list[Episode]:
+            """Play whole groups to their end."""
+            playing, decoder = matches[part], _decoder(policy, ids[part], group_size)
+            for match in playing:
+                match.rewind()
+            episodes = [
+                Episode([*prompt], match.environment)
+                for prompt, match in zip(ids[part], playing, strict=True)
             ]
+            live = list(range(len(episodes)))
+            for turn in range(game.max_turns):
+                left = [min(most, sampling.max_new_tokens - len(episodes[i].ids)) for i in live]
+                numbers = None if uniforms is None else uniforms[turn, :, part][:, live]
+                states = [playing[i].state for i in live]
+                drawn = decoder.draw(sampling, left, numbers, leave=False)
+                going, said = [], []
+                for row, (i, state, action) in enumerate(zip(live, states, drawn.rows(), strict=True)):
+                    episode = episodes[i]
+                    reply, reward = speech.answer(playing[i], episode.prompt + episode.ids, action[0])
+                    episode.act(*action, state, reward)
+                    if reply is None or turn + 1 == game.max_turns:
+                        continue
+                    episode.cut = len(episode.ids) + len(reply) >= sampling.max_new_tokens
+                    if not episode.cut:
+                        episode.ids += reply
+                        going.append(row)
+                        said.append([action[0][-1], *reply])
+                if not going:
+                    break
+                decoder.follow(going, said)
+                live = [live[row] for row in going]
+            return episodes
 
-    return limits.rows.fitting(len(prompts) // group_size, group_size, run)
+        def run(groups: int) -> list[Episode]:
+            rows = groups * group_size
+            with ready_to_sample(policy, rows, unpack=self.limits.unpack):
+                return [episode for part in slices(len(prompts), rows) for episode in together(part)]
+
+        return self.limits.rows.fitting(len(prompts) // group_size, group_size, run)
 
 
 def _decoder(policy: Policy, prompts: Sequence[list[int]], group_size: int) -> Decoder:
@@ -193,52 +173,6 @@ def _decoder(policy: Policy, prompts: Sequence[list[int]], group_size: int) -> D
     alike = all(prompt == prompts[i - i % group_size] for i, prompt in enumerate(prompts))
     shared = group_size if alike else 1
     return Decoder(policy, *padded(policy, prompts[::shared], "left"), shared)
-
-
-def _play_together(
-    speech: Speech,
-    matches: Sequence[Match],
-    decoder: Decoder,
-    episodes: list[Episode],
-    sampling: Sampling,
-    uniforms: torch.Tensor | None,
-    *,
-    max_turns: int,
-    episode_tokens: int,
-) -> list[Episode]:
-    """Play whole groups to their end.
-
-    Args:
-        decoder: has a row for each of the episodes.
-        sampling: of an action.
-        uniforms: [turns, T, B], one U(0, 1) per token; None when greedy.
-    """
-    for match in matches:
-        match.rewind()
-    live = list(range(len(episodes)))
-    for turn in range(max_turns):
-        left = [min(sampling.max_new_tokens, episode_tokens - len(episodes[i].ids)) for i in live]
-        states = [matches[i].state for i in live]
-        drawn = decoder.draw(
-            sampling, left, None if uniforms is None else uniforms[turn][:, live], leave=False
-        )
-        going, said = [], []
-        for row, (i, state, action) in enumerate(zip(live, states, drawn.rows(), strict=True)):
-            episode = episodes[i]
-            reply, reward = speech.answer(matches[i], episode.prompt + episode.ids, action[0])
-            episode.acted(*action, state, reward)
-            if reply is None or turn + 1 == max_turns:
-                continue
-            episode.cut = len(episode.ids) + len(reply) >= episode_tokens
-            if not episode.cut:
-                episode.shown(reply)
-                going.append(row)
-                said.append([action[0][-1], *reply])
-        if not going:
-            break
-        decoder.follow(going, said)
-        live = [live[row] for row in going]
-    return episodes
 
 
 def with_common_prompts(episodes: Sequence[Episode], group_size: int) -> list[Episode]:
@@ -269,14 +203,18 @@ def rollout_of(policy: Policy, episodes: Sequence[Episode], group_size: int) -> 
     """
     prompt_ids, prompt_mask = padded(policy, [episode.prompt for episode in episodes[::group_size]], "left")
     ids, mask = padded(policy, [episode.ids for episode in episodes], "right")
-    drawn = torch.zeros_like(mask)
-    log_probs, entropies = (torch.zeros(ids.shape, device=ids.device) for _ in range(2))
+    drawn = torch.zeros(ids.shape, dtype=mask.dtype)
+    log_probs, entropies = torch.zeros(ids.shape), torch.zeros(ids.shape)
     for row, episode in enumerate(episodes):
-        place = slice(len(episode.ids))
-        drawn[row, place] = drawn.new_tensor(episode.drawn)
-        log_probs[row, place] = log_probs.new_tensor(episode.log_probs)
-        entropies[row, place] = entropies.new_tensor(episode.entropies)
-    cut = torch.tensor([episode.cut for episode in episodes], device=ids.device)
+        for turn in episode.turns:
+            place = slice(turn.start, turn.stop)
+            drawn[row, place] = 1
+            log_probs[row, place] = torch.tensor(turn.log_probs)
+            entropies[row, place] = torch.tensor(turn.entropies)
+    cut = torch.tensor([episode.cut for episode in episodes])
+    log_probs, entropies, cut, drawn = (
+        values.to(ids.device) for values in (log_probs, entropies, cut, drawn)
+    )
     return Rollout(
         prompt_ids, prompt_mask, ids, mask, log_probs, entropies, cut, drawn=drawn, episodes=episodes
     )

@@ -61,7 +61,8 @@ def evaluate(
     # Problems of similar length share a batch, which keeps padding small.
     order = sorted(range(len(rows)), key=lengths.__getitem__)
 
-    def run(draws: int, how: Sampling) -> tuple[NDArray[np.float64], list[str]]:
+    def run(how: Sampling) -> tuple[NDArray[np.float64], list[str]]:
+        draws = how.group_size
         scores = np.zeros((len(rows), draws))
         texts = [""] * len(rows)
         start = 0
@@ -72,7 +73,7 @@ def evaluate(
             start += count
             repeated = [rows[i] for i in batch for _ in range(draws)]
             prompts = [row["prompt"] for row in sampler.begin(repeated)]
-            rollout = sampler.sample(prompts, how, group_size=draws)
+            rollout = sampler.sample(prompts, how)
             ids = rollout.completions()
             seen = {} if rollout.environments is None else {"environments": rollout.environments}
             decoded = policy.tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -84,23 +85,19 @@ def evaluate(
                 on_problems(len(ids), sum(map(len, ids)))
         return scores, texts
 
-    greedy, completions = run(1, replace(sampling, temperature=0.0))
+    greedy, completions = run(replace(sampling, temperature=0.0, group_size=1))
     drawn = None
     if samples:
         with torch.random.fork_rng(devices=cuda_devices(policy.device)):
             torch.manual_seed(seed)
-            drawn, _ = run(samples, sampling)
+            drawn, _ = run(replace(sampling, group_size=samples))
     return Evaluation(greedy[:, 0], None if drawn is None else drawn.mean(axis=1), completions, drawn)
 
 
 def score_completions(
     score: Reward, rows: Sequence[Row], texts: Sequence[str], ids: Sequence[list[int]], **seen: Any
 ) -> list[float]:
-    """Call a reward as TRL does, with every other column of the rows as a list; None counts as 0.
-
-    Args:
-        seen: what the reward gets besides.
-    """
+    """Call a reward as TRL does, with every other column of the rows and `seen`; None counts as 0."""
     columns: dict[str, list[Any]] = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
     found = score(
         prompts=[row["prompt"] for row in rows],

@@ -79,16 +79,12 @@ def _by_metric(
 ) -> dict[str, NDArray[np.float64]]:
     """[n] scores by metric in the order of the documents; of several filters, the name of each is added."""
     filters = {sample["filter"] for sample in samples}
-    ordered = sorted(samples, key=lambda sample: sample["doc_id"])
-    scores = {}
-    for name in sorted(filters):
-        own = [sample for sample in ordered if sample["filter"] == name]
-        for metric in own[0]["metrics"]:
-            values = [sample[metric] for sample in own]
-            if higher_is_better.get(metric, True) and all(
-                isinstance(v, int | float | np.number) for v in values
-            ):
-                scores[metric if len(filters) == 1 else f"{metric},{name}"] = np.array(
-                    values, dtype=np.float64
-                )
-    return scores
+    found: dict[tuple[str, str], list[Any]] = {}
+    for sample in sorted(samples, key=lambda sample: (sample["filter"], sample["doc_id"])):
+        for metric in sample["metrics"]:
+            found.setdefault((metric, sample["filter"]), []).append(sample[metric])
+    return {
+        metric if len(filters) == 1 else f"{metric},{name}": np.array(values, dtype=np.float64)
+        for (metric, name), values in found.items()
+        if higher_is_better.get(metric, True) and all(isinstance(v, int | float | np.number) for v in values)
+    }

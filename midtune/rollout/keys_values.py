@@ -67,11 +67,7 @@ class RoomyLayer(DynamicLayer):
 
 
 def shared_prompts(room: int) -> Cache:
-    """An empty cache that keeps every key; a window is then applied by the mask, exactly.
-
-    Args:
-        room: spare tokens to allocate whenever the tensors have to grow.
-    """
+    """An empty cache that keeps every key; a window is then applied by the mask, exactly. See `RoomyLayer`."""
     return Cache(layer_class_to_replicate=partial(RoomyLayer, room))
 
 
@@ -79,10 +75,7 @@ def closed_up(going: torch.Tensor) -> torch.Tensor:
     """The rows to keep, in an order that moves few of them: rows at the end fill the free places.
 
     Args:
-        going: [B] bool, the rows that stay.
-
-    Returns:
-        [kept], for `batch_select_indices`.
+        going: [B] bool, the rows that stay; `batch_select_indices` takes what is returned.
     """
     count = int(going.sum())
     kept = torch.arange(count, device=going.device)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -22,6 +23,8 @@ from midtune.tasks import Row
 if TYPE_CHECKING:
     from midtune.rollout.episodes import Episode
 
+Which = TypeVar("Which", slice, torch.Tensor)
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -34,6 +37,7 @@ class Sampling:
             those with at least this share of the likeliest one's probability. Log-probs and entropies stay
             those of the full distribution, as the update computes them.
         stop_strings: texts that end a completion, each part of the completion it ends.
+        group_size: completions of each prompt.
     """
 
     max_new_tokens: int
@@ -42,6 +46,7 @@ class Sampling:
     top_k: int = 0
     min_p: float = 0.0
     stop_strings: tuple[str, ...] = ()
+    group_size: int = 1
 
     def warpers(self) -> LogitsProcessorList:
         """Sets the log-probs of tokens that are not to be drawn to -inf."""
@@ -129,17 +134,25 @@ class Rollout:
         rows = zip(values.tolist(), self.completion_mask.sum(1).tolist(), strict=True)
         return [row[:length] for row, length in rows]
 
-    def groups(self, start: int, stop: int) -> Rollout:
-        """The part of prompts start…stop−1, with whole groups, sharing memory with this one."""
-        rows = slice(start * self.group_size, stop * self.group_size)
-        return self._part(slice(start, stop), rows)
+    def groups(self, prompts: Which) -> Rollout:
+        """The whole groups of some prompts, given as a slice (sharing memory with this one) or by their numbers."""
+        rows = self.rows_of(prompts)
+        return Rollout(
+            self.prompt_ids[prompts],
+            self.prompt_mask[prompts],
+            self.completion_ids[rows],
+            self.completion_mask[rows],
+            self.log_probs[rows],
+            self.entropies[rows],
+            self.cut[rows],
+            self.boundary and self.boundary.part(prompts, rows),
+            None if self.drawn is None else self.drawn[rows],
+        )
 
-    def groups_at(self, prompts: torch.Tensor) -> Rollout:
-        """The part of the prompts with these numbers, with whole groups, copied."""
-        return self._part(prompts, self.rows_of(prompts))
-
-    def rows_of(self, prompts: torch.Tensor) -> torch.Tensor:
-        """The rows that hold the completions of the prompts with these numbers."""
+    def rows_of(self, prompts: Which) -> Which:
+        """The rows that hold the completions of some prompts."""
+        if isinstance(prompts, slice):
+            return slice(prompts.start * self.group_size, prompts.stop * self.group_size)
         within = torch.arange(self.group_size, device=prompts.device)
         return (prompts[:, None] * self.group_size + within).flatten()
 
@@ -156,19 +169,6 @@ class Rollout:
             stacked([part.entropies for part in parts]),
             torch.cat([part.cut for part in parts]),
             BoundaryStates.joined(boundaries) if boundaries else None,
-        )
-
-    def _part(self, prompts: slice | torch.Tensor, rows: slice | torch.Tensor) -> Rollout:
-        return Rollout(
-            self.prompt_ids[prompts],
-            self.prompt_mask[prompts],
-            self.completion_ids[rows],
-            self.completion_mask[rows],
-            self.log_probs[rows],
-            self.entropies[rows],
-            self.cut[rows],
-            self.boundary and self.boundary.part(prompts, rows),
-            None if self.drawn is None else self.drawn[rows],
         )
 
 
@@ -192,18 +192,12 @@ class Sampler(Protocol):
         """Tokens of the prompts of rows, which need not have begun; where these take long, of the first few."""
 
     def sample(
-        self,
-        prompts: Sequence[Any],
-        sampling: Sampling,
-        *,
-        group_size: int = 1,
-        boundary_block: int | None = None,
+        self, prompts: Sequence[Any], sampling: Sampling, *, boundary_block: int | None = None
     ) -> Rollout:
         """A completion for each prompt.
 
         Args:
-            prompts: of the rows as they have begun, texts or chats; the `group_size` equal ones of a group are
-                adjacent.
+            prompts: of the rows as they have begun, texts or chats; the equal ones of a group are adjacent.
             boundary_block: also give the states that enter this block.
 
         Raises:
@@ -213,11 +207,7 @@ class Sampler(Protocol):
 
 def padded(policy: Policy, rows: Sequence[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and their mask, [N, T] each, padded on the `left` or on the `right`."""
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), policy.tokenizer.pad_token_id, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, own in enumerate(rows):
-        place = slice(width - len(own), width) if side == "left" else slice(len(own))
-        ids[row, place] = torch.tensor(own)
-        mask[row, place] = 1
+    tokens = [torch.tensor(row, dtype=torch.long) for row in rows]
+    ids = pad_sequence(tokens, True, policy.tokenizer.pad_token_id, side)
+    mask = pad_sequence([torch.ones_like(row) for row in tokens], True, 0, side)
     return ids.to(policy.device), mask.to(policy.device)

@@ -82,8 +82,13 @@ def prompt_ids(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
     if isinstance(prompt, str):
         ids: list[int] = tokenizer(prompt)["input_ids"]
         return ids
+    return chat_ids(tokenizer, prompt, add_generation_prompt=True)
+
+
+def chat_ids(tokenizer: Any, messages: list[dict[str, Any]], **arguments: Any) -> list[int]:
+    """Chat messages as token ids; `arguments` are those of `apply_chat_template`."""
     with rendering():
-        ids = tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, tokenize=True, return_dict=True
+        ids: list[int] = tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=True, **arguments
         )["input_ids"]
     return ids

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from midtune.device import random_state, set_random_state
+from midtune.model.blocks import captured
 from midtune.model.memory import slices
 from midtune.model.policy import Policy
-from midtune.rollout.boundary import BoundaryStates, captured, recompute, storage_device
+from midtune.rollout.boundary import BoundaryStates, storage_device, with_boundary
 from midtune.rollout.decoding import ROOM, Decoder, ready_to_sample
 from midtune.rollout.sampling import Rollout, Sampler, Sampling, SamplingLimits, padded
 from midtune.rollout.speech import prompt_ids
@@ -33,22 +34,10 @@ class TextSampler:
         return [len(prompt_ids(self.policy.tokenizer, row["prompt"])) for row in rows]
 
     def sample(
-        self,
-        prompts: Sequence[Any],
-        sampling: Sampling,
-        *,
-        group_size: int = 1,
-        boundary_block: int | None = None,
+        self, prompts: Sequence[Any], sampling: Sampling, *, boundary_block: int | None = None
     ) -> Rollout:
-        ids = [prompt_ids(self.policy.tokenizer, prompt) for prompt in prompts[::group_size]]
-        return sample(
-            self.policy,
-            ids,
-            sampling,
-            group_size=group_size,
-            boundary_block=boundary_block,
-            limits=self.limits,
-        )
+        ids = [prompt_ids(self.policy.tokenizer, prompt) for prompt in prompts[:: sampling.group_size]]
+        return sample(self.policy, ids, sampling, boundary_block=boundary_block, limits=self.limits)
 
 
 def sample(
@@ -56,45 +45,41 @@ def sample(
     prompts: list[list[int]],
     sampling: Sampling,
     *,
-    group_size: int = 1,
     boundary_block: int | None = None,
     limits: SamplingLimits | None = None,
-    on_tokens: Callable[[int], None] | None = None,
 ) -> Rollout:
-    """Sample `group_size` completions for every prompt.
+    """Sample a group of completions for every prompt.
 
     Every token has a random number of its own, drawn beforehand from torch's global random state. So two
     policies that start from one state draw alike, whatever they answer, and differ the less; and tokens are
     the same, however many rows go together.
 
     Args:
-        policy: the model to sample from.
         prompts: token ids of each prompt.
-        boundary_block: capture the states that enter this block.
         limits: what memory allows; its rows are lowered where memory runs out.
-        on_tokens: called with the number of new tokens after every step.
 
     Raises:
         RunStopped: a single group does not fit into memory.
     """
     limits = limits or SamplingLimits()
     ids, mask = padded(policy, prompts, "left")
+    group_size = sampling.group_size
     rows = len(prompts) * group_size
     uniforms = (
         torch.rand(sampling.max_new_tokens, rows, device=policy.device) if sampling.temperature > 0 else None
     )
     storage = storage_device(policy, rows * sampling.max_new_tokens)
+    watched = None if boundary_block is None else policy.blocks[boundary_block]
 
     def together(part: slice) -> Rollout:
         own = slice(part.start * group_size, part.stop * group_size)
-        with captured(policy, boundary_block, storage=storage) as states:
+        with captured(watched, storage=storage) as states:
             decoder = Decoder(policy, ids[part], mask[part], group_size, min(sampling.max_new_tokens, ROOM))
             drawn = decoder.draw(
                 sampling,
                 [sampling.max_new_tokens] * (own.stop - own.start),
                 None if uniforms is None else uniforms[:, own],
                 leave=True,
-                on_tokens=on_tokens,
             )
         longest = int(drawn.lengths.max())
         return Rollout(
@@ -131,56 +116,36 @@ def _gathered(
     return BoundaryStates(block, prompt_states, completion_states)
 
 
-@dataclass
-class FirstRollout:
-    """The first rollout of runs that begin alike: same policy, prompts and random state.
-
-    Policies are alike as long as nothing is trained and a thawed block computes what the frozen one did, so not
-    where frozen blocks are in 4-bit.
-    """
-
-    rollout: Rollout | None = None
-    random_state: torch.Tensor | None = None
+# Seed of runs that begin alike → their first rollout, and the random state after it.
+FirstRollouts = dict[int, tuple[Rollout, torch.Tensor]]
 
 
 class AlikeSampler:
-    """Samples for a run that shares its first rollout with others; see `Sampler`.
+    """Samples for a run that shares its first rollout with others: same policy, prompts and seed; see `Sampler`.
+
+    Policies are alike as long as nothing is trained and a thawed block computes what the frozen one did, so not
+    where frozen blocks are in 4-bit.
 
     Args:
         sampler: samples all other rollouts, and the first where it is not known yet.
-        first: takes the first rollout of the run, or gives that of another run.
+        first: gives the first rollout of the run, or takes it for other runs.
     """
 
-    def __init__(self, sampler: Sampler, first: FirstRollout) -> None:
+    def __init__(self, sampler: Sampler, first: FirstRollouts, seed: int) -> None:
         self.policy, self.limits, self.is_policy = sampler.policy, sampler.limits, sampler.is_policy
         self.begin, self.prompt_lengths = sampler.begin, sampler.prompt_lengths
-        self._sampler = sampler
-        self._first: FirstRollout | None = first
+        self._sampler, self._first, self._seed = sampler, first, seed
+        self._begun = False
 
     def sample(
-        self,
-        prompts: Sequence[Any],
-        sampling: Sampling,
-        *,
-        group_size: int = 1,
-        boundary_block: int | None = None,
+        self, prompts: Sequence[Any], sampling: Sampling, *, boundary_block: int | None = None
     ) -> Rollout:
-        first, self._first = self._first, None
-        if first is not None and first.rollout is not None and first.random_state is not None:
-            set_random_state(self.policy.device, first.random_state)
-            return with_boundary(self._sampler, first.rollout, boundary_block)
-        rollout = self._sampler.sample(
-            prompts, sampling, group_size=group_size, boundary_block=boundary_block
-        )
-        if first is not None:
-            first.rollout = replace(rollout, boundary=None)
-            first.random_state = random_state(self.policy.device)
+        begun, self._begun = self._begun, True
+        if not begun and self._seed in self._first:
+            rollout, state = self._first[self._seed]
+            set_random_state(self.policy.device, state)
+            return with_boundary(self._sampler, rollout, boundary_block)
+        rollout = self._sampler.sample(prompts, sampling, boundary_block=boundary_block)
+        if not begun:
+            self._first[self._seed] = replace(rollout, boundary=None), random_state(self.policy.device)
         return rollout
-
-
-def with_boundary(sampler: Sampler, rollout: Rollout, block: int | None) -> Rollout:
-    """The rollout with the states that enter `block`, by one pass through the blocks below; None: without any."""
-    if block is None:
-        return rollout
-    ids = rollout.prompt_ids, rollout.prompt_mask, rollout.completion_ids, rollout.completion_mask
-    return replace(rollout, boundary=recompute(sampler.policy, block, *ids, limit=sampler.limits.rows))

@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 
 from midtune.errors import InputError, MidtuneError
 from midtune.model.policy import Policy
+from midtune.rollout.boundary import with_boundary
 from midtune.rollout.sampling import Rollout, Sampling, SamplingLimits, padded
 from midtune.rollout.speech import prompt_ids
-from midtune.rollout.text import TextSampler, with_boundary
+from midtune.rollout.text import TextSampler
 
 START = "VLLM_SERVER_DEV_MODE=1 vllm serve {model} --logprobs-mode processed_logprobs"
 
@@ -55,8 +56,6 @@ class VLLMSampler(TextSampler):
     from it a little.
 
     Args:
-        url: its address.
-        policy: what it samples for.
         folder: gets the trained blocks; the server reads it under the same path.
 
     Raises:
@@ -78,21 +77,16 @@ class VLLMSampler(TextSampler):
         self._load(self.folder)
 
     def sample(
-        self,
-        prompts: Sequence[Any],
-        sampling: Sampling,
-        *,
-        group_size: int = 1,
-        boundary_block: int | None = None,
+        self, prompts: Sequence[Any], sampling: Sampling, *, boundary_block: int | None = None
     ) -> Rollout:
         """Completions by the blocks as they were sent last; entropies are not known, and zero."""
-        asked = [prompt_ids(self.policy.tokenizer, prompt) for prompt in prompts[::group_size]]
+        asked = [prompt_ids(self.policy.tokenizer, prompt) for prompt in prompts[:: sampling.group_size]]
         answer = self._post(
             "/v1/completions",
             {
                 "model": self.model,
                 "prompt": asked,
-                "n": group_size,
+                "n": sampling.group_size,
                 "max_tokens": sampling.max_new_tokens,
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,

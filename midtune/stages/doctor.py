@@ -224,11 +224,10 @@ def _step(device: str, dtype: str) -> Iterator[Check]:
     with torch.random.fork_rng(devices=cuda_devices(policy.device)):
         torch.manual_seed(0)
         # What is loaded and compiled at first is no part of the speed.
-        sample(policy, prompts, Sampling(2), group_size=TRIED_GROUP, boundary_block=block)
+        sample(policy, prompts, Sampling(2, group_size=TRIED_GROUP), boundary_block=block)
         began = time.perf_counter()
-        rollout = sample(
-            policy, prompts, Sampling(TRIED_TOKENS), group_size=TRIED_GROUP, boundary_block=block
-        )
+        sampling = Sampling(TRIED_TOKENS, group_size=TRIED_GROUP)
+        rollout = sample(policy, prompts, sampling, boundary_block=block)
         # Reading the lengths waits for the device.
         tokens_per_s = int(rollout.completion_mask.sum()) / (time.perf_counter() - began)
     log_probs, _ = completion_log_probs(policy, rollout, temperature=1.0)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from midtune.config import RunConfig, load_config
 from midtune.errors import InputError
-from midtune.model.patch import Patch, apply_patch, read_patch, remove_patch
+from midtune.model.patch import Patch, apply_patch, read_patch
 from midtune.report.statistics import jaccard, paired_gain, score_interval
 from midtune.report.terminal import Terminal
 from midtune.rollout.evaluation import Evaluation
@@ -60,7 +60,7 @@ def run(targets: Sequence[str], config: RunConfig, *, terminal: Terminal) -> dic
     with terminal.progress("trying the patches", len(folders)) as advance:
         for folder in folders:
             apply_patch(policy, folder)
-            remove_patch(policy)
+            policy.restore()
             advance()
 
     base = score(sampler, task, config, terminal, "scoring the base model", samples=0)
@@ -69,7 +69,7 @@ def run(targets: Sequence[str], config: RunConfig, *, terminal: Terminal) -> dic
         apply_patch(policy, folder)
         what = f"scoring run {number} of {len(folders)}"
         found.append(score(sampler, task, config, terminal, what))
-        remove_patch(policy)
+        policy.restore()
 
     vote = vote_scores(task.held_out, found)
     best = max((each.greedy for each in found), key=lambda scores: float(scores.mean()))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from midtune.errors import InputError, bounded, explained
+from midtune.errors import WHY, InputError, bounded, explained
 from midtune.tasks.answers import reference_answer
 from midtune.tasks.environment import check_game
 from midtune.tasks.notation import parse_number
@@ -126,7 +126,7 @@ def _call(reward: Reward, rows: Sequence[Row], texts: Sequence[str], task: Task)
     columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
     asked = f"the reward `{reward.__name__}` of `{task.name}`"
     tried = f"on {_shown(rows[0])} with the completion {texts[0][:_SHOWN]!r}"
-    with explained(lambda why: f"{asked} raised {why}, {tried}; fix it.", with_kind=True):
+    with explained(f"{asked} raised {WHY}, {tried}; fix it.", with_kind=True):
         values: Any = reward(
             prompts=[row["prompt"] for row in rows],
             completions=[completion_of(row["prompt"], text) for row, text in zip(rows, texts, strict=True)],

@@ -24,7 +24,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from midtune.errors import InputError, explained
+from midtune.errors import WHY, InputError, explained
 from midtune.tasks.rewards import Reward, is_number, named
 from midtune.tasks.split import Row
 
@@ -137,7 +137,7 @@ class Match:
         return float(found)
 
     def _call(self, method: str, *arguments: Any, **columns: Any) -> Any:
-        with explained(lambda why: f"`{method}` of {self.name} raised {why}; fix it.", with_kind=True):
+        with explained(f"`{method}` of {self.name} raised {WHY}; fix it.", with_kind=True):
             try:
                 return getattr(self.environment, method)(*arguments, **columns)
             except ValueError as error:
@@ -169,7 +169,7 @@ def check_environment(kind: Any, name: str, *, tools: bool) -> None:
         if not callable(getattr(kind, method, None)):
             raise InputError(f"{asked} has no `{method}`; write `def {method}(self, {form})`.")
     unmade = f"{asked} cannot be made without arguments"
-    with explained(lambda why: f"{unmade}: it raised {why}; fix it.", with_kind=True):
+    with explained(f"{unmade}: it raised {WHY}; fix it.", with_kind=True):
         made = kind()
     if tools and not tools_of(made):
         raise InputError(f"{asked} has no public method but `reset`, so there is no tool to call; write one.")

@@ -206,7 +206,7 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(on_card: OnCardPolicy, 
         policy.thaw(2)
         train(policy, tmp_path / folder, steps=2, **arguments)
         found = values(policy)
-        policy.freeze(2)
+        policy.restore()
         return found
 
     policy = on_card()

@@ -23,7 +23,6 @@ from midtune.model.patch import (
     deployed_tensors,
     merge_patch,
     read_patch,
-    remove_patch,
     save_patch,
 )
 from midtune.model.policy import Policy
@@ -174,7 +173,7 @@ def test_a_removed_patch_leaves_the_base_bit_for_bit(
         apply_patch(policy, tmp_path / "patch")
         applied = logits_of(policy)
         assert not torch.equal(applied, logits)
-        remove_patch(policy)
+        policy.restore()
         after = policy.model.state_dict()
         assert before.keys() == after.keys()
         assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())

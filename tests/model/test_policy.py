@@ -112,7 +112,7 @@ def test_freezing_puts_the_4bit_block_back_bit_for_bit(load: Load, architecture:
     block, before, logits = policy.blocks[1], tensors_of(policy), logits_of(policy)
     policy.thaw(1)
     perturb(policy)
-    policy.freeze(1)
+    policy.restore()
     assert policy.blocks[1] is block
     assert differing(before, tensors_of(policy)) == []
     assert torch.equal(logits_of(policy), logits)
@@ -125,7 +125,7 @@ def test_a_model_whose_blocks_were_all_thawed_in_turn_is_unchanged(load: Load, q
     for block in range(policy.num_blocks):
         policy.thaw(block)
         perturb(policy)
-        policy.freeze(block)
+        policy.restore()
     assert differing(before, tensors_of(policy)) == []
     assert policy.trained_parameters() == {}
 
@@ -262,7 +262,7 @@ def test_everything_thawed_comes_back_bit_for_bit(load: Load) -> None:
     with policy.reference():
         assert torch.equal(policy.model(ids).logits, logits)
     assert not torch.equal(policy.model(ids).logits, logits)
-    policy.freeze_all()
+    policy.restore()
     assert not policy.whole and not policy.trained and not policy.trained_parameters()
     after = policy.model.state_dict()
     assert before.keys() == after.keys()

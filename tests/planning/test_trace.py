@@ -38,8 +38,7 @@ def test_the_update_without_data_holds_what_it_holds_with(
     rollout = sample(
         policy,
         prompts,
-        Sampling(BATCH.new_tokens),
-        group_size=BATCH.group_size,
+        Sampling(BATCH.new_tokens, group_size=BATCH.group_size),
         boundary_block=1,
     )
     rollout = _unfinished(rollout)

@@ -28,7 +28,7 @@ def test_a_gradient_outside_the_trained_block_is_refused(load: Load) -> None:
 
 def test_activations_that_overflow_in_fp16_end_the_run(load: Load) -> None:
     policy = thawed(load, 2)
-    rollout = sample(policy, [[5, 6, 7]], Sampling(4), group_size=2, boundary_block=2)
+    rollout = sample(policy, [[5, 6, 7]], Sampling(4, group_size=2), boundary_block=2)
     policy.compute_dtype = torch.float16
     with pytest.raises(RunStopped, match="overflow in fp16; add --set model.dtype=fp32"):
         compare_log_probs(policy, rollout, rollout.log_probs * torch.nan)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -17,9 +16,9 @@ from midtune.model.policy import Policy
 from midtune.model.sources import resolve
 from midtune.rl import tail
 from midtune.rl.tail import completion_log_probs, packs
-from midtune.rollout.boundary import recompute
+from midtune.rollout.boundary import with_boundary
 from midtune.rollout.sampling import Rollout, Sampling, SamplingLimits
-from midtune.rollout.text import sample
+from midtune.rollout.text import TextSampler, sample
 from tests.conftest import ARCHITECTURES, STUDY
 from tests.plain import PROMPTS, plain_log_probs, stop_early
 
@@ -34,8 +33,7 @@ def rollout_of(policy: Policy, *, temperature: float = 1.0) -> Rollout:
     rollout = sample(
         policy,
         PROMPTS,
-        Sampling(max_new_tokens=12, temperature=temperature),
-        group_size=3,
+        Sampling(max_new_tokens=12, temperature=temperature, group_size=3),
         boundary_block=policy.trained[0],
     )
     with torch.no_grad():
@@ -148,16 +146,8 @@ def test_recomputed_states_serve_as_well_as_captured_ones(load: Load, architectu
     policy = load(architecture)
     policy.thaw(2)
     rollout = rollout_of(policy)
-    again = recompute(
-        policy,
-        2,
-        rollout.prompt_ids,
-        rollout.prompt_mask,
-        rollout.completion_ids,
-        rollout.completion_mask,
-        limit=SamplingLimits().rows,
-    )
-    found = completion_log_probs(policy, dataclasses.replace(rollout, boundary=again), temperature=1.0)
+    again = with_boundary(TextSampler(policy, SamplingLimits()), rollout, 2)
+    found = completion_log_probs(policy, again, temperature=1.0)
     assert_same(policy, found, completion_log_probs(policy, rollout, temperature=1.0))
 
 
@@ -166,7 +156,7 @@ def test_before_any_update_the_scores_are_the_samplers_own(load: Load) -> None:
     policy.thaw(2)
     torch.manual_seed(0)
     rollout = sample(
-        policy, PROMPTS, Sampling(max_new_tokens=12, temperature=0.7), group_size=3, boundary_block=2
+        policy, PROMPTS, Sampling(max_new_tokens=12, temperature=0.7, group_size=3), boundary_block=2
     )
     found, _ = completion_log_probs(policy, rollout, temperature=0.7)
     torch.testing.assert_close(found, rollout.log_probs, atol=1e-5, rtol=1e-5)
@@ -190,7 +180,7 @@ def test_a_group_scores_the_same_alone_as_among_longer_ones(load: Load) -> None:
     shortest = int(lengths.argmin())
     assert lengths[shortest] < rollout.completion_ids.size(1)
     together, _ = completion_log_probs(policy, rollout, temperature=1.0)
-    alone, _ = completion_log_probs(policy, rollout.groups(shortest, shortest + 1), temperature=1.0)
+    alone, _ = completion_log_probs(policy, rollout.groups(slice(shortest, shortest + 1)), temperature=1.0)
     torch.testing.assert_close(alone, together[3 * shortest : 3 * shortest + 3], atol=1e-5, rtol=1e-5)
 
 
@@ -250,7 +240,7 @@ def test_packs_by_hand() -> None:
 def test_one_token_completions(load: Load) -> None:
     policy = load("qwen3")
     policy.thaw(2)
-    rollout = sample(policy, PROMPTS, Sampling(max_new_tokens=1), group_size=3, boundary_block=2)
+    rollout = sample(policy, PROMPTS, Sampling(max_new_tokens=1, group_size=3), boundary_block=2)
     found = completion_log_probs(policy, rollout, temperature=1.0)
     assert_same(policy, found, plain_log_probs(policy, rollout, 1.0))
 
@@ -292,8 +282,7 @@ def test_scores_and_gradients_equal_the_whole_models_for_any_shape(load: Load, s
     rollout = sample(
         policy,
         [torch.randint(3, 250, (length,)).tolist() for length in shape["lengths"]],
-        Sampling(max_new_tokens=shape["max_new_tokens"], temperature=shape["temperature"]),
-        group_size=shape["group_size"],
+        Sampling(shape["max_new_tokens"], shape["temperature"], group_size=shape["group_size"]),
         boundary_block=shape["block"],
     )
     found = completion_log_probs(policy, rollout, temperature=shape["temperature"])
@@ -308,7 +297,7 @@ def test_scores_and_gradients_of_smollm2_equal_the_whole_models(quantize: str, b
     policy.thaw(block)
     prompts = [policy.tokenizer(text)["input_ids"] for text in ("12 + 34 =", "Say something long about 7:")]
     torch.manual_seed(0)
-    rollout = sample(policy, prompts, Sampling(12), group_size=3, boundary_block=block)
+    rollout = sample(policy, prompts, Sampling(12, group_size=3), boundary_block=block)
     found = completion_log_probs(policy, rollout, temperature=1.0)
     expected = plain_log_probs(policy, rollout, 1.0)
     for ours, theirs in zip(found, expected, strict=True):

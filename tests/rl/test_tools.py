@@ -17,8 +17,8 @@ from midtune.errors import InputError
 from midtune.model.policy import Policy
 from midtune.rl.tools import ToolSpeech, tools_for
 from midtune.rollout.decoding import Decoder, Drawn
-from midtune.rollout.episodes import play
-from midtune.rollout.sampling import Sampling, padded
+from midtune.rollout.episodes import EpisodeSampler
+from midtune.rollout.sampling import Sampling, SamplingLimits, padded
 from tests.tasks.toy_data import load
 
 Load = Callable[..., Policy]
@@ -138,13 +138,15 @@ def test_turns_are_those_of_trls_loop(
     monkeypatch.setattr(Decoder, "draw", draw)
     matches = task.game.matches(4)
     begun = [match.reset(row)["prompt"] for match in matches]
-    episodes = play(policy, task.game, begun, Sampling(2000, 0.0), group_size=4)
+    sampler = EpisodeSampler(policy, SamplingLimits(), task.game)
+    episodes = sampler.play(begun, Sampling(2000, 0.0, group_size=4))
     for number, episode in enumerate(episodes):
         kept = expected["prompt_mask"][number].bool()
         assert episode.prompt == expected["prompt_ids"][number][kept].tolist()
         kept = expected["completion_mask"][number].bool()
         assert episode.ids == expected["completion_ids"][number][kept].tolist()
-        assert episode.drawn == expected["tool_mask"][number][kept].tolist()
+        drawn = [place for turn in episode.turns for place in range(turn.start, turn.stop)]
+        assert drawn == expected["tool_mask"][number][kept].nonzero()[:, 0].tolist()
     assert [len(episode.turns) for episode in episodes] == [2, 4, 1, 2]
     rewards = task.reward(environments=[match.environment for match in matches])
     assert rewards == [environment.reward for environment in theirs.environments]

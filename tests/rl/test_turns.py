@@ -102,9 +102,9 @@ def test_an_update_is_that_of_the_plain_model(load: Load, tmp_path: Path, algori
             np.full(len(episode.turns), value)
             for episode, value in zip(episodes, group_relative(scores).flat, strict=True)
         ]
-    total = sum(sum(episode.drawn) for episode in episodes)
+    drawn = [sum(turn.stop - turn.start for turn in episode.turns) for episode in episodes]
     for row, (episode, values) in enumerate(zip(episodes, advantages, strict=True)):
-        divisor = total if algorithm == "gigpo" else len(episodes) * sum(episode.drawn)
+        divisor = sum(drawn) if algorithm == "gigpo" else len(episodes) * drawn[row]
         for turn, value in zip(episode.turns, values, strict=True):
             weights[row, turn.start : turn.stop] = value / divisor
     log_probs, _ = plain_log_probs(plain, rollout, 1.0)

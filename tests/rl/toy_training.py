@@ -17,9 +17,10 @@ from midtune.measure.meter import Meter
 from midtune.model.policy import Policy
 from midtune.rl.trainer import LayerGRPOTrainer
 from midtune.rl.training import in_order, sampling_of, train_blocks, trl_arguments
+from midtune.rollout.boundary import with_boundary
 from midtune.rollout.sampling import Rollout, Sampler, Sampling, SamplingLimits, padded
 from midtune.rollout.speech import prompt_ids
-from midtune.rollout.text import TextSampler, with_boundary
+from midtune.rollout.text import TextSampler
 from midtune.tasks import Row
 from tests.plain import plain_log_probs, stop_early
 
@@ -158,16 +159,11 @@ class DecidedSampler(TextSampler):
 
     @torch.no_grad()
     def sample(
-        self,
-        prompts: Sequence[Any],
-        sampling: Sampling,
-        *,
-        group_size: int = 1,
-        boundary_block: int | None = None,
+        self, prompts: Sequence[Any], sampling: Sampling, *, boundary_block: int | None = None
     ) -> Rollout:
         asked = [prompt_ids(self.policy.tokenizer, prompt) for prompt in prompts]
         prompt, completion = (
-            padded(self.policy, asked[::group_size], "left"),
+            padded(self.policy, asked[:: sampling.group_size], "left"),
             padded(self.policy, self.decide(asked), "right"),
         )
         unknown = torch.zeros(completion[0].shape)

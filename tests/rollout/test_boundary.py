@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from midtune.model.policy import Policy
-from midtune.rollout.boundary import recompute, storage_device
+from midtune.rollout.boundary import storage_device, with_boundary
 from midtune.rollout.sampling import SamplingLimits
+from midtune.rollout.text import TextSampler
 from tests.conftest import ARCHITECTURES
 from tests.plain import sampled, stop_early
 from tests.tight import memory_for
@@ -26,15 +27,7 @@ def test_boundary_states_equal_recomputed_ones(load: Load, architecture: str, bl
     rollout = sampled(policy, boundary_block=block)
     states = rollout.boundary
     assert states is not None
-    again = recompute(
-        policy,
-        block,
-        rollout.prompt_ids,
-        rollout.prompt_mask,
-        rollout.completion_ids,
-        rollout.completion_mask,
-        limit=SamplingLimits().rows,
-    )
+    again = with_boundary(TextSampler(policy, SamplingLimits()), rollout, block).boundary
     tokens = rollout.prompt_mask.bool()
     torch.testing.assert_close(states.prompt[tokens], again.prompt[tokens], atol=1e-5, rtol=1e-5)
     fed = rollout.completion_mask[:, 1:].bool()
@@ -58,10 +51,9 @@ def test_states_of_completions_sampled_elsewhere_need_not_fit_together(load: Loa
     policy = load("qwen3", "none")
     stop_early(policy)
     rollout = sampled(policy)
-    given = rollout.prompt_ids, rollout.prompt_mask, rollout.completion_ids, rollout.completion_mask
-    expected = recompute(policy, 3, *given, limit=SamplingLimits().rows)
+    expected = with_boundary(TextSampler(policy, SamplingLimits()), rollout, 3).boundary
     with memory_for(policy, 6) as refused:
-        found = recompute(policy, 3, *given, limit=SamplingLimits().rows)
+        found = with_boundary(TextSampler(policy, SamplingLimits()), rollout, 3).boundary
     assert refused == [12]
     torch.testing.assert_close(found.prompt, expected.prompt, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found.completion, expected.completion, atol=1e-5, rtol=1e-5)

@@ -10,15 +10,16 @@ import torch
 from midtune.errors import InputError
 from midtune.model.policy import Policy
 from midtune.rl.tail import completion_log_probs
+from midtune.rollout.boundary import with_boundary
 from midtune.rollout.episodes import (
     Episode,
+    EpisodeSampler,
     Turn,
-    play,
     rollout_of,
     with_common_prompts,
 )
 from midtune.rollout.sampling import Sampling, SamplingLimits
-from midtune.rollout.text import TextSampler, sample, with_boundary
+from midtune.rollout.text import TextSampler, sample
 from midtune.tasks.environment import Game, Match
 from tests.conftest import ARCHITECTURES
 from tests.plain import plain_log_probs, stop_early
@@ -42,8 +43,8 @@ def played(
     matches = game.matches(len(rows))
     begun = [match.reset(row)["prompt"] for match, row in zip(matches, rows, strict=True)]
     torch.manual_seed(0)
-    sampling = Sampling(**{"max_new_tokens": 60, **settings})
-    return play(policy, game, begun, sampling, group_size=GROUP, limits=limits)
+    sampling = Sampling(**{"max_new_tokens": 60, "group_size": GROUP, **settings})
+    return EpisodeSampler(policy, limits or SamplingLimits(), game).play(begun, sampling)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -86,7 +87,7 @@ def test_a_single_turn_is_what_the_sampler_draws(load: Load) -> None:
     stop_early(policy)
     episodes = played(policy, temperature=0, max_new_tokens=7, turn_tokens=None)
     prompts = [episode.prompt for episode in episodes[::GROUP]]
-    expected = sample(policy, prompts, Sampling(7, temperature=0), group_size=GROUP).completions()
+    expected = sample(policy, prompts, Sampling(7, temperature=0, group_size=GROUP)).completions()
     firsts = [episode.ids[: episode.turns[0].stop] for episode in episodes]
     assert firsts == expected
 
@@ -100,8 +101,6 @@ def test_tokens_stay_as_they_were_drawn_and_replies_stand_between_them(load: Loa
         corridor.reset({"prompt": "", "width": width})
         end = 0
         for turn in episode.turns:
-            assert episode.drawn[turn.start : turn.stop] == [1] * (turn.stop - turn.start)
-            assert episode.drawn[end : turn.start] == [0] * (turn.start - end)
             assert turn.state == corridor.state
             action = episode.ids[turn.start : turn.stop]
             text, reward = corridor.step(policy.tokenizer.decode(action, skip_special_tokens=True).strip())
@@ -141,15 +140,17 @@ def test_episodes_begin_again_where_memory_ran_out(load: Load) -> None:
     assert limits.rows.rows == 2 * GROUP
 
 
-def test_a_group_shares_what_its_prompts_have_in_common() -> None:
-    first, second = Episode([1, 2, 3]), Episode([1, 2, 4, 5])
-    for episode in (first, second):
-        episode.acted([7, 8], [-0.5, -1.0], [0.1, 0.2], "here", 1.0)
-    a, b = with_common_prompts([first, second], 2)
+def test_a_group_shares_what_its_prompts_have_in_common(load: Load) -> None:
+    turn = Turn(0, 2, "here", 1.0, [-0.5, -1.0], [0.25, 0.5])
+    episodes = [Episode(prompt, ids=[7, 8], turns=[turn]) for prompt in ([1, 2, 3], [1, 2, 4, 5])]
+    a, b = with_common_prompts(episodes, 2)
     assert a.prompt == b.prompt == [1, 2]
-    assert (a.ids, a.drawn, a.log_probs) == ([3, 7, 8], [0, 1, 1], [0.0, -0.5, -1.0])
-    assert (b.ids, b.drawn, b.entropies) == ([4, 5, 7, 8], [0, 0, 1, 1], [0.0, 0.0, 0.1, 0.2])
-    assert b.turns == [Turn(2, 4, "here", 1.0)]
+    assert (a.ids, b.ids) == ([3, 7, 8], [4, 5, 7, 8])
+    assert (a.turns, b.turns) == ([Turn(1, 3, "here", 1.0)], [Turn(2, 4, "here", 1.0)])
+    rollout = rollout_of(load("qwen3", "none"), [a, b], 2)
+    assert rollout.scored.tolist() == [[0, 1, 1, 0], [0, 0, 1, 1]]
+    assert rollout.log_probs.tolist() == [[0.0, -0.5, -1.0, 0.0], [0.0, 0.0, -0.5, -1.0]]
+    assert rollout.entropies.tolist() == [[0.0, 0.25, 0.5, 0.0], [0.0, 0.0, 0.25, 0.5]]
     with pytest.raises(InputError, match="begin with different words"):
         with_common_prompts([Episode([1]), Episode([2])], 2)
 
@@ -160,8 +161,8 @@ def test_prompts_that_go_on_differently_are_scored_alike(load: Load) -> None:
     game = Game("the corridor", Corridor, max_turns=3, turn_tokens=4)
     matches = game.matches(2)
     begun = [match.reset(row)["prompt"] for match, row in zip(matches, ROWS[:2], strict=True)]
-    episodes = play(policy, game, begun, Sampling(40), group_size=2)
-    rollout = rollout_of(policy, with_common_prompts(episodes, 2), 2)
+    sampler = EpisodeSampler(policy, SamplingLimits(), game)
+    rollout = sampler.sample(begun, Sampling(40, group_size=2))
     assert len(rollout.prompt_ids) == 1
     with torch.no_grad():
         log_probs, _ = plain_log_probs(policy, rollout, 1.0)

@@ -14,7 +14,7 @@ def test_groups_are_cut_out_whole(load: Callable[..., Policy]) -> None:
     policy = load("qwen3", "none")
     stop_early(policy)
     rollout = sampled(policy, boundary_block=2)
-    part = rollout.groups(1, 3)
+    part = rollout.groups(slice(1, 3))
     assert torch.equal(part.prompt_ids, rollout.prompt_ids[1:3])
     assert part.completions() == rollout.completions()[3:9]
     assert torch.equal(part.log_probs, rollout.log_probs[3:9])

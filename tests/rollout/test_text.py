@@ -10,7 +10,7 @@ from scipy.stats import chisquare
 from midtune.errors import RunStopped
 from midtune.model.policy import Policy
 from midtune.rollout.sampling import Rollout, Sampling, SamplingLimits
-from midtune.rollout.text import AlikeSampler, FirstRollout, TextSampler, sample
+from midtune.rollout.text import AlikeSampler, FirstRollouts, TextSampler, sample
 from tests.conftest import ARCHITECTURES
 from tests.plain import PROMPTS, plain_log_probs, sampled, stop_early
 from tests.tight import anything, memory_for, prefill
@@ -115,14 +115,6 @@ def test_a_rollout_is_as_wide_as_its_longest_completion(policy: Policy) -> None:
     assert sampled(policy).completion_ids.shape == (12, 1)
 
 
-def test_every_new_token_is_reported(policy: Policy) -> None:
-    stop_early(policy)
-    counts: list[int] = []
-    torch.manual_seed(0)
-    rollout = sample(policy, PROMPTS, Sampling(12), group_size=3, on_tokens=counts.append)
-    assert sum(counts) == sum(map(len, rollout.completions()))
-
-
 def test_top_k_of_one_is_greedy(policy: Policy) -> None:
     greedy = sampled(policy, temperature=0)
     assert sampled(policy, top_k=1).completions() == greedy.completions()
@@ -131,7 +123,7 @@ def test_top_k_of_one_is_greedy(policy: Policy) -> None:
 def test_tokens_of_a_rollout_are_distributed_as_the_model_says(policy: Policy) -> None:
     prompt = PROMPTS[0]
     torch.manual_seed(0)
-    rollout = sample(policy, [prompt], Sampling(2, temperature=0.4), group_size=4000)
+    rollout = sample(policy, [prompt], Sampling(2, temperature=0.4, group_size=4000))
     first, second = rollout.completion_ids.T
     common = int(first.mode().values)
     # The first tokens, and what follows the commonest of them.
@@ -233,16 +225,16 @@ def test_a_group_that_does_not_fit_ends_the_run(policy: Policy) -> None:
 
 
 def test_alike_runs_share_their_first_rollout_and_go_on_alike(load: Load) -> None:
-    first, found = FirstRollout(), []
+    first: FirstRollouts = {}
+    found = []
     for block in (1, 3):
         policy = load("qwen3", "none")
         stop_early(policy)
-        sampler = AlikeSampler(TextSampler(policy, SamplingLimits()), first)
+        sampler = AlikeSampler(TextSampler(policy, SamplingLimits()), first, seed=5)
         torch.manual_seed(block)
         prompts = [prompt for prompt in ("one", "three") for _ in range(2)]
-        found.append(
-            [sampler.sample(prompts, Sampling(6), group_size=2, boundary_block=block) for _ in range(2)]
-        )
+        sampling = Sampling(6, group_size=2)
+        found.append([sampler.sample(prompts, sampling, boundary_block=block) for _ in range(2)])
     for one, other in zip(*found, strict=True):
         assert one.completions() == other.completions()
         assert (one.boundary.block, other.boundary.block) == (1, 3)

@@ -99,8 +99,8 @@ def test_a_4_bit_policy_sends_full_precision(load: Load, toy: Toy, tmp_path: Pat
 
 def test_settings_of_sampling_are_passed_on(load: Load, toy: Toy, tmp_path: Path) -> None:
     policy = thawed(load, 2, quantize="none")
-    how = Sampling(4, temperature=0.7, top_p=0.9, top_k=5, min_p=0.1, stop_strings=("\n",))
-    rollout = server_of(policy, toy, tmp_path).sample(["ab", "ab", "c", "c"], how, group_size=2)
+    how = Sampling(4, temperature=0.7, top_p=0.9, top_k=5, min_p=0.1, stop_strings=("\n",), group_size=2)
+    rollout = server_of(policy, toy, tmp_path).sample(["ab", "ab", "c", "c"], how)
     (asked,) = toy.asked
     assert (
         asked["prompt"] == rollout.prompts() == [policy.tokenizer(text)["input_ids"] for text in ("ab", "c")]

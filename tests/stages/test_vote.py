@@ -13,7 +13,6 @@ import torch
 
 from midtune.config import load_config
 from midtune.errors import InputError
-from midtune.model.patch import remove_patch
 from midtune.model.policy import Policy
 from midtune.report.statistics import paired_gain, score_interval
 from midtune.report.terminal import Terminal
@@ -74,13 +73,15 @@ def test_the_base_is_bit_for_bit_itself_after_every_run(
     before = Opened(config, terminal).policy().model.state_dict()
     changed: list[list[str]] = []
 
-    def removed(policy: Policy) -> None:
-        remove_patch(policy)
+    restore = Policy.restore
+
+    def restored(policy: Policy) -> None:
+        restore(policy)
         after = policy.model.state_dict()
         assert after.keys() == before.keys()
         changed.append([name for name, tensor in before.items() if not torch.equal(tensor, after[name])])
 
-    monkeypatch.setattr(vote, "remove_patch", removed)
+    monkeypatch.setattr(Policy, "restore", restored)
     go(runs, terminal, evaluation__samples=0)
     # Each patch is tried, and then scored.
     assert changed == [[]] * 6

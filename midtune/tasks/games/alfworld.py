@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from midtune.errors import InputError, explained
+from midtune.errors import WHY, InputError, explained
 from midtune.tasks.split import Row, Sizes, Split, given_split, problem
 
 # Of GiGPO's authors (arXiv 2505.10978), said once, since an episode is one conversation here.
@@ -123,7 +123,7 @@ def _row(file: Path, game: str) -> Row | None:
     """The problem of a game; as in the package, None of one that nobody can win or that it does not play."""
     if any(word in game for word in _NOT_PLAYED):
         return None
-    with explained(lambda why: f"{file} is no game of ALFWorld ({why}); download it again."):
+    with explained(f"{file} is no game of ALFWorld ({WHY}); download it again."):
         told = json.loads(file.read_text(encoding="utf-8"))
         task = _TASK.search(told["grammar"])
     if not told.get("solvable") or task is None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from midtune.errors import InputError, explained
+from midtune.errors import WHY, InputError, explained
 from midtune.tasks.split import Row
 
 FORMATS = "jsonl, json, csv, tsv, parquet or arrow"
@@ -93,7 +93,7 @@ def _saved(folder: Path) -> Source:
     import datasets
 
     unread = f"the folder {folder}, which `save_to_disk` wrote, cannot be read"
-    with explained(lambda why: f"{unread} ({why}); save it again."):
+    with explained(f"{unread} ({WHY}); save it again."):
         loaded = datasets.load_from_disk(str(folder))
     return of_splits(str(folder), loaded if isinstance(loaded, dict) else {"": loaded})
 
@@ -198,7 +198,7 @@ def _parts(path: Path, content: bytes) -> dict[str, list[Line]]:
     packed = path.suffix.lower()
     if packed in _UNPACK:
         unread = f"task file {path} is not a {packed} file that can be read"
-        with explained(lambda why: f"{unread} ({why}); get it again."):
+        with explained(f"{unread} ({WHY}); get it again."):
             content = _UNPACK[packed].decompress(content)
     if suffix in (".parquet", ".arrow"):
         return {"": _table(path, content, suffix)}
@@ -314,7 +314,7 @@ def _table(path: Path, content: bytes, suffix: str) -> list[Line]:
     from pyarrow import ipc, parquet
 
     named = "a parquet" if suffix == ".parquet" else "an arrow"
-    with explained(lambda why: f"task file {path} is not {named} file that can be read ({why})."):
+    with explained(f"task file {path} is not {named} file that can be read ({WHY})."):
         buffer = arrow.BufferReader(content)
         if suffix == ".parquet":
             table = parquet.read_table(buffer)

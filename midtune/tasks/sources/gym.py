@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from midtune.errors import InputError, explained
+from midtune.errors import WHY, InputError, explained
 from midtune.tasks.rewards import Reward, is_huge, per_completion
 from midtune.tasks.split import Row, Sizes, Split, draw_split, problem, question_key
 
@@ -67,7 +67,7 @@ def draw_problems(name: str, args: Mapping[str, Any], sizes: Sizes) -> tuple[Spl
     def draw(start: int, stop: int) -> list[Row]:
         nonlocal latest
         # Their checks raise errors of any kind, even at the first problem.
-        with explained(lambda why: f"{no_problems}: {why}; change the arguments ({_listed(name)})."):
+        with explained(f"{no_problems}: {WHY}; change the arguments ({_listed(name)})."):
             latest = reasoning_gym.create_dataset(name, size=stop, seed=spread, **_typed(name, args))
             items = [latest[index] for index in range(start, stop)]
         for item in items:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from midtune.errors import explained
-from midtune.network import REQUEST_TIMEOUT_S, Unreachable, ask_hub, hub_is_offline
+from midtune.errors import WHY, explained
+from midtune.network import REQUEST_TIMEOUT_S, Unreachable, ask_hub
 from midtune.tasks.sources.files import FORMATS, Source, data_suffix, of_splits
 
 _ID = re.compile(r"[\w.-]+/[\w.-]+(?::[\w.-]+)?")
@@ -33,26 +33,19 @@ def read_dataset(name: str) -> Source:
     import datasets
 
     repository, _, configuration = name.partition(":")
-    why = "work is offline" if hub_is_offline() else None
-    if why is None:
-        try:
-            ask_hub(
-                repository, "dataset", lambda hub: hub.dataset_info(repository, timeout=REQUEST_TIMEOUT_S)
-            )
-        except Unreachable as error:
-            why = str(error)
-
-    def unread(found: str) -> str:
-        if why is not None:
-            return (
-                f"{name} is neither a file or folder here nor in the cache of this machine, and {why}; go online "
-                f"once, or give a {FORMATS} file or a folder of them."
-            )
-        return (
-            f"the dataset {name} cannot be read ({found}); write it as org/name or, where it has several "
-            "configurations, org/name:CONFIGURATION."
+    unread = (
+        f"the dataset {name} cannot be read ({WHY}); write it as org/name or, where it has several configurations, "
+        "org/name:CONFIGURATION."
+    )
+    why = None
+    try:
+        ask_hub(repository, "dataset", lambda hub: hub.dataset_info(repository, timeout=REQUEST_TIMEOUT_S))
+    except Unreachable as error:
+        why = str(error)
+        unread = (
+            f"{name} is neither a file or folder here nor in the cache of this machine, and {why}; go online once, "
+            f"or give a {FORMATS} file or a folder of them."
         )
-
     known = datasets.config.HF_HUB_OFFLINE
     # Else it would ask the hub again, several times.
     datasets.config.HF_HUB_OFFLINE = why is not None

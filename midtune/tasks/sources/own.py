@@ -33,7 +33,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from midtune.errors import InputError, explained
+from midtune.errors import WHY, InputError, explained
 from midtune.tasks.environment import CLASS
 from midtune.tasks.rewards import Reward, named
 from midtune.tasks.sources.columns import PLACE
@@ -112,7 +112,7 @@ def load_own_task(name: str) -> OwnTask:
 
 def _lines(path: Path, module: ModuleType, function: str) -> list[Line]:
     asked = f"`{function}()` of {path}"
-    with explained(lambda why: f"{asked} raised {why}; fix it.", with_kind=True):
+    with explained(f"{asked} raised {WHY}; fix it.", with_kind=True):
         found = list(getattr(module, function)())
     if not found:
         raise InputError(f"{asked} gave no rows; it must return a list of dicts with `prompt`.")

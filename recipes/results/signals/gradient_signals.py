@@ -112,7 +112,6 @@ def measure(config: RunConfig, prompts: int, terminal: Terminal) -> dict[str, An
         reward_of,
         blocks=range(policy.num_blocks),
         sampling=sampling_of(training),
-        group_size=training.group_size,
         micro_prompts=micro_prompts,
         sample_prompts=micro_prompts * max(1, training.prompts_per_step // micro_prompts),
     )
@@ -153,7 +152,6 @@ def gradient_signals(
     *,
     blocks: Sequence[int],
     sampling: Sampling,
-    group_size: int,
     micro_prompts: int,
     sample_prompts: int,
 ) -> dict[int, dict[str, Any]]:
@@ -180,16 +178,15 @@ def gradient_signals(
             policy,
             prompts[start : start + sample_prompts],
             sampling,
-            group_size=group_size,
             boundary_block=min(blocks),
         )
-        rewards = np.asarray(reward_of(rollout, start), dtype=np.float64).reshape(-1, group_size)
+        rewards = np.asarray(reward_of(rollout, start), dtype=np.float64).reshape(-1, sampling.group_size)
         if not np.isfinite(rewards).all():
             raise RunStopped("a reward was not a finite number, so there is no advantage; mend the reward.")
         advantages = group_advantages(rewards)
         for first in range(0, len(rewards), micro_prompts):
             part = slice(first, first + micro_prompts)
-            groups = rollout.groups(part.start, part.stop)
+            groups = rollout.groups(part)
             passes.append(pair_products(policy, groups, advantages[part], blocks, sampling.temperature))
             states.append(state_signals(policy, groups, advantages[part], blocks))
     if not any(sums.square for found in passes for sums in found.values()):
@@ -262,7 +259,7 @@ def pair_products(
     if unequal.size == 0:
         return dict.fromkeys(blocks, Sums(0.0, 0.0, 0.0, 0.0))
     # A group without advantages has a gradient of exactly zero: it counts, but need not be computed.
-    kept = rollout.groups_at(torch.as_tensor(unequal, device=policy.device))
+    kept = rollout.groups(torch.as_tensor(unequal, device=policy.device))
     assert kept.boundary is not None
     with torch.enable_grad(), watched(policy, blocks, len(unequal), len(advantages)) as gradients:
         # Autograd starts at these states, so the blocks below the lowest one are left alone.
