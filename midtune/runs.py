@@ -8,8 +8,8 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -351,20 +351,23 @@ def _bare(name: str) -> str:
 
 def describe_environment(device: str, seed: int) -> dict[str, Any]:
     """What environment.json holds; `device` is such as `cuda:0 in bfloat16`. Never fails."""
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in REPORTED_PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
     return {
-        "versions": versions,
+        "versions": installed(REPORTED_PACKAGES),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
         "device": device,
         "seed": seed,
         "git_commit": _git_commit(),
     }
+
+
+def installed(packages: Sequence[str]) -> dict[str, str | None]:
+    """The versions of Python and of packages, None for one that is missing."""
+    versions: dict[str, str | None] = {"python": platform.python_version(), **dict.fromkeys(packages)}
+    for package in packages:
+        with suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
 
 
 def _git_commit() -> str | None:
