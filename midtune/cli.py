@@ -48,6 +48,7 @@ INTERRUPTED = 130
 # Width of tables in a pipe or a file, which have none of their own.
 PIPE_WIDTH = 100
 ARGUMENTS = "Arguments"
+EVERY_COMMAND = "json quiet debug"
 REQUIRED = inspect.Parameter.empty
 
 
@@ -111,6 +112,10 @@ def _count(help: str, default: int | None, least: int = 1) -> Parameter:
     return Parameter(int, help, "N", default, checks={"min": least, "max": MOST_TOKENS})
 
 
+def _separated(text: str | None) -> list[str]:
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
 def _go_offline(offline: bool) -> bool:
     if offline:
         go_offline()
@@ -142,7 +147,9 @@ PARAMETERS = {
     "debug": _switch("show the traceback of an unexpected error"),
     "eval.target": Parameter(str, "a model, a run folder or a patch folder", "TARGET", REQUIRED),
     "eval.tasks": Parameter(list[str], _TASK_NAME.help, flag="--task"),
-    "eval.lm_eval": Parameter(str, "also tasks of lm-evaluation-harness", "TASK,TASK"),
+    "eval.lm_eval": Parameter(
+        str, "also tasks of lm-evaluation-harness", "TASK,TASK", checks={"callback": _separated}
+    ),
     "eval.lm_eval_path": Parameter(Path, "folder that describes such tasks of your own", "FOLDER"),
     "eval.results": Parameter(Path, "write every problem, its answer and scores, as jsonl", "FILE"),
     "vote.targets": Parameter(
@@ -150,7 +157,7 @@ PARAMETERS = {
         "two or more run folders or patch folders of one base model",
         "RUN",
         REQUIRED,
-        checks={"exists": True, "file_okay": False},
+        checks={"exists": True, "file_okay": False, "path_type": str},
     ),
     "plan.gpu": Parameter(str, "the card: memory or name; or cpu", "24GB|NAME|cpu", PLANNED_CARD),
     "plan.prompt_tokens": _count("tokens of the longest prompt", PLANNED_PROMPT_TOKENS),
@@ -165,7 +172,11 @@ PARAMETERS = {
     ),
     "bench.model_option": replace(_MODEL, help="the model, for those who would rather name it"),
     "bench.arms": Parameter(
-        str, "what to compare, the first with all others", "ARM,ARM", "midtune,trl-full,trl-block,trl-qlora"
+        str,
+        "what to compare, the first with all others",
+        "ARM,ARM",
+        "midtune,trl-full,trl-block,trl-qlora",
+        checks={"callback": _separated},
     ),
     "bench.prompts": _count("prompts of a step", 4),
     "bench.prompt_tokens": _count("tokens of a prompt", 50),
@@ -209,6 +220,12 @@ class Given:
             for name, known in self.parameters.items()
             if known.reader == "config" and self[name] not in (None, [], ())
         }
+
+    def arguments(self) -> dict[str, Any]:
+        """The same, and the configuration where the command has options that set it."""
+        configures = any(known.reader == "config" for known in self.parameters.values())
+        needs_task = any(known.key == "task.name" for known in self.parameters.values())
+        return self.own() | ({"config": self.config(needs_task=needs_task)} if configures else {})
 
     def config(
         self, target: str | None = None, task: str | None = None, needs_task: bool = True
@@ -264,7 +281,7 @@ def _underneath(target: str) -> tuple[Path | None, dict[str, str]]:
 
 def _for_a_run(given: Given) -> dict[str, Any]:
     if not given["resume"]:
-        return {"config": given.config(), **given.own(), "resume": None}
+        return {**given.arguments(), "resume": None}
     others = [known.option(name) for name, known in given.configuring().items() if known.key != "model.name"]
     if others:
         raise InputError(
@@ -282,22 +299,12 @@ def _for_a_run(given: Given) -> dict[str, Any]:
 
 def _for_eval(given: Given) -> dict[str, Any]:
     own = given.own()
-    harness, tasks = _separated(own["lm_eval"]), own.pop("tasks") or [None]
-    configs = [given.config(own["target"], task, needs_task=not harness) for task in tasks]
-    return {**own, "configs": configs, "lm_eval": harness}
+    tasks = own.pop("tasks") or [None]
+    return {**own, "configs": [given.config(own["target"], task, not own["lm_eval"]) for task in tasks]}
 
 
 def _for_vote(given: Given) -> dict[str, Any]:
-    targets = [str(run) for run in given["targets"]]
-    return {"targets": targets, "config": given.config(targets[0])}
-
-
-def _for_plan(given: Given) -> dict[str, Any]:
-    return {"config": given.config(needs_task=False), **given.own()}
-
-
-def _for_bench(given: Given) -> dict[str, Any]:
-    return {**_for_plan(given), "arms": _separated(given["arms"])}
+    return {"config": given.config(given["targets"][0]), **given.own()}
 
 
 def _for_tasks(given: Given) -> dict[str, Any]:
@@ -312,15 +319,6 @@ def _for_tasks(given: Given) -> dict[str, Any]:
     return {"config": config if task or given["recipe"] else None, "check": check}
 
 
-def _for_doctor(given: Given) -> dict[str, Any]:
-    model = given.config(needs_task=False).model
-    return {"device": model.device, "dtype": model.dtype}
-
-
-def _separated(text: str | None) -> list[str]:
-    return [part.strip() for part in (text or "").split(",") if part.strip()]
-
-
 @dataclass(frozen=True)
 class Command:
     """A row of `COMMANDS`.
@@ -329,9 +327,9 @@ class Command:
         summary: its line in `midtune --help`.
         about: paragraphs of its own help, before the example.
         printer: MODULE.FUNCTION in report/ that shows the stage's result.
-        arguments: from what was typed, the arguments of the stage's `run`.
         panels: title in the help → names of `PARAMETERS` and keys of settings; a key whose part is the title's goes
-            without it.
+            without it. `Output` has those of `EVERY_COMMAND` besides.
+        arguments: from what was typed, the arguments of the stage's `run`.
         stage: the file in stages/; default: the command's name.
         progress: what is shown meanwhile, where `run` takes no terminal.
     """
@@ -340,8 +338,8 @@ class Command:
     about: str
     example: str
     printer: str
-    arguments: Callable[[Given], dict[str, Any]]
     panels: Mapping[str, str]
+    arguments: Callable[[Given], dict[str, Any]] = Given.arguments
     stage: str = ""
     progress: str = ""
 
@@ -353,7 +351,6 @@ COMMANDS = {
         "Train the chosen blocks, score them before and after, and report what was gained and saved.",
         "midtune train smollm2-135m --task reasoning-gym:chain_sum --task-arg min_terms=2 --top-k 1",
         "tables.report_table",
-        _for_a_run,
         {
             ARGUMENTS: "model",
             "Model": "quantize device adapter",
@@ -363,15 +360,15 @@ COMMANDS = {
             "fit report_to resume",
             "Evaluation": "task.eval_size samples baseline",
             "Settings": "recipe set seed offline",
-            "Output": "dry_run out json quiet debug",
+            "Output": "dry_run out",
         },
+        _for_a_run,
     ),
     "probe": Command(
         "rank the blocks by what training each would pay",
         "Rank the blocks by how much training each would pay, with intervals and prices.",
         "midtune probe --budget 5m --out runs/ranking",
         "ranking.probe_table",
-        _for_a_run,
         {
             ARGUMENTS: "model",
             "Model": "quantize device",
@@ -381,8 +378,9 @@ COMMANDS = {
             "Training": "algorithm steps lr prompts_per_step group_size max_new_tokens temperature resume",
             "Evaluation": "task.eval_size samples",
             "Settings": "recipe set seed offline",
-            "Output": "out json quiet debug",
+            "Output": "out",
         },
+        _for_a_run,
     ),
     "eval": Command(
         "score a model, a run or a patch",
@@ -391,7 +389,6 @@ COMMANDS = {
         "--task can be repeated.",
         "midtune eval runs/tiny --quantize none",
         "results.score_table",
-        _for_eval,
         {
             ARGUMENTS: "target",
             "Model": "quantize device",
@@ -399,8 +396,9 @@ COMMANDS = {
             "Training": "max_new_tokens temperature",
             "Evaluation": "task.eval_size samples k lm_eval lm_eval_path",
             "Settings": "recipe set seed offline",
-            "Output": "results json quiet debug",
+            "Output": "results",
         },
+        _for_eval,
         stage="evaluate",
     ),
     "vote": Command(
@@ -409,7 +407,6 @@ COMMANDS = {
         "They are scored on the first run's own task, unless another one is given.",
         "midtune vote runs/block-10 runs/block-12 runs/block-14",
         "results.vote_table",
-        _for_vote,
         {
             ARGUMENTS: "targets",
             "Model": "quantize device",
@@ -417,8 +414,8 @@ COMMANDS = {
             "Training": "max_new_tokens temperature",
             "Evaluation": "task.eval_size samples",
             "Settings": "recipe set seed offline",
-            "Output": "json quiet debug",
         },
+        _for_vote,
     ),
     "plan": Command(
         "say what fits on a card, before anything is loaded",
@@ -426,14 +423,12 @@ COMMANDS = {
         "Nothing is loaded or downloaded: the model's configuration is enough, and those of common models are shipped.",
         "midtune plan Qwen/Qwen3-8B --gpu 24GB",
         "plans.plan_table",
-        _for_plan,
         {
             ARGUMENTS: "model",
             "Plan": "gpu prompt_tokens new_tokens training.group_size training.prompts_per_step",
             "Blocks": "layers top_k",
             "Model": "quantize",
             "Settings": "recipe set offline",
-            "Output": "json quiet debug",
         },
         progress="planning {config.model.name}",
     ),
@@ -442,16 +437,14 @@ COMMANDS = {
         "Write a complete checkpoint: the base model with the trained blocks in place.",
         "midtune merge runs/tiny --out merged",
         "results.merge_text",
-        Given.own,
-        {ARGUMENTS: "target", "Output": "out json quiet debug"},
+        {ARGUMENTS: "target", "Output": "out"},
     ),
     "report": Command(
         "write the HTML page of a run, or of several compared",
         "Write one HTML page about a run, or one that compares several; it needs no network.",
         "midtune report runs/tiny",
         "results.page_text",
-        Given.own,
-        {ARGUMENTS: "folders", "Output": "out json quiet debug"},
+        {ARGUMENTS: "folders", "Output": "out"},
         progress="writing the page",
     ),
     "bench": Command(
@@ -459,14 +452,13 @@ COMMANDS = {
         "Train the same prompts and completions with midtune and with TRL, and compare time and memory.",
         "midtune bench smollm2-135m --arms midtune,trl-full",
         "results.bench_table",
-        _for_bench,
         {
             ARGUMENTS: "model",
             "Model": "model_option device",
             "Settings": "set seed",
             "Bench": "arms prompts prompt_tokens new_tokens group_size steps micro_batch_tokens profile",
             "Blocks": "layers",
-            "Output": "out json quiet debug",
+            "Output": "out",
         },
     ),
     "compare": Command(
@@ -474,21 +466,19 @@ COMMANDS = {
         "Say how far rankings agree: across tasks, algorithms, seeds or models.",
         "midtune compare runs/sums runs/products --out rankings.svg",
         "results.compare_table",
-        Given.own,
-        {ARGUMENTS: "files", "Compare": "top_k", "Output": "out json quiet debug"},
+        {ARGUMENTS: "files", "Compare": "top_k", "Output": "out"},
     ),
     "tasks": Command(
         "list tasks, show a problem of one, or check your own",
         "List the tasks that need no file, show a problem of a task with a right and a wrong answer, or check one.",
         "midtune tasks chain_sum --task-arg max_terms=2\n  midtune tasks check my_task.py",
         "results.tasks_text",
-        _for_tasks,
         {
             ARGUMENTS: "task checked",
             "Task": _TASK,
             "Settings": "recipe set seed offline",
-            "Output": "json quiet debug",
         },
+        _for_tasks,
     ),
     "doctor": Command(
         "say whether this machine is ready",
@@ -497,8 +487,7 @@ COMMANDS = {
         "answer, and sends nothing else.",
         "midtune doctor",
         "results.doctor_table",
-        _for_doctor,
-        {"Model": "device", "Settings": "set", "Output": "json quiet debug"},
+        {"Model": "device", "Settings": "set"},
     ),
 }
 
@@ -548,7 +537,10 @@ def _add(name: str, command: Command) -> None:
     """Make a row of the table a command of Typer's."""
     parameters: dict[str, Parameter] = {}
     declared = []
-    for panel, words in command.panels.items():
+    for panel, words in {
+        **command.panels,
+        "Output": f"{command.panels.get('Output', '')} {EVERY_COMMAND}",
+    }.items():
         for word in words.split():
             known = PARAMETERS.get(f"{name}.{word}") or PARAMETERS.get(word)
             if known is None:

@@ -22,6 +22,7 @@ from midtune.whole import (
     nearest_existing,
     remove_leftovers,
     require_space,
+    why_not_written,
     write_bytes,
 )
 
@@ -102,8 +103,7 @@ class RunFolder:
         if run.path.exists() and not run.path.is_dir():
             raise InputError(f"{run} is a file, but a run needs a folder; choose another name with --out.")
         parent = nearest_existing(run.path)
-        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-            why = "may not be written to" if parent.is_dir() else "is a file"
+        if why := why_not_written(parent):
             raise InputError(
                 f"{run} cannot be made because {parent} {why}; choose another folder with --out."
             )
@@ -126,6 +126,23 @@ class RunFolder:
             raise InputError(
                 f"config.yaml in {run} is not what the run wrote; restore it, or give other settings to a new run "
                 "with --recipe."
+            )
+        return run
+
+    @classmethod
+    def resumed(cls, path: Path, command: str) -> RunFolder:
+        """The folder of a run that `midtune COMMAND` goes on with.
+
+        Raises:
+            InputError: as `open`, or another command made it.
+        """
+        run = cls.open(path)
+        is_training = any(file.exists() for file in (run.start, run.metrics, run.checkpoints))
+        maker = "train" if is_training else "probe"
+        if maker != command:
+            raise InputError(
+                f"{run} was made by `midtune {maker}`, not by `midtune {command}`; go on with "
+                f"`midtune {maker} --resume {run}`."
             )
         return run
 
@@ -202,19 +219,20 @@ class RunFolder:
         names = {path.name for path in self.path.iterdir() if not re.fullmatch(r"\..*\.tmp", path.name)}
         return bool(names - BEFORE_CONFIG)
 
-    @property
-    def is_training(self) -> bool:
-        """Whether `midtune train` made the folder, not `midtune probe`."""
-        return any(path.exists() for path in (self.start, self.metrics, self.checkpoints))
-
     def write_text(self, path: Path, text: str) -> None:
         """Put `text` into a file of this run, as `write_bytes` does."""
         self.make()
         write_bytes(path, text.encode("utf-8", "replace"))
 
-    def write_config(self, text: str) -> None:
-        """Write config.yaml, with which a run can be gone on with; `open` sees whether it is damaged."""
-        self.write_text(self.config, f"# digest {digest(text)}\n{text}")
+    def begin(self, config: str, device: str, seed: int) -> None:
+        """Write environment.json and config.yaml, from which on there is something to resume.
+
+        Args:
+            config: the settings as YAML; `open` sees whether they are damaged.
+            device, seed: see `describe_environment`.
+        """
+        self.write_json(self.environment, describe_environment(device, seed))
+        self.write_text(self.config, f"# digest {digest(config)}\n{config}")
 
     def write_json(self, path: Path, data: Mapping[str, Any]) -> None:
         """Put `data` and its digest into a file of this run; infinities and NaN become null."""

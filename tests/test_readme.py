@@ -110,7 +110,7 @@ class Reader:
                 self._try_task(config)
         elif any(config.model.name != BUNDLED_MODEL for config in configs):
             if out is not None and words[1] == "train":
-                RunFolder.create(out, "").write_config(dump_config(configs[0]))
+                RunFolder.create(out, "").begin(dump_config(configs[0]), "cpu", 0)
         elif out is not None and work in self._made:
             shutil.copytree(self._made[work], out)
         else:

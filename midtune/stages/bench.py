@@ -12,7 +12,7 @@ from midtune.bench.workload import ARMS, Workload
 from midtune.config import RunConfig
 from midtune.device import compute_dtype, resolve_device
 from midtune.errors import InputError, MidtuneError
-from midtune.probe.selection import middle
+from midtune.probe.selection import parse_layers
 from midtune.report.terminal import Terminal
 from midtune.runs import RunFolder, describe_environment
 from midtune.stages.opening import Opened
@@ -66,7 +66,12 @@ def run(
         raise InputError(f"{asked}; choose among {', '.join(ARMS)}.")
     source = Opened(config, terminal).source
     blocks = AutoConfig.from_pretrained(source.folder).get_text_config().num_hidden_layers
-    block = middle(blocks, 1)[0] if config.blocks.layers is None else _block(config.blocks.layers, blocks)
+    layers = "middle" if config.blocks.layers is None else config.blocks.layers
+    block, *more = parse_layers(layers, blocks)
+    if more:
+        raise InputError(
+            f"--layers {layers} names {1 + len(more)} blocks, but the bench trains one; name one."
+        )
     folder = RunFolder.create(out, f"bench-{Path(config.model.name).stem}")
     device = str(resolve_device(config.model.device))
     work = Workload(
@@ -181,15 +186,6 @@ def summarise(arm: dict[str, Any], first: dict[str, Any], *, rows: int) -> dict[
         "tokens_per_s": rows / phases["rollout"]["median"],
         "ratios": ratios,
     }
-
-
-def _block(layers: str, blocks: int) -> int:
-    from midtune.probe.selection import parse_layers
-
-    chosen = parse_layers(layers, blocks, 1)
-    if len(chosen) != 1:
-        raise InputError(f"--layers {layers} names {len(chosen)} blocks, but the bench trains one; name one.")
-    return chosen[0]
 
 
 def arm_alone(

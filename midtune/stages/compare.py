@@ -15,7 +15,7 @@ from midtune.report.depth import depth_of, points, value_name
 from midtune.report.formats import finite
 from midtune.report.plots import rankings_curve
 from midtune.report.terminal import Terminal
-from midtune.whole import require_regular
+from midtune.whole import require_writable
 
 FEWEST_BLOCKS = 3
 PICTURES = (".svg", ".png", ".pdf")
@@ -47,7 +47,13 @@ def run(files: Sequence[Path], *, top_k: int, out: Path | None, terminal: Termin
             f"{len(files)} ranking was given, but a comparison takes two or more; "
             "name the probe.json or the run folder of each."
         )
-    _check_picture(out)
+    if out is not None:
+        if out.suffix.lower() not in PICTURES:
+            raise InputError(
+                f"{out} was to be a picture, but its name ends in none of {', '.join(PICTURES)}; "
+                "choose such a name with --out."
+            )
+        require_writable(out)
     probes = [read_probe(file) for file in files]
     for file, probe in zip(files, probes, strict=True):
         if probe.get("num_blocks") is None:
@@ -164,19 +170,3 @@ def _figures(correlation: Correlation | None) -> dict[str, float | None] | None:
     if correlation is None:
         return None
     return {"value": correlation.value, "low": correlation.low, "high": correlation.high}
-
-
-def _check_picture(out: Path | None) -> None:
-    if out is None:
-        return
-    if out.suffix.lower() not in PICTURES:
-        raise InputError(
-            f"{out} was to be a picture, but its name ends in none of {', '.join(PICTURES)}; "
-            "choose such a name with --out."
-        )
-    require_regular(out)
-    if not out.absolute().parent.is_dir():
-        raise InputError(
-            f"{out} cannot be written because there is no folder {out.parent}; "
-            "make it, or choose another name with --out."
-        )

@@ -23,6 +23,7 @@ import requests
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from midtune.config import BUNDLED_MODEL, RunConfig
 from midtune.device import compute_dtype, cuda_devices, dtype_named, resolve_device
 from midtune.measure.cards import card_names
 from midtune.measure.meter import card_of
@@ -71,15 +72,16 @@ class Check:
         return cls(name, "ok", found) if is_well else cls(name, otherwise, found, fix)
 
 
-def run(terminal: Terminal, *, device: str = "auto", dtype: str = "auto") -> dict[str, Any]:
+def run(config: RunConfig, *, terminal: Terminal) -> dict[str, Any]:
     """Look at everything, and try the bundled model; nothing is changed.
 
     Args:
-        device, dtype: what the model is tried on and computes in, as in a configuration.
+        config: says what the model is tried on, and what it computes in.
 
     Returns:
         `checks`, each with `name`, `status`, `found` and `fix`, and the number of `problems` and `warnings`.
     """
+    how = config.model.device, config.model.dtype
     terminal.message("asking the hub and the package index whether they answer; nothing else is sent")
     with ThreadPoolExecutor() as pool:
         asked = [pool.submit(_tried, name, ask) for name, ask in (("hub", _hub), ("package index", _index))]
@@ -88,8 +90,8 @@ def run(terminal: Terminal, *, device: str = "auto", dtype: str = "auto") -> dic
             *_tried("device", _devices),
             *_tried("memory", _memory),
             *_tried("disk", _disks),
-            *_tried("4-bit", lambda: _four_bit(device, dtype)),
-            *_tried("a step", lambda: _step(device, dtype)),
+            *_tried("4-bit", lambda: _four_bit(*how)),
+            *_tried("a step", lambda: _step(*how)),
             *(check for answer in asked for check in answer.result()),
             *_tried("telemetry", _telemetry),
         ]
@@ -198,7 +200,6 @@ def _step(device: str, dtype: str) -> Iterator[Check]:
     """Whether a block of the bundled model is sampled from and updated, and how fast it is sampled from."""
     import torch
 
-    from midtune.config import BUNDLED_MODEL
     from midtune.model.loading import load_policy
     from midtune.model.sources import resolve
     from midtune.rl.checks import compare_log_probs

@@ -12,7 +12,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from midtune.config import BlocksConfig, RunConfig, require_task
+from midtune.config import BlocksConfig, RunConfig, require_task, with_settings
 from midtune.device import dtype_named, resolve_device
 from midtune.errors import InputError
 from midtune.probe.selection import (
@@ -119,12 +119,8 @@ class Opened:
             embed_on_host(policy.model, policy.source.name)
         return policy
 
-    def sampler(self, policy: Policy, task: Task | None = None) -> Sampler:
-        """What samples from the policy on the task; says when memory runs out, and what else uses the card.
-
-        Args:
-            task: in place of the configuration's.
-        """
+    def sampler(self, policy: Policy) -> Sampler:
+        """What samples from the policy on the task; says when memory runs out, and what else uses the card."""
         from midtune.rollout.episodes import EpisodeSampler
         from midtune.rollout.sampling import SamplingLimits
         from midtune.rollout.text import TextSampler
@@ -133,8 +129,30 @@ class Opened:
         limits.rows.on_message = self.terminal.message
         if self._card is not None:
             limits.rows.on_oom_hint = partial(_others_text, self._card.uuid)
-        game = (task or self.task).game
+        game = self.task.game
         return TextSampler(policy, limits) if game is None else EpisodeSampler(policy, limits, game)
+
+    def score(self, sampler: Sampler, what: str, *, samples: int | None = None) -> Evaluation:
+        """Score the policy on the held-out problems, with a progress bar that says `what` is going on.
+
+        Args:
+            samples: completions per problem besides the greedy one; None: as the configuration says.
+        """
+        from midtune.rl.training import sampling_of
+        from midtune.rollout.evaluation import evaluate
+
+        config, rows = self.config, self.task.held_out
+        samples = config.evaluation.samples if samples is None else samples
+        with self.terminal.progress(what, len(rows) * (1 + samples)) as advance:
+            return evaluate(
+                sampler,
+                rows,
+                self.task.score,
+                sampling_of(config.training),
+                samples=samples,
+                seed=config.seed,
+                on_problems=lambda problems, tokens: advance(problems, tokens=tokens),
+            )
 
     @cached_property
     def _card(self) -> Card | None:
@@ -174,47 +192,11 @@ class Opened:
         return replace(task, train=train, held_out=held_out, note=" ".join(filter(None, [task.note, note])))
 
 
-def with_model(config: RunConfig, name: str, revision: str | None) -> RunConfig:
-    """The configuration with another model in place of its own."""
-    model = config.model.model_copy(update={"name": name, "revision": revision})
-    return config.model_copy(update={"model": model})
-
-
 def _others_text(uuid: str) -> str:
     from midtune.measure.cards import other_processes
 
     others = other_processes(uuid)
     return f"The card is also in use by {processes_text(others)}." if others else ""
-
-
-def score(
-    sampler: Sampler,
-    task: Task,
-    config: RunConfig,
-    terminal: Terminal,
-    what: str,
-    *,
-    samples: int | None = None,
-) -> Evaluation:
-    """Score the policy on the held-out problems, with a progress bar that says `what` is going on.
-
-    Args:
-        samples: completions per problem besides the greedy one; None: as the configuration says.
-    """
-    from midtune.rl.training import sampling_of
-    from midtune.rollout.evaluation import evaluate
-
-    samples = config.evaluation.samples if samples is None else samples
-    with terminal.progress(what, len(task.held_out) * (1 + samples)) as advance:
-        return evaluate(
-            sampler,
-            task.held_out,
-            task.score,
-            sampling_of(config.training),
-            samples=samples,
-            seed=config.seed,
-            on_problems=lambda problems, tokens: advance(problems, tokens=tokens),
-        )
 
 
 def read_task(config: RunConfig, *, more: int = 0, thinking: Callable[[], bool] | None = None) -> Task:
@@ -266,12 +248,9 @@ class Choice:
 
     def written_into(self, config: RunConfig) -> RunConfig:
         """The configuration that names these blocks, so that it gives the same run again."""
-        named = {
-            "layers": ",".join(map(str, self.blocks)),
-            "top_k": len(self.blocks),
-            "probe": None,
-        }
-        return config.model_copy(update={"blocks": config.blocks.model_copy(update=named)})
+        layers = ",".join(map(str, self.blocks))
+        named = {"blocks.layers": layers, "blocks.top_k": len(self.blocks), "blocks.probe": None}
+        return with_settings(config, named)
 
 
 def choose_blocks(wanted: BlocksConfig, policy: Policy, task: Task, terminal: Terminal) -> Choice:

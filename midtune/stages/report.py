@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from midtune.probe.selection import read_probe
 from midtune.report.page import GENERATOR, Run, comparison_page, run_page
 from midtune.report.summary import SCHEMA
 from midtune.runs import RunFolder
-from midtune.whole import require_regular, write_bytes
+from midtune.whole import require_writable, write_bytes
 
 COMPARISON = Path("comparison.html")
 
@@ -35,7 +34,9 @@ def run(folders: Sequence[Path], *, out: Path | None) -> dict[str, Any]:
     runs = [read_run(folder) for folder in opened]
     alone = len(runs) == 1
     file = out or (folders[0] / opened[0].page.name if alone else COMPARISON)
-    _check_page(file)
+    require_writable(file)
+    if file.is_file() and GENERATOR not in file.read_text(encoding="utf-8", errors="replace")[:1000]:
+        raise InputError(f"{file} exists and is no page that midtune wrote; choose another name with --out.")
     page = run_page(runs[0]) if alone else comparison_page(runs)
     write_bytes(file, page.encode("utf-8", "replace"))
     return {"page": str(file), "runs": [str(folder) for folder in opened]}
@@ -109,13 +110,3 @@ def _settings(folder: RunFolder) -> dict[str, Any]:
 
 def _optional(folder: RunFolder, file: Path) -> dict[str, Any]:
     return folder.read_json(file) if file.is_file() else {}
-
-
-def _check_page(file: Path) -> None:
-    parent = file.absolute().parent
-    require_regular(file)
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        why = "may not be written to" if parent.is_dir() else "is no folder"
-        raise InputError(f"{file} cannot be written because {parent} {why}; choose another name with --out.")
-    if file.is_file() and GENERATOR not in file.read_text(encoding="utf-8", errors="replace")[:1000]:
-        raise InputError(f"{file} exists and is no page that midtune wrote; choose another name with --out.")

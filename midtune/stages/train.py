@@ -28,9 +28,9 @@ from midtune.rl.training import require_one_process, require_tracker, train_bloc
 from midtune.rollout.evaluation import Evaluation
 from midtune.rollout.sampling import Sampler
 from midtune.rollout.vllm import require_server
-from midtune.runs import CHECKPOINT_BYTES_PER_PARAMETER, RunFolder, describe_environment, run_stem
+from midtune.runs import CHECKPOINT_BYTES_PER_PARAMETER, RunFolder, run_stem
 from midtune.stages.at_work import Stop, at_work
-from midtune.stages.opening import Choice, Opened, choose_blocks, score
+from midtune.stages.opening import Choice, Opened, choose_blocks
 from midtune.stages.report import write_page
 from midtune.stages.subprocess_job import FULL_STEPS, measure_full_training
 from midtune.tasks import Task
@@ -45,12 +45,11 @@ class Training:
     """A run whose model is loaded and whose blocks are chosen.
 
     Attributes:
-        config: with the blocks and what `--fit` has changed.
+        opened: its configuration has the blocks and what `--fit` has changed.
         blocks: those that are trained.
         process_bytes: resident memory of the process before the model was loaded.
     """
 
-    config: RunConfig
     folder: RunFolder
     opened: Opened
     sampler: Sampler
@@ -58,18 +57,13 @@ class Training:
     blocks: list[int]
     meter: Meter
     process_bytes: int
-    terminal: Terminal
 
     @property
     def policy(self) -> Policy:
         return self.sampler.policy
 
-    @property
-    def task(self) -> Task:
-        return self.opened.task
-
     def score(self, what: str) -> Evaluation:
-        return score(self.sampler, self.task, self.config, self.terminal, what)
+        return self.opened.score(self.sampler, what)
 
 
 def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: Terminal) -> dict[str, Any]:
@@ -85,15 +79,8 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
         RunStopped: there was nothing to learn from, or no room to go on.
         Interrupted: Ctrl-C, SIGTERM or SIGHUP.
     """
-    if resume is None:
-        folder = RunFolder.create(out, run_stem(config.model.name, config.task.name))
-    else:
-        folder = RunFolder.open(resume)
-        if not folder.is_training:
-            raise InputError(
-                f"{folder} was made by `midtune probe`, not by `midtune train`; go on with "
-                f"`midtune probe --resume {folder}`."
-            )
+    stem = run_stem(config.model.name, config.task.name)
+    folder = RunFolder.create(out, stem) if resume is None else RunFolder.resumed(resume, "train")
     with at_work(folder, "train") as stop:
         checkpoint = _checkpoint(folder, terminal) if resume is not None else None
         training = _open(_checked(config), folder, terminal)
@@ -104,7 +91,7 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
         peak_bytes = _train(training, checkpoint, stop)
         after = training.score("scoring after training")
         patch_bytes = save_patch(training.policy, folder.patch)
-        _write_before_after(folder, training.task, before, after)
+        _write_before_after(folder, training.opened.task, before, after)
         report = _report(training, before, after, peak_bytes, patch_bytes)
         folder.write_json(folder.report, report)
         _draw(folder, report, terminal)
@@ -176,7 +163,8 @@ def _open(config: RunConfig, folder: RunFolder, terminal: Terminal) -> Training:
     sampler.limits.unpack = config.model.unpack == "auto"
     sampler.limits.rows.rows = config.training.sampled_prompts * config.training.group_size or None
     blocks = list(range(policy.num_blocks)) if config.blocks.select == "boost" else choice.blocks
-    return Training(config, folder, opened, sampler, choice, blocks, meter, process_bytes, terminal)
+    opened.config = config
+    return Training(folder, opened, sampler, choice, blocks, meter, process_bytes)
 
 
 def _check_stored(policy: Policy, config: RunConfig, terminal: Terminal) -> None:
@@ -194,13 +182,11 @@ def _check_stored(policy: Policy, config: RunConfig, terminal: Terminal) -> None
 
 def _begin(training: Training) -> None:
     """Write what a resumed run needs."""
-    folder, policy, choice = training.folder, training.policy, training.choice
+    folder, policy, choice, config = training.folder, training.policy, training.choice, training.opened.config
     trained = len(training.blocks) * count_parameters(policy.blocks[training.blocks[0]])
     folder.require_free(trained * CHECKPOINT_BYTES_PER_PARAMETER)
-    folder.write_json(folder.environment, describe_environment(policy.computes, training.config.seed))
     folder.write_json(folder.start, {"choice": choice.how, "ranking": choice.ranking})
-    # From here on there is something to resume.
-    folder.write_config(dump_config(training.config))
+    folder.begin(dump_config(config), policy.computes, config.seed)
 
 
 def _score_before(training: Training) -> Evaluation:
@@ -224,7 +210,7 @@ def _score_before(training: Training) -> Evaluation:
 
 def _thaw(training: Training) -> None:
     """Make the blocks trainable."""
-    policy, model = training.policy, training.config.model
+    policy, model = training.policy, training.opened.config.model
     if model.adapter == "lora":
         policy.add_lora(training.blocks, model.lora_rank)
     else:
@@ -234,18 +220,19 @@ def _thaw(training: Training) -> None:
 
 def _train(training: Training, checkpoint: Path | None, stop: Stop) -> int:
     """The training itself; returns its peak bytes."""
-    config, folder, meter = training.config, training.folder, training.meter
+    opened, folder, meter = training.opened, training.folder, training.meter
+    config, task = opened.config, opened.task
     # What scoring has left behind is no part of it.
     give_back()
     meter.reset_peak()
     names = ", ".join(map(str, training.policy.trained))
-    title = f"{training.opened.source.name}, {training.task.name}, blocks {names}"
+    title = f"{opened.source.name}, {task.name}, blocks {names}"
     # Where memory ran out before, a resumed run starts with what fitted then.
     last_step = (folder.read_metrics() or [{}])[-1]
     limit = training.sampler.limits.rows
     limit.rows = last_step.get("sampling_rows", limit.rows)
     boosted = config.blocks.select == "boost"
-    with stop.after_the_step(), training.terminal.training(config.training.steps, title) as display:
+    with stop.after_the_step(), opened.terminal.training(config.training.steps, title) as display:
 
         def on_step(metrics: dict[str, Any]) -> None:
             folder.append_jsonl(folder.metrics, metrics)
@@ -256,8 +243,8 @@ def _train(training: Training, checkpoint: Path | None, stop: Stop) -> int:
 
         last = train_blocks(
             training.sampler,
-            training.task.train,
-            training.task.reward,
+            task.train,
+            task.reward,
             config.training,
             folder=folder.checkpoints,
             seed=config.seed,
@@ -281,14 +268,14 @@ def _report(
     training: Training, before: Evaluation, after: Evaluation, peak_bytes: int, patch_bytes: int
 ) -> dict[str, Any]:
     """What report.json holds. The model is let go of, before another one is loaded."""
-    config, folder, policy = training.config, training.folder, training.policy
+    folder, policy, opened = training.folder, training.policy, training.opened
+    config, terminal = opened.config, opened.terminal
     steps = folder.read_metrics()
     measured = config.evaluation.baseline == "measured"
     time = summary.step_times(steps, repeated=FULL_STEPS if measured else 0)
     estimates = _estimates(training, steps, time)
     trainable = sum(p.numel() for p in policy.trained_parameters().values())
     total, stored_quantized = policy.total_parameters, policy.stored_quantized
-    opened, terminal = training.opened, training.terminal
     del policy, training.sampler
     give_back()
 
@@ -335,14 +322,14 @@ def _estimates(
     """What is not measured: QLoRA, and full training unless it is."""
     from midtune.planning.estimate import estimated
 
-    config = training.config
+    config = training.opened.config
     arms = ("trl-qlora",) if config.evaluation.baseline == "measured" else ("trl-full", "trl-qlora")
     return {
         arm: estimated(
             arm,
             config,
             training.sampler,
-            training.task,
+            training.opened.task,
             steps,
             measured=time.get("compared_phases") or time,
             process_bytes=training.process_bytes,
@@ -354,11 +341,10 @@ def _estimates(
 def _score_deployed(opened: Opened, folder: RunFolder) -> summary.BeforeAfter:
     """Greedy scores of the unquantized model without and with the patch that was written."""
     policy = opened.policy(quantize="none")
-    sampler, task = opened.sampler(policy), opened.task
-    how = opened.config, opened.terminal
-    before = score(sampler, task, *how, "scoring the unquantized model", samples=0)
+    sampler = opened.sampler(policy)
+    before = opened.score(sampler, "scoring the unquantized model", samples=0)
     apply_patch(policy, folder.patch)
-    after = score(sampler, task, *how, "scoring it with the patch", samples=0)
+    after = opened.score(sampler, "scoring it with the patch", samples=0)
     del policy, sampler
     give_back()
     return before.greedy, after.greedy
