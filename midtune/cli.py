@@ -15,7 +15,6 @@ import inspect
 import json
 import os
 import sys
-import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,18 +30,17 @@ from midtune.config import (
     MOST_TOKENS,
     PLANNED_CARD,
     PLANNED_PROMPT_TOKENS,
+    SETTINGS,
     RunConfig,
-    TrainingConfig,
     load_config,
     parse_assignment,
     require_task,
-    setting,
 )
 from midtune.device import show_one_card
-from midtune.errors import InputError, MidtuneError, RunStopped, bounded, escaped, lack_of
+from midtune.errors import InputError, MidtuneError, RunStopped, bounded, escaped, lack_of, one_line
 from midtune.measure.cards import card_names
 from midtune.network import go_offline
-from midtune.process import fast_imports, hold_streams, is_read, one_line, quieten_libraries, say
+from midtune.process import fast_imports, hold_streams, is_read, quieten_libraries, say
 
 INTERRUPTED = 130
 # Width of tables in a pipe or a file, which have none of their own.
@@ -95,8 +93,7 @@ def _with_default(help: str, default: Any) -> str:
 
 def _setting(key: str, flag: str | None = None, metavar: str | None = None) -> Parameter:
     """The option that sets `key`."""
-    known = setting(key)
-    assert known is not None, key
+    known = SETTINGS[key]
     help = _with_default(known.description, known.default)
     flag = flag or "--" + key.rpartition(".")[2].replace("_", "-")
     # Other types are read from text by the configuration.
@@ -108,7 +105,7 @@ def _switch(help: str, reader: str = "cli", **checks: Any) -> Parameter:
     return Parameter(bool, help, default=False, reader=reader, checks=checks)
 
 
-def _count(help: str, default: int | None, least: int = 1) -> Parameter:
+def _count(help: str, default: int, least: int = 1) -> Parameter:
     return Parameter(int, help, "N", default, checks={"min": least, "max": MOST_TOKENS})
 
 
@@ -123,9 +120,6 @@ def _go_offline(offline: bool) -> bool:
 
 
 _MODEL, _TASK_NAME = _setting("model.name", "--model", "MODEL"), _setting("task.name", "--task")
-_PACKED = _with_default(
-    "most tokens in one backward pass of any arm", TrainingConfig.model_fields["micro_batch_tokens"].default
-)
 # All that is not just a setting: by name, or as COMMAND.NAME.
 PARAMETERS = {
     "model": replace(_MODEL, help=_MODEL.help.replace("tiny)", "tiny, with its own recipe)"), flag=None),
@@ -183,7 +177,6 @@ PARAMETERS = {
     "bench.new_tokens": _count("tokens of every completion", 24),
     "bench.group_size": _count("completions of a prompt", 8, least=2),
     "bench.steps": _count("steps counted, after one that warms up", 5),
-    "bench.micro_batch_tokens": _count(_PACKED, None),
     "bench.profile": _switch("say where the first arm's time goes, in one more step", "stage"),
     "compare.files": Parameter(
         list[Path], "probe.json files, or run folders that hold one", "PROBE", REQUIRED
@@ -456,7 +449,7 @@ COMMANDS = {
             ARGUMENTS: "model",
             "Model": "model_option device",
             "Settings": "set seed",
-            "Bench": "arms prompts prompt_tokens new_tokens group_size steps micro_batch_tokens profile",
+            "Bench": "arms prompts prompt_tokens new_tokens group_size steps training.micro_batch_tokens profile",
             "Blocks": "layers",
             "Output": "out",
         },
@@ -544,7 +537,7 @@ def _add(name: str, command: Command) -> None:
         for word in words.split():
             known = PARAMETERS.get(f"{name}.{word}") or PARAMETERS.get(word)
             if known is None:
-                known = _setting(word if setting(word) else f"{panel.lower()}.{word}")
+                known = _setting(word if word in SETTINGS else f"{panel.lower()}.{word}")
             parameters[word.replace(".", "_")] = known
             declared.append(known.declared(word.replace(".", "_"), panel))
 
@@ -564,33 +557,28 @@ def _perform(command: Command, given: Given) -> None:
     arguments = command.arguments(given)
     if given["dry_run"]:
         command = replace(COMMANDS["plan"], stage="dry_run", printer="plans.dry_run_text")
-    result = _result(command, arguments, given["quiet"])
+    from midtune.report.terminal import PlainConsole, PlainStream, Terminal
+
+    # Libraries and rewards that print must not get into the result.
+    with contextlib.redirect_stdout(PlainStream(sys.stderr)):
+        terminal = Terminal(quiet=given["quiet"])
+        with fast_imports():
+            stage = import_module(f"midtune.stages.{command.stage}")
+        if command.progress:
+            with terminal.progress(command.progress.format(**arguments), None):
+                result = stage.run(**arguments)
+        else:
+            result = stage.run(**arguments, terminal=terminal)
     if given["json"]:
         # JSON has no NaN.
         values = json.loads(json.dumps(result, default=str), parse_constant=lambda name: None)
         print(escaped(json.dumps(values, indent=2, ensure_ascii=False)))
     else:
-        from midtune.report.terminal import PlainConsole
-
         module, function = command.printer.split(".")
         width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
         PlainConsole(width=width).print(getattr(import_module(f"midtune.report.{module}"), function)(result))
     if command.stage == "doctor" and result.get("problems"):
         raise typer.Exit(1)
-
-
-def _result(command: Command, arguments: Mapping[str, Any], quiet: bool) -> dict[str, Any]:
-    from midtune.report.terminal import PlainStream, Terminal
-
-    # Libraries and rewards that print must not get into the result.
-    with contextlib.redirect_stdout(PlainStream(sys.stderr)):
-        terminal = Terminal(quiet=quiet)
-        with fast_imports():
-            stage = import_module(f"midtune.stages.{command.stage}")
-        if not command.progress:
-            return stage.run(**arguments, terminal=terminal)
-        with terminal.progress(command.progress.format(**arguments), None):
-            return stage.run(**arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -603,7 +591,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = "--debug" in arguments or os.environ.get("MIDTUNE_DEBUG", "") not in ("", "0")
     hold_streams()
     quieten_libraries(debug)
-    started = time.time()
     trace = ""
     try:
         code = app(arguments, prog_name="midtune", standalone_mode=False) or 0
@@ -619,8 +606,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:  # noqa: BLE001 (a traceback is no message)
         code, said = _failure(error)
         if code == 1 and said:
-            folder = _latest_run(arguments, started)
-            said += f" (the run is in {folder})" if folder else ""
+            said += "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
             said += "" if debug else "; run it again with --debug to see where."
         trace = traceback.format_exc() if debug else ""
     if said:
@@ -642,17 +628,3 @@ def _failure(error: Exception) -> tuple[int, str]:
         named = one_line(str(error.filename))
         return 2, f"{named} cannot be used: {error.strerror}; give another path or mend it."
     return 1, f"unexpected {type(error).__name__}: {one_line(str(error)) or 'no message'}"
-
-
-def _latest_run(arguments: Sequence[str], started: float) -> Path | None:
-    """The run folder that a command begun at `started` was writing to, if there is one."""
-    from midtune.runs import RUNS
-
-    written: dict[Path, float] = {}
-    for path in [*(Path(argument.removeprefix("--out=")) for argument in arguments), *RUNS.glob("*")]:
-        # An argument that is no path, or is too long for one.
-        with contextlib.suppress(OSError, ValueError):
-            written[path] = (path / "config.yaml").stat().st_mtime
-    # A second of grace, for file systems with coarse times.
-    found = [path for path, when in written.items() if when >= started - 1]
-    return max(found, key=written.__getitem__, default=None)

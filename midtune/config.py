@@ -21,7 +21,6 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic.fields import FieldInfo
 
 from midtune.errors import InputError, bounded
 from midtune.published import CARDS, find_card
@@ -342,36 +341,23 @@ class Setting:
     choices: tuple[str, ...]
     kind: Any
 
-    @property
-    def is_text(self) -> bool:
-        """Whether it holds text, so that a value is not read as a number."""
-        return self.kind in (str, Path)
 
-
-def _fields(part: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+def _settings(part: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Setting]]:
     for name, field in part.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            yield from _fields(inner, f"{prefix}{name}.")
-        else:
-            yield prefix + name, field
+        kind: Any = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from _settings(kind, f"{prefix}{name}.")
+            continue
+        choices = get_args(kind) if get_origin(kind) is Literal else ()
+        if isinstance(kind, UnionType):
+            (kind,) = (one for one in get_args(kind) if one is not NoneType)
+        default = field.get_default(call_default_factory=True)
+        yield prefix + name, Setting(field.description or "", default, choices, str if choices else kind)
 
 
-_FIELDS = dict(_fields(RunConfig))
-KEYS = tuple(_FIELDS)
-
-
-def setting(key: str) -> Setting | None:
-    """What a dotted key such as `training.lr` means, or None where there is no such key."""
-    field = _FIELDS.get(key)
-    if field is None:
-        return None
-    kind = field.annotation
-    choices = get_args(kind) if get_origin(kind) is Literal else ()
-    if isinstance(kind, UnionType):
-        (kind,) = (one for one in get_args(kind) if one is not NoneType)
-    default = field.get_default(call_default_factory=True)
-    return Setting(field.description or "", default, choices, str if choices else kind)
+# By dotted key, such as `training.lr`.
+SETTINGS = dict(_settings(RunConfig))
+KEYS = tuple(SETTINGS)
 
 
 def load_config(recipe: Path | None, overrides: Mapping[str, Any]) -> RunConfig:
@@ -467,8 +453,8 @@ def parse_assignment(text: str, option: str = "--set part.key=value") -> tuple[s
     key = key.strip()
     if not sign or not key:
         raise InputError(f"`{option.split()[0]} {text}` sets nothing; write it as `{option}`.")
-    known = setting(key)
-    as_text = known is not None and known.is_text and value.strip() not in ("", "null", "~")
+    known = SETTINGS.get(key)
+    as_text = known is not None and known.kind in (str, Path) and value.strip() not in ("", "null", "~")
     return key, value.strip() if as_text else parse_value(value)
 
 
@@ -514,11 +500,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
 
 
 def _load_yaml(text: str) -> Any:
-    """What a YAML text says.
-
-    Raises:
-        yaml.YAMLError: it is not valid, nests too deep, or its aliases stand for too much.
-    """
+    """What a YAML text says; a YAMLError where it is not valid, nests too deep, or its aliases stand for too much."""
     import yaml
 
     if len(text) > _RECIPE_CHARACTERS:
@@ -567,7 +549,7 @@ def _merge(base: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
 def _put(data: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
     for depth, parent in enumerate(parents, 1):
-        known = setting(".".join(parents[:depth]))
+        known = SETTINGS.get(".".join(parents[:depth]))
         existing = data.get(parent, {})
         if known is not None and get_origin(known.kind) is not dict:
             existing = {}  # a setting of one value is given a key: validation says so
@@ -584,7 +566,7 @@ def _explain(error: ValidationError, recipe: Path | None, overrides: Mapping[str
     typed = recipe is None or any(name == key or name.startswith(f"{key}.") for name in overrides)
     source = "on the command line" if typed else f"in recipe {recipe}"
     value = first["input"]
-    if isinstance(value, dict) and setting(key) is not None and first["type"] != "extra_forbidden":
+    if isinstance(value, dict) and key in SETTINGS and first["type"] != "extra_forbidden":
         inner = f"{key}.{next(iter(value), '')}"
         return f"unknown key `{inner}` {source}; `{key}` is one value and has no keys of its own."
     if first["type"] == "extra_forbidden":

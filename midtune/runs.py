@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -265,11 +266,13 @@ class RunFolder:
         """The lines of metrics.jsonl, one a step; none where no step has been done.
 
         Raises:
-            ValueError: a line is damaged.
+            InputError: a line is damaged.
         """
-        if not self.metrics.is_file():
-            return []
-        return [unsealed(line) for line in self.metrics.read_bytes().split(b"\n") if line]
+        lines = read_jsonl(self.metrics)
+        whole = [data for _, data in lines if data is not None]
+        if len(whole) < len(lines):
+            raise InputError(f"metrics.jsonl in {self} is damaged; remove it, and the page has no curves.")
+        return whole
 
     def latest_checkpoint(self, on_message: Callable[[str], None] | None = None) -> Path | None:
         """The whole checkpoint of the highest step, or None where there is no checkpoint.
@@ -301,12 +304,10 @@ class RunFolder:
             The steps up to `step` that metrics.jsonl does not have.
         """
         for path in (self.metrics, self.samples):
-            if path.is_file():
-                content = path.read_bytes()
-                kept = b"".join(line + b"\n" for line in content.split(b"\n") if _step_of(line) <= step)
-                if kept != content:
-                    self.make()
-                    write_bytes(path, kept)
+            kept = b"".join(line + b"\n" for line, data in read_jsonl(path) if _step_of(data) <= step)
+            if path.is_file() and kept != path.read_bytes():
+                self.make()
+                write_bytes(path, kept)
         known = {line["step"] for line in self.read_metrics()}
         return [number for number in range(1, step + 1) if number not in known]
 
@@ -341,6 +342,17 @@ def unsealed(content: bytes) -> dict[str, Any]:
     if expected is not None and digest(_dumps(data)) != expected:
         raise ValueError("it is not what was written")
     return data
+
+
+def read_jsonl(path: Path) -> list[tuple[bytes, dict[str, Any] | None]]:
+    """The lines of a file that `append_jsonl` wrote, if there is one, and what each holds; None: it is damaged."""
+    found: list[tuple[bytes, dict[str, Any] | None]] = []
+    for line in filter(None, path.read_bytes().split(b"\n") if path.is_file() else []):
+        try:
+            found.append((line, unsealed(line)))
+        except ValueError:
+            found.append((line, None))
+    return found
 
 
 def _dumps(data: Mapping[str, Any], indent: int | None = None) -> str:
@@ -400,11 +412,8 @@ def _git_commit() -> str | None:
 
 def _free_name(stem: str) -> Path:
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.") or "run"
-    path, number = RUNS / name, 1
-    while path.exists():
-        number += 1
-        path = RUNS / f"{name}-{number}"
-    return path
+    paths = (RUNS / (name if number == 1 else f"{name}-{number}") for number in count(1))
+    return next(path for path in paths if not path.exists())
 
 
 def _what_is(path: Path) -> str:
@@ -425,11 +434,9 @@ def _what_is(path: Path) -> str:
     return "it has no config.yaml; give the folder that `midtune train` made"
 
 
-def _step_of(line: bytes) -> float:
-    try:
-        return float(unsealed(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+def _step_of(data: Mapping[str, Any] | None) -> float:
+    step = None if data is None else data.get("step")
+    return step if isinstance(step, int | float) else math.inf
 
 
 def _plain(value: Any) -> Any:

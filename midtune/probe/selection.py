@@ -82,15 +82,6 @@ def best(ranking: Sequence[int], num_blocks: int, top_k: int) -> list[int]:
     return sorted(ranking[:top_k])
 
 
-def worst(ranking: Sequence[int], num_blocks: int, top_k: int) -> list[int]:
-    """The last `top_k` blocks of a ranking, in order of depth: a control, which good blocks have to beat.
-
-    Raises:
-        InputError: as for `best`.
-    """
-    return best(ranking[::-1], num_blocks, top_k)
-
-
 def read_probe(path: Path) -> dict[str, Any]:
     """The content of a probe.json.
 

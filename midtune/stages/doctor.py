@@ -155,7 +155,7 @@ def _disks() -> Iterator[Check]:
     from huggingface_hub import constants
 
     places = (
-        ("runs", RUNS.absolute(), "choose another disk with --out"),
+        ("runs", RUNS, "choose another disk with --out"),
         ("cache", cache_folder(), "set MIDTUNE_CACHE to another disk"),
         ("hub cache", Path(constants.HF_HUB_CACHE), "set HF_HOME to another disk"),
     )
@@ -165,20 +165,12 @@ def _disks() -> Iterator[Check]:
             yield Check(name, "warning", f"{existing} may not be written to", fix)
             continue
         free = shutil.disk_usage(existing).free
-        found = f"{bytes_text(free)} free for {_short(folder)}"
+        found = f"{bytes_text(free)} free for {folder}"
         yield _enough(name, free, found, LEAST_DISK_BYTES, SOME_DISK_BYTES, f"free some, or {fix}")
 
 
 def _enough(name: str, free: float, found: str, least: int, some: int, fix: str) -> Check:
     return Check.of(name, found, free >= some, fix, otherwise="warning" if free >= least else "problem")
-
-
-def _short(folder: Path) -> str:
-    """A folder as a person would write it."""
-    for start, sign in ((Path.cwd(), "."), (Path.home(), "~")):
-        if folder.is_relative_to(start):
-            return str(Path(sign) / folder.relative_to(start))
-    return str(folder)
 
 
 def _four_bit(device: str, dtype: str) -> Iterator[Check]:

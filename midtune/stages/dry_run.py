@@ -8,7 +8,6 @@ from typing import Any
 from midtune.config import PLANNED_CARD, PLANNED_PROMPT_TOKENS, RunConfig, require_task
 from midtune.errors import InputError
 from midtune.model.configs import config_of
-from midtune.model.sizes import Sizes
 from midtune.planning.search import planner_of
 from midtune.planning.step_size import work_of
 from midtune.runs import RunFolder, run_stem
@@ -36,7 +35,7 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None = None) -> d
     completions = training.prompts_per_step * training.group_size
     # A new one is only a name until something is written.
     stem = run_stem(name, config.task.name)
-    folder = RunFolder.create(out, stem) if resume is None else RunFolder.resumed(resume, "train")
+    folder = RunFolder.create(out, stem) if resume is None else RunFolder.open(resume)
     task = require_task(config)
     # Unless it is cached.
     downloads = {f"the weights of {name}": _is_fetched(name), f"the problems of {task}": is_dataset(task)}
@@ -69,26 +68,24 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None = None) -> d
             raise
         return {**found, "note": "memory not known: config not at hand"}
     planner, blocks = planner_of(config, training.fit or PLANNED_CARD)
+    sizes = planner.sizes
+    trained = len(blocks) * (
+        sizes.block if config.model.adapter == "full" else config.model.lora_rank * sizes.widths
+    )
+    if config.blocks.select == "boost":
+        trained = sizes.blocks * sizes.block
     arm = planner.arm("midtune", work_of(config, PLANNED_PROMPT_TOKENS))
     return {
         **found,
-        "weights_bytes": BF16_BYTES * planner.sizes.total if _is_fetched(name) else None,
+        "weights_bytes": BF16_BYTES * sizes.total if _is_fetched(name) else None,
         "plan": {
             "blocks": blocks,
-            "trainable_parameters": _trained(config, blocks, planner.sizes),
+            "trainable_parameters": trained,
             "card": planner.card.name,
             "prompt_tokens": PLANNED_PROMPT_TOKENS,
             **{key: arm[key] for key in ("peak", "phase", "fits", "seconds")},
         },
     }
-
-
-def _trained(config: RunConfig, blocks: list[int], sizes: Sizes) -> int:
-    if config.blocks.select == "boost":
-        return sizes.blocks * sizes.block
-    return len(blocks) * (
-        sizes.block if config.model.adapter == "full" else config.model.lora_rank * sizes.widths
-    )
 
 
 def _is_fetched(model: str) -> bool:

@@ -9,10 +9,11 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from midtune.config import BlocksConfig, RunConfig, require_task, with_settings
+from midtune.config import BlocksConfig, RunConfig, require_task
 from midtune.device import dtype_named, resolve_device
 from midtune.errors import InputError
 from midtune.probe.selection import (
@@ -22,7 +23,6 @@ from midtune.probe.selection import (
     parse_layers,
     ranking_of,
     read_probe,
-    worst,
 )
 from midtune.report.display import WorkDisplay
 from midtune.report.formats import card_text, processes_text
@@ -75,7 +75,6 @@ class Opened:
 
         resolve_device(self.config.model.device)
         bars: dict[str, WorkDisplay] = {}
-        done_before: dict[str, int] = {}
         with contextlib.ExitStack() as shown:
 
             def progress(message: str, done: int | None, total: int | None) -> None:
@@ -83,8 +82,7 @@ class Opened:
                     self.terminal.message(message)
                     shown.close()
                     bars[message] = shown.enter_context(self.terminal.progress(message, total))
-                bars[message]((done or 0) - done_before.get(message, 0))
-                done_before[message] = done or 0
+                bars[message]((done or 0) - bars[message].done)
 
             return resolve(self.config.model.name, self.config.model.revision, progress=progress)
 
@@ -172,17 +170,15 @@ class Opened:
         """The task without prompts over the limit, or a refusal that counts them, as `task.bad_rows` has it."""
         from midtune.rollout.speech import prompt_ids
 
-        sides = task.train, task.held_out
-        lengths = [[len(prompt_ids(self.tokenizer, row["prompt"])) for row in side] for side in sides]
-        every = [length for side in lengths for length in side]
-        long = sum(length > limit for length in every)
-        if not long:
+        rows = [*task.train, *task.held_out]
+        lengths = [len(prompt_ids(self.tokenizer, row["prompt"])) for row in rows]
+        fits = [length <= limit for length in lengths]
+        if all(fits):
             return task
-        found = f"{long} of {len(every)} prompts are longer than {limit} tokens, the longest {max(every)}"
-        train, held_out = (
-            [row for row, length in zip(side, counts, strict=True) if length <= limit]
-            for side, counts in zip(sides, lengths, strict=True)
-        )
+        long, longest = fits.count(False), max(lengths)
+        found = f"{long} of {len(rows)} prompts are longer than {limit} tokens, the longest {longest}"
+        train = [*compress(task.train, fits)]
+        held_out = [*compress(task.held_out, fits[len(task.train) :])]
         if self.config.task.bad_rows == "stop" or not train or not held_out:
             raise InputError(
                 f"{found}; raise task.max_prompt_tokens, or leave them out with --set task.bad_rows=drop, where "
@@ -246,12 +242,6 @@ class Choice:
     how: str
     ranking: Path | None = None
 
-    def written_into(self, config: RunConfig) -> RunConfig:
-        """The configuration that names these blocks, so that it gives the same run again."""
-        layers = ",".join(map(str, self.blocks))
-        named = {"blocks.layers": layers, "blocks.top_k": len(self.blocks), "blocks.probe": None}
-        return with_settings(config, named)
-
 
 def choose_blocks(wanted: BlocksConfig, policy: Policy, task: Task, terminal: Terminal) -> Choice:
     """The blocks that are named, that a ranking chooses, or else the geometric middle.
@@ -269,8 +259,9 @@ def choose_blocks(wanted: BlocksConfig, policy: Policy, task: Task, terminal: Te
     elif (found := _ranking(wanted, policy, task)) is not None:
         file, probe = found
         ranking = file.absolute()
-        choose = worst if wanted.select == "worst" else best
-        blocks = choose(ranking_of(probe), policy.num_blocks, wanted.top_k)
+        # The worst are a control, which good blocks have to beat.
+        ordered = ranking_of(probe)[:: -1 if wanted.select == "worst" else 1]
+        blocks = best(ordered, policy.num_blocks, wanted.top_k)
         how = f"the ranking of {file} ({probe['method']})"
     elif wanted.select == "best":
         blocks = middle(policy.num_blocks, wanted.top_k)

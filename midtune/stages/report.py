@@ -66,17 +66,11 @@ def read_run(folder: RunFolder) -> Run:
             f"report.json in {folder} has schema {report.get('schema')}, but this midtune reads schema {SCHEMA}; "
             "use the version that made it."
         )
-    try:
-        metrics = folder.read_metrics()
-    except ValueError:
-        raise InputError(
-            f"metrics.jsonl in {folder} is damaged; remove it, and the page has no curves."
-        ) from None
     return Run(
         path=str(folder),
         config=_settings(folder),
         report=report,
-        metrics=metrics,
+        metrics=folder.read_metrics(),
         environment=_optional(folder, folder.environment),
         problems=_optional(folder, folder.before_after).get("problems", []),
         probe=_ranking(folder, report),

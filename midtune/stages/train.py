@@ -7,7 +7,6 @@ consumer card needs. The learning rate of a single block is the study's, unless 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,8 +61,14 @@ class Training:
     def policy(self) -> Policy:
         return self.sampler.policy
 
-    def score(self, what: str) -> Evaluation:
-        return self.opened.score(self.sampler, what)
+    def thaw(self) -> None:
+        """Make the blocks trainable."""
+        model = self.opened.config.model
+        if model.adapter == "lora":
+            self.policy.add_lora(self.blocks, model.lora_rank)
+        else:
+            for block in self.blocks:
+                self.policy.thaw(block)
 
 
 def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: Terminal) -> dict[str, Any]:
@@ -87,9 +92,9 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
         if resume is None:
             _begin(training)
         before = _score_before(training)
-        _thaw(training)
+        training.thaw()
         peak_bytes = _train(training, checkpoint, stop)
-        after = training.score("scoring after training")
+        after = training.opened.score(training.sampler, "scoring after training")
         patch_bytes = save_patch(training.policy, folder.patch)
         _write_before_after(folder, training.opened.task, before, after)
         report = _report(training, before, after, peak_bytes, patch_bytes)
@@ -152,7 +157,10 @@ def _open(config: RunConfig, folder: RunFolder, terminal: Terminal) -> Training:
     policy = opened.policy(embeddings="device")
     _check_stored(policy, config, terminal)
     choice = choose_blocks(config.blocks, policy, task, terminal)
-    config = choice.written_into(config)
+    # Named, so that the configuration gives the same run again.
+    layers = ",".join(map(str, choice.blocks))
+    named = {"blocks.layers": layers, "blocks.top_k": len(choice.blocks), "blocks.probe": None}
+    config = with_settings(config, named)
     sampler = opened.sampler(policy)
     if config.training.fit is not None:
         from midtune.planning.search import fitted
@@ -198,7 +206,7 @@ def _score_before(training: Training) -> Evaluation:
     if "greedy" in known:
         sampled = None if known["sampled"] is None else np.array(known["sampled"])
         return Evaluation(np.array(known["greedy"]), sampled, known.get("completions", []))
-    before = training.score("scoring before training")
+    before = training.opened.score(training.sampler, "scoring before training")
     scores = {
         "completions": before.completions[:SHOWN_PROBLEMS],
         "greedy": before.greedy.tolist(),
@@ -206,16 +214,6 @@ def _score_before(training: Training) -> Evaluation:
     }
     folder.write_json(folder.start, {**known, **scores})
     return before
-
-
-def _thaw(training: Training) -> None:
-    """Make the blocks trainable."""
-    policy, model = training.policy, training.opened.config.model
-    if model.adapter == "lora":
-        policy.add_lora(training.blocks, model.lora_rank)
-    else:
-        for block in training.blocks:
-            policy.thaw(block)
 
 
 def _train(training: Training, checkpoint: Path | None, stop: Stop) -> int:
@@ -237,9 +235,11 @@ def _train(training: Training, checkpoint: Path | None, stop: Stop) -> int:
         def on_step(metrics: dict[str, Any]) -> None:
             folder.append_jsonl(folder.metrics, metrics)
             display.update(metrics)
-            if stop.asked and not stop.said:
-                stop.said = True
+
+        def stop_requested() -> bool:
+            if stop.asked:
                 display.message("stopping after this step; its checkpoint is being saved")
+            return stop.asked
 
         last = train_blocks(
             training.sampler,
@@ -253,7 +253,7 @@ def _train(training: Training, checkpoint: Path | None, stop: Stop) -> int:
             on_step=on_step,
             on_sample=lambda sample: folder.append_jsonl(folder.samples, sample),
             on_message=display.message,
-            stop_requested=lambda: stop.asked,
+            stop_requested=stop_requested,
             resume_from=checkpoint,
             update_rows=last_step.get("update_rows"),
         )
@@ -268,12 +268,25 @@ def _report(
     training: Training, before: Evaluation, after: Evaluation, peak_bytes: int, patch_bytes: int
 ) -> dict[str, Any]:
     """What report.json holds. The model is let go of, before another one is loaded."""
+    from midtune.planning.estimate import estimated
+
     folder, policy, opened = training.folder, training.policy, training.opened
     config, terminal = opened.config, opened.terminal
     steps = folder.read_metrics()
     measured = config.evaluation.baseline == "measured"
     time = summary.step_times(steps, repeated=FULL_STEPS if measured else 0)
-    estimates = _estimates(training, steps, time)
+    estimates = {
+        arm: estimated(
+            arm,
+            config,
+            training.sampler,
+            opened.task,
+            steps,
+            measured=time.get("compared_phases") or time,
+            process_bytes=training.process_bytes,
+        )
+        for arm in (["trl-qlora"] if measured else ["trl-full", "trl-qlora"])
+    }
     trainable = sum(p.numel() for p in policy.trained_parameters().values())
     total, stored_quantized = policy.total_parameters, policy.stored_quantized
     del policy, training.sampler
@@ -316,28 +329,6 @@ def _report(
     )
 
 
-def _estimates(
-    training: Training, steps: Sequence[Mapping[str, Any]], time: Mapping[str, Any]
-) -> dict[str, dict[str, Any]]:
-    """What is not measured: QLoRA, and full training unless it is."""
-    from midtune.planning.estimate import estimated
-
-    config = training.opened.config
-    arms = ("trl-qlora",) if config.evaluation.baseline == "measured" else ("trl-full", "trl-qlora")
-    return {
-        arm: estimated(
-            arm,
-            config,
-            training.sampler,
-            training.opened.task,
-            steps,
-            measured=time.get("compared_phases") or time,
-            process_bytes=training.process_bytes,
-        )
-        for arm in arms
-    }
-
-
 def _score_deployed(opened: Opened, folder: RunFolder) -> summary.BeforeAfter:
     """Greedy scores of the unquantized model without and with the patch that was written."""
     policy = opened.policy(quantize="none")
@@ -352,17 +343,17 @@ def _score_deployed(opened: Opened, folder: RunFolder) -> summary.BeforeAfter:
 
 def _write_before_after(folder: RunFolder, task: Task, before: Evaluation, after: Evaluation) -> None:
     """Keep the greedy completions of the first held-out problems, whatever became of them."""
+    # Of a resumed run, `before` has the first ones alone.
+    shown = zip(task.held_out, before.completions[:SHOWN_PROBLEMS], after.completions, strict=False)
     problems = [
         {
             # What an environment shows first is in the question.
             "prompt": completion_text(row["prompt"]) if task.game is None else row["question"],
             "answer": row.get("answer"),
             "before": {"completion": was, "score": before.greedy[place]},
-            "after": {"completion": after.completions[place], "score": after.greedy[place]},
+            "after": {"completion": now, "score": after.greedy[place]},
         }
-        for place, (row, was) in enumerate(
-            zip(task.held_out, before.completions[:SHOWN_PROBLEMS], strict=False)
-        )
+        for place, (row, was, now) in enumerate(shown)
     ]
     folder.write_json(folder.before_after, {"problems": problems})
 
