@@ -259,9 +259,9 @@ def _underneath(target: str) -> tuple[Path | None, dict[str, str]]:
 
     folder = Path(target)
     is_patch = (folder / "patch.json").is_file()
-    for run in (folder, folder.absolute().parent) if is_patch else (folder,):
-        if (run / "config.yaml").is_file():
-            return RunFolder.open(run).config, {}
+    run = folder.absolute().parent if is_patch else folder
+    if (run / "config.yaml").is_file():
+        return RunFolder.open(run).config, {}
     if not is_patch:
         return None, {"model.name": target}
     from midtune.model.patch import read_patch

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -95,12 +96,9 @@ def run(config: RunConfig, *, terminal: Terminal) -> dict[str, Any]:
             *(check for answer in asked for check in answer.result()),
             *_tried("telemetry", _telemetry),
         ]
-    count = {status: sum(check.status == status for check in checks) for status in ("problem", "warning")}
-    return {
-        "checks": [asdict(check) for check in checks],
-        "problems": count["problem"],
-        "warnings": count["warning"],
-    }
+    count = Counter(check.status for check in checks)
+    found = [asdict(check) for check in checks]
+    return {"checks": found, "problems": count["problem"], "warnings": count["warning"]}
 
 
 def _tried(name: str, look: Callable[[], Iterator[Check]]) -> list[Check]:
