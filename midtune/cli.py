@@ -15,7 +15,6 @@ import inspect
 import json
 import os
 import sys
-import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,23 +30,23 @@ from midtune.config import (
     MOST_TOKENS,
     PLANNED_CARD,
     PLANNED_PROMPT_TOKENS,
+    SETTINGS,
     RunConfig,
-    TrainingConfig,
     load_config,
     parse_assignment,
     require_task,
-    setting,
 )
 from midtune.device import show_one_card
-from midtune.errors import InputError, MidtuneError, RunStopped, bounded, escaped, lack_of
+from midtune.errors import InputError, MidtuneError, RunStopped, bounded, escaped, lack_of, one_line
 from midtune.measure.cards import card_names
 from midtune.network import go_offline
-from midtune.process import fast_imports, hold_streams, is_read, one_line, quieten_libraries, say
+from midtune.process import fast_imports, hold_streams, is_read, quieten_libraries, say
 
 INTERRUPTED = 130
 # Width of tables in a pipe or a file, which have none of their own.
 PIPE_WIDTH = 100
 ARGUMENTS = "Arguments"
+EVERY_COMMAND = "json quiet debug"
 REQUIRED = inspect.Parameter.empty
 
 
@@ -94,8 +93,7 @@ def _with_default(help: str, default: Any) -> str:
 
 def _setting(key: str, flag: str | None = None, metavar: str | None = None) -> Parameter:
     """The option that sets `key`."""
-    known = setting(key)
-    assert known is not None, key
+    known = SETTINGS[key]
     help = _with_default(known.description, known.default)
     flag = flag or "--" + key.rpartition(".")[2].replace("_", "-")
     # Other types are read from text by the configuration.
@@ -107,8 +105,12 @@ def _switch(help: str, reader: str = "cli", **checks: Any) -> Parameter:
     return Parameter(bool, help, default=False, reader=reader, checks=checks)
 
 
-def _count(help: str, default: int | None, least: int = 1) -> Parameter:
+def _count(help: str, default: int, least: int = 1) -> Parameter:
     return Parameter(int, help, "N", default, checks={"min": least, "max": MOST_TOKENS})
+
+
+def _separated(text: str | None) -> list[str]:
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
 def _go_offline(offline: bool) -> bool:
@@ -118,9 +120,6 @@ def _go_offline(offline: bool) -> bool:
 
 
 _MODEL, _TASK_NAME = _setting("model.name", "--model", "MODEL"), _setting("task.name", "--task")
-_PACKED = _with_default(
-    "most tokens in one backward pass of any arm", TrainingConfig.model_fields["micro_batch_tokens"].default
-)
 # All that is not just a setting: by name, or as COMMAND.NAME.
 PARAMETERS = {
     "model": replace(_MODEL, help=_MODEL.help.replace("tiny)", "tiny, with its own recipe)"), flag=None),
@@ -142,7 +141,9 @@ PARAMETERS = {
     "debug": _switch("show the traceback of an unexpected error"),
     "eval.target": Parameter(str, "a model, a run folder or a patch folder", "TARGET", REQUIRED),
     "eval.tasks": Parameter(list[str], _TASK_NAME.help, flag="--task"),
-    "eval.lm_eval": Parameter(str, "also tasks of lm-evaluation-harness", "TASK,TASK"),
+    "eval.lm_eval": Parameter(
+        str, "also tasks of lm-evaluation-harness", "TASK,TASK", checks={"callback": _separated}
+    ),
     "eval.lm_eval_path": Parameter(Path, "folder that describes such tasks of your own", "FOLDER"),
     "eval.results": Parameter(Path, "write every problem, its answer and scores, as jsonl", "FILE"),
     "vote.targets": Parameter(
@@ -150,7 +151,7 @@ PARAMETERS = {
         "two or more run folders or patch folders of one base model",
         "RUN",
         REQUIRED,
-        checks={"exists": True, "file_okay": False},
+        checks={"exists": True, "file_okay": False, "path_type": str},
     ),
     "plan.gpu": Parameter(str, "the card: memory or name; or cpu", "24GB|NAME|cpu", PLANNED_CARD),
     "plan.prompt_tokens": _count("tokens of the longest prompt", PLANNED_PROMPT_TOKENS),
@@ -165,14 +166,17 @@ PARAMETERS = {
     ),
     "bench.model_option": replace(_MODEL, help="the model, for those who would rather name it"),
     "bench.arms": Parameter(
-        str, "what to compare, the first with all others", "ARM,ARM", "midtune,trl-full,trl-block,trl-qlora"
+        str,
+        "what to compare, the first with all others",
+        "ARM,ARM",
+        "midtune,trl-full,trl-block,trl-qlora",
+        checks={"callback": _separated},
     ),
     "bench.prompts": _count("prompts of a step", 4),
     "bench.prompt_tokens": _count("tokens of a prompt", 50),
     "bench.new_tokens": _count("tokens of every completion", 24),
     "bench.group_size": _count("completions of a prompt", 8, least=2),
     "bench.steps": _count("steps counted, after one that warms up", 5),
-    "bench.micro_batch_tokens": _count(_PACKED, None),
     "bench.profile": _switch("say where the first arm's time goes, in one more step", "stage"),
     "compare.files": Parameter(
         list[Path], "probe.json files, or run folders that hold one", "PROBE", REQUIRED
@@ -209,6 +213,12 @@ class Given:
             for name, known in self.parameters.items()
             if known.reader == "config" and self[name] not in (None, [], ())
         }
+
+    def arguments(self) -> dict[str, Any]:
+        """The same, and the configuration where the command has options that set it."""
+        configures = any(known.reader == "config" for known in self.parameters.values())
+        needs_task = any(known.key == "task.name" for known in self.parameters.values())
+        return self.own() | ({"config": self.config(needs_task=needs_task)} if configures else {})
 
     def config(
         self, target: str | None = None, task: str | None = None, needs_task: bool = True
@@ -249,9 +259,9 @@ def _underneath(target: str) -> tuple[Path | None, dict[str, str]]:
 
     folder = Path(target)
     is_patch = (folder / "patch.json").is_file()
-    for run in (folder, folder.absolute().parent) if is_patch else (folder,):
-        if (run / "config.yaml").is_file():
-            return RunFolder.open(run).config, {}
+    run = folder.absolute().parent if is_patch else folder
+    if (run / "config.yaml").is_file():
+        return RunFolder.open(run).config, {}
     if not is_patch:
         return None, {"model.name": target}
     from midtune.model.patch import read_patch
@@ -264,7 +274,7 @@ def _underneath(target: str) -> tuple[Path | None, dict[str, str]]:
 
 def _for_a_run(given: Given) -> dict[str, Any]:
     if not given["resume"]:
-        return {"config": given.config(), **given.own(), "resume": None}
+        return {**given.arguments(), "resume": None}
     others = [known.option(name) for name, known in given.configuring().items() if known.key != "model.name"]
     if others:
         raise InputError(
@@ -282,22 +292,12 @@ def _for_a_run(given: Given) -> dict[str, Any]:
 
 def _for_eval(given: Given) -> dict[str, Any]:
     own = given.own()
-    harness, tasks = _separated(own["lm_eval"]), own.pop("tasks") or [None]
-    configs = [given.config(own["target"], task, needs_task=not harness) for task in tasks]
-    return {**own, "configs": configs, "lm_eval": harness}
+    tasks = own.pop("tasks") or [None]
+    return {**own, "configs": [given.config(own["target"], task, not own["lm_eval"]) for task in tasks]}
 
 
 def _for_vote(given: Given) -> dict[str, Any]:
-    targets = [str(run) for run in given["targets"]]
-    return {"targets": targets, "config": given.config(targets[0])}
-
-
-def _for_plan(given: Given) -> dict[str, Any]:
-    return {"config": given.config(needs_task=False), **given.own()}
-
-
-def _for_bench(given: Given) -> dict[str, Any]:
-    return {**_for_plan(given), "arms": _separated(given["arms"])}
+    return {"config": given.config(given["targets"][0]), **given.own()}
 
 
 def _for_tasks(given: Given) -> dict[str, Any]:
@@ -312,15 +312,6 @@ def _for_tasks(given: Given) -> dict[str, Any]:
     return {"config": config if task or given["recipe"] else None, "check": check}
 
 
-def _for_doctor(given: Given) -> dict[str, Any]:
-    model = given.config(needs_task=False).model
-    return {"device": model.device, "dtype": model.dtype}
-
-
-def _separated(text: str | None) -> list[str]:
-    return [part.strip() for part in (text or "").split(",") if part.strip()]
-
-
 @dataclass(frozen=True)
 class Command:
     """A row of `COMMANDS`.
@@ -329,9 +320,9 @@ class Command:
         summary: its line in `midtune --help`.
         about: paragraphs of its own help, before the example.
         printer: MODULE.FUNCTION in report/ that shows the stage's result.
-        arguments: from what was typed, the arguments of the stage's `run`.
         panels: title in the help → names of `PARAMETERS` and keys of settings; a key whose part is the title's goes
-            without it.
+            without it. `Output` has those of `EVERY_COMMAND` besides.
+        arguments: from what was typed, the arguments of the stage's `run`.
         stage: the file in stages/; default: the command's name.
         progress: what is shown meanwhile, where `run` takes no terminal.
     """
@@ -340,8 +331,8 @@ class Command:
     about: str
     example: str
     printer: str
-    arguments: Callable[[Given], dict[str, Any]]
     panels: Mapping[str, str]
+    arguments: Callable[[Given], dict[str, Any]] = Given.arguments
     stage: str = ""
     progress: str = ""
 
@@ -353,7 +344,6 @@ COMMANDS = {
         "Train the chosen blocks, score them before and after, and report what was gained and saved.",
         "midtune train smollm2-135m --task reasoning-gym:chain_sum --task-arg min_terms=2 --top-k 1",
         "tables.report_table",
-        _for_a_run,
         {
             ARGUMENTS: "model",
             "Model": "quantize device adapter",
@@ -363,15 +353,15 @@ COMMANDS = {
             "fit report_to resume",
             "Evaluation": "task.eval_size samples baseline",
             "Settings": "recipe set seed offline",
-            "Output": "dry_run out json quiet debug",
+            "Output": "dry_run out",
         },
+        _for_a_run,
     ),
     "probe": Command(
         "rank the blocks by what training each would pay",
         "Rank the blocks by how much training each would pay, with intervals and prices.",
         "midtune probe --budget 5m --out runs/ranking",
         "ranking.probe_table",
-        _for_a_run,
         {
             ARGUMENTS: "model",
             "Model": "quantize device",
@@ -381,8 +371,9 @@ COMMANDS = {
             "Training": "algorithm steps lr prompts_per_step group_size max_new_tokens temperature resume",
             "Evaluation": "task.eval_size samples",
             "Settings": "recipe set seed offline",
-            "Output": "out json quiet debug",
+            "Output": "out",
         },
+        _for_a_run,
     ),
     "eval": Command(
         "score a model, a run or a patch",
@@ -391,7 +382,6 @@ COMMANDS = {
         "--task can be repeated.",
         "midtune eval runs/tiny --quantize none",
         "results.score_table",
-        _for_eval,
         {
             ARGUMENTS: "target",
             "Model": "quantize device",
@@ -399,8 +389,9 @@ COMMANDS = {
             "Training": "max_new_tokens temperature",
             "Evaluation": "task.eval_size samples k lm_eval lm_eval_path",
             "Settings": "recipe set seed offline",
-            "Output": "results json quiet debug",
+            "Output": "results",
         },
+        _for_eval,
         stage="evaluate",
     ),
     "vote": Command(
@@ -409,7 +400,6 @@ COMMANDS = {
         "They are scored on the first run's own task, unless another one is given.",
         "midtune vote runs/block-10 runs/block-12 runs/block-14",
         "results.vote_table",
-        _for_vote,
         {
             ARGUMENTS: "targets",
             "Model": "quantize device",
@@ -417,8 +407,8 @@ COMMANDS = {
             "Training": "max_new_tokens temperature",
             "Evaluation": "task.eval_size samples",
             "Settings": "recipe set seed offline",
-            "Output": "json quiet debug",
         },
+        _for_vote,
     ),
     "plan": Command(
         "say what fits on a card, before anything is loaded",
@@ -426,14 +416,12 @@ COMMANDS = {
         "Nothing is loaded or downloaded: the model's configuration is enough, and those of common models are shipped.",
         "midtune plan Qwen/Qwen3-8B --gpu 24GB",
         "plans.plan_table",
-        _for_plan,
         {
             ARGUMENTS: "model",
             "Plan": "gpu prompt_tokens new_tokens training.group_size training.prompts_per_step",
             "Blocks": "layers top_k",
             "Model": "quantize",
             "Settings": "recipe set offline",
-            "Output": "json quiet debug",
         },
         progress="planning {config.model.name}",
     ),
@@ -442,16 +430,14 @@ COMMANDS = {
         "Write a complete checkpoint: the base model with the trained blocks in place.",
         "midtune merge runs/tiny --out merged",
         "results.merge_text",
-        Given.own,
-        {ARGUMENTS: "target", "Output": "out json quiet debug"},
+        {ARGUMENTS: "target", "Output": "out"},
     ),
     "report": Command(
         "write the HTML page of a run, or of several compared",
         "Write one HTML page about a run, or one that compares several; it needs no network.",
         "midtune report runs/tiny",
         "results.page_text",
-        Given.own,
-        {ARGUMENTS: "folders", "Output": "out json quiet debug"},
+        {ARGUMENTS: "folders", "Output": "out"},
         progress="writing the page",
     ),
     "bench": Command(
@@ -459,14 +445,13 @@ COMMANDS = {
         "Train the same prompts and completions with midtune and with TRL, and compare time and memory.",
         "midtune bench smollm2-135m --arms midtune,trl-full",
         "results.bench_table",
-        _for_bench,
         {
             ARGUMENTS: "model",
             "Model": "model_option device",
             "Settings": "set seed",
-            "Bench": "arms prompts prompt_tokens new_tokens group_size steps micro_batch_tokens profile",
+            "Bench": "arms prompts prompt_tokens new_tokens group_size steps training.micro_batch_tokens profile",
             "Blocks": "layers",
-            "Output": "out json quiet debug",
+            "Output": "out",
         },
     ),
     "compare": Command(
@@ -474,21 +459,19 @@ COMMANDS = {
         "Say how far rankings agree: across tasks, algorithms, seeds or models.",
         "midtune compare runs/sums runs/products --out rankings.svg",
         "results.compare_table",
-        Given.own,
-        {ARGUMENTS: "files", "Compare": "top_k", "Output": "out json quiet debug"},
+        {ARGUMENTS: "files", "Compare": "top_k", "Output": "out"},
     ),
     "tasks": Command(
         "list tasks, show a problem of one, or check your own",
         "List the tasks that need no file, show a problem of a task with a right and a wrong answer, or check one.",
         "midtune tasks chain_sum --task-arg max_terms=2\n  midtune tasks check my_task.py",
         "results.tasks_text",
-        _for_tasks,
         {
             ARGUMENTS: "task checked",
             "Task": _TASK,
             "Settings": "recipe set seed offline",
-            "Output": "json quiet debug",
         },
+        _for_tasks,
     ),
     "doctor": Command(
         "say whether this machine is ready",
@@ -497,8 +480,7 @@ COMMANDS = {
         "answer, and sends nothing else.",
         "midtune doctor",
         "results.doctor_table",
-        _for_doctor,
-        {"Model": "device", "Settings": "set", "Output": "json quiet debug"},
+        {"Model": "device", "Settings": "set"},
     ),
 }
 
@@ -548,11 +530,14 @@ def _add(name: str, command: Command) -> None:
     """Make a row of the table a command of Typer's."""
     parameters: dict[str, Parameter] = {}
     declared = []
-    for panel, words in command.panels.items():
+    for panel, words in {
+        **command.panels,
+        "Output": f"{command.panels.get('Output', '')} {EVERY_COMMAND}",
+    }.items():
         for word in words.split():
             known = PARAMETERS.get(f"{name}.{word}") or PARAMETERS.get(word)
             if known is None:
-                known = _setting(word if setting(word) else f"{panel.lower()}.{word}")
+                known = _setting(word if word in SETTINGS else f"{panel.lower()}.{word}")
             parameters[word.replace(".", "_")] = known
             declared.append(known.declared(word.replace(".", "_"), panel))
 
@@ -572,33 +557,28 @@ def _perform(command: Command, given: Given) -> None:
     arguments = command.arguments(given)
     if given["dry_run"]:
         command = replace(COMMANDS["plan"], stage="dry_run", printer="plans.dry_run_text")
-    result = _result(command, arguments, given["quiet"])
+    from midtune.report.terminal import PlainConsole, PlainStream, Terminal
+
+    # Libraries and rewards that print must not get into the result.
+    with contextlib.redirect_stdout(PlainStream(sys.stderr)):
+        terminal = Terminal(quiet=given["quiet"])
+        with fast_imports():
+            stage = import_module(f"midtune.stages.{command.stage}")
+        if command.progress:
+            with terminal.progress(command.progress.format(**arguments), None):
+                result = stage.run(**arguments)
+        else:
+            result = stage.run(**arguments, terminal=terminal)
     if given["json"]:
         # JSON has no NaN.
         values = json.loads(json.dumps(result, default=str), parse_constant=lambda name: None)
         print(escaped(json.dumps(values, indent=2, ensure_ascii=False)))
     else:
-        from midtune.report.terminal import PlainConsole
-
         module, function = command.printer.split(".")
         width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
         PlainConsole(width=width).print(getattr(import_module(f"midtune.report.{module}"), function)(result))
     if command.stage == "doctor" and result.get("problems"):
         raise typer.Exit(1)
-
-
-def _result(command: Command, arguments: Mapping[str, Any], quiet: bool) -> dict[str, Any]:
-    from midtune.report.terminal import PlainStream, Terminal
-
-    # Libraries and rewards that print must not get into the result.
-    with contextlib.redirect_stdout(PlainStream(sys.stderr)):
-        terminal = Terminal(quiet=quiet)
-        with fast_imports():
-            stage = import_module(f"midtune.stages.{command.stage}")
-        if not command.progress:
-            return stage.run(**arguments, terminal=terminal)
-        with terminal.progress(command.progress.format(**arguments), None):
-            return stage.run(**arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -611,7 +591,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = "--debug" in arguments or os.environ.get("MIDTUNE_DEBUG", "") not in ("", "0")
     hold_streams()
     quieten_libraries(debug)
-    started = time.time()
     trace = ""
     try:
         code = app(arguments, prog_name="midtune", standalone_mode=False) or 0
@@ -627,8 +606,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:  # noqa: BLE001 (a traceback is no message)
         code, said = _failure(error)
         if code == 1 and said:
-            folder = _latest_run(arguments, started)
-            said += f" (the run is in {folder})" if folder else ""
+            said += "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
             said += "" if debug else "; run it again with --debug to see where."
         trace = traceback.format_exc() if debug else ""
     if said:
@@ -650,17 +628,3 @@ def _failure(error: Exception) -> tuple[int, str]:
         named = one_line(str(error.filename))
         return 2, f"{named} cannot be used: {error.strerror}; give another path or mend it."
     return 1, f"unexpected {type(error).__name__}: {one_line(str(error)) or 'no message'}"
-
-
-def _latest_run(arguments: Sequence[str], started: float) -> Path | None:
-    """The run folder that a command begun at `started` was writing to, if there is one."""
-    from midtune.runs import RUNS
-
-    written: dict[Path, float] = {}
-    for path in [*(Path(argument.removeprefix("--out=")) for argument in arguments), *RUNS.glob("*")]:
-        # An argument that is no path, or is too long for one.
-        with contextlib.suppress(OSError, ValueError):
-            written[path] = (path / "config.yaml").stat().st_mtime
-    # A second of grace, for file systems with coarse times.
-    found = [path for path, when in written.items() if when >= started - 1]
-    return max(found, key=written.__getitem__, default=None)

@@ -11,16 +11,16 @@ comment says that one consumer card calls for something smaller.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic.fields import FieldInfo
 
 from midtune.errors import InputError, bounded
 from midtune.published import CARDS, find_card
@@ -38,6 +38,15 @@ MOST_SEED = 2**32 - 1  # NumPy's
 # Of a recipe: characters, and values after `*aliases` have been put in.
 _RECIPE_CHARACTERS, _RECIPE_VALUES = 1_000_000, 20_000
 _UNWRITABLE = re.compile("[\0\ud800-\udfff]")
+
+
+T = TypeVar("T")
+
+
+def described(default: T, description: str, **limits: Any) -> T:
+    """A setting: its default, what the help says of it, and between which limits it lies."""
+    found: T = Field(default, description=description, **limits)
+    return found
 
 
 class Part(BaseModel):
@@ -65,95 +74,88 @@ class Part(BaseModel):
 class ModelConfig(Part):
     """Which model, and how it is held in memory."""
 
-    name: str = Field(BUNDLED_MODEL, description="hub id, folder, GGUF file, or `tiny` / `smollm2-135m`")
-    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
-    quantize: Literal["nf4", "none"] = Field("nf4", description="how frozen linear layers are kept")
-    device: str = Field("auto", description="`auto`, `cpu`, `cuda` or `cuda:N`")
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+    name: str = described(BUNDLED_MODEL, "hub id, folder, GGUF file, or `tiny` / `smollm2-135m`")
+    revision: str | None = described(None, "branch, tag or commit of a hub model")
+    quantize: Literal["nf4", "none"] = described("nf4", "how frozen linear layers are kept")
+    device: str = described("auto", "`auto`, `cpu`, `cuda` or `cuda:N`")
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = described(
         "auto",
-        description="what activations are computed in; `auto`: bf16 on cards, fp16 on those without it, fp32 on CPUs",
+        "what activations are computed in; `auto`: bf16 on cards, fp16 on those without it, fp32 on CPUs",
     )
-    adapter: Literal["full", "lora"] = Field("full", description="train whole blocks, or LoRA on them")
-    lora_rank: int = Field(16, ge=1, le=65_536, description="rank of the LoRA matrices")
-    unpack: Literal["auto", "never"] = Field(
-        "auto", description="dequantize weights once a rollout where half the free memory holds them: faster"
+    adapter: Literal["full", "lora"] = described("full", "train whole blocks, or LoRA on them")
+    lora_rank: int = described(16, "rank of the LoRA matrices", ge=1, le=65_536)
+    unpack: Literal["auto", "never"] = described(
+        "auto", "dequantize weights once a rollout where half the free memory holds them: faster"
     )
-    embeddings: Literal["device", "host"] = Field(
+    embeddings: Literal["device", "host"] = described(
         "device",
-        description="where the input embedding is kept; `host` keeps it in RAM: saves GPU memory, costs one transfer "
-        "per token",
+        "where the input embedding is kept; `host` keeps it in RAM: saves GPU memory, costs one transfer per token",
     )
-    trust_remote_code: bool = Field(False, description="run Python code that a model repository brings")
+    trust_remote_code: bool = described(False, "run Python code that a model repository brings")
 
 
 class TaskConfig(Part):
     """What to learn: prompts, answers and how completions are scored."""
 
-    name: str | None = Field(
+    name: str | None = described(
         None,
-        description="`reasoning-gym:NAME`, `tiny-programs`, `frozen-lake`, `textworld`, `alfworld`, a jsonl, json, "
+        "`reasoning-gym:NAME`, `tiny-programs`, `frozen-lake`, `textworld`, `alfworld`, a jsonl, json, "
         "csv, tsv, parquet or arrow file, a folder of them, a hub dataset (`org/name` or `org/name:CONFIGURATION`), "
         "or a task file in Python",
     )
     args: dict[str, Any] = Field(
         default_factory=dict, description="parameters of a reasoning-gym dataset or a game"
     )
-    reward: list[str] | None = Field(
+    reward: list[str] | None = described(
         None,
-        description=f"`{'`, `'.join(JUDGES)}`, or `path/to/file.py:function`; with others, and with "
+        f"`{'`, `'.join(JUDGES)}`, or `path/to/file.py:function`; with others, and with "
         f"`{'`, `'.join(SHAPING[:-1])}` and `{SHAPING[-1]}`, which shape completions, added up by weights",
     )
-    prompt_column: str | None = Field(
+    prompt_column: str | None = described(
         None,
-        description="column of the data that holds the prompt; default: prompt, question, problem, messages or "
-        "conversations",
+        "column of the data that holds the prompt; default: prompt, question, problem, messages or conversations",
     )
-    answer_column: str | None = Field(
+    answer_column: str | None = described(
         None,
-        description="column of the data that holds the answer, `a.b` for the key b of objects in a; default: answer, "
+        "column of the data that holds the answer, `a.b` for the key b of objects in a; default: answer, "
         "solution, ground_truth or reward_model.ground_truth",
     )
-    eval_file: str | None = Field(None, description="a file with the held-out problems")
-    bad_rows: Literal["stop", "drop"] = Field(
-        "stop", description="refuse rows that cannot be used, or leave them out"
+    eval_file: str | None = described(None, "a file with the held-out problems")
+    bad_rows: Literal["stop", "drop"] = described(
+        "stop", "refuse rows that cannot be used, or leave them out"
     )
-    last_turn: Literal["stop", "cut"] = Field(
-        "stop",
-        description="of a conversation that ends in the assistant's answer: refuse it, or leave that turn out",
+    last_turn: Literal["stop", "cut"] = described(
+        "stop", "of a conversation that ends in the assistant's answer: refuse it, or leave that turn out"
     )
-    max_prompt_tokens: int | None = Field(
-        None, ge=1, le=MOST_TOKENS, description="longest prompt; longer ones are bad rows; default: any"
+    max_prompt_tokens: int | None = described(
+        None, "longest prompt; longer ones are bad rows; default: any", ge=1, le=MOST_TOKENS
     )
-    template: Literal["none", "boxed", "r1", "question"] = Field(
+    template: Literal["none", "boxed", "r1", "question"] = described(
         "none",
-        description="how the question is put: step by step with a boxed answer, with <think> and <answer>, or as "
+        "how the question is put: step by step with a boxed answer, with <think> and <answer>, or as "
         "`Question: … Answer:`",
     )
-    prompt_format: Literal["chat", "plain"] = Field(
-        "chat", description="the model's chat template, or plain text that the model continues"
+    prompt_format: Literal["chat", "plain"] = described(
+        "chat", "the model's chat template, or plain text that the model continues"
     )
-    system_prompt: str | None = Field(None, description="system message put before every prompt")
-    actions: Literal["text", "tools"] = Field(
-        "text",
-        description="in turns, a model acts by what it writes, or by calls of an environment's methods",
+    system_prompt: str | None = described(None, "system message put before every prompt")
+    actions: Literal["text", "tools"] = described(
+        "text", "in turns, a model acts by what it writes, or by calls of an environment's methods"
     )
-    max_turns: int | None = Field(
+    max_turns: int | None = described(
         None,
+        "actions after which an episode ends, where the task is played in turns; default: 10, of alfworld 50",
         ge=1,
         le=MOST_COMPLETIONS,
-        description="actions after which an episode ends, where the task is played in turns; default: 10, of alfworld "
-        "50",
     )
-    turn_tokens: int | None = Field(
+    turn_tokens: int | None = described(
         None,
+        "most tokens of an action; default: what the episode has left of training.max_new_tokens",
         ge=1,
         le=MOST_TOKENS,
-        description="most tokens of an action; default: what the episode has left of training.max_new_tokens",
     )
-    train_size: int = Field(4000, ge=1, le=MOST_PROBLEMS, description="most training problems to keep")
-    eval_size: int = Field(
-        300, ge=2, le=MOST_PROBLEMS, description="held-out problems, never shared with training"
-    )
+    train_size: int = described(4000, "most training problems to keep", ge=1, le=MOST_PROBLEMS)
+    eval_size: int = described(300, "held-out problems, never shared with training", ge=2, le=MOST_PROBLEMS)
 
     @field_validator("reward", mode="before")
     @classmethod
@@ -164,106 +166,88 @@ class TaskConfig(Part):
 class SandboxConfig(Part):
     """What a program that the model wrote may take, where the reward runs it."""
 
-    cpu_s: int = Field(3, ge=1, le=86_400, description="CPU seconds of each process")
-    wall_s: float = Field(
-        10.0, gt=0, le=86_400, description="seconds until a program, or all tests of its functions, end"
+    cpu_s: int = described(3, "CPU seconds of each process", ge=1, le=86_400)
+    wall_s: float = described(
+        10.0, "seconds until a program, or all tests of its functions, end", gt=0, le=86_400
     )
-    memory_mib: int = Field(256, ge=64, le=1_048_576, description="address space of each process")
-    processes: int = Field(4, ge=1, le=1024, description="processes and threads")
-    workers: int | None = Field(None, ge=1, le=1024, description="programs at a time; default: one per CPU")
-    allow_weak: bool = Field(False, description="run programs without isolation where bubblewrap is missing")
+    memory_mib: int = described(256, "address space of each process", ge=64, le=1_048_576)
+    processes: int = described(4, "processes and threads", ge=1, le=1024)
+    workers: int | None = described(None, "programs at a time; default: one per CPU", ge=1, le=1024)
+    allow_weak: bool = described(False, "run programs without isolation where bubblewrap is missing")
 
 
 class BlocksConfig(Part):
     """Which blocks to train."""
 
-    layers: str | None = Field(None, description="`14`, `10-12`, `3,7`, or `middle`")
-    top_k: int = Field(1, ge=1, le=1000, description="how many blocks to train")
-    select: Literal["best", "middle", "worst", "boost"] = Field(
-        "best",
-        description="of a ranking the best, or as a control the worst; the middle; or all blocks, the best faster",
+    layers: str | None = described(None, "`14`, `10-12`, `3,7`, or `middle`")
+    top_k: int = described(1, "how many blocks to train", ge=1, le=1000)
+    select: Literal["best", "middle", "worst", "boost"] = described(
+        "best", "of a ranking the best, or as a control the worst; the middle; or all blocks, the best faster"
     )
-    boost: float = Field(
-        2.0,
-        gt=0,
-        le=1000,
-        description="by `boost`: how many times the learning rate of the others the best blocks get",
+    boost: float = described(
+        2.0, "by `boost`: how many times the learning rate of the others the best blocks get", gt=0, le=1000
     )
-    probe: Path | None = Field(None, description="a probe.json whose ranking chooses the blocks")
+    probe: Path | None = described(None, "a probe.json whose ranking chooses the blocks")
 
 
 class TrainingConfig(Part):
     """The reinforcement learning itself."""
 
-    algorithm: Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "gspo", "rloo", "gigpo"] = Field(
-        "grpo",
-        description="how advantages and the loss are formed; `gigpo` is for tasks that are played in turns",
+    algorithm: Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "gspo", "rloo", "gigpo"] = described(
+        "grpo", "how advantages and the loss are formed; `gigpo` is for tasks that are played in turns"
     )
-    gigpo_omega: float = Field(1.0, ge=0, le=1000, description="weight of GiGPO's turn-level advantages")
-    gigpo_scale: bool = Field(
-        True, description="divide GiGPO's differences from the mean by standard deviations"
-    )
-    gigpo_gamma: float = Field(0.95, gt=0, le=1, description="GiGPO's discount of later rewards")
-    steps: int = Field(100, ge=1, le=MOST_STEPS, description="optimizer steps")
-    lr: float = Field(5e-6, gt=0, le=10, description="learning rate")
+    gigpo_omega: float = described(1.0, "weight of GiGPO's turn-level advantages", ge=0, le=1000)
+    gigpo_scale: bool = described(True, "divide GiGPO's differences from the mean by standard deviations")
+    gigpo_gamma: float = described(0.95, "GiGPO's discount of later rewards", gt=0, le=1)
+    steps: int = described(100, "optimizer steps", ge=1, le=MOST_STEPS)
+    lr: float = described(5e-6, "learning rate", gt=0, le=10)
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = Field(0, ge=0, le=MOST_STEPS, description="steps over which the learning rate rises")
+    warmup_steps: int = described(0, "steps over which the learning rate rises", ge=0, le=MOST_STEPS)
     weight_decay: float = Field(0.0, ge=0, le=10)
     max_grad_norm: float = Field(1.0, gt=0, le=1e9)
-    beta: float = Field(0.001, ge=0, le=1000, description="weight of the KL term against the original blocks")
-    epsilon: float | None = Field(
-        None,
-        gt=0,
-        le=1000,
-        description="clip range of the probability ratio; default: the algorithm's own (GRPO 0.2)",
+    beta: float = described(0.001, "weight of the KL term against the original blocks", ge=0, le=1000)
+    epsilon: float | None = described(
+        None, "clip range of the probability ratio; default: the algorithm's own (GRPO 0.2)", gt=0, le=1000
     )
-    prompts_per_step: int = Field(
-        8, ge=1, le=MOST_COMPLETIONS, description="different prompts a step; the study: 128"
+    prompts_per_step: int = described(
+        8, "different prompts a step; the study: 128", ge=1, le=MOST_COMPLETIONS
     )
-    group_size: int = Field(4, le=MOST_COMPLETIONS, description="completions per prompt")
-    max_new_tokens: int = Field(512, ge=1, le=MOST_TOKENS, description="longest completion; the study: 3,072")
-    temperature: float = Field(1.0, gt=0, le=100, description="sampling temperature of training")
+    group_size: int = described(4, "completions per prompt", le=MOST_COMPLETIONS)
+    max_new_tokens: int = described(512, "longest completion; the study: 3,072", ge=1, le=MOST_TOKENS)
+    temperature: float = described(1.0, "sampling temperature of training", gt=0, le=100)
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0, le=MOST_TOKENS, description="sample among the k most likely tokens; 0: all")
-    min_p: float = Field(
-        0.0, ge=0, le=1, description="leave out tokens below this share of the likeliest one's probability"
+    top_k: int = described(0, "sample among the k most likely tokens; 0: all", ge=0, le=MOST_TOKENS)
+    min_p: float = described(
+        0.0, "leave out tokens below this share of the likeliest one's probability", ge=0, le=1
     )
     stop_strings: list[Annotated[str, Field(min_length=1)]] = Field(
         default_factory=list, description="texts that end a completion"
     )
-    optimizer: Literal["adamw", "adamw_8bit"] = Field(
-        "adamw", description="AdamW, or bitsandbytes' with 8-bit states: a quarter of their memory"
+    optimizer: Literal["adamw", "adamw_8bit"] = described(
+        "adamw", "AdamW, or bitsandbytes' with 8-bit states: a quarter of their memory"
     )
-    gradients: Literal["fp32", "bf16"] = Field(
-        "fp32",
-        description="of the trained blocks, from one micro-batch to the next: bf16 takes half the memory",
+    gradients: Literal["fp32", "bf16"] = described(
+        "fp32", "of the trained blocks, from one micro-batch to the next: bf16 takes half the memory"
     )
-    recompute: bool = Field(
-        False, description="hold no activations in the update but compute them again: less memory, slower"
+    recompute: bool = described(
+        False, "hold no activations in the update but compute them again: less memory, slower"
     )
-    sampled_prompts: int = Field(
+    sampled_prompts: int = described(
         0,
+        "most prompts whose completions are sampled together: less memory, slower; 0: all",
         ge=0,
         le=MOST_COMPLETIONS,
-        description="most prompts whose completions are sampled together: less memory, slower; 0: all",
     )
-    vllm: str | None = Field(None, description="address of a vLLM server that samples in training")
-    fit: str | None = Field(
-        None, description="memory to stay within, such as 24GB: the fastest settings that fit are chosen"
+    vllm: str | None = described(None, "address of a vLLM server that samples in training")
+    fit: str | None = described(
+        None, "memory to stay within, such as 24GB: the fastest settings that fit are chosen"
     )
-    micro_batch_tokens: int = Field(
-        16384, ge=1, le=100 * MOST_TOKENS, description="most tokens in one backward pass"
+    micro_batch_tokens: int = described(16384, "most tokens in one backward pass", ge=1, le=100 * MOST_TOKENS)
+    checkpoint_every: int = described(50, "steps between checkpoints", ge=1, le=MOST_STEPS)
+    stop_after_equal_rewards: int = described(
+        10, "stop when no group had unequal rewards for this many first steps; 0: never", ge=0, le=MOST_STEPS
     )
-    checkpoint_every: int = Field(50, ge=1, le=MOST_STEPS, description="steps between checkpoints")
-    stop_after_equal_rewards: int = Field(
-        10,
-        ge=0,
-        le=MOST_STEPS,
-        description="stop when no group had unequal rewards for this many first steps; 0: never",
-    )
-    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = Field(
-        "none", description="also log to a tracker"
-    )
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = described("none", "also log to a tracker")
 
     @field_validator("fit")
     @classmethod
@@ -278,16 +262,15 @@ class TrainingConfig(Part):
 class EvaluationConfig(Part):
     """Scoring on held-out problems, before and after."""
 
-    samples: int = Field(
-        4, ge=0, le=MOST_COMPLETIONS, description="completions per problem at the training temperature"
+    samples: int = described(
+        4, "completions per problem at the training temperature", ge=0, le=MOST_COMPLETIONS
     )
-    k: list[Annotated[int, Field(ge=1, le=MOST_COMPLETIONS)]] | None = Field(
-        None,
-        description="values of k for which `midtune eval` gives pass@k, such as `1,4`; at most `samples`",
+    k: list[Annotated[int, Field(ge=1, le=MOST_COMPLETIONS)]] | None = described(
+        None, "values of k for which `midtune eval` gives pass@k, such as `1,4`; at most `samples`"
     )
-    deployed: bool = Field(True, description="also score on the unquantized model")
-    baseline: Literal["measured", "estimated"] = Field(
-        "estimated", description="full training's time and memory: run it for 2 steps, or estimate"
+    deployed: bool = described(True, "also score on the unquantized model")
+    baseline: Literal["measured", "estimated"] = described(
+        "estimated", "full training's time and memory: run it for 2 steps, or estimate"
     )
 
     @field_validator("k", mode="before")
@@ -305,15 +288,14 @@ RETIRED = {"objective": "gain", "prompts": 64}
 class ProbeConfig(Part):
     """Ranking blocks."""
 
-    method: Literal["race", "sweep"] = Field(
-        "race",
-        description="short runs raced against each other, or whole runs of every block and of all blocks",
+    method: Literal["race", "sweep"] = described(
+        "race", "short runs raced against each other, or whole runs of every block and of all blocks"
     )
-    budget: str = Field("20m", description="what a race may take: `90s`, `20m`, `2h` or `400 steps`")
-    layers: str | None = Field(None, description="blocks to rank; default: all of them")
-    seeds: int = Field(1, ge=1, le=1000, description="runs of each block in a sweep")
-    full_lr: float | None = Field(
-        None, gt=0, le=10, description="learning rate of a sweep's full training; default: that of the blocks"
+    budget: str = described("20m", "what a race may take: `90s`, `20m`, `2h` or `400 steps`")
+    layers: str | None = described(None, "blocks to rank; default: all of them")
+    seeds: int = described(1, "runs of each block in a sweep", ge=1, le=1000)
+    full_lr: float | None = described(
+        None, "learning rate of a sweep's full training; default: that of the blocks", gt=0, le=10
     )
 
     @model_validator(mode="before")
@@ -340,7 +322,7 @@ class RunConfig(Part):
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     probe: ProbeConfig = Field(default_factory=ProbeConfig)
-    seed: int = Field(0, ge=0, le=MOST_SEED, description="fixes problems, split, sampling and data order")
+    seed: int = described(0, "fixes problems, split, sampling and data order", ge=0, le=MOST_SEED)
 
 
 @dataclass(frozen=True)
@@ -359,36 +341,23 @@ class Setting:
     choices: tuple[str, ...]
     kind: Any
 
-    @property
-    def is_text(self) -> bool:
-        """Whether it holds text, so that a value is not read as a number."""
-        return self.kind in (str, Path)
 
-
-def _fields(part: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+def _settings(part: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Setting]]:
     for name, field in part.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            yield from _fields(inner, f"{prefix}{name}.")
-        else:
-            yield prefix + name, field
+        kind: Any = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from _settings(kind, f"{prefix}{name}.")
+            continue
+        choices = get_args(kind) if get_origin(kind) is Literal else ()
+        if isinstance(kind, UnionType):
+            (kind,) = (one for one in get_args(kind) if one is not NoneType)
+        default = field.get_default(call_default_factory=True)
+        yield prefix + name, Setting(field.description or "", default, choices, str if choices else kind)
 
 
-_FIELDS = dict(_fields(RunConfig))
-KEYS = tuple(_FIELDS)
-
-
-def setting(key: str) -> Setting | None:
-    """What a dotted key such as `training.lr` means, or None where there is no such key."""
-    field = _FIELDS.get(key)
-    if field is None:
-        return None
-    kind = field.annotation
-    choices = get_args(kind) if get_origin(kind) is Literal else ()
-    if isinstance(kind, UnionType):
-        (kind,) = (one for one in get_args(kind) if one is not NoneType)
-    default = field.get_default(call_default_factory=True)
-    return Setting(field.description or "", default, choices, str if choices else kind)
+# By dotted key, such as `training.lr`.
+SETTINGS = dict(_settings(RunConfig))
+KEYS = tuple(SETTINGS)
 
 
 def load_config(recipe: Path | None, overrides: Mapping[str, Any]) -> RunConfig:
@@ -408,10 +377,9 @@ def load_config(recipe: Path | None, overrides: Mapping[str, Any]) -> RunConfig:
     model = overrides.get("model.name", _get(data, "model.name") or BUNDLED_MODEL)
     if model == BUNDLED_MODEL and _get(data, "task.name") is None:
         data = _merge(_read_recipe(BUNDLED_RECIPE), data)
-    if overrides.get("task.name", _get(data, "task.name")) != _get(data, "task.name"):
-        task = data.get("task")
-        if isinstance(task, dict):
-            data["task"] = {key: value for key, value in task.items() if key != "args"}
+    task = data.get("task")
+    if isinstance(task, dict) and overrides.get("task.name", task.get("name")) != task.get("name"):
+        data["task"] = {key: value for key, value in task.items() if key != "args"}
     for key, value in overrides.items():
         _put(data, key, value)
     try:
@@ -451,10 +419,10 @@ def parse_budget(text: str) -> tuple[float, Literal["seconds", "steps"]]:
         raise ValueError(
             "must be a time such as `90s`, `20m` or `2h`, or a number of steps such as `400 steps`"
         )
-    seconds = {"s": 1, "m": 60, "h": 3600}
     if amount > MOST_STEPS:
         raise ValueError(f"must be at most {MOST_STEPS:,} of its unit")
-    return (amount * seconds[match[2]], "seconds") if match[2] in seconds else (amount, "steps")
+    seconds = {"s": 1, "m": 60, "h": 3600}.get(match[2])
+    return (amount, "steps") if seconds is None else (amount * seconds, "seconds")
 
 
 def require_task(config: RunConfig) -> str:
@@ -485,8 +453,8 @@ def parse_assignment(text: str, option: str = "--set part.key=value") -> tuple[s
     key = key.strip()
     if not sign or not key:
         raise InputError(f"`{option.split()[0]} {text}` sets nothing; write it as `{option}`.")
-    known = setting(key)
-    as_text = known is not None and known.is_text and value.strip() not in ("", "null", "~")
+    known = SETTINGS.get(key)
+    as_text = known is not None and known.kind in (str, Path) and value.strip() not in ("", "null", "~")
     return key, value.strip() if as_text else parse_value(value)
 
 
@@ -498,11 +466,9 @@ def parse_value(text: str) -> Any:
         value = _load_yaml(text)
     except yaml.YAMLError:
         return text
-    if isinstance(value, str):
-        try:
-            return float(value) if math.isfinite(float(value)) else value
-        except ValueError:
-            return value
+    with contextlib.suppress(ValueError):
+        if isinstance(value, str) and math.isfinite(float(value)):
+            return float(value)
     return value
 
 
@@ -534,11 +500,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
 
 
 def _load_yaml(text: str) -> Any:
-    """What a YAML text says.
-
-    Raises:
-        yaml.YAMLError: it is not valid, nests too deep, or its aliases stand for too much.
-    """
+    """What a YAML text says; a YAMLError where it is not valid, nests too deep, or its aliases stand for too much."""
     import yaml
 
     if len(text) > _RECIPE_CHARACTERS:
@@ -587,7 +549,7 @@ def _merge(base: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
 def _put(data: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
     for depth, parent in enumerate(parents, 1):
-        known = setting(".".join(parents[:depth]))
+        known = SETTINGS.get(".".join(parents[:depth]))
         existing = data.get(parent, {})
         if known is not None and get_origin(known.kind) is not dict:
             existing = {}  # a setting of one value is given a key: validation says so
@@ -604,7 +566,7 @@ def _explain(error: ValidationError, recipe: Path | None, overrides: Mapping[str
     typed = recipe is None or any(name == key or name.startswith(f"{key}.") for name in overrides)
     source = "on the command line" if typed else f"in recipe {recipe}"
     value = first["input"]
-    if isinstance(value, dict) and setting(key) is not None and first["type"] != "extra_forbidden":
+    if isinstance(value, dict) and key in SETTINGS and first["type"] != "extra_forbidden":
         inner = f"{key}.{next(iter(value), '')}"
         return f"unknown key `{inner}` {source}; `{key}` is one value and has no keys of its own."
     if first["type"] == "extra_forbidden":
@@ -625,11 +587,8 @@ def _nearest(key: str) -> str:
 
     key = key[:100]  # what is longer is near to nothing, and takes long to compare
     parts = [*dict.fromkeys(k.split(".")[0] for k in KEYS), *KEYS]
-    last = key.rsplit(".", 1)[-1]
-    by_last = {k.rsplit(".", 1)[-1]: k for k in reversed(KEYS)}
-    if last in by_last:
-        return by_last[last]
-    close = difflib.get_close_matches(key, parts, n=1, cutoff=0.6)
-    if close:
+    last = key.rpartition(".")[2]
+    by_last = {k.rpartition(".")[2]: k for k in reversed(KEYS)}
+    if last not in by_last and (close := difflib.get_close_matches(key, parts, n=1)):
         return close[0]
     return by_last[difflib.get_close_matches(last, list(by_last), n=1, cutoff=0.0)[0]]

@@ -41,9 +41,14 @@ def bounded(text: str, most: int = MOST_CHARACTERS) -> str:
     return text if len(text) <= most else f"{text[:most]}… ({len(text) - most:,} characters left out)"
 
 
+def one_line(text: str, most: int = 400) -> str:
+    """Text for a message of one line."""
+    return bounded(" ".join(text.split()), most)
+
+
 def reason(error: BaseException) -> str:
     """What an error says, on one line of bounded length; its kind where it says nothing."""
-    return bounded(" ".join(str(error).split()), 200).rstrip(".") or type(error).__name__
+    return one_line(str(error), 200).rstrip(".") or type(error).__name__
 
 
 class MidtuneError(Exception):

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from midtune.errors import bounded, plain
+from midtune.errors import plain
 
 
 def hold_streams() -> None:
@@ -44,11 +44,6 @@ def say(text: str) -> None:
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.write(plain(text))
     is_read(sys.stderr)
-
-
-def one_line(text: str) -> str:
-    """Text for a message of one line."""
-    return " ".join(bounded(text, 400).split())
 
 
 def quieten_libraries(debug: bool) -> None:

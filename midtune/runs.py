@@ -8,10 +8,11 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from midtune.whole import (
     nearest_existing,
     remove_leftovers,
     require_space,
+    why_not_written,
     write_bytes,
 )
 
@@ -102,8 +104,7 @@ class RunFolder:
         if run.path.exists() and not run.path.is_dir():
             raise InputError(f"{run} is a file, but a run needs a folder; choose another name with --out.")
         parent = nearest_existing(run.path)
-        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-            why = "may not be written to" if parent.is_dir() else "is a file"
+        if why := why_not_written(parent):
             raise InputError(
                 f"{run} cannot be made because {parent} {why}; choose another folder with --out."
             )
@@ -126,6 +127,23 @@ class RunFolder:
             raise InputError(
                 f"config.yaml in {run} is not what the run wrote; restore it, or give other settings to a new run "
                 "with --recipe."
+            )
+        return run
+
+    @classmethod
+    def resumed(cls, path: Path, command: str) -> RunFolder:
+        """The folder of a run that `midtune COMMAND` goes on with.
+
+        Raises:
+            InputError: as `open`, or another command made it.
+        """
+        run = cls.open(path)
+        is_training = any(file.exists() for file in (run.start, run.metrics, run.checkpoints))
+        maker = "train" if is_training else "probe"
+        if maker != command:
+            raise InputError(
+                f"{run} was made by `midtune {maker}`, not by `midtune {command}`; go on with "
+                f"`midtune {maker} --resume {run}`."
             )
         return run
 
@@ -202,19 +220,20 @@ class RunFolder:
         names = {path.name for path in self.path.iterdir() if not re.fullmatch(r"\..*\.tmp", path.name)}
         return bool(names - BEFORE_CONFIG)
 
-    @property
-    def is_training(self) -> bool:
-        """Whether `midtune train` made the folder, not `midtune probe`."""
-        return any(path.exists() for path in (self.start, self.metrics, self.checkpoints))
-
     def write_text(self, path: Path, text: str) -> None:
         """Put `text` into a file of this run, as `write_bytes` does."""
         self.make()
         write_bytes(path, text.encode("utf-8", "replace"))
 
-    def write_config(self, text: str) -> None:
-        """Write config.yaml, with which a run can be gone on with; `open` sees whether it is damaged."""
-        self.write_text(self.config, f"# digest {digest(text)}\n{text}")
+    def begin(self, config: str, device: str, seed: int) -> None:
+        """Write environment.json and config.yaml, from which on there is something to resume.
+
+        Args:
+            config: the settings as YAML; `open` sees whether they are damaged.
+            device, seed: see `describe_environment`.
+        """
+        self.write_json(self.environment, describe_environment(device, seed))
+        self.write_text(self.config, f"# digest {digest(config)}\n{config}")
 
     def write_json(self, path: Path, data: Mapping[str, Any]) -> None:
         """Put `data` and its digest into a file of this run; infinities and NaN become null."""
@@ -247,11 +266,13 @@ class RunFolder:
         """The lines of metrics.jsonl, one a step; none where no step has been done.
 
         Raises:
-            ValueError: a line is damaged.
+            InputError: a line is damaged.
         """
-        if not self.metrics.is_file():
-            return []
-        return [unsealed(line) for line in self.metrics.read_bytes().split(b"\n") if line]
+        lines = read_jsonl(self.metrics)
+        whole = [data for _, data in lines if data is not None]
+        if len(whole) < len(lines):
+            raise InputError(f"metrics.jsonl in {self} is damaged; remove it, and the page has no curves.")
+        return whole
 
     def latest_checkpoint(self, on_message: Callable[[str], None] | None = None) -> Path | None:
         """The whole checkpoint of the highest step, or None where there is no checkpoint.
@@ -283,12 +304,10 @@ class RunFolder:
             The steps up to `step` that metrics.jsonl does not have.
         """
         for path in (self.metrics, self.samples):
-            if path.is_file():
-                content = path.read_bytes()
-                kept = b"".join(line + b"\n" for line in content.split(b"\n") if _step_of(line) <= step)
-                if kept != content:
-                    self.make()
-                    write_bytes(path, kept)
+            kept = b"".join(line + b"\n" for line, data in read_jsonl(path) if _step_of(data) <= step)
+            if path.is_file() and kept != path.read_bytes():
+                self.make()
+                write_bytes(path, kept)
         known = {line["step"] for line in self.read_metrics()}
         return [number for number in range(1, step + 1) if number not in known]
 
@@ -325,6 +344,17 @@ def unsealed(content: bytes) -> dict[str, Any]:
     return data
 
 
+def read_jsonl(path: Path) -> list[tuple[bytes, dict[str, Any] | None]]:
+    """The lines of a file that `append_jsonl` wrote, if there is one, and what each holds; None: it is damaged."""
+    found: list[tuple[bytes, dict[str, Any] | None]] = []
+    for line in filter(None, path.read_bytes().split(b"\n") if path.is_file() else []):
+        try:
+            found.append((line, unsealed(line)))
+        except ValueError:
+            found.append((line, None))
+    return found
+
+
 def _dumps(data: Mapping[str, Any], indent: int | None = None) -> str:
     return json.dumps(data, indent=indent, ensure_ascii=False, allow_nan=False)
 
@@ -351,20 +381,23 @@ def _bare(name: str) -> str:
 
 def describe_environment(device: str, seed: int) -> dict[str, Any]:
     """What environment.json holds; `device` is such as `cuda:0 in bfloat16`. Never fails."""
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in REPORTED_PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
     return {
-        "versions": versions,
+        "versions": installed(REPORTED_PACKAGES),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
         "device": device,
         "seed": seed,
         "git_commit": _git_commit(),
     }
+
+
+def installed(packages: Sequence[str]) -> dict[str, str | None]:
+    """The versions of Python and of packages, None for one that is missing."""
+    versions: dict[str, str | None] = {"python": platform.python_version(), **dict.fromkeys(packages)}
+    for package in packages:
+        with suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
 
 
 def _git_commit() -> str | None:
@@ -379,11 +412,8 @@ def _git_commit() -> str | None:
 
 def _free_name(stem: str) -> Path:
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.") or "run"
-    path, number = RUNS / name, 1
-    while path.exists():
-        number += 1
-        path = RUNS / f"{name}-{number}"
-    return path
+    paths = (RUNS / (name if number == 1 else f"{name}-{number}") for number in count(1))
+    return next(path for path in paths if not path.exists())
 
 
 def _what_is(path: Path) -> str:
@@ -404,11 +434,9 @@ def _what_is(path: Path) -> str:
     return "it has no config.yaml; give the folder that `midtune train` made"
 
 
-def _step_of(line: bytes) -> float:
-    try:
-        return float(unsealed(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+def _step_of(data: Mapping[str, Any] | None) -> float:
+    step = None if data is None else data.get("step")
+    return step if isinstance(step, int | float) else math.inf
 
 
 def _plain(value: Any) -> Any:

@@ -105,6 +105,25 @@ def require_regular(path: Path) -> None:
         raise InputError(f"{path} {what}, and only files are written; choose another name.")
 
 
+def require_writable(file: Path) -> None:
+    """Check that a file can be written.
+
+    Raises:
+        InputError: it is no regular file, or its folder is missing or may not be written to.
+    """
+    require_regular(file)
+    parent = file.absolute().parent
+    if why := why_not_written(parent):
+        raise InputError(f"{file} cannot be written because {parent} {why}; choose another name.")
+
+
+def why_not_written(folder: Path) -> str | None:
+    """Why nothing can be written to a folder; None if something can."""
+    if not folder.is_dir():
+        return "is a file" if folder.exists() else "is no folder"
+    return None if os.access(folder, os.W_OK | os.X_OK) else "may not be written to"
+
+
 def require_space(folder: Path, need_bytes: int, what: str, otherwise: str) -> None:
     """Check that a disk has room.
 

@@ -19,6 +19,8 @@ from midtune import cli
 from midtune.config import RunConfig, dump_config
 from midtune.errors import InputError, Interrupted, RunStopped
 from midtune.network import HUB_OFFLINE, OFFLINE, hub_is_offline, is_offline
+from midtune.runs import RunFolder
+from midtune.stages.at_work import at_work
 
 HEAVY = {
     "torch",
@@ -467,8 +469,8 @@ def test_ctrl_c(run: Run, stage: Stage) -> None:
 
 def test_a_bug_is_one_line_and_says_where_the_run_is(run: Run, stage: Stage) -> None:
     def fail(config: RunConfig, **_: Any) -> dict[str, Any]:
-        make_run(Path("runs/tiny"))
-        raise RuntimeError("shapes\ndo not match")
+        with at_work(RunFolder.open(make_run(Path("runs/tiny"))), "train"):
+            raise RuntimeError("shapes\ndo not match")
 
     stage("train", fail)
     line = one_error(run("train"), 1)

@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from midtune.config import (
+    SETTINGS,
     RunConfig,
     dump_config,
     load_config,
     parse_assignment,
     parse_value,
     require_task,
-    setting,
 )
 from midtune.errors import InputError
 
@@ -159,14 +159,14 @@ def test_numbers_as_people_write_them() -> None:
 
 
 def test_settings_come_from_the_fields() -> None:
-    algorithm = setting("training.algorithm")
-    assert algorithm is not None and algorithm.choices[:2] == ("grpo", "dr_grpo") and algorithm.is_text
-    steps = setting("training.steps")
-    assert steps is not None and steps.default == 100 and not steps.is_text
-    assert setting("training") is None
-    assert setting("training.nothing") is None
-    assert setting("training.lr.more") is None
-    assert setting("task.args.min_terms") is None
+    algorithm = SETTINGS.get("training.algorithm")
+    assert algorithm is not None and algorithm.choices[:2] == ("grpo", "dr_grpo") and algorithm.kind is str
+    steps = SETTINGS.get("training.steps")
+    assert steps is not None and steps.default == 100 and steps.kind is int
+    assert SETTINGS.get("training") is None
+    assert SETTINGS.get("training.nothing") is None
+    assert SETTINGS.get("training.lr.more") is None
+    assert SETTINGS.get("task.args.min_terms") is None
 
 
 @given(

@@ -4,7 +4,18 @@ import errno
 
 import pytest
 
-from midtune.errors import WHY, InputError, RunStopped, bounded, escaped, explained, lack_of, plain, reason
+from midtune.errors import (
+    WHY,
+    InputError,
+    RunStopped,
+    bounded,
+    escaped,
+    explained,
+    lack_of,
+    one_line,
+    plain,
+    reason,
+)
 
 
 def test_text_of_others_is_shown_without_what_a_terminal_obeys() -> None:
@@ -42,3 +53,8 @@ def test_what_a_machine_lacks() -> None:
     assert lack_of(full) == "the disk is full (/runs); make room"
     assert lack_of(MemoryError()) == "memory ran out; make room"
     assert lack_of(ValueError("x")) is None
+
+
+def test_a_message_is_one_line_with_an_end() -> None:
+    assert one_line("shapes\n  do not match ") == "shapes do not match"
+    assert one_line("x" * 500) == "x" * 400 + "… (100 characters left out)"

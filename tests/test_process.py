@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 
 import midtune
-from midtune.process import fast_imports, is_read, one_line, quieten_libraries, say
+from midtune.process import fast_imports, is_read, quieten_libraries, say
 
 
 def test_a_stream_that_nobody_reads_takes_no_more_text_and_raises_nothing() -> None:
@@ -34,11 +34,6 @@ def test_what_is_said_has_no_controls(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stream.getvalue() == "ab\n"
     stream.close()
     say("nobody hears it")
-
-
-def test_a_message_is_one_line_with_an_end() -> None:
-    assert one_line("shapes\n  do not match ") == "shapes do not match"
-    assert one_line("x" * 500) == "x" * 400 + "… (100 characters left out)"
 
 
 @pytest.mark.parametrize(("debug", "verbosity"), [(False, "error"), (True, None)])

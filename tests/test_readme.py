@@ -18,7 +18,7 @@ import typer.main
 from packaging.requirements import Requirement
 
 from midtune import cli, stages
-from midtune.config import BUNDLED_MODEL, RunConfig, TaskConfig, dump_config, load_config, setting
+from midtune.config import BUNDLED_MODEL, SETTINGS, RunConfig, TaskConfig, dump_config, load_config
 from midtune.runs import RunFolder
 from midtune.tasks import check_reward, load_task
 from midtune.tasks.sources.hub_dataset import is_dataset
@@ -110,7 +110,7 @@ class Reader:
                 self._try_task(config)
         elif any(config.model.name != BUNDLED_MODEL for config in configs):
             if out is not None and words[1] == "train":
-                RunFolder.create(out, "").write_config(dump_config(configs[0]))
+                RunFolder.create(out, "").begin(dump_config(configs[0]), "cpu", 0)
         elif out is not None and work in self._made:
             shutil.copytree(self._made[work], out)
         else:
@@ -219,7 +219,7 @@ def test_options_and_settings_exist(page: str) -> None:
     parts = "|".join(RunConfig.model_fields)
     for key in re.findall(rf"(?:`|--set )((?:{parts})\.\w+)(?!\.\w)", PAGES[page]):
         if not key.endswith((".json", ".yaml")):
-            assert setting(key) is not None, key
+            assert key in SETTINGS, key
 
 
 def anchors(text: str) -> set[str]:

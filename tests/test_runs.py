@@ -168,7 +168,7 @@ def test_a_damaged_line_of_metrics_goes_and_is_told(here: Path) -> None:
     for step in (1, 2, 3):
         run.append_jsonl(run.metrics, {"step": step, "loss": 0.25})
     run.metrics.write_text(run.metrics.read_text().replace("0.25", "0.75", 1))
-    with pytest.raises(ValueError, match="not what was written"):
+    with pytest.raises(InputError, match="metrics.jsonl in run is damaged"):
         run.read_metrics()
     assert run.truncate_metrics(3) == [1]
     assert [line["step"] for line in run.read_metrics()] == [2, 3]
@@ -177,7 +177,7 @@ def test_a_damaged_line_of_metrics_goes_and_is_told(here: Path) -> None:
 @pytest.mark.parametrize("damage", ["seed: 1\n", "", "se"])
 def test_a_config_that_is_not_what_the_run_wrote_is_refused(here: Path, damage: str) -> None:
     run = RunFolder.create(Path("run"), "x")
-    run.write_config("seed: 0\n")
+    run.begin("seed: 0\n", "cpu", 0)
     assert RunFolder.open(Path("run")) == run
     run.config.write_text(run.config.read_text().replace("seed: 0\n", damage))
     with pytest.raises(InputError, match="config.yaml in run is not what the run wrote; restore it"):
@@ -232,7 +232,7 @@ def test_a_folder_is_worked_in_by_one_process_and_free_when_it_dies(here: Path) 
 def test_a_folder_that_vanishes_is_not_made_again(here: Path) -> None:
     run = RunFolder.create(Path("run"), "x")
     with run.locked():
-        run.write_config("seed: 0\n")
+        run.begin("seed: 0\n", "cpu", 0)
         shutil.rmtree(run.path)
         with pytest.raises(RunStopped, match="run was removed while it was worked in"):
             run.append_jsonl(run.metrics, {"step": 1})
@@ -250,7 +250,7 @@ def test_a_run_killed_at_its_very_beginning_leaves_its_name_free(here: Path) -> 
         (here / "run" / name).touch()
     run = RunFolder.create(Path("run"), "x")
     with run.locked():
-        run.write_config("seed: 0\n")
+        run.begin("seed: 0\n", "cpu", 0)
     assert RunFolder.open(Path("run")).config.is_file()
 
 

@@ -120,6 +120,37 @@ def read_patch(folder: Path) -> Patch:
     return patch
 
 
+def patch_of(target: str) -> Path | None:
+    """The patch folder of a run folder or patch folder; None for anything else.
+
+    Raises:
+        InputError: a run folder without a finished patch.
+    """
+    folder = Path(target)
+    if (folder / DESCRIPTION).is_file():
+        return folder
+    if not (folder / "config.yaml").is_file():
+        return None
+    if not (folder / "patch" / DESCRIPTION).is_file():
+        raise InputError(
+            f"{target} has no trained patch yet; finish it with `midtune train --resume {target}`."
+        )
+    return folder / "patch"
+
+
+def require_patch(target: str) -> Path:
+    """The patch folder of a run folder or patch folder.
+
+    Raises:
+        InputError: it is neither, or has no finished patch.
+    """
+    if (folder := patch_of(target)) is None:
+        raise InputError(
+            f"{target} is neither a run folder nor a patch folder; give a folder that `train` made."
+        )
+    return folder
+
+
 def apply_patch(policy: Policy, folder: Path) -> Patch:
     """Put the trained blocks of `folder` into a policy that holds their base model.
 

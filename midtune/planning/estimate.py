@@ -71,7 +71,7 @@ def estimated(
         found["peak"] = peak(planner.phases(arm, mean))[1]
     except MidtuneError as error:
         # The run is done, and its report has the rest.
-        found["note"] = sentence(str(error).removesuffix("."))
+        found["note"] = sentence(str(error))
     return found
 
 

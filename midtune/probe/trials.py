@@ -27,7 +27,7 @@ from midtune.rl.training import sampling_of, train_blocks
 from midtune.rollout.evaluation import evaluate
 from midtune.rollout.sampling import Sampler
 from midtune.rollout.text import AlikeSampler, FirstRollouts
-from midtune.runs import RunFolder, sealed, unsealed
+from midtune.runs import RunFolder, read_jsonl, sealed
 from midtune.tasks import Row, Task
 
 # With fewer a score says nothing.
@@ -270,11 +270,10 @@ class Trials:
 def _recorded(file: Path) -> tuple[dict[Key, Trial], int]:
     """The trials of a trials.jsonl, and how many lines are damaged, such as a last one that a crash cut short."""
     found, damaged = {}, 0
-    for line in file.read_bytes().split(b"\n") if file.is_file() else []:
-        if line:
-            try:
-                trial = Trial(**unsealed(line))
-                found[trial.key] = trial
-            except (ValueError, TypeError):
-                damaged += 1
+    for _, data in read_jsonl(file):
+        try:
+            trial = Trial(**(data or {}))
+            found[trial.key] = trial
+        except TypeError:
+            damaged += 1
     return found, damaged

@@ -155,12 +155,15 @@ class WorkDisplay:
     Args:
         description: what is being done, such as `scoring before training`.
         total: units of work, or None when nobody knows.
+
+    Attributes:
+        done: units of work that are done.
     """
 
     def __init__(
         self, description: str, total: float | None, console: Console, *, clock: Clock = time.monotonic
     ) -> None:
-        self._description, self._total, self._done, self._tokens = description, total, 0.0, 0
+        self._description, self._total, self.done, self._tokens = description, total, 0.0, 0
         self._console, self._clock, self._began = console, clock, clock()
         self._next_line = self._began + SHORT_WORK_S
         self._live = Live(self, console=console, transient=True, refresh_per_second=4)
@@ -175,7 +178,7 @@ class WorkDisplay:
 
     def __call__(self, amount: float = 1, *, tokens: int = 0) -> None:
         """Show that `amount` more units are done, and `tokens` more tokens made."""
-        self._done += amount
+        self.done += amount
         self._tokens += tokens
         if not self._live.is_started and self._clock() >= self._next_line:
             self._next_line = self._clock() + LINE_EVERY_S
@@ -184,17 +187,17 @@ class WorkDisplay:
     def __rich__(self) -> RenderableType:
         columns = Column(no_wrap=True), Column(ratio=1), Column(no_wrap=True)
         line = Table.grid(*columns, expand=True, padding=(0, 1, 0, 0))
-        bar = ProgressBar(total=self._total, completed=self._done)
+        bar = ProgressBar(total=self._total, completed=self.done)
         line.add_row(Text(self._description), bar, Text(self._text()))
         return line
 
     def _text(self) -> str:
         took = max(self._clock() - self._began, 1e-9)
-        parts = [f"{self._done:,.0f}" + ("" if self._total is None else f"/{self._total:,.0f}")]
+        parts = [f"{self.done:,.0f}" + ("" if self._total is None else f"/{self._total:,.0f}")]
         if self._tokens:
             parts.append(f"{self._tokens / took:,.0f} tokens/s")
-        if self._total is not None and 0 < self._done < self._total:
-            parts.append(f"{whole_seconds_text(took * (self._total - self._done) / self._done)} left")
+        if self._total is not None and 0 < self.done < self._total:
+            parts.append(f"{whole_seconds_text(took * (self._total - self.done) / self.done)} left")
         return ", ".join(parts)
 
 

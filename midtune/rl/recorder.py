@@ -88,7 +88,7 @@ class StepRecorder(TrainerCallback):
         known = [log for log in state.log_history if "reward" in log]
         self._rewards = [log["reward"] for log in known]
         self._equal_groups = [log["frac_reward_zero_std"] for log in known]
-        self._saved = self._now()
+        self._saved = self.meter.clock()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -127,7 +127,7 @@ class StepRecorder(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._saved = self._now()
+        self._saved = self.meter.clock()
 
     def on_log(
         self,

@@ -24,12 +24,10 @@ class Stop:
 
     Attributes:
         asked: it was asked for while `waits`.
-        said: the person who watches knows.
         waits: the first request waits for the end of a step; otherwise, and the second, ends at once.
     """
 
     asked: bool = False
-    said: bool = False
     waits: bool = False
 
     @contextmanager
@@ -65,6 +63,8 @@ def at_work(folder: RunFolder, command: str) -> Iterator[Stop]:
         if isinstance(error, OSError) and folder.is_gone():
             raise RunStopped(f"{folder} was removed while it was worked in; start again.") from error
         if lack is None:
+            if folder.config.is_file():
+                error.add_note(f"the run is in {folder}")
             raise
         then = go_on if folder.config.is_file() else "start again"
         raise RunStopped(f"{folder} could not be finished because {lack}, then {then}.") from error

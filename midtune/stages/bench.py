@@ -18,8 +18,6 @@ from midtune.runs import RunFolder, describe_environment
 from midtune.stages.opening import Opened
 from midtune.stages.subprocess_job import in_own_process
 
-MICRO_BATCH_TOKENS = RunConfig().training.micro_batch_tokens
-
 
 def run(
     config: RunConfig,
@@ -30,7 +28,6 @@ def run(
     new_tokens: int,
     group_size: int,
     steps: int,
-    micro_batch_tokens: int | None,
     profile: bool,
     out: Path | None,
     terminal: Terminal,
@@ -38,10 +35,10 @@ def run(
     """Run the arms one after the other and compare them with the first.
 
     Args:
-        config: names the model, the device and the dtype; `blocks.layers` may name the block.
+        config: names the model, the device and the dtype, and says how many tokens are in one backward pass of any
+            arm; `blocks.layers` may name the block.
         arms: see `midtune.bench.workload.BENCHED`.
         steps: counted steps of each arm, after one that warms up.
-        micro_batch_tokens: most tokens in one backward pass of any arm; None: as in training.
         profile: profile one more step of the first arm.
         out: the folder that gets bench.json.
 
@@ -67,10 +64,10 @@ def run(
     source = Opened(config, terminal).source
     blocks = AutoConfig.from_pretrained(source.folder).get_text_config().num_hidden_layers
     layers = "middle" if config.blocks.layers is None else config.blocks.layers
-    block, *others = parse_layers(layers, blocks)
-    if others:
+    block, *more = parse_layers(layers, blocks)
+    if more:
         raise InputError(
-            f"--layers {layers} names {1 + len(others)} blocks, but the bench trains one; name one."
+            f"--layers {layers} names {1 + len(more)} blocks, but the bench trains one; name one."
         )
     folder = RunFolder.create(out, f"bench-{Path(config.model.name).stem}")
     device = str(resolve_device(config.model.device))
@@ -81,7 +78,7 @@ def run(
         block=block,
         warmup=1,
         steps=steps,
-        micro_batch_tokens=micro_batch_tokens or MICRO_BATCH_TOKENS,
+        micro_batch_tokens=config.training.micro_batch_tokens,
         seed=config.seed,
     )
     result: dict[str, Any] = {

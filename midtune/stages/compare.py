@@ -23,7 +23,7 @@ from midtune.report.depth import depth_of, points, value_name
 from midtune.report.formats import finite
 from midtune.report.plots import rankings_curve
 from midtune.report.terminal import Terminal
-from midtune.stages.report import check_output
+from midtune.whole import require_writable
 
 FEWEST_BLOCKS = 3
 PICTURES = (".svg", ".png", ".pdf")
@@ -61,7 +61,7 @@ def run(files: Sequence[Path], *, top_k: int, out: Path | None, terminal: Termin
                 f"{out} was to be a picture, but its name ends in none of {', '.join(PICTURES)}; "
                 "choose such a name with --out."
             )
-        check_output(out)
+        require_writable(out)
     probes = [read_probe(file) for file in files]
     for file, probe in zip(files, probes, strict=True):
         if probe.get("num_blocks") is None:

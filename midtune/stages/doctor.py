@@ -7,11 +7,11 @@ whether the hub and the package index answer, and nothing else.
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -24,6 +24,7 @@ import requests
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from midtune.config import BUNDLED_MODEL, RunConfig
 from midtune.device import compute_dtype, cuda_devices, dtype_named, resolve_device
 from midtune.measure.cards import card_names
 from midtune.measure.meter import card_of
@@ -32,7 +33,8 @@ from midtune.model.hub import PACKAGE
 from midtune.network import within
 from midtune.report.formats import bytes_text, card_text
 from midtune.report.terminal import Terminal
-from midtune.runs import RUNS
+from midtune.runs import RUNS, installed
+from midtune.whole import nearest_existing
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
 REQUEST_TIMEOUT_S = 3.0
@@ -49,6 +51,8 @@ TRIED_PROMPTS, TRIED_GROUP, TRIED_TOKENS = 4, 4, 32
 # What rounding explains in a product of 128 terms.
 MOST_ERROR = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
 
+Status = Literal["ok", "warning", "problem"]
+
 
 @dataclass(frozen=True)
 class Check:
@@ -59,20 +63,26 @@ class Check:
     """
 
     name: str
-    status: Literal["ok", "warning", "problem"]
+    status: Status
     found: str
     fix: str = ""
 
+    @classmethod
+    def of(cls, name: str, found: str, is_well: bool, fix: str, *, otherwise: Status = "warning") -> Check:
+        """What was found; it needs a fix only where it `is_well` not."""
+        return cls(name, "ok", found) if is_well else cls(name, otherwise, found, fix)
 
-def run(terminal: Terminal, *, device: str = "auto", dtype: str = "auto") -> dict[str, Any]:
+
+def run(config: RunConfig, *, terminal: Terminal) -> dict[str, Any]:
     """Look at everything, and try the bundled model; nothing is changed.
 
     Args:
-        device, dtype: what the model is tried on and computes in, as in a configuration.
+        config: says what the model is tried on, and what it computes in.
 
     Returns:
         `checks`, each with `name`, `status`, `found` and `fix`, and the number of `problems` and `warnings`.
     """
+    how = config.model.device, config.model.dtype
     terminal.message("asking the hub and the package index whether they answer; nothing else is sent")
     with ThreadPoolExecutor() as pool:
         asked = [pool.submit(_tried, name, ask) for name, ask in (("hub", _hub), ("package index", _index))]
@@ -81,17 +91,14 @@ def run(terminal: Terminal, *, device: str = "auto", dtype: str = "auto") -> dic
             *_tried("device", _devices),
             *_tried("memory", _memory),
             *_tried("disk", _disks),
-            *_tried("4-bit", lambda: _four_bit(device, dtype)),
-            *_tried("a step", lambda: _step(device, dtype)),
+            *_tried("4-bit", lambda: _four_bit(*how)),
+            *_tried("a step", lambda: _step(*how)),
             *(check for answer in asked for check in answer.result()),
             *_tried("telemetry", _telemetry),
         ]
-    count = {status: sum(check.status == status for check in checks) for status in ("problem", "warning")}
-    return {
-        "checks": [asdict(check) for check in checks],
-        "problems": count["problem"],
-        "warnings": count["warning"],
-    }
+    count = Counter(check.status for check in checks)
+    found = [asdict(check) for check in checks]
+    return {"checks": found, "problems": count["problem"], "warnings": count["warning"]}
 
 
 def _tried(name: str, look: Callable[[], Iterator[Check]]) -> list[Check]:
@@ -106,27 +113,16 @@ def _tried(name: str, look: Callable[[], Iterator[Check]]) -> list[Check]:
 def _versions() -> Iterator[Check]:
     """Python and the libraries underneath, against the ranges that midtune itself asks for."""
     tested = {asked.name: asked.specifier for asked in map(Requirement, metadata.requires("midtune") or [])}
-    python = SpecifierSet(metadata.metadata("midtune")["Requires-Python"])
-    yield _version("python", platform.python_version(), python, f"use Python {_text(python)}")
-    for package in PACKAGES:
-        try:
-            version = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            version = None
-        wanted = f"{package}{_text(tested[package])}"
-        yield _version(package, version, tested[package], f'pip install "{wanted}"')
-
-
-def _version(name: str, version: str | None, tested: SpecifierSet, fix: str) -> Check:
-    if version is None:
-        return Check(name, "problem", "not installed", fix)
-    if not tested.contains(version, prereleases=True):
-        return Check(name, "problem", f"{version}; midtune is tested with {_text(tested)}", fix)
-    return Check(name, "ok", f"{version}, tested with {_text(tested)}")
-
-
-def _text(versions: SpecifierSet) -> str:
-    return ",".join(sorted(map(str, versions), reverse=True))
+    tested["python"] = SpecifierSet(metadata.metadata("midtune")["Requires-Python"])
+    for name, version in installed(PACKAGES).items():
+        wanted = ",".join(sorted(map(str, tested[name]), reverse=True))
+        is_well = version is not None and tested[name].contains(version, prereleases=True)
+        found = (
+            f"{version}, tested with {wanted}" if is_well else f"{version}; midtune is tested with {wanted}"
+        )
+        fix = f"use Python {wanted}" if name == "python" else f'pip install "{name}{wanted}"'
+        found = "not installed" if version is None else found
+        yield Check.of(name, found, is_well, fix, otherwise="problem")
 
 
 def _devices() -> Iterator[Check]:
@@ -137,14 +133,12 @@ def _devices() -> Iterator[Check]:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         found = f"CPU, {cores} cores"
         if cards := card_names():
-            unused = f"{found}; torch {torch.__version__} cannot use {', '.join(cards)}"
-            yield Check("device", "warning", unused, "install a CUDA build of torch, or a newer driver")
-        else:
-            yield Check("device", "ok", found)
+            found += f"; torch {torch.__version__} cannot use {', '.join(cards)}"
+        yield Check.of("device", found, not cards, "install a CUDA build of torch, or a newer driver")
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         card = card_of(index)
-        fix = "end what else uses the card, or choose another with --device cuda:N" if card.tight else ""
-        yield Check(f"cuda:{index}", "warning" if card.tight else "ok", card_text(card), fix)
+        fix = "end what else uses the card, or choose another with --device cuda:N"
+        yield Check.of(f"cuda:{index}", card_text(card), not card.tight, fix)
 
 
 def _memory() -> Iterator[Check]:
@@ -159,32 +153,22 @@ def _disks() -> Iterator[Check]:
     from huggingface_hub import constants
 
     places = (
-        ("runs", RUNS.absolute(), "choose another disk with --out"),
+        ("runs", RUNS, "choose another disk with --out"),
         ("cache", cache_folder(), "set MIDTUNE_CACHE to another disk"),
         ("hub cache", Path(constants.HF_HUB_CACHE), "set HF_HOME to another disk"),
     )
     for name, folder, fix in places:
-        existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        existing = nearest_existing(folder)
         if not os.access(existing, os.W_OK):
             yield Check(name, "warning", f"{existing} may not be written to", fix)
             continue
         free = shutil.disk_usage(existing).free
-        found = f"{bytes_text(free)} free for {_short(folder)}"
+        found = f"{bytes_text(free)} free for {folder}"
         yield _enough(name, free, found, LEAST_DISK_BYTES, SOME_DISK_BYTES, f"free some, or {fix}")
 
 
 def _enough(name: str, free: float, found: str, least: int, some: int, fix: str) -> Check:
-    if free >= some:
-        return Check(name, "ok", found)
-    return Check(name, "warning" if free >= least else "problem", found, fix)
-
-
-def _short(folder: Path) -> str:
-    """A folder as a person would write it."""
-    for start, sign in ((Path.cwd(), "."), (Path.home(), "~")):
-        if folder.is_relative_to(start):
-            return str(Path(sign) / folder.relative_to(start))
-    return str(folder)
+    return Check.of(name, found, free >= some, fix, otherwise="warning" if free >= least else "problem")
 
 
 def _four_bit(device: str, dtype: str) -> Iterator[Check]:
@@ -198,18 +182,14 @@ def _four_bit(device: str, dtype: str) -> Iterator[Check]:
     error = nf4_error(target, computed)
     name = str(computed).removeprefix("torch.")
     found = f"NF4 on {target} in {name}: largest error {error:.1g}"
-    if error < MOST_ERROR[name]:
-        yield Check("4-bit", "ok", found)
-    else:
-        fix = f"install another bitsandbytes for torch {torch.__version__}, or use --quantize none"
-        yield Check("4-bit", "problem", found, fix)
+    fix = f"install another bitsandbytes for torch {torch.__version__}, or use --quantize none"
+    yield Check.of("4-bit", found, error < MOST_ERROR[name], fix, otherwise="problem")
 
 
 def _step(device: str, dtype: str) -> Iterator[Check]:
     """Whether a block of the bundled model is sampled from and updated, and how fast it is sampled from."""
     import torch
 
-    from midtune.config import BUNDLED_MODEL
     from midtune.model.loading import load_policy
     from midtune.model.sources import resolve
     from midtune.rl.checks import compare_log_probs
@@ -237,37 +217,31 @@ def _step(device: str, dtype: str) -> Iterator[Check]:
     (-log_probs.sum() / rollout.completion_mask.sum()).backward()
     torch.optim.AdamW(trained, lr=1e-3).step()
     found = f"the bundled model on {policy.computes}: {tokens_per_s:,.0f} tokens/s sampled, then updated"
-    whole = all(parameter.isfinite().all() for parameter in trained)
-    if whole and not all(map(torch.equal, before, trained)):
-        yield Check("a step", "ok", found)
-    else:
-        wrong = "with values that are no numbers" if not whole else "without a change"
-        yield Check("a step", "problem", f"{found} {wrong}", "try --set model.dtype=fp32, or --device cpu")
+    wrong = ""
+    if not all(parameter.isfinite().all() for parameter in trained):
+        wrong = " with values that are no numbers"
+    elif all(map(torch.equal, before, trained)):
+        wrong = " without a change"
+    fix = "try --set model.dtype=fp32, or --device cpu"
+    yield Check.of("a step", found + wrong, not wrong, fix, otherwise="problem")
 
 
 def _hub() -> Iterator[Check]:
     from huggingface_hub import constants
 
-    url = constants.ENDPOINT
+    url, fix = constants.ENDPOINT, "folders, `tiny` and models in the hub's cache work"
     if constants.HF_HUB_OFFLINE:
-        found = "not asked, since HF_HUB_OFFLINE is set"
-        yield Check(
-            "hub", "warning", found, "folders, `tiny` and models in the hub's cache work; or unset it"
-        )
+        yield Check("hub", "warning", "not asked, since HF_HUB_OFFLINE is set", f"{fix}; or unset it")
         return
-    fix = "folders, `tiny` and models in the hub's cache work"
     try:
         # The request's own timeout does not cover name resolution.
         answer = within(
             2 * REQUEST_TIMEOUT_S, lambda: requests.head(url, timeout=REQUEST_TIMEOUT_S).status_code
         )
+        said = "answers" if answer < 400 else f"answers with error {answer}"
     except (requests.RequestException, TimeoutError):
-        yield Check("hub", "warning", f"{url} does not answer", fix)
-        return
-    if answer < 400:
-        yield Check("hub", "ok", f"{url} answers")
-    else:
-        yield Check("hub", "warning", f"{url} answers with error {answer}", fix)
+        said = "does not answer"
+    yield Check.of("hub", f"{url} {said}", said == "answers", fix)
 
 
 def _index() -> Iterator[Check]:
@@ -280,18 +254,15 @@ def _index() -> Iterator[Check]:
         reached = done.returncode == 0
     except subprocess.TimeoutExpired:
         reached = False
-    if reached:
-        yield Check("package index", "ok", f"pip finds {name}, a source of smollm2-135m")
-    else:
-        fix = "`smollm2-135m` comes from the hub then; everything that is installed works"
-        yield Check("package index", "warning", f"pip does not find {name}", fix)
+    found = f"pip finds {name}, a source of smollm2-135m" if reached else f"pip does not find {name}"
+    fix = "`smollm2-135m` comes from the hub then; everything that is installed works"
+    yield Check.of("package index", found, reached, fix)
 
 
 def _telemetry() -> Iterator[Check]:
     from huggingface_hub import constants
 
-    if constants.HF_HUB_DISABLE_TELEMETRY:
-        yield Check("telemetry", "ok", "off in the libraries underneath, and midtune has none")
-    else:
-        found = "the libraries underneath report usage, since HF_HUB_DISABLE_TELEMETRY=0"
-        yield Check("telemetry", "warning", found, "unset it, and nothing is sent")
+    off = constants.HF_HUB_DISABLE_TELEMETRY
+    found = "the libraries underneath report usage, since HF_HUB_DISABLE_TELEMETRY=0"
+    found = "off in the libraries underneath, and midtune has none" if off else found
+    yield Check.of("telemetry", found, off, "unset it, and nothing is sent")

@@ -8,13 +8,12 @@ from typing import Any
 from midtune.config import PLANNED_CARD, PLANNED_PROMPT_TOKENS, RunConfig, require_task
 from midtune.errors import InputError
 from midtune.model.configs import config_of
-from midtune.planning.search import Planner, planner_of
+from midtune.planning.search import planner_of
 from midtune.planning.step_size import work_of
 from midtune.runs import RunFolder, run_stem
 from midtune.tasks.sources.hub_dataset import is_dataset
 
 BF16_BYTES = 2  # a parameter, as most models are published
-NOT_AT_HAND = "memory not known: config not at hand"
 
 
 def run(config: RunConfig, *, out: Path | None, resume: Path | None = None) -> dict[str, Any]:
@@ -35,16 +34,16 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None = None) -> d
     training, name = config.training, config.model.name
     completions = training.prompts_per_step * training.group_size
     # A new one is only a name until something is written.
-    folder = (
-        RunFolder.open(resume)
-        if resume is not None
-        else RunFolder.create(out, run_stem(name, config.task.name))
-    )
+    stem = run_stem(name, config.task.name)
+    folder = RunFolder.create(out, stem) if resume is None else RunFolder.open(resume)
+    task = require_task(config)
+    # Unless it is cached.
+    downloads = {f"the weights of {name}": _is_fetched(name), f"the problems of {task}": is_dataset(task)}
     found: dict[str, Any] = {
         "schema": 1,
         "model": name,
         "quantize": config.model.quantize,
-        "task": require_task(config),
+        "task": task,
         "reward": config.task.reward,
         "algorithm": training.algorithm,
         "layers": config.blocks.layers or "as a ranking says, else the middle",
@@ -57,7 +56,7 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None = None) -> d
         "steps": training.steps,
         "evaluation": {"problems": config.task.eval_size, "samples": config.evaluation.samples},
         "out": str(folder),
-        "downloads": _downloads(config),
+        "downloads": [what for what, needed in downloads.items() if needed],
         "weights_bytes": None,
         "plan": None,
         "note": None,
@@ -67,40 +66,26 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None = None) -> d
     except InputError:
         if name.count("/") != 1:
             raise
-        return {**found, "note": NOT_AT_HAND}
+        return {**found, "note": "memory not known: config not at hand"}
     planner = planner_of(config, training.fit or PLANNED_CARD)
+    sizes = planner.sizes
+    trained = len(planner.blocks) * (
+        sizes.block if config.model.adapter == "full" else config.model.lora_rank * sizes.widths
+    )
+    if config.blocks.select == "boost":
+        trained = sizes.blocks * sizes.block
     arm = planner.arm("midtune", work_of(config, PLANNED_PROMPT_TOKENS))
     return {
         **found,
-        "weights_bytes": BF16_BYTES * planner.sizes.total if _is_fetched(name) else None,
+        "weights_bytes": BF16_BYTES * sizes.total if _is_fetched(name) else None,
         "plan": {
             "blocks": planner.blocks,
-            "trainable_parameters": _trained(config, planner),
+            "trainable_parameters": trained,
             "card": planner.card.name,
             "prompt_tokens": PLANNED_PROMPT_TOKENS,
             **{key: arm[key] for key in ("peak", "phase", "fits", "seconds")},
         },
     }
-
-
-def _trained(config: RunConfig, planner: Planner) -> int:
-    sizes = planner.sizes
-    if config.blocks.select == "boost":
-        return sizes.blocks * sizes.block
-    return len(planner.blocks) * (
-        sizes.block if config.model.adapter == "full" else config.model.lora_rank * sizes.widths
-    )
-
-
-def _downloads(config: RunConfig) -> list[str]:
-    """What would be asked of the hub, unless it is cached."""
-    model, task = config.model.name, require_task(config)
-    wanted = []
-    if _is_fetched(model):
-        wanted.append(f"the weights of {model}")
-    if is_dataset(task):
-        wanted.append(f"the problems of {task}")
-    return wanted
 
 
 def _is_fetched(model: str) -> bool:

@@ -15,18 +15,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from midtune.config import RunConfig
-from midtune.errors import InputError
-from midtune.model.patch import DESCRIPTION, apply_patch, read_patch
-from midtune.model.policy import Policy
+from midtune.config import RunConfig, with_settings
+from midtune.model.patch import apply_patch, patch_of, read_patch
 from midtune.report.statistics import paired_gain, pass_at_k, score_interval
 from midtune.report.terminal import Terminal
 from midtune.rollout.evaluation import Evaluation
 from midtune.rollout.harness import harness_scores, require_harness
-from midtune.stages.opening import Opened, score, with_model
+from midtune.stages.opening import Opened
 from midtune.tasks import Task
 from midtune.tasks.rewards import SOLVED
-from midtune.whole import require_regular, write_bytes
+from midtune.whole import require_writable, write_bytes
 
 PerProblem = dict[str, NDArray[np.float64]]
 
@@ -62,62 +60,64 @@ def run(
     """
     if lm_eval:
         require_harness()
-    if results is not None and not results.parent.is_dir():
-        raise InputError(f"{results} was asked for, but {results.parent} is no folder; make it first.")
     if results is not None:
-        require_regular(results)
+        require_writable(results)
     patch_folder = patch_of(target)
+    model: dict[str, str | None] = {"model.name": target}
+    blocks = None
     if patch_folder is not None:
         patch = read_patch(patch_folder)
-        name, revision = patch.base_model, patch.revision
-    else:
-        name, revision = target, configs[0].model.revision
-    configs = [with_model(config, name, revision) for config in configs]
-    named = [config for config in configs if config.task.name is not None]
-    opened = Opened(configs[0], terminal)
-    tasks = [Opened(config, terminal).task for config in named]
-    policy = opened.policy()
+        model = {"model.name": patch.base_model, "model.revision": patch.revision}
+        blocks = patch.blocks
+    opened = [Opened(with_settings(config, model), terminal) for config in configs]
+    first, named = opened[0], [each for each in opened if each.config.task.name is not None]
+    tasks = [each.task for each in named]
+    policy = first.policy()
 
-    def score_all(what: str) -> tuple[list[Evaluation], dict[str, PerProblem]]:
-        found = [
-            score(opened.sampler(policy, task), task, config, terminal, f"{what} on {task.name}")
-            for task, config in zip(tasks, named, strict=True)
+    def score_all(what: str) -> tuple[list[Evaluation], list[tuple[str, PerProblem]]]:
+        found = [each.score(each.sampler(policy), f"{what} on {each.task.name}") for each in named]
+        scores = [
+            (each.task.name, scores_by_kind(own, each.config.evaluation.k or []))
+            for each, own in zip(named, found, strict=True)
         ]
-        return found, _harness(policy, lm_eval, lm_eval_path, configs[0], terminal)
+        if lm_eval:
+            with terminal.progress("lm-evaluation-harness", None):
+                harness = harness_scores(policy, lm_eval, folder=lm_eval_path, seed=first.config.seed)
+            scores.extend(harness.items())
+        return found, scores
 
-    before = score_all("scoring the base") if patch_folder is not None else None
-    blocks = apply_patch(policy, patch_folder).blocks if patch_folder is not None else None
-    after = score_all("scoring")
+    arms = {}
+    if patch_folder is not None:
+        arms["before"] = score_all("scoring the base")
+        apply_patch(policy, patch_folder)
+    arms["after"] = score_all("scoring")
     if results is not None:
-        arms = {"after": after[0]} if before is None else {"before": before[0], "after": after[0]}
         lines = [
             json.dumps(line, ensure_ascii=False) + "\n"
-            for arm, found in arms.items()
+            for arm, (found, _) in arms.items()
             for task, each in zip(tasks, found, strict=True)
             for line in problem_lines(task, arm, each)
         ]
         write_bytes(results, "".join(lines).encode("utf-8", "replace"))
-
-    def kinds(config: RunConfig, found: Evaluation) -> PerProblem:
-        return scores_by_kind(found, config.evaluation.k or [])
-
     rows = [
-        {"samples": config.evaluation.samples}
-        | _row(task.name, kinds(config, after[0][i]), kinds(config, before[0][i]) if before else None)
-        for i, (task, config) in enumerate(zip(tasks, named, strict=True))
+        _row(task, after, arms["before"][1][place][1] if "before" in arms else None)
+        for place, (task, after) in enumerate(arms["after"][1])
     ]
-    harness = [_row(task, own, before[1][task] if before else None) for task, own in after[1].items()]
-    first = rows[0]["scores"] if rows else {}
+    scores = rows[0]["scores"] if tasks else {}
     return {
-        "model": name,
+        "model": first.config.model.name,
         "patch": blocks,
         "task": tasks[0].name if tasks else None,
-        "quantize": configs[0].model.quantize,
-        "greedy": first.get("greedy"),
-        "sampled": next((score for kind, score in first.items() if kind.startswith("avg@")), None),
-        "tasks": rows,
-        "lm_eval": harness,
-        "worse": None if before is None else [row["task"] for row in [*rows, *harness] if _is_worse(row)],
+        "quantize": first.config.model.quantize,
+        "greedy": scores.get("greedy"),
+        "sampled": next((score for kind, score in scores.items() if kind.startswith("avg@")), None),
+        "tasks": [
+            {"samples": each.config.evaluation.samples, **row} for each, row in zip(named, rows, strict=False)
+        ],
+        "lm_eval": rows[len(named) :],
+        "worse": None
+        if patch_folder is None
+        else [row["task"] for row in rows if any(gain["high"] < 0 for gain in row["gain"].values())],
     }
 
 
@@ -164,34 +164,3 @@ def _row(task: str, after: PerProblem, before: PerProblem | None) -> dict[str, A
         if before is None
         else {kind: asdict(paired_gain(before[kind], own)) for kind, own in after.items()},
     }
-
-
-def _is_worse(row: dict[str, Any]) -> bool:
-    return any(gain["high"] < 0 for gain in row["gain"].values())
-
-
-def _harness(
-    policy: Policy, tasks: Sequence[str], folder: Path | None, config: RunConfig, terminal: Terminal
-) -> dict[str, PerProblem]:
-    if not tasks:
-        return {}
-    with terminal.progress("lm-evaluation-harness", None):
-        return harness_scores(policy, tasks, folder=folder, seed=config.seed)
-
-
-def patch_of(target: str) -> Path | None:
-    """The patch folder of a run folder or patch folder; None for anything else.
-
-    Raises:
-        InputError: a run folder without a finished patch.
-    """
-    folder = Path(target)
-    if (folder / DESCRIPTION).is_file():
-        return folder
-    if (folder / "config.yaml").is_file():
-        if not (folder / "patch" / DESCRIPTION).is_file():
-            raise InputError(
-                f"{target} has no trained patch yet; finish it with `midtune train --resume {target}`."
-            )
-        return folder / "patch"
-    return None

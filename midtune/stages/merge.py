@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from midtune.errors import InputError
-from midtune.model.patch import deployed_tensors, merge_patch, read_patch
+from midtune.model.patch import deployed_tensors, merge_patch, read_patch, require_patch
 from midtune.model.sources import resolve
 from midtune.report.terminal import Terminal
-from midtune.stages.evaluate import patch_of
 
 
 def run(target: Path, *, out: Path, terminal: Terminal) -> dict[str, Any]:
@@ -22,11 +20,7 @@ def run(target: Path, *, out: Path, terminal: Terminal) -> dict[str, Any]:
     Returns:
         `folder`, `tensors` (how many were replaced), `bytes`.
     """
-    patch_folder = patch_of(str(target))
-    if patch_folder is None:
-        raise InputError(
-            f"{target} is neither a run folder nor a patch folder; give a folder that `train` made."
-        )
+    patch_folder = require_patch(str(target))
     patch = read_patch(patch_folder)
     source = resolve(patch.base_model, patch.revision)
     terminal.message(f"merging blocks {', '.join(map(str, patch.blocks))} into {source.name}")

@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +75,6 @@ class Opened:
 
         resolve_device(self.config.model.device)
         bars: dict[str, WorkDisplay] = {}
-        done_before: dict[str, int] = {}
         with contextlib.ExitStack() as shown:
 
             def progress(message: str, done: int | None, total: int | None) -> None:
@@ -82,8 +82,7 @@ class Opened:
                     self.terminal.message(message)
                     shown.close()
                     bars[message] = shown.enter_context(self.terminal.progress(message, total))
-                bars[message]((done or 0) - done_before.get(message, 0))
-                done_before[message] = done or 0
+                bars[message]((done or 0) - bars[message].done)
 
             return resolve(self.config.model.name, self.config.model.revision, progress=progress)
 
@@ -118,12 +117,8 @@ class Opened:
             embed_on_host(policy.model, policy.source.name)
         return policy
 
-    def sampler(self, policy: Policy, task: Task | None = None) -> Sampler:
-        """What samples from the policy on the task; says when memory runs out, and what else uses the card.
-
-        Args:
-            task: in place of the configuration's.
-        """
+    def sampler(self, policy: Policy) -> Sampler:
+        """What samples from the policy on the task; says when memory runs out, and what else uses the card."""
         from midtune.rollout.episodes import EpisodeSampler
         from midtune.rollout.sampling import SamplingLimits
         from midtune.rollout.text import TextSampler
@@ -132,8 +127,30 @@ class Opened:
         limits.rows.on_message = self.terminal.message
         if self._card is not None:
             limits.rows.on_oom_hint = partial(_others_text, self._card.uuid)
-        game = (task or self.task).game
+        game = self.task.game
         return TextSampler(policy, limits) if game is None else EpisodeSampler(policy, limits, game)
+
+    def score(self, sampler: Sampler, what: str, *, samples: int | None = None) -> Evaluation:
+        """Score the policy on the held-out problems, with a progress bar that says `what` is going on.
+
+        Args:
+            samples: completions per problem besides the greedy one; None: as the configuration says.
+        """
+        from midtune.rl.training import sampling_of
+        from midtune.rollout.evaluation import evaluate
+
+        config, rows = self.config, self.task.held_out
+        samples = config.evaluation.samples if samples is None else samples
+        with self.terminal.progress(what, len(rows) * (1 + samples)) as advance:
+            return evaluate(
+                sampler,
+                rows,
+                self.task.score,
+                sampling_of(config.training),
+                samples=samples,
+                seed=config.seed,
+                on_problems=lambda problems, tokens: advance(problems, tokens=tokens),
+            )
 
     @cached_property
     def _card(self) -> Card | None:
@@ -153,17 +170,15 @@ class Opened:
         """The task without prompts over the limit, or a refusal that counts them, as `task.bad_rows` has it."""
         from midtune.rollout.speech import prompt_ids
 
-        sides = task.train, task.held_out
-        lengths = [[len(prompt_ids(self.tokenizer, row["prompt"])) for row in side] for side in sides]
-        every = [length for side in lengths for length in side]
-        long = sum(length > limit for length in every)
-        if not long:
+        rows = [*task.train, *task.held_out]
+        lengths = [len(prompt_ids(self.tokenizer, row["prompt"])) for row in rows]
+        fits = [length <= limit for length in lengths]
+        if all(fits):
             return task
-        found = f"{long} of {len(every)} prompts are longer than {limit} tokens, the longest {max(every)}"
-        train, held_out = (
-            [row for row, length in zip(side, counts, strict=True) if length <= limit]
-            for side, counts in zip(sides, lengths, strict=True)
-        )
+        long, longest = fits.count(False), max(lengths)
+        found = f"{long} of {len(rows)} prompts are longer than {limit} tokens, the longest {longest}"
+        train = [*compress(task.train, fits)]
+        held_out = [*compress(task.held_out, fits[len(task.train) :])]
         if self.config.task.bad_rows == "stop" or not train or not held_out:
             raise InputError(
                 f"{found}; raise task.max_prompt_tokens, or leave them out with --set task.bad_rows=drop, where "
@@ -173,47 +188,11 @@ class Opened:
         return replace(task, train=train, held_out=held_out, note=" ".join(filter(None, [task.note, note])))
 
 
-def with_model(config: RunConfig, name: str, revision: str | None) -> RunConfig:
-    """The configuration with another model in place of its own."""
-    model = config.model.model_copy(update={"name": name, "revision": revision})
-    return config.model_copy(update={"model": model})
-
-
 def _others_text(uuid: str) -> str:
     from midtune.measure.cards import other_processes
 
     others = other_processes(uuid)
     return f"The card is also in use by {processes_text(others)}." if others else ""
-
-
-def score(
-    sampler: Sampler,
-    task: Task,
-    config: RunConfig,
-    terminal: Terminal,
-    what: str,
-    *,
-    samples: int | None = None,
-) -> Evaluation:
-    """Score the policy on the held-out problems, with a progress bar that says `what` is going on.
-
-    Args:
-        samples: completions per problem besides the greedy one; None: as the configuration says.
-    """
-    from midtune.rl.training import sampling_of
-    from midtune.rollout.evaluation import evaluate
-
-    samples = config.evaluation.samples if samples is None else samples
-    with terminal.progress(what, len(task.held_out) * (1 + samples)) as advance:
-        return evaluate(
-            sampler,
-            task.held_out,
-            task.score,
-            sampling_of(config.training),
-            samples=samples,
-            seed=config.seed,
-            on_problems=lambda problems, tokens: advance(problems, tokens=tokens),
-        )
 
 
 def read_task(config: RunConfig, *, more: int = 0, thinking: Callable[[], bool] | None = None) -> Task:
@@ -263,15 +242,6 @@ class Choice:
     how: str
     ranking: Path | None = None
 
-    def written_into(self, config: RunConfig) -> RunConfig:
-        """The configuration that names these blocks, so that it gives the same run again."""
-        named = {
-            "layers": ",".join(map(str, self.blocks)),
-            "top_k": len(self.blocks),
-            "probe": None,
-        }
-        return config.model_copy(update={"blocks": config.blocks.model_copy(update=named)})
-
 
 def choose_blocks(wanted: BlocksConfig, policy: Policy, task: Task, terminal: Terminal) -> Choice:
     """The blocks that are named, that a ranking chooses, or else the geometric middle.
@@ -289,11 +259,9 @@ def choose_blocks(wanted: BlocksConfig, policy: Policy, task: Task, terminal: Te
     elif (found := _ranking(wanted, policy, task)) is not None:
         file, probe = found
         ranking = file.absolute()
-        ranked = ranking_of(probe)
-        if wanted.select == "worst":
-            # A control, which good blocks have to beat.
-            ranked.reverse()
-        blocks = best(ranked, policy.num_blocks, wanted.top_k)
+        # The worst are a control, which good blocks have to beat.
+        ordered = ranking_of(probe)[:: -1 if wanted.select == "worst" else 1]
+        blocks = best(ordered, policy.num_blocks, wanted.top_k)
         how = f"the ranking of {file} ({probe['method']})"
     elif wanted.select == "best":
         blocks = middle(policy.num_blocks, wanted.top_k)

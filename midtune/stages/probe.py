@@ -11,7 +11,7 @@ from midtune.probe.methods import check_probe, rank_blocks
 from midtune.probe.selection import parse_layers
 from midtune.report.plots import contribution_curve
 from midtune.report.terminal import Terminal
-from midtune.runs import RunFolder, describe_environment
+from midtune.runs import RunFolder
 from midtune.stages.at_work import at_work
 from midtune.stages.opening import Opened
 
@@ -42,21 +42,14 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
     opened = Opened(config, terminal, more_problems=config.task.eval_size if method == "race" else 0)
     task = opened.task
     name = f"probe-{Path(config.model.name).name}-{Path(task.name.rpartition(':')[2]).stem}"
-    folder = RunFolder.open(resume) if resume is not None else RunFolder.create(out, name)
-    if resume is not None and folder.is_training:
-        raise InputError(
-            f"{folder} was made by `midtune train`, not by `midtune probe`; go on with "
-            f"`midtune train --resume {folder}`."
-        )
+    folder = RunFolder.create(out, name) if resume is None else RunFolder.resumed(resume, "probe")
     with at_work(folder, "probe"):
         policy = opened.policy()
         layers = f"0-{policy.num_blocks - 1}" if config.probe.layers is None else config.probe.layers
         blocks = parse_layers(layers, policy.num_blocks, config.blocks.top_k)
         check_probe(policy, task, config, blocks, folder)
         if resume is None:
-            # From here on there is something to resume.
-            folder.write_json(folder.environment, describe_environment(policy.computes, config.seed))
-            folder.write_config(dump_config(config))
+            folder.begin(dump_config(config), policy.computes, config.seed)
         probe = rank_blocks(opened.sampler(policy), task, config, blocks, folder, terminal)
         folder.write_json(folder.probe, probe)
         contribution_curve(probe, folder.depth_curve)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from midtune.probe.selection import read_probe
 from midtune.report.page import GENERATOR, Run, comparison_page, run_page
 from midtune.report.summary import SCHEMA
 from midtune.runs import RunFolder
-from midtune.whole import require_regular, write_bytes
+from midtune.whole import require_writable, write_bytes
 
 COMPARISON = Path("comparison.html")
 
@@ -35,7 +34,7 @@ def run(folders: Sequence[Path], *, out: Path | None) -> dict[str, Any]:
     runs = [read_run(folder) for folder in opened]
     alone = len(runs) == 1
     file = out or (folders[0] / opened[0].page.name if alone else COMPARISON)
-    check_output(file)
+    require_writable(file)
     if file.is_file() and GENERATOR not in file.read_text(encoding="utf-8", errors="replace")[:1000]:
         raise InputError(f"{file} exists and is no page that midtune wrote; choose another name with --out.")
     page = run_page(runs[0]) if alone else comparison_page(runs)
@@ -67,17 +66,11 @@ def read_run(folder: RunFolder) -> Run:
             f"report.json in {folder} has schema {report.get('schema')}, but this midtune reads schema {SCHEMA}; "
             "use the version that made it."
         )
-    try:
-        metrics = folder.read_metrics()
-    except ValueError:
-        raise InputError(
-            f"metrics.jsonl in {folder} is damaged; remove it, and the page has no curves."
-        ) from None
     return Run(
         path=str(folder),
         config=_settings(folder),
         report=report,
-        metrics=metrics,
+        metrics=folder.read_metrics(),
         environment=_optional(folder, folder.environment),
         problems=_optional(folder, folder.before_after).get("problems", []),
         probe=_ranking(folder, report),
@@ -111,16 +104,3 @@ def _settings(folder: RunFolder) -> dict[str, Any]:
 
 def _optional(folder: RunFolder, file: Path) -> dict[str, Any]:
     return folder.read_json(file) if file.is_file() else {}
-
-
-def check_output(file: Path) -> None:
-    """Check that `--out` names a file that can be written.
-
-    Raises:
-        InputError: it does not.
-    """
-    parent = file.absolute().parent
-    require_regular(file)
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        why = "may not be written to" if parent.is_dir() else "is no folder"
-        raise InputError(f"{file} cannot be written because {parent} {why}; choose another name with --out.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -32,7 +31,6 @@ def in_own_process(job: str, arguments: dict[str, Any], *, what: str, instead: s
         input=json.dumps(arguments),
         capture_output=True,
         text=True,
-        env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
     )
     if finished.returncode == -signal.SIGKILL:
         raise MidtuneError(f"{what} failed (it was killed, most likely because memory ran out); {instead}.")

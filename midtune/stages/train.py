@@ -7,7 +7,6 @@ consumer card needs. The learning rate of a single block is the study's, unless 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +28,9 @@ from midtune.rl.training import require_one_process, require_tracker, train_bloc
 from midtune.rollout.evaluation import Evaluation
 from midtune.rollout.sampling import Sampler
 from midtune.rollout.vllm import require_server
-from midtune.runs import CHECKPOINT_BYTES_PER_PARAMETER, RunFolder, describe_environment, run_stem
+from midtune.runs import CHECKPOINT_BYTES_PER_PARAMETER, RunFolder, run_stem
 from midtune.stages.at_work import Stop, at_work
-from midtune.stages.opening import Choice, Opened, choose_blocks, score
+from midtune.stages.opening import Choice, Opened, choose_blocks
 from midtune.stages.report import write_page
 from midtune.stages.subprocess_job import FULL_STEPS, measure_full_training
 from midtune.tasks import Task
@@ -46,12 +45,11 @@ class Training:
     """A run whose model is loaded and whose blocks are chosen.
 
     Attributes:
-        config: with the blocks and what `--fit` has changed.
+        opened: its configuration has the blocks and what `--fit` has changed.
         blocks: those that are trained.
         process_bytes: resident memory of the process before the model was loaded.
     """
 
-    config: RunConfig
     folder: RunFolder
     opened: Opened
     sampler: Sampler
@@ -59,18 +57,19 @@ class Training:
     blocks: list[int]
     meter: Meter
     process_bytes: int
-    terminal: Terminal
 
     @property
     def policy(self) -> Policy:
         return self.sampler.policy
 
-    @property
-    def task(self) -> Task:
-        return self.opened.task
-
-    def score(self, what: str) -> Evaluation:
-        return score(self.sampler, self.task, self.config, self.terminal, what)
+    def thaw(self) -> None:
+        """Make the blocks trainable."""
+        model = self.opened.config.model
+        if model.adapter == "lora":
+            self.policy.add_lora(self.blocks, model.lora_rank)
+        else:
+            for block in self.blocks:
+                self.policy.thaw(block)
 
 
 def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: Terminal) -> dict[str, Any]:
@@ -86,26 +85,19 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
         RunStopped: there was nothing to learn from, or no room to go on.
         Interrupted: Ctrl-C, SIGTERM or SIGHUP.
     """
-    if resume is None:
-        folder = RunFolder.create(out, run_stem(config.model.name, config.task.name))
-    else:
-        folder = RunFolder.open(resume)
-        if not folder.is_training:
-            raise InputError(
-                f"{folder} was made by `midtune probe`, not by `midtune train`; go on with "
-                f"`midtune probe --resume {folder}`."
-            )
+    stem = run_stem(config.model.name, config.task.name)
+    folder = RunFolder.create(out, stem) if resume is None else RunFolder.resumed(resume, "train")
     with at_work(folder, "train") as stop:
         checkpoint = _checkpoint(folder, terminal) if resume is not None else None
         training = _open(_checked(config), folder, terminal)
         if resume is None:
             _begin(training)
         before = _score_before(training)
-        _thaw(training)
+        training.thaw()
         peak_bytes = _train(training, checkpoint, stop)
-        after = training.score("scoring after training")
+        after = training.opened.score(training.sampler, "scoring after training")
         patch_bytes = save_patch(training.policy, folder.patch)
-        _write_before_after(folder, training.task, before, after)
+        _write_before_after(folder, training.opened.task, before, after)
         report = _report(training, before, after, peak_bytes, patch_bytes)
         folder.write_json(folder.report, report)
         _draw(folder, report, terminal)
@@ -166,7 +158,10 @@ def _open(config: RunConfig, folder: RunFolder, terminal: Terminal) -> Training:
     policy = opened.policy(embeddings="device")
     _check_stored(policy, config, terminal)
     choice = choose_blocks(config.blocks, policy, task, terminal)
-    config = choice.written_into(config)
+    # Named, so that the configuration gives the same run again.
+    layers = ",".join(map(str, choice.blocks))
+    named = {"blocks.layers": layers, "blocks.top_k": len(choice.blocks), "blocks.probe": None}
+    config = with_settings(config, named)
     sampler = opened.sampler(policy)
     if config.training.fit is not None:
         from midtune.planning.search import fitted
@@ -177,7 +172,8 @@ def _open(config: RunConfig, folder: RunFolder, terminal: Terminal) -> Training:
     sampler.limits.unpack = config.model.unpack == "auto"
     sampler.limits.rows.rows = config.training.sampled_prompts * config.training.group_size or None
     blocks = list(range(policy.num_blocks)) if config.blocks.select == "boost" else choice.blocks
-    return Training(config, folder, opened, sampler, choice, blocks, meter, process_bytes, terminal)
+    opened.config = config
+    return Training(folder, opened, sampler, choice, blocks, meter, process_bytes)
 
 
 def _check_stored(policy: Policy, config: RunConfig, terminal: Terminal) -> None:
@@ -195,13 +191,11 @@ def _check_stored(policy: Policy, config: RunConfig, terminal: Terminal) -> None
 
 def _begin(training: Training) -> None:
     """Write what a resumed run needs."""
-    folder, policy, choice = training.folder, training.policy, training.choice
+    folder, policy, choice, config = training.folder, training.policy, training.choice, training.opened.config
     trained = len(training.blocks) * count_parameters(policy.blocks[training.blocks[0]])
     folder.require_free(trained * CHECKPOINT_BYTES_PER_PARAMETER)
-    folder.write_json(folder.environment, describe_environment(policy.computes, training.config.seed))
     folder.write_json(folder.start, {"choice": choice.how, "ranking": choice.ranking})
-    # From here on there is something to resume.
-    folder.write_config(dump_config(training.config))
+    folder.begin(dump_config(config), policy.computes, config.seed)
 
 
 def _score_before(training: Training) -> Evaluation:
@@ -213,7 +207,7 @@ def _score_before(training: Training) -> Evaluation:
     if "greedy" in known:
         sampled = None if known["sampled"] is None else np.array(known["sampled"])
         return Evaluation(np.array(known["greedy"]), sampled, known.get("completions", []))
-    before = training.score("scoring before training")
+    before = training.opened.score(training.sampler, "scoring before training")
     scores = {
         "completions": before.completions[:SHOWN_PROBLEMS],
         "greedy": before.greedy.tolist(),
@@ -223,42 +217,35 @@ def _score_before(training: Training) -> Evaluation:
     return before
 
 
-def _thaw(training: Training) -> None:
-    """Make the blocks trainable."""
-    policy, model = training.policy, training.config.model
-    if model.adapter == "lora":
-        policy.add_lora(training.blocks, model.lora_rank)
-    else:
-        for block in training.blocks:
-            policy.thaw(block)
-
-
 def _train(training: Training, checkpoint: Path | None, stop: Stop) -> int:
     """The training itself; returns its peak bytes."""
-    config, folder, meter = training.config, training.folder, training.meter
+    opened, folder, meter = training.opened, training.folder, training.meter
+    config, task = opened.config, opened.task
     # What scoring has left behind is no part of it.
     give_back()
     meter.reset_peak()
     names = ", ".join(map(str, training.policy.trained))
-    title = f"{training.opened.source.name}, {training.task.name}, blocks {names}"
+    title = f"{opened.source.name}, {task.name}, blocks {names}"
     # Where memory ran out before, a resumed run starts with what fitted then.
     last_step = (folder.read_metrics() or [{}])[-1]
     limit = training.sampler.limits.rows
     limit.rows = last_step.get("sampling_rows", limit.rows)
     boosted = config.blocks.select == "boost"
-    with stop.after_the_step(), training.terminal.training(config.training.steps, title) as display:
+    with stop.after_the_step(), opened.terminal.training(config.training.steps, title) as display:
 
         def on_step(metrics: dict[str, Any]) -> None:
             folder.append_jsonl(folder.metrics, metrics)
             display.update(metrics)
-            if stop.asked and not stop.said:
-                stop.said = True
-                training.terminal.message("stopping after this step; its checkpoint is being saved")
+
+        def stop_requested() -> bool:
+            if stop.asked:
+                opened.terminal.message("stopping after this step; its checkpoint is being saved")
+            return stop.asked
 
         last = train_blocks(
             training.sampler,
-            training.task.train,
-            training.task.reward,
+            task.train,
+            task.reward,
             config.training,
             folder=folder.checkpoints,
             seed=config.seed,
@@ -266,8 +253,8 @@ def _train(training: Training, checkpoint: Path | None, stop: Stop) -> int:
             lr_multipliers=dict.fromkeys(training.choice.blocks, config.blocks.boost) if boosted else {},
             on_step=on_step,
             on_sample=lambda sample: folder.append_jsonl(folder.samples, sample),
-            on_message=training.terminal.message,
-            stop_requested=lambda: stop.asked,
+            on_message=opened.terminal.message,
+            stop_requested=stop_requested,
             resume_from=checkpoint,
             update_rows=last_step.get("update_rows"),
         )
@@ -282,14 +269,27 @@ def _report(
     training: Training, before: Evaluation, after: Evaluation, peak_bytes: int, patch_bytes: int
 ) -> dict[str, Any]:
     """What report.json holds. The model is let go of, before another one is loaded."""
-    config, folder, policy = training.config, training.folder, training.policy
+    from midtune.planning.estimate import estimated
+
+    folder, policy, opened = training.folder, training.policy, training.opened
+    config, terminal = opened.config, opened.terminal
     steps = folder.read_metrics()
     measured = config.evaluation.baseline == "measured"
     time = summary.step_times(steps, repeated=FULL_STEPS if measured else 0)
-    estimates = _estimates(training, steps, time)
+    estimates = {
+        arm: estimated(
+            arm,
+            config,
+            training.sampler,
+            opened.task,
+            steps,
+            measured=time.get("compared_phases") or time,
+            process_bytes=training.process_bytes,
+        )
+        for arm in (["trl-qlora"] if measured else ["trl-full", "trl-qlora"])
+    }
     trainable = sum(p.numel() for p in policy.trained_parameters().values())
     total, stored_quantized = policy.total_parameters, policy.stored_quantized
-    opened, terminal = training.opened, training.terminal
     del policy, training.sampler
     give_back()
 
@@ -303,7 +303,7 @@ def _report(
         full = estimates["trl-full"]
     unknown = [found["note"] for found in estimates.values() if found["note"]]
     for note in unknown:
-        terminal.message(f"{note}.")
+        terminal.message(note)
     collapse = collapse_in(steps)
     return summary.build(
         model=opened.source.name,
@@ -330,36 +330,13 @@ def _report(
     )
 
 
-def _estimates(
-    training: Training, steps: Sequence[Mapping[str, Any]], time: Mapping[str, Any]
-) -> dict[str, dict[str, Any]]:
-    """What is not measured: QLoRA, and full training unless it is."""
-    from midtune.planning.estimate import estimated
-
-    config = training.config
-    arms = ("trl-qlora",) if config.evaluation.baseline == "measured" else ("trl-full", "trl-qlora")
-    return {
-        arm: estimated(
-            arm,
-            config,
-            training.sampler,
-            training.task,
-            steps,
-            measured=time.get("compared_phases") or time,
-            process_bytes=training.process_bytes,
-        )
-        for arm in arms
-    }
-
-
 def _score_deployed(opened: Opened, folder: RunFolder) -> summary.BeforeAfter:
     """Greedy scores of the unquantized model without and with the patch that was written."""
     policy = opened.policy(quantize="none")
-    sampler, task = opened.sampler(policy), opened.task
-    how = opened.config, opened.terminal
-    before = score(sampler, task, *how, "scoring the unquantized model", samples=0)
+    sampler = opened.sampler(policy)
+    before = opened.score(sampler, "scoring the unquantized model", samples=0)
     apply_patch(policy, folder.patch)
-    after = score(sampler, task, *how, "scoring it with the patch", samples=0)
+    after = opened.score(sampler, "scoring it with the patch", samples=0)
     del policy, sampler
     give_back()
     return before.greedy, after.greedy
@@ -367,17 +344,17 @@ def _score_deployed(opened: Opened, folder: RunFolder) -> summary.BeforeAfter:
 
 def _write_before_after(folder: RunFolder, task: Task, before: Evaluation, after: Evaluation) -> None:
     """Keep the greedy completions of the first held-out problems, whatever became of them."""
+    # Of a resumed run, `before` has the first ones alone.
+    shown = zip(task.held_out, before.completions[:SHOWN_PROBLEMS], after.completions, strict=False)
     problems = [
         {
             # What an environment shows first is in the question.
             "prompt": completion_text(row["prompt"]) if task.game is None else row["question"],
             "answer": row.get("answer"),
             "before": {"completion": was, "score": before.greedy[place]},
-            "after": {"completion": after.completions[place], "score": after.greedy[place]},
+            "after": {"completion": now, "score": after.greedy[place]},
         }
-        for place, (row, was) in enumerate(
-            zip(task.held_out, before.completions[:SHOWN_PROBLEMS], strict=False)
-        )
+        for place, (row, was, now) in enumerate(shown)
     ]
     folder.write_json(folder.before_after, {"problems": problems})
 

@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from midtune.config import RunConfig, load_config
+from midtune.config import RunConfig, load_config, with_settings
 from midtune.errors import InputError
-from midtune.model.patch import Patch, apply_patch, read_patch
+from midtune.model.patch import Patch, apply_patch, read_patch, require_patch
 from midtune.report.statistics import jaccard, paired_gain, score_interval
 from midtune.report.terminal import Terminal
 from midtune.rollout.evaluation import Evaluation
-from midtune.stages.evaluate import patch_of
-from midtune.stages.opening import Opened, score, with_model
+from midtune.stages.opening import Opened
 from midtune.tasks import Row
 from midtune.tasks.answers import extract, reference_answer
 from midtune.tasks.rewards import SOLVED
@@ -49,7 +48,8 @@ def run(targets: Sequence[str], config: RunConfig, *, terminal: Terminal) -> dic
     folders = _patch_folders(targets)
     patches = [read_patch(folder) for folder in folders]
     _check_one_base(targets, patches)
-    config = with_model(config, patches[0].base_model, patches[0].revision)
+    base_model = {"model.name": patches[0].base_model, "model.revision": patches[0].revision}
+    config = with_settings(config, base_model)
     opened = Opened(config, terminal)
     task = opened.task
     task.require_one_turn("`midtune vote`")
@@ -63,12 +63,11 @@ def run(targets: Sequence[str], config: RunConfig, *, terminal: Terminal) -> dic
             policy.restore()
             advance()
 
-    base = score(sampler, task, config, terminal, "scoring the base model", samples=0)
+    base = opened.score(sampler, "scoring the base model", samples=0)
     found = []
     for number, folder in enumerate(folders, start=1):
         apply_patch(policy, folder)
-        what = f"scoring run {number} of {len(folders)}"
-        found.append(score(sampler, task, config, terminal, what))
+        found.append(opened.score(sampler, f"scoring run {number} of {len(folders)}"))
         policy.restore()
 
     vote = vote_scores(task.held_out, found)
@@ -117,11 +116,7 @@ def _patch_folders(targets: Sequence[str]) -> list[Path]:
         raise InputError(f"a vote needs at least two runs and got {len(targets)}; give the folders of more.")
     folders: dict[Path, Path] = {}
     for target in targets:
-        folder = patch_of(target)
-        if folder is None:
-            raise InputError(
-                f"{target} is neither a run folder nor a patch folder; give a folder that `train` made."
-            )
+        folder = require_patch(target)
         if folder.resolve() in folders:
             raise InputError(f"the patch of {target} was given twice, but has one vote; leave one out.")
         folders[folder.resolve()] = folder

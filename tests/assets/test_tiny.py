@@ -10,7 +10,7 @@ from midtune.config import BUNDLED_RECIPE, load_config
 from midtune.model.loading import load_policy
 from midtune.model.sources import resolve
 from midtune.report.terminal import Terminal
-from midtune.stages.opening import Opened, score
+from midtune.stages.opening import Opened
 from recipes.tiny import make_tiny
 
 FOLDER = BUNDLED_RECIPE.parent
@@ -34,7 +34,7 @@ def test_it_solves_a_third_to_a_half_of_its_problems() -> None:
     terminal = Terminal(quiet=True)
     opened = Opened(config, terminal)
     sampler = opened.sampler(opened.policy())
-    found = score(sampler, opened.task, config, terminal, "scoring", samples=1)
+    found = opened.score(sampler, "scoring", samples=1)
     assert 0.30 < found.greedy.mean() < 0.55
     assert found.sampled is not None and 0.2 < found.sampled.mean() < 0.5
 

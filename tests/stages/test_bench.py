@@ -25,7 +25,6 @@ def go(checkpoint: Path, out: Path, terminal: Terminal, **changes: Any) -> dict[
         "new_tokens": 4,
         "group_size": 2,
         "steps": 2,
-        "micro_batch_tokens": None,
         "profile": False,
     }
     config = load_config(None, {"model.name": str(checkpoint), **changes.pop("settings", {})})

@@ -21,6 +21,7 @@ import torch
 from huggingface_hub import constants
 from rich.console import Console
 
+from midtune.config import ModelConfig, RunConfig
 from midtune.measure.cards import Card, CardProcess
 from midtune.model import hub, quantize
 from midtune.report.terminal import Terminal
@@ -110,7 +111,7 @@ def only(checks: Any) -> Check:
 
 
 def test_everything_is_looked_at_and_two_requests_are_sent(network: Network, terminal: Terminal) -> None:
-    result = doctor.run(terminal)
+    result = doctor.run(RunConfig(), terminal=terminal)
     assert [check["name"] for check in result["checks"]] == [
         *("python", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate"),
         *("device", "memory", "runs", "cache", "hub cache", "4-bit", "a step"),
@@ -125,7 +126,7 @@ def test_everything_is_looked_at_and_two_requests_are_sent(network: Network, ter
 
 
 def test_what_cannot_be_looked_at_is_a_problem(terminal: Terminal) -> None:
-    result = doctor.run(terminal, device="abacus")
+    result = doctor.run(RunConfig(model=ModelConfig(device="abacus")), terminal=terminal)
     found = {check["name"]: check for check in result["checks"]}
     for name in ("4-bit", "a step"):
         assert found[name]["status"] == "problem"
@@ -354,5 +355,5 @@ def test_telemetry(hub_says: Setup, off: bool, status: str) -> None:
 
 def test_quietly_it_says_nothing(terminal: Terminal) -> None:
     file = io.StringIO()
-    doctor.run(Terminal(Console(file=file), quiet=True))
+    doctor.run(RunConfig(), terminal=Terminal(Console(file=file), quiet=True))
     assert file.getvalue() == ""

@@ -108,7 +108,7 @@ def test_a_vote_worked_out_by_hand(
     by_vote = [1, 1, 0, 1, 1, 1, 0, 0]
     made = [Evaluation(np.zeros(8), None, [""] * 8)]
     made += [Evaluation(own, None, texts) for own, texts in zip(scores, completions, strict=True)]
-    monkeypatch.setattr(vote, "score", lambda *_, **__: made.pop(0))
+    monkeypatch.setattr(Opened, "score", lambda *_, **__: made.pop(0))
     found = go(runs, terminal)
     assert [scored["score"]["score"] for scored in found["runs"]] == [3 / 8, 4 / 8, 4 / 8]
     assert [scored["sampled"] for scored in found["runs"]] == [None] * 3
