@@ -59,7 +59,7 @@ class Check:
     """What was found, and where it is not as it should be, what to do or what works all the same.
 
     Attributes:
-        status: `problem` where no run can be made before it is mended, `warning` where something else is limited.
+        status: `problem` where no run can be made before it is fixed, `warning` where something else is limited.
     """
 
     name: str
@@ -107,7 +107,7 @@ def _tried(name: str, look: Callable[[], Iterator[Check]]) -> list[Check]:
         return list(look())
     except Exception as error:  # noqa: BLE001 (whatever is broken is what this is about)
         why = (str(error).strip().splitlines() or ["no message"])[0]
-        return [Check(name, "problem", f"{type(error).__name__}: {why}", "mend it, or install midtune again")]
+        return [Check(name, "problem", f"{type(error).__name__}: {why}", "fix it, or install midtune again")]
 
 
 def _versions() -> Iterator[Check]:
