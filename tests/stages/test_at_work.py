@@ -40,9 +40,10 @@ def test_a_lack_ends_in_a_sentence_that_says_how_to_go_on(
     assert not (folder.path / LOCK).exists()
 
 
-def test_another_error_passes_as_it_is(folder: RunFolder) -> None:
-    with pytest.raises(ValueError, match="^other$"), at_work(folder, "train"):
+def test_another_error_passes_with_a_note_of_the_folder(folder: RunFolder) -> None:
+    with pytest.raises(ValueError, match="other") as raised, at_work(folder, "train"):
         raise ValueError("other")
+    assert (str(raised.value), raised.value.__notes__) == ("other", [f"the run is in {folder}"])
 
 
 def test_a_folder_that_was_removed_is_named(folder: RunFolder) -> None:
