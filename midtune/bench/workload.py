@@ -11,8 +11,8 @@ class Arm:
     """A way to train.
 
     Attributes:
-        trains: blocks over frozen ones, all parameters, or LoRA adapters of every linear layer.
-        checkpointing: TRL keeps the inputs of blocks only, and runs them again for the gradient.
+        trains: single blocks over frozen ones, all parameters, or LoRA adapters on every linear layer.
+        checkpointing: TRL keeps only the inputs of blocks, and recomputes the rest for the gradient.
     """
 
     label: str
@@ -23,13 +23,13 @@ class Arm:
 ARMS = {
     "midtune": Arm("midtune", "blocks", checkpointing=False),
     "trl-full": Arm("TRL, all parameters", "all"),
-    # With checkpointing, transformers takes the gradient of a single block down to the embeddings.
+    # With checkpointing, transformers propagates a single block's gradient down to the embeddings.
     "trl-block": Arm("TRL, the same block over NF4", "blocks", checkpointing=False),
     "trl-qlora": Arm("TRL, QLoRA on all linear layers", "adapters"),
     "trl-qlora-fp32": Arm("the same, adapters in fp32", "adapters"),
     "trl-full-kept": Arm("TRL, the same without checkpointing", "all", checkpointing=False),
 }
-# In the order of a plan's table, in which "the same" is the arm before.
+# In the order of a plan's table: "the same" means the arm before.
 PLANNED = ("midtune", "trl-block", "trl-qlora", "trl-full", "trl-full-kept")
 BENCHED = tuple(arm for arm in ARMS if arm != "trl-full-kept")
 LORA_RANK = 16
@@ -40,11 +40,10 @@ class Workload:
     """What every arm computes.
 
     Args:
-        prompts: texts, as many for each step.
-        new_tokens: tokens of every completion.
+        prompts: the texts, the same for each step.
         block: the block that midtune and `trl-block` train.
-        warmup, steps: steps that are not counted, and that are.
-        profile: profile one more step.
+        warmup, steps: unmeasured and measured steps.
+        profile: profile one extra step.
     """
 
     prompts: list[str]
@@ -59,7 +58,7 @@ class Workload:
 
 
 def qlora() -> Any:
-    """PEFT's configuration of the adapters that `trl-qlora` trains."""
+    """PEFT's configuration of `trl-qlora`'s adapters."""
     from peft import LoraConfig
 
     return LoraConfig(

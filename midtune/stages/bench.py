@@ -32,14 +32,13 @@ def run(
     out: Path | None,
     terminal: Terminal,
 ) -> dict[str, Any]:
-    """Run the arms one after the other and compare them with the first.
+    """Run the arms one after the other, compare them with the first, and write bench.json into `out`.
 
     Args:
-        config: names model, device and dtype; its micro-batch size holds for all arms; `blocks.layers` may name the block.
+        config: names model, device and dtype; its micro-batch size holds for all arms; `blocks.layers` names the block.
         arms: from `midtune.bench.workload.BENCHED`.
         steps: measured steps of each arm, after one warm-up step.
         profile: profile one extra step of the first arm.
-        out: the folder for bench.json.
 
     Returns:
         The content of bench.json: the workload, and `arms` with `step`, `rollout` and `update` (median, least and
