@@ -151,12 +151,7 @@ def stock_trainer(
     dtype: torch.dtype,
     block: int = 0,
 ) -> GRPOTrainer:
-    """TRL's own trainer on an arm's model; it charges `rollout` and `reward` to the meter.
-
-    Args:
-        arm: one of TRL's in `bench.workload.BENCHED`.
-        block: the one that `trl-block` trains.
-    """
+    """TRL's own trainer on an arm's model, charging `rollout` and `reward` to the meter; `trl-block` trains `block`."""
     tokenizer = load_tokenizer(source)
     if arm == "trl-block":
         model = _policy(source, block, device, dtype).model
@@ -237,7 +232,6 @@ def _arguments(
 
 
 def _train(trainer: GRPOTrainer, meter: Meter, watched: Profile | None = None) -> list[dict[str, float]]:
-    """Train to the end; returns seconds of each step, by phase."""
     clock = _Clock(meter)
     trainer.add_callback(clock)
     if watched is not None:
@@ -253,7 +247,6 @@ def _lengths(trainer: GRPOTrainer) -> list[float]:
 
 
 def _charged(function: Callable[..., Any], meter: Meter, phase: str) -> Callable[..., Any]:
-    """The same function, with its time and memory charged to a phase."""
 
     @wraps(function)
     def charged(*args: Any, **kwargs: Any) -> Any:

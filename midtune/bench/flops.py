@@ -14,12 +14,7 @@ from midtune.model.sizes import Sizes
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts and their completions that pass through a model together.
-
-    Attributes:
-        prompts: number of different prompts.
-        prompt_tokens, new_tokens: of every prompt and every completion; a mean may be a fraction.
-    """
+    """Prompts and their completions that pass through a model together; tokens of each may be a mean."""
 
     prompts: int
     group_size: int
@@ -55,11 +50,8 @@ def update_flops(
     """Operations of the update.
 
     Each block counts once for its forward pass, once for the gradient of its inputs, once for that of its weights,
-    and once for each extra forward pass: recomputed activations, or the reference of a KL term.
-
-    Args:
-        tail: blocks from the first trained one on.
-        recompute: midtune's setting; TRL always recomputes if it checkpoints.
+    and once for each extra forward pass: recomputed activations, or the reference of a KL term. `tail` blocks start at
+    the first trained one. `recompute` is midtune's setting; TRL always recomputes if it checkpoints.
     """
     scored = batch.rows * batch.new_tokens
     if arm == "midtune":

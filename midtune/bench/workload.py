@@ -8,11 +8,9 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to train.
+    """A way to train: single blocks over frozen ones, all parameters, or LoRA adapters on every linear layer.
 
-    Attributes:
-        trains: single blocks over frozen ones, all parameters, or LoRA adapters on every linear layer.
-        checkpointing: TRL keeps only the inputs of blocks, and recomputes the rest for the gradient.
+    With `checkpointing`, TRL keeps only the inputs of blocks, and recomputes the rest for the gradient.
     """
 
     label: str
@@ -37,13 +35,9 @@ LORA_RANK = 16
 
 @dataclass(frozen=True)
 class Workload:
-    """What every arm computes.
+    """What every arm computes; `block` is the one that midtune and `trl-block` train.
 
-    Args:
-        prompts: the texts, the same for each step.
-        block: the block that midtune and `trl-block` train.
-        warmup, steps: unmeasured and measured steps.
-        profile: profile one extra step.
+    Each step has all `prompts`. `warmup` steps precede the measured `steps`, and `profile` adds one.
     """
 
     prompts: list[str]

@@ -32,7 +32,7 @@ class Loaded:
         dtype: of activations, and of unquantized frozen weights.
         quantized: linear layers of frozen blocks are in 4-bit.
         on_card: on a GPU, where TRL's head has its own kernels.
-        full: every parameter is trained, so weights are in fp32.
+        full: every parameter is trained, in fp32.
     """
 
     config: PretrainedConfig
@@ -52,7 +52,6 @@ class Held:
 
     Attributes:
         kept: after the phase's forward pass, for the backward pass or the next token.
-        peak: the most at once.
         small: the most at once in tensors on a CPU's heap; larger ones are mapped one by one.
     """
 
@@ -65,10 +64,8 @@ class Held:
 class Standing:
     """Bytes that a trainer holds throughout a step.
 
-    Attributes:
-        accumulated: gradients from the first backward pass to the last.
-        gradients: what the optimizer's step receives of them.
-        step: temporary memory of the optimizer's step, on top of both.
+    `accumulated` gradients last from the first backward pass to the last; the optimizer's step receives `gradients`
+    of them, and needs `step` of temporary memory on top.
     """
 
     parts: dict[str, int]
@@ -87,7 +84,7 @@ def unpacked_bytes(model: Loaded, sizes: Sizes) -> int:
     linear = sizes.blocks * sizes.linear
     if model.on_card:
         return linear * model.dtype.itemsize if model.quantized else 0
-    # On a CPU, unpacked layers and the head are copied too.
+    # A CPU also copies the head, and layers that are not quantized.
     return (linear + sizes.projection) * model.dtype.itemsize
 
 
@@ -105,7 +102,6 @@ def step_phases(
 
     Args:
         process: process memory other than tensors.
-        on_card: no heap that keeps freed memory.
         states: midtune's boundary states of all rows; None for TRL.
         unpacked: weights that midtune unpacks while sampling; None for TRL.
     """
@@ -121,7 +117,7 @@ def step_phases(
             **({} if unpacked is None else {"unpacked weights": unpacked}),
             "keys and values": sampling.kept,
             **boundary,
-            # Each step's states are copied into place while keys and values are held.
+            # Concatenating the states of all steps holds them twice, beside the keys and values.
             "workspace": max(sampling.peak - sampling.kept, states or 0),
             "heap": heap(sampling),
         },

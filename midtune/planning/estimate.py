@@ -36,16 +36,14 @@ def estimated(
 ) -> dict[str, Any]:
     """Seconds of a `step` and of its `phases`, and `peak` bytes, of TRL on the steps of a run.
 
-    Memory is for completions of the mean length, though TRL pads to the longest of a step.
+    Memory is for completions of the mean length, though TRL pads to the longest of a step. If the architecture cannot
+    run on tensors without data, `peak` is None and `note` says why, without a full stop.
 
     Args:
         arm: `trl-full` or `trl-qlora`.
         steps: the run's lines of metrics.jsonl.
         measured: the run's mean seconds of each phase.
         process_bytes: resident memory before the model was loaded; on a CPU peaks include it.
-
-    Returns:
-        Also `note`: if the architecture cannot run on tensors without data, why `peak` is None (no full stop).
     """
     policy = sampler.policy
     training = config.training
@@ -83,13 +81,9 @@ def estimated_phases(
 ) -> dict[str, float]:
     """Seconds of the phases `rollout`, `reward` and `update` of TRL on the same step.
 
-    Sampling and rewards are midtune's measured times, though TRL's sampling is slower: it runs every prompt once per
-    completion. Dequantizing a 4-bit layer for each product is not counted either.
-
-    Args:
-        blocks: those that midtune trains.
-        measured: mean seconds of midtune's phases.
-        updated_share: fraction of groups in midtune's update, which may skip those of equal rewards.
+    Sampling and rewards are midtune's `measured` seconds, though TRL's sampling is slower: it runs every prompt once
+    per completion. Dequantizing a 4-bit layer for each product is not counted either. `updated_share` is the fraction
+    of groups in midtune's update of `blocks`, which may skip groups of equal rewards.
     """
 
     def flops(name: str) -> float:

@@ -46,9 +46,8 @@ MOST = {"prompts": 64, "group_size": 256, "new_tokens": 131072}
 class Planner:
     """Plans for one model on one card.
 
-    Attributes:
-        process: process memory other than tensors, in bytes.
-        device_bytes: device memory; sampling may unpack weights into half of what is free of it.
+    `process` is process memory other than tensors, in bytes. Sampling may unpack weights into half of what is free of
+    `device_bytes`.
     """
 
     model: Loaded
@@ -115,7 +114,7 @@ class Planner:
         return replace(self.model, quantized=False, full=True)
 
     def arm(self, name: str, work: Work) -> dict[str, Any]:
-        """An arm's entry in the plan."""
+        """The plan's entry of an arm."""
         phases = self.phases(name, work)
         phase, most = peak(phases)
         return {
@@ -177,7 +176,6 @@ class Planner:
             changes |= change
 
     def _without_needless(self, work: Work, changes: dict[str, Any]) -> dict[str, Any]:
-        """Drop changes that later ones made unnecessary."""
         for key in DEAREST_FIRST:
             fewer = {other: value for other, value in changes.items() if other != key}
             if peak(self.phases("midtune", work.changed(fewer)))[1] <= self.card.memory:
@@ -263,9 +261,6 @@ def fitted(
     on_message: Callable[[str], None],
 ) -> RunConfig:
     """Apply the cheapest changes that keep a run within `training.fit`, which must be set.
-
-    Args:
-        process_bytes: resident memory before the model was loaded.
 
     Raises:
         InputError: no change makes it fit, or the card is unknown.

@@ -25,12 +25,10 @@ HEAD_TOKENS, HEAD_WORDS = 4096, 32768
 def skeleton(
     model: Loaded, depth: int, vocabulary: int | None = None, trained: int = 0
 ) -> tuple[PreTrainedModel, FakeTensorMode]:
-    """Build a model without data, and the mode that makes further tensors of its kind.
+    """Build the last `depth` blocks of a model without data, and the mode that makes further tensors of its kind.
 
-    Args:
-        depth: how many of its last blocks to build.
-        vocabulary: size of the embeddings and the head; None: the model's own.
-        trained: how many of the first built blocks are trained, and so not in 4-bit.
+    `vocabulary` is the size of the embeddings and the head; None: the model's own. The first `trained` of the built
+    blocks are not in 4-bit.
     """
     blocks = blocks_of(model.config)
     cut = config_from(model.config, blocks - depth, blocks)

@@ -71,7 +71,6 @@ class Work:
         return self.config.training.sampled_prompts or self.config.training.prompts_per_step
 
     def described(self) -> dict[str, Any]:
-        """The plan's `work`."""
         training, model = self.config.training, self.config.model
         return {
             "prompts": training.prompts_per_step,

@@ -38,10 +38,7 @@ FEW_BLOCKS = 3
 def block_update(model: Loaded, batch: Batch, *, tail_blocks: int, trained: int, **settings: Any) -> Held:
     """midtune's update of a micro-batch, from boundary states to preallocated gradients.
 
-    Args:
-        tail_blocks: blocks from the first trained one on.
-        trained: how many blocks are trained; beyond the first, which ones makes no difference.
-        settings: see `tail_settings`.
+    `tail_blocks` counts from the first trained block on; which others are trained makes no difference.
     """
     built = min(tail_blocks, trained + FEW_BLOCKS - 1)
     return _block_update(model, batch, built, trained, **settings).held(tail_blocks - built)
@@ -81,12 +78,7 @@ def _block_update(model: Loaded, batch: Batch, depth: int, trained: int, **setti
 
 
 def whole_update(model: Loaded, batch: Batch, arm: str, block: int = 0) -> Held:
-    """TRL's update of a micro-batch, with every prompt repeated for each completion.
-
-    Args:
-        arm: one of TRL's in `bench.workload.PLANNED`.
-        block: the one that `trl-block` trains.
-    """
+    """TRL's update of a micro-batch, with every prompt repeated for each completion; `trl-block` trains `block`."""
     prompt_tokens, new_tokens = int(batch.prompt_tokens), int(batch.new_tokens)
     # Nothing is kept below a block that is trained alone.
     depth = blocks_of(model.config) - (block if ARMS[arm].trains == "blocks" else 0)
@@ -192,7 +184,6 @@ def _add_lora(model: Any, mode: FakeTensorMode) -> None:
 
 
 def _there(model: Any) -> Iterator[torch.Tensor]:
-    """The tensors that a model holds."""
     for parameter in model.parameters():
         yield parameter
         if parameter.grad is not None:

@@ -18,14 +18,11 @@ from midtune.planning.budget import Held
 
 
 class Tracker(TorchDispatchMode):
-    """Counts the storages that operators return while it is active, until they are freed.
+    """Counts storages that operators return while it is active, until they are freed; views of `known` do not count.
 
     A shallow model measures a deep one: one block stands for any number of equal ones. What it leaves behind when the
     next block is done counts for each of them, for as long as it is held. Its temporaries count once, since blocks run
     one at a time.
-
-    Args:
-        known: existing tensors; views of them are no new memory.
     """
 
     def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:

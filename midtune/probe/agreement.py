@@ -56,10 +56,7 @@ def middle_correlation(values: Mapping[int, float], num_blocks: int) -> Correlat
 
 
 def top_overlap(first: Sequence[float], second: Sequence[float], k: int) -> dict[str, float]:
-    """How many blocks are among the best k of both rankings, and what chance gives.
-
-    Args:
-        first, second: values of the same blocks in order of depth; ties go to the deeper block.
+    """How many blocks are among the best k of both rankings, and what chance gives; ties go to the deeper block.
 
     Returns:
         `overlap`, `expected` by chance, and `p`, the probability that chance gives at least `overlap`.
@@ -73,7 +70,7 @@ def top_overlap(first: Sequence[float], second: Sequence[float], k: int) -> dict
 
 
 def at_relative_depths(values: Mapping[int, float], num_blocks: int, wanted: int) -> dict[int, float]:
-    """Interpolate block → value at the relative depths k/(L−1) of a model with `wanted` blocks, fewer than `num_blocks`.
+    """Interpolate block → value of `num_blocks` blocks at the relative depths k/(L−1) of a model with `wanted`, fewer.
 
     Interpolation is linear; a block whose neighbour was not ranked gets no value.
     """

@@ -24,11 +24,9 @@ Scores = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Standing:
-    """A block among others scored on the same problems.
+    """A block among others scored on the same problems: the probability that it is the best of them.
 
-    Attributes:
-        best_probability: probability that it is the best of them.
-        among_best: not told apart from the block with the highest mean, at 95% over all comparisons together.
+    It is `among_best` if not told apart from the highest mean, at 95% over all comparisons together.
     """
 
     best_probability: float
@@ -45,14 +43,8 @@ def gain_interval(scores: ArrayLike, base: ArrayLike) -> Estimate:
 def contribution_interval(scores: ArrayLike, base: ArrayLike, full: ArrayLike) -> Estimate | None:
     """C(k) = (S_k − S_base) / (S_full − S_base): the share of full training's gain that block k reaches.
 
-    The interval is Fieller's: all ratios c for which S_k − S_base − c (S_full − S_base) may be zero.
-
-    Args:
-        scores, full: [S, N] after training block k alone and every block, with the same seeds.
-        base: [N], before training.
-
-    Returns:
-        None if full training's gain is not clearly above zero: the ratio would mean nothing.
+    `scores` and `full` are [S, N], with the same seeds; `base` is [N]. The interval is Fieller's: all ratios c for
+    which S_k − S_base − c (S_full − S_base) may be zero. None if full training's gain is not clearly above zero.
     """
     before = np.asarray(base, dtype=float)
     gain = np.atleast_2d(np.asarray(scores, dtype=float)) - before
@@ -101,10 +93,8 @@ def standings(scores: Mapping[int, ArrayLike], confidence: float = CONFIDENCE) -
     """Find which blocks may be the best, from scores [S, N] on the same problems and seeds.
 
     Only differences between blocks count, so a hard problem or a lucky seed cancels. Training noise is assumed equal
-    for all blocks and estimated from all of them.
-
-    Args:
-        confidence: probability that no block is told apart from one that is not better.
+    for all blocks and estimated from all of them. With probability `confidence`, no block is told apart from one that
+    is not better.
     """
     from scipy.stats import multivariate_t
 

@@ -62,11 +62,7 @@ def rank_blocks(
     """Rank `blocks` as `config.probe` says; the policy and torch's random state are restored afterwards.
 
     A race scores on training problems that its runs do not train on, so the held-out ones never influence the choice.
-    A sweep scores on the held-out problems.
-
-    Args:
-        sampler: its policy has no trained blocks.
-        blocks: block numbers that `check_probe` accepts.
+    A sweep scores on the held-out problems. The policy must have no trained blocks, and `check_probe` must pass.
 
     Returns:
         The content of probe.json. `score`, `low` and `high` are the gain over the untrained model by samples at the
@@ -75,7 +71,7 @@ def rank_blocks(
         `depth_baseline` is the geometric middle, always measured: a ranking has to beat it.
 
     Raises:
-        RunStopped: the rewards are all equal.
+        RunStopped: rewards never differ within a group.
     """
     policy = sampler.policy
     assert not policy.trained, f"blocks {policy.trained} are being trained, and a probe would drop them"
@@ -231,7 +227,6 @@ def _base(base: Trial) -> dict[str, Any]:
 
 
 def _settings(config: RunConfig, problems: int) -> dict[str, Any]:
-    """The settings that shaped the ranking."""
     sampling = {"group_size", "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "stop_strings"}
     training = {"lr", "algorithm", "beta", "prompts_per_step"}
     settings = {

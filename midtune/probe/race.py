@@ -26,12 +26,7 @@ SCORING = 0.25
 
 @dataclass(frozen=True)
 class Entrant:
-    """How far a block came.
-
-    Attributes:
-        best_probability: probability that it is the best of all, as of its last step.
-        among_best: no comparison told it apart from the leader.
-    """
+    """How far a block came; `among_best` if no comparison told it apart from the leader."""
 
     block: int
     steps: int
@@ -41,11 +36,7 @@ class Entrant:
 
 @dataclass
 class Budget:
-    """What a race may cost, in seconds or in steps.
-
-    Args:
-        step, score: return the cost of one more step, and of scoring one block on all problems.
-    """
+    """What a race may cost, in seconds or steps; `step` and `score` price one step and one scoring on all problems."""
 
     total: float
     spent: Callable[[], float]
@@ -53,10 +44,9 @@ class Budget:
     score: Callable[[], float] = field(default=lambda: 0.0)
 
     def plan(self, blocks: int, rounds: int) -> tuple[int, float]:
-        """What each block can do with an equal share of the rest, with `blocks` in this round and `rounds` left.
+        """Steps of each block from an equal share of the rest, and the share of the problems to score on.
 
-        Returns:
-            Steps, and the share of the problems to score on: all, unless that takes too much of the time.
+        That is all of them, unless scoring takes too much of the time. `rounds` are left, with `blocks` in this one.
         """
         share = (self.total - self.spent()) / rounds / blocks
         whole = self.score()
@@ -71,14 +61,10 @@ def race(
     *,
     most_steps: int,
 ) -> list[Entrant]:
-    """Race blocks against each other; the furthest come first, then by score.
+    """Race the blocks of `order` against each other; returns the furthest first, then by score.
 
-    Args:
-        order: the blocks; if the budget is too small for all, the first ones run.
-        run: (block, steps, share) → scores [N] after `steps` in total, on the first `share` of the problems,
-            the same ones for every block; each call for a block has more steps than the last.
-        budget: every block runs at least one step, whatever it costs.
-        most_steps: total steps at which a trial ends.
+    `run(block, steps, share)` returns scores [N] after `steps` in total, on the first `share` of the problems. If the
+    budget is too small for all blocks, the first ones run. Every block runs at least one step, whatever it costs.
     """
     sizes = round_sizes(len(order))
     # 95% over all rounds together.

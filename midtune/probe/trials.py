@@ -73,11 +73,9 @@ class Trials:
     Args:
         sampler: its policy has no trained blocks; each trial restores that.
         continued: keep checkpoints of finished trials, so that they can be trained for more steps.
-        total: planned trials, for the progress bar; None: unknown.
 
     Attributes:
-        done: trials in the order they were asked for. One from an earlier session counts only once asked for again,
-            so a resumed race spends its budget as it would have.
+        done: trials asked for in this session, so a resumed race spends its budget as it would have.
     """
 
     sampler: Sampler
@@ -134,7 +132,6 @@ class Trials:
         return {(trained, seed): steps for trained, seed, steps, _ in sorted(self.done, key=itemgetter(2))}
 
     def base(self) -> Trial:
-        """The scores before training."""
         key = ("base", self.config.seed, 0, len(self.problems))
         return self._known(key) or self._scored(key, "before training")
 
@@ -233,7 +230,6 @@ class Trials:
         return checkpoint, before
 
     def _scored(self, key: Key, what: str, step_s: float = 0.0, train_s: float = 0.0) -> Trial:
-        """Score the policy as it is now, and record the trial."""
         trained, seed, steps, count = key
         started = time.perf_counter()
         samples = self.config.evaluation.samples
@@ -255,7 +251,6 @@ class Trials:
         return trial
 
     def _known(self, key: Key) -> Trial | None:
-        """The finished trial, from this session or an earlier one."""
         trial = self.done.get(key) or self._earlier.get(key)
         if trial is not None:
             self.done[key] = trial

@@ -22,9 +22,7 @@ SIGNALS = [
 class Stop:
     """Stop requests from Ctrl-C, SIGTERM and SIGHUP.
 
-    Attributes:
-        asked: a stop was requested while `waits` was true.
-        waits: the first request waits for the end of the step; a second one, or any without `waits`, stops at once.
+    With `waits`, the first request sets `asked` and waits for the end of the step. Any other stops at once.
     """
 
     asked: bool = False

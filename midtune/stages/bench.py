@@ -32,13 +32,10 @@ def run(
     out: Path | None,
     terminal: Terminal,
 ) -> dict[str, Any]:
-    """Run the arms one after the other, compare them with the first, and write bench.json into `out`.
+    """Run the arms (from `BENCHED`) one after the other, compare them with the first, and write bench.json into `out`.
 
-    Args:
-        config: names model, device and dtype; its micro-batch size holds for all arms; `blocks.layers` names the block.
-        arms: from `midtune.bench.workload.BENCHED`.
-        steps: measured steps of each arm, after one warm-up step.
-        profile: profile one extra step of the first arm.
+    `config` names model, device, dtype, the micro-batch size of all arms, and the block. Each arm runs one warm-up step
+    before its `steps` measured ones; `profile` profiles one extra step of the first arm.
 
     Returns:
         The content of bench.json: the workload, and `arms` with `step`, `rollout` and `update` (median, least and

@@ -30,15 +30,10 @@ PICTURES = (".svg", ".png", ".pdf")
 
 
 def run(files: Sequence[Path], *, top_k: int, out: Path | None, terminal: Terminal) -> dict[str, Any]:
-    """Compare every two rankings, and each ranking with position alone.
+    """Compare every two of the rankings in `files`, and each with position alone; draw them if `out` is given.
 
     Only blocks that both rankings have are compared: by contribution if all of them have one, else by score. If the
     models differ in depth, the deeper model's ranking is interpolated at the relative depths of the other's blocks.
-
-    Args:
-        files: probe.json files, or run folders that hold one.
-        top_k: how many of the best blocks to compare.
-        out: a picture of the rankings over relative depth.
 
     Returns:
         `rankings`, each with its Spearman correlation with minus depth (`depth`) and with closeness to the middle
@@ -84,7 +79,6 @@ def run(files: Sequence[Path], *, top_k: int, out: Path | None, terminal: Termin
 
 
 def _ranking(file: Path, probe: Mapping[str, Any]) -> dict[str, Any]:
-    """One entry of `rankings`: its source, and how well position alone explains it."""
     values, num_blocks = {point.block: point.value for point in points(probe)}, depth_of(probe)
     return {
         "file": str(file),
@@ -137,7 +131,6 @@ def _signals(cheap: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, An
 
 
 def _in_common(first: Mapping[str, Any], second: Mapping[str, Any], key: str) -> list[tuple[float, float]]:
-    """Pairs of values for the blocks that both rankings have, in order of depth."""
     fewer = min(depth_of(first), depth_of(second))
     one, other = (
         at_relative_depths(_values(probe, key), depth_of(probe), fewer) for probe in (first, second)
@@ -146,7 +139,6 @@ def _in_common(first: Mapping[str, Any], second: Mapping[str, Any], key: str) ->
 
 
 def _values(probe: Mapping[str, Any], key: str) -> dict[int, float]:
-    """Block → value, for blocks that have one."""
     if probe["method"] == "race" and key == "score":
         # A race trains its blocks for different numbers of steps, so scores do not compare.
         return {row["block"]: -float(row["rank"]) for row in probe["blocks"]}

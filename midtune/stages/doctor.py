@@ -1,7 +1,7 @@
 """`midtune doctor`: check this machine, one line per requirement.
 
 It trains the bundled model for one step, since installed parts may still not work together. It sends two requests,
-to ask whether the hub and the package index answer, and nothing else.
+to the hub and the package index, and nothing else.
 """
 
 from __future__ import annotations
@@ -46,7 +46,6 @@ SOME_MEMORY_BYTES = 3 * 2**30
 # For checkpoints of a small block, and for converting SmolLM2-135M.
 LEAST_DISK_BYTES = 50 * 2**20
 SOME_DISK_BYTES = 2**30
-# Size of the test rollout.
 TRIED_PROMPTS, TRIED_GROUP, TRIED_TOKENS = 4, 4, 32
 # Largest error that rounding can explain in a product of 128 terms.
 MOST_ERROR = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
@@ -58,8 +57,7 @@ Status = Literal["ok", "warning", "problem"]
 class Check:
     """One finding; `fix` says what to do, or what works anyway.
 
-    Attributes:
-        status: `problem` if no run is possible until it is fixed, `warning` if something else is limited.
+    `problem`: no run is possible until it is fixed. `warning`: something else is limited.
     """
 
     name: str
@@ -99,7 +97,7 @@ def run(config: RunConfig, *, terminal: Terminal) -> dict[str, Any]:
 
 
 def _tried(name: str, look: Callable[[], Iterator[Check]]) -> list[Check]:
-    """The checks of `look`; if it raises, the error is the finding."""
+    """The checks of `look`; if it raises, that is the finding."""
     try:
         return list(look())
     except Exception as error:  # noqa: BLE001 (whatever is broken is what this is about)
@@ -123,7 +121,6 @@ def _versions() -> Iterator[Check]:
 
 
 def _devices() -> Iterator[Check]:
-    """List the CUDA cards, or the CPU if there are none."""
     import torch
 
     if not torch.cuda.is_available():
@@ -169,7 +166,6 @@ def _enough(name: str, free: float, found: str, least: int, some: int, fix: str)
 
 
 def _four_bit(device: str, dtype: str) -> Iterator[Check]:
-    """Check that a product with 4-bit weights and its gradient are correct on the run's device."""
     import torch
 
     from midtune.model.quantize import nf4_error

@@ -22,10 +22,10 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None = None) -> d
     Returns:
         `model`, `quantize`, `task`, `reward`, `algorithm`, `layers` as configured; `step`: its `prompts`, `group_size`,
         `completions` and at most `tokens` new ones; `steps`; `evaluation`: its `problems` and `samples`; `out`: the run
-        folder; `downloads`: what is fetched unless cached; `weights_bytes`: their size at 2 bytes a parameter, null if
-        nothing is fetched or it is unknown. `plan`: the `blocks`, `trainable_parameters`, the `card` and
-        `prompt_tokens` planned for, `peak` bytes and its `phase`, whether it `fits`, and the least `seconds` of each
-        phase; null if the model's configuration is not at hand, as `note` then says.
+        folder; `downloads`: what is fetched unless cached; `weights_bytes`: their size at 2 bytes a parameter, or null.
+        `plan`: the `blocks`, `trainable_parameters`, the `card` and `prompt_tokens` planned for, `peak` bytes and its
+        `phase`, whether it `fits`, and the least `seconds` of each phase; null, with a `note`, if the model's
+        configuration is not at hand.
 
     Raises:
         InputError: there is no such model or block, or the run cannot be saved there.
@@ -36,7 +36,6 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None = None) -> d
     stem = run_stem(name, config.task.name)
     folder = RunFolder.create(out, stem) if resume is None else RunFolder.open(resume)
     task = require_task(config)
-    # Needed unless cached.
     downloads = {f"the weights of {name}": _is_fetched(name), f"the problems of {task}": is_dataset(task)}
     found: dict[str, Any] = {
         "schema": 1,

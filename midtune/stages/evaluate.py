@@ -41,10 +41,8 @@ def run(
 
     Args:
         target: a model as `train` takes it, a run folder, or a patch folder; it replaces the configured model.
-        configs: one per task, otherwise alike; for a run folder, the run's own plus command-line changes. One without
-            a task is not scored.
-        lm_eval: lm-evaluation-harness tasks.
-        lm_eval_path: a folder that defines such tasks.
+        configs: one per task, otherwise alike; a configuration without a task is not scored.
+        lm_eval: lm-evaluation-harness tasks; `lm_eval_path` is a folder that defines them.
         results: a jsonl file for `problem_lines`.
 
     Returns:

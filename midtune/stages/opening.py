@@ -39,11 +39,7 @@ if TYPE_CHECKING:
 
 
 class Opened:
-    """The source, tokenizer and task of a configuration, each opened on first use and kept.
-
-    Args:
-        more_problems: training problems beyond those that a run uses.
-    """
+    """The source, tokenizer and task of a configuration, opened on first use; `more_problems` than a run uses."""
 
     def __init__(self, config: RunConfig, terminal: Terminal, *, more_problems: int = 0) -> None:
         self.config = config
@@ -93,11 +89,7 @@ class Opened:
         return load_tokenizer(self.source, self.config.model.trust_remote_code)
 
     def policy(self, *, quantize: str | None = None, embeddings: str | None = None) -> Policy:
-        """Load the frozen model; if memory is tight, say what else uses its card.
-
-        Args:
-            quantize, embeddings: override the configuration's.
-        """
+        """Load the frozen model; arguments override the configuration. Says what else uses a card short of memory."""
         from midtune.model.host import embed_on_host
         from midtune.model.loading import load_policy
 
@@ -131,11 +123,7 @@ class Opened:
         return TextSampler(policy, limits) if game is None else EpisodeSampler(policy, limits, game)
 
     def score(self, sampler: Sampler, what: str, *, samples: int | None = None) -> Evaluation:
-        """Score the policy on the held-out problems, with a progress bar titled `what`.
-
-        Args:
-            samples: completions per problem besides the greedy one; None: as configured.
-        """
+        """Score the held-out problems; `samples` per problem besides the greedy one default to the configuration's."""
         from midtune.rl.training import sampling_of
         from midtune.rollout.evaluation import evaluate
 
@@ -196,11 +184,9 @@ def _others_text(uuid: str) -> str:
 
 
 def read_task(config: RunConfig, *, more: int = 0, thinking: Callable[[], bool] | None = None) -> Task:
-    """Load the task without trying its rewards.
+    """Load the task, with `more` problems than a run uses, without trying its rewards.
 
-    Args:
-        more: training problems beyond those that a run uses.
-        thinking: whether the chat template opens `<think>` in the prompt; None means no.
+    `thinking` says whether the chat template opens `<think>` in the prompt; None means no.
     """
     settings = config.task
 
@@ -230,13 +216,7 @@ def read_task(config: RunConfig, *, more: int = 0, thinking: Callable[[], bool] 
 
 @dataclass(frozen=True)
 class Choice:
-    """Which blocks are trained.
-
-    Attributes:
-        blocks: sorted block numbers.
-        how: how they were chosen, for people.
-        ranking: the probe.json that chose them, if any.
-    """
+    """The blocks to train, sorted; how they were chosen, for people; and the probe.json that chose them, if any."""
 
     blocks: list[int]
     how: str
@@ -285,7 +265,7 @@ def choose_blocks(wanted: BlocksConfig, policy: Policy, task: Task, terminal: Te
 
 
 def _ranking(wanted: BlocksConfig, policy: Policy, task: Task) -> tuple[Path, dict[str, Any]] | None:
-    """The named probe.json, or else the newest one under `runs` that matches, with its file."""
+    """The named probe.json and its data, or else the newest match under `runs`."""
 
     def matches(probe: dict[str, Any]) -> bool:
         return matching_probe(probe, policy.source.name, task.fingerprint, policy.source.revision)

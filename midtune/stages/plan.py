@@ -17,11 +17,9 @@ from midtune.planning.step_size import work_of
 
 
 def run(config: RunConfig, *, gpu: str, prompt_tokens: int) -> dict[str, Any]:
-    """Work out the memory of each phase for midtune and TRL, and what fits.
+    """Work out what training takes with prompts of up to `prompt_tokens`, for midtune and TRL, and what fits on `gpu`.
 
-    Args:
-        gpu: a card by name or memory (see `card_named`), or `cpu` for this machine.
-        prompt_tokens: tokens of the longest prompt.
+    `gpu` is a card by name or memory (see `card_named`), or `cpu` for this machine.
 
     Returns:
         `model`, `parameters`, `num_blocks`, `blocks`, `card` and `work`: what was planned for. `arms`: each with its

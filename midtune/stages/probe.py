@@ -19,14 +19,11 @@ from midtune.stages.opening import Opened
 def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: Terminal) -> dict[str, Any]:
     """Rank the blocks of a model on a task and write probe.json (see `rank_blocks`) into a run folder.
 
-    Args:
-        config: when resuming, the one in the folder.
-        out: the probe's folder; None makes one under `runs/`.
-        resume: the folder of a probe to continue.
+    When resuming, `config` is the one in the folder. Without `out`, the folder is made under `runs/`.
 
     Raises:
         InputError: something asked for does not exist; nothing has been written.
-        RunStopped: the rewards are all equal, or disk or memory ran out.
+        RunStopped: rewards never differ within a group, or disk or memory ran out.
         Interrupted: Ctrl-C, SIGTERM or SIGHUP; finished trials and checkpoints are kept.
     """
     method = config.probe.method

@@ -20,8 +20,7 @@ COMPARISON = Path("comparison.html")
 def run(folders: Sequence[Path], *, out: Path | None) -> dict[str, Any]:
     """Write the page of one run, or one page that compares several.
 
-    Args:
-        out: the page; None: `report.html` in the folder of a single run, `comparison.html` here for several.
+    Without `out`: `report.html` in the folder of a single run, `comparison.html` here for several.
 
     Returns:
         `page`, the file written, and `runs`, the folders.
@@ -42,7 +41,6 @@ def run(folders: Sequence[Path], *, out: Path | None) -> dict[str, Any]:
 
 
 def write_page(folder: RunFolder) -> None:
-    """Write the page of a finished run into its folder."""
     folder.write_text(folder.page, run_page(read_run(folder)))
 
 

@@ -17,14 +17,10 @@ FULL_STEPS = 2
 
 
 def in_own_process(job: str, arguments: dict[str, Any], *, what: str, instead: str) -> dict[str, Any]:
-    """Call a function in a fresh process and return its result.
-
-    Args:
-        job: the function as `module:name`; arguments and result must be JSON.
-        what, instead: for the error message: the task, and an alternative to it.
+    """Call the function `job` (`module:name`) in a fresh process; arguments and result must be JSON.
 
     Raises:
-        MidtuneError: the process failed; the message has its last line of output.
+        MidtuneError: `what` failed; the message has the last line of output and suggests `instead`.
     """
     finished = subprocess.run(
         [sys.executable, "-P", "-W", "ignore", "-m", __name__, job],
@@ -42,11 +38,7 @@ def in_own_process(job: str, arguments: dict[str, Any], *, what: str, instead: s
 
 
 def measure_full_training(config_file: Path) -> dict[str, Any]:
-    """Measure a few steps of full training in a fresh process; see `bench.arms.full_training`.
-
-    Raises:
-        MidtuneError: the process failed; the message has its last line of output.
-    """
+    """Measure a few steps of full training in a fresh process; see `bench.arms.full_training` and `in_own_process`."""
     return in_own_process(
         f"{__name__}:full_training_of",
         {"config_file": str(config_file)},
@@ -56,7 +48,6 @@ def measure_full_training(config_file: Path) -> dict[str, Any]:
 
 
 def full_training_of(config_file: str) -> dict[str, Any]:
-    """Measure full training in this process."""
     from midtune.bench.arms import full_training
     from midtune.config import load_config
     from midtune.device import compute_dtype, resolve_device

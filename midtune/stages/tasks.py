@@ -19,8 +19,7 @@ def run(config: RunConfig | None, terminal: Terminal, *, check: bool = False) ->
     """List tasks, show one, or check one.
 
     Args:
-        config: its task is shown, a reasoning-gym dataset with or without `reasoning-gym:`; None lists all
-            tasks that need no file.
+        config: names the task to show, a reasoning-gym dataset with or without `reasoning-gym:`; None lists all tasks.
         check: read the whole task and report findings instead of showing a problem.
 
     Returns:

@@ -44,10 +44,8 @@ SHOWN_PROBLEMS = 4
 class Training:
     """A run with its model loaded and its blocks chosen.
 
-    Attributes:
-        opened: its configuration includes the blocks and the changes of `--fit`.
-        blocks: the trained ones: all of them with `boost`, else those of `choice`.
-        process_bytes: resident memory before the model was loaded.
+    `opened.config` includes the blocks and the changes of `--fit`. `blocks` are all of them with `boost`, else
+    `choice.blocks`. `process_bytes` is resident memory before the model was loaded.
     """
 
     folder: RunFolder
@@ -63,7 +61,6 @@ class Training:
         return self.sampler.policy
 
     def thaw(self) -> None:
-        """Make the blocks trainable."""
         model = self.opened.config.model
         if model.adapter == "lora":
             self.policy.add_lora(self.blocks, model.lora_rank)
@@ -75,10 +72,7 @@ class Training:
 def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: Terminal) -> dict[str, Any]:
     """Train, and return report.json.
 
-    Args:
-        config: when resuming, the one in the folder.
-        out: the run's folder; None makes one under `runs/`.
-        resume: the folder of a run to continue.
+    When resuming, `config` is the one in the folder. Without `out`, the folder is made under `runs/`.
 
     Raises:
         InputError: something asked for is wrong or missing; nothing has been written.
@@ -145,7 +139,6 @@ def _checked(config: RunConfig) -> RunConfig:
 
 
 def _open(config: RunConfig, folder: RunFolder, terminal: Terminal) -> Training:
-    """Read the task, load the model, choose the blocks, and apply `--fit`."""
     opened = Opened(config, terminal)
     task, source = opened.task, opened.source
     if config.evaluation.baseline == "measured":
@@ -177,7 +170,6 @@ def _open(config: RunConfig, folder: RunFolder, terminal: Terminal) -> Training:
 
 
 def _check_stored(policy: Policy, config: RunConfig, terminal: Terminal) -> None:
-    """Report a checkpoint stored in 4-bit; refuse it with vLLM."""
     if not policy.stored_quantized:
         return
     name = policy.source.name
@@ -190,7 +182,6 @@ def _check_stored(policy: Policy, config: RunConfig, terminal: Terminal) -> None
 
 
 def _begin(training: Training) -> None:
-    """Write what resuming needs."""
     folder, policy, choice, config = training.folder, training.policy, training.choice, training.opened.config
     trained = len(training.blocks) * count_parameters(policy.blocks[training.blocks[0]])
     folder.require_free(trained * CHECKPOINT_BYTES_PER_PARAMETER)
@@ -331,7 +322,6 @@ def _report(
 
 
 def _score_deployed(opened: Opened, folder: RunFolder) -> summary.BeforeAfter:
-    """Greedy scores of the unquantized model, without and with the saved patch."""
     policy = opened.policy(quantize="none")
     sampler = opened.sampler(policy)
     before = opened.score(sampler, "scoring the unquantized model", samples=0)
@@ -343,7 +333,6 @@ def _score_deployed(opened: Opened, folder: RunFolder) -> summary.BeforeAfter:
 
 
 def _write_before_after(folder: RunFolder, task: Task, before: Evaluation, after: Evaluation) -> None:
-    """Save greedy completions of the first held-out problems, before and after."""
     # In a resumed run, `before` has only the first ones.
     shown = zip(task.held_out, before.completions[:SHOWN_PROBLEMS], after.completions, strict=False)
     problems = [

@@ -29,11 +29,9 @@ from midtune.tasks.votes import majority
 
 
 def run(targets: Sequence[str], config: RunConfig, *, terminal: Terminal) -> dict[str, Any]:
-    """Score the runs `targets`, and the majority of their answers.
+    """Score the runs `targets`, at least two of one base model, and the majority of their answers.
 
-    Args:
-        targets: at least two run or patch folders, all of one base model.
-        config: the first run's own plus command-line changes; its model is replaced by the base.
+    `config` is the first run's own plus command-line changes; its model is replaced by the base.
 
     Returns:
         `model`, `task`, `quantize`; `base` and `vote`, greedy scores with intervals; `runs`, each with `run`,
@@ -96,11 +94,7 @@ def run(targets: Sequence[str], config: RunConfig, *, terminal: Terminal) -> dic
 
 
 def vote_scores(rows: Sequence[Row], found: Sequence[Evaluation]) -> NDArray[np.float64]:
-    """Scores [n] of the vote: on each problem, that of the first completion with the winning answer.
-
-    Args:
-        found: each run's completions and scores, at least one run.
-    """
+    """Scores [n] of the vote: on each problem, that of the first completion with the winning answer."""
     scores = np.zeros(len(rows))
     for place, row in enumerate(rows):
         reference = reference_answer(row["answer"])
