@@ -476,7 +476,7 @@ COMMANDS = {
     "doctor": Command(
         "say whether this machine is ready",
         "Say whether this machine is ready: versions, device, memory, disk, 4-bit, a step of training, network.\n\n"
-        "Ends with exit code 1 if something has to be mended first. Asks the hub and the package index whether they "
+        "Ends with exit code 1 if something has to be fixed first. Asks the hub and the package index whether they "
         "answer, and sends nothing else.",
         "midtune doctor",
         "results.doctor_table",
@@ -626,5 +626,5 @@ def _failure(error: Exception) -> tuple[int, str]:
     if isinstance(error, OSError) and error.filename is not None:
         # A given path is too long, unreadable, or a folder in place of a file.
         named = one_line(str(error.filename))
-        return 2, f"{named} cannot be used: {error.strerror}; give another path or mend it."
+        return 2, f"{named} cannot be used: {error.strerror}; give another path or fix it."
     return 1, f"unexpected {type(error).__name__}: {one_line(str(error)) or 'no message'}"

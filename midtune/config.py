@@ -490,7 +490,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
         where = f" (line {mark.line + 1})" if mark else f" ({error})" if type(error) is yaml.YAMLError else ""
-        raise InputError(f"recipe {path} is not valid YAML{bounded(where, 200)}; mend it.") from None
+        raise InputError(f"recipe {path} is not valid YAML{bounded(where, 200)}; fix it.") from None
     except UnicodeDecodeError:
         raise InputError(f"recipe {path} is not text; give the path of a YAML file.") from None
     if not isinstance(data, dict):

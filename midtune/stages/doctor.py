@@ -102,7 +102,7 @@ def _tried(name: str, look: Callable[[], Iterator[Check]]) -> list[Check]:
         return list(look())
     except Exception as error:  # noqa: BLE001 (whatever is broken is what this is about)
         why = (str(error).strip().splitlines() or ["no message"])[0]
-        return [Check(name, "problem", f"{type(error).__name__}: {why}", "mend it, or install midtune again")]
+        return [Check(name, "problem", f"{type(error).__name__}: {why}", "fix it, or install midtune again")]
 
 
 def _versions() -> Iterator[Check]:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import copy
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
@@ -33,15 +33,16 @@ def test_every_algorithm_of_the_configuration_is_known() -> None:
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_without_an_epsilon_the_authors_clip_range_is_used(algorithm: str) -> None:
-    assert algorithm_arguments(algorithm, None) == ALGORITHMS[algorithm]
+def test_without_an_epsilon_the_authors_clip_range_is_used(algorithm: Any) -> None:
+    assert algorithm_arguments(TrainingConfig(algorithm=algorithm)) == ALGORITHMS[algorithm]
 
 
 def test_an_epsilon_replaces_the_clip_range_on_both_sides() -> None:
-    assert algorithm_arguments("dapo", 0.1) == {"loss_type": "dapo", "scale_rewards": "group", "epsilon": 0.1}
+    found = algorithm_arguments(TrainingConfig(algorithm="dapo", epsilon=0.1))
+    assert found == {"loss_type": "dapo", "scale_rewards": "group", "epsilon": 0.1}
 
 
 def test_the_table_of_algorithms_is_never_changed() -> None:
     before = copy.deepcopy(ALGORITHMS)
-    algorithm_arguments("gspo", 0.5)["loss_type"] = "other"
+    algorithm_arguments(TrainingConfig(algorithm="gspo", epsilon=0.5))["loss_type"] = "other"
     assert before == ALGORITHMS

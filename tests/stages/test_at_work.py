@@ -18,7 +18,7 @@ from midtune.stages.at_work import at_work
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
     made = RunFolder.create(tmp_path / "run", "")
-    made.write_config("{}")
+    made.begin("{}", "cpu", 0)
     return made
 
 

@@ -22,6 +22,6 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
 
 def test_a_run_that_has_not_finished_is_refused(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path / "run", "")
-    run.write_config("{}")
+    run.begin("{}", "cpu", 0)
     with pytest.raises(InputError, match="has no trained patch yet; finish it with `midtune train --resume"):
         merge.run(run.path, out=tmp_path / "merged", terminal=Terminal(quiet=True))
