@@ -247,7 +247,6 @@ def _lengths(trainer: GRPOTrainer) -> list[float]:
 
 
 def _charged(function: Callable[..., Any], meter: Meter, phase: str) -> Callable[..., Any]:
-
     @wraps(function)
     def charged(*args: Any, **kwargs: Any) -> Any:
         with meter.phase(phase):
