@@ -43,7 +43,7 @@ from midtune.network import go_offline
 from midtune.process import fast_imports, hold_streams, is_read, quieten_libraries, say
 
 INTERRUPTED = 130
-# Width of tables in a pipe or a file, which have none of their own.
+# Table width in a pipe or a file.
 PIPE_WIDTH = 100
 ARGUMENTS = "Arguments"
 EVERY_COMMAND = "json quiet debug"
@@ -96,7 +96,7 @@ def _setting(key: str, flag: str | None = None, metavar: str | None = None) -> P
     known = SETTINGS[key]
     help = _with_default(known.description, known.default)
     flag = flag or "--" + key.rpartition(".")[2].replace("_", "-")
-    # Other types are read from text by the configuration.
+    # The configuration parses other types from text.
     kind = known.kind if known.kind in (bool, int, float, Path, list[str]) else str
     return Parameter(kind, help, "|".join(known.choices) or metavar, flag=flag, reader="config", key=key)
 
@@ -120,7 +120,7 @@ def _go_offline(offline: bool) -> bool:
 
 
 _MODEL, _TASK_NAME = _setting("model.name", "--model", "MODEL"), _setting("task.name", "--task")
-# All that is not just a setting: by name, or as COMMAND.NAME.
+# Parameters that are not plain settings, by name or as COMMAND.NAME.
 PARAMETERS = {
     "model": replace(_MODEL, help=_MODEL.help.replace("tiny)", "tiny, with its own recipe)"), flag=None),
     "task": _TASK_NAME,
@@ -269,7 +269,7 @@ def _underneath(target: str) -> tuple[Path | None, dict[str, str]]:
     return None, {"model.name": read_patch(folder).base_model}
 
 
-# From what was typed, the arguments of a stage's `run`.
+# These turn what was typed into arguments of a stage's `run`.
 
 
 def _for_a_run(given: Given) -> dict[str, Any]:
@@ -493,7 +493,7 @@ class CommandHelp(TyperCommand):
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             if (record := parameter.get_help_record(ctx)) is not None:
-                # Typer's own --help has no panel.
+                # Typer's own --help option has no panel.
                 panel = getattr(parameter, "rich_help_panel", None) or "Output"
                 sections.setdefault(panel, []).append(record)
         for title, records in sections.items():
@@ -503,7 +503,7 @@ class CommandHelp(TyperCommand):
 
 app = typer.Typer(
     add_completion=False,
-    rich_markup_mode=None,  # plain help: Rich takes as long to load as all the rest
+    rich_markup_mode=None,  # plain help: loading Rich takes as long as everything else
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
@@ -559,7 +559,7 @@ def _perform(command: Command, given: Given) -> None:
         command = replace(COMMANDS["plan"], stage="dry_run", printer="plans.dry_run_text")
     from midtune.report.terminal import PlainConsole, PlainStream, Terminal
 
-    # Libraries and rewards that print must not get into the result.
+    # Keep what libraries and rewards print out of the result.
     with contextlib.redirect_stdout(PlainStream(sys.stderr)):
         terminal = Terminal(quiet=given["quiet"])
         with fast_imports():
@@ -594,11 +594,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trace = ""
     try:
         code = app(arguments, prog_name="midtune", standalone_mode=False) or 0
-        said = "interrupted." if code == INTERRUPTED else ""  # what Typer makes of Ctrl-C
+        said = "interrupted." if code == INTERRUPTED else ""  # Typer's exit code for Ctrl-C
     except MidtuneError as error:
         code, said = error.exit_code, str(error)
     except typer.TyperException as error:
-        # A wrong option or value, found by Typer.
+        # Typer found a wrong option or value.
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "midtune"
         wrong = one_line(error.format_message()).removeprefix("Got unexpected ").rstrip(".")
@@ -624,7 +624,7 @@ def _failure(error: Exception) -> tuple[int, str]:
     if not isinstance(error, PermissionError) and (lack := lack_of(error)) is not None:
         return RunStopped.exit_code, f"midtune could not go on because {lack}, then do it again."
     if isinstance(error, OSError) and error.filename is not None:
-        # A path that was given: too long, not to be read, a folder where a file should be.
+        # A given path is too long, unreadable, or a folder in place of a file.
         named = one_line(str(error.filename))
         return 2, f"{named} cannot be used: {error.strerror}; give another path or fix it."
     return 1, f"unexpected {type(error).__name__}: {one_line(str(error)) or 'no message'}"

@@ -27,15 +27,15 @@ from midtune.published import CARDS, find_card
 
 BUNDLED_MODEL = "tiny"
 BUNDLED_RECIPE = Path(__file__).parent / "assets" / BUNDLED_MODEL / "recipe.yaml"
-# What is planned for where nothing is said: the card, and tokens of the longest prompt.
+# Planning defaults: the card, and tokens of the longest prompt.
 PLANNED_CARD, PLANNED_PROMPT_TOKENS = "24GB", 512
-# The built-in rewards: those that judge an answer, and those that shape a completion whatever its answer.
+# Built-in rewards: those that judge an answer, and those that shape a completion regardless of it.
 JUDGES = ("exact", "numeric", "math", "verifier", "code", "code-all")
 SHAPING = ("format", "length", "repetition")
-# Beyond any use of today: what is larger is a slip of the hand, and would end in memory or time without end.
+# Far beyond practical use: a larger value is a typo that would exhaust memory or time.
 MOST_STEPS, MOST_PROBLEMS, MOST_TOKENS, MOST_COMPLETIONS = 1_000_000, 10_000_000, 1_000_000, 10_000
-MOST_SEED = 2**32 - 1  # NumPy's
-# Of a recipe: characters, and values after `*aliases` have been put in.
+MOST_SEED = 2**32 - 1  # NumPy's limit
+# Limits of a recipe: characters, and values with `*aliases` expanded.
 _RECIPE_CHARACTERS, _RECIPE_VALUES = 1_000_000, 20_000
 _UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 
@@ -52,7 +52,7 @@ def described(default: T, description: str, **limits: Any) -> T:
 class Part(BaseModel):
     """A group of settings; unknown keys are errors."""
 
-    # Validators are built when first used: `--help` only reads the fields.
+    # Validators are built on first use, since `--help` only reads the fields.
     model_config = ConfigDict(
         extra="forbid",
         validate_default=True,
@@ -65,7 +65,7 @@ class Part(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _text(cls, value: Any) -> Any:
-        # Names of files and what is written to files can have neither.
+        # File names and files can hold neither.
         if isinstance(value, str) and _UNWRITABLE.search(value):
             raise ValueError("must be text that UTF-8 can write, without the character NUL")
         return value
@@ -281,7 +281,7 @@ class EvaluationConfig(Part):
         return [value] if isinstance(value, int) else value
 
 
-# What the config.yaml of every earlier run says of its probe: defaults of settings that are gone.
+# Removed probe settings, with the values that every earlier config.yaml holds.
 RETIRED = {"objective": "gain", "prompts": 64}
 
 
@@ -495,7 +495,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         raise InputError(f"recipe {path} is not text; give the path of a YAML file.") from None
     if not isinstance(data, dict):
         raise InputError(f"recipe {path} holds no settings; it needs keys such as `model:` and `training:`.")
-    # A heading whose keys are all commented out.
+    # A heading whose keys are all commented out has the value None.
     return {str(key): value for key, value in data.items() if value is not None}
 
 
@@ -516,7 +516,7 @@ def _load_yaml(text: str) -> Any:
     except RecursionError:
         raise yaml.YAMLError("it nests too deep") from None
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        # Of the constructors: an impossible date, a number of thousands of digits.
+        # Constructors raise these, for an impossible date or a number with thousands of digits.
         raise yaml.YAMLError(str(error)) from None
 
 
@@ -552,9 +552,9 @@ def _put(data: dict[str, Any], dotted: str, value: Any) -> None:
         known = SETTINGS.get(".".join(parents[:depth]))
         existing = data.get(parent, {})
         if known is not None and get_origin(known.kind) is not dict:
-            existing = {}  # a setting of one value is given a key: validation says so
+            existing = {}  # a setting with one value was given a key: validation reports it
         elif not isinstance(existing, dict):
-            return  # what stands there is wrong already, and validation says so
+            return  # the existing value is wrong already: validation reports it
         data[parent] = dict(existing)
         data = data[parent]
     data[last] = value
@@ -585,7 +585,7 @@ def _explain(error: ValidationError, recipe: Path | None, overrides: Mapping[str
 def _nearest(key: str) -> str:
     import difflib
 
-    key = key[:100]  # what is longer is near to nothing, and takes long to compare
+    key = key[:100]  # longer keys match nothing and are slow to compare
     parts = [*dict.fromkeys(k.split(".")[0] for k in KEYS), *KEYS]
     last = key.rpartition(".")[2]
     by_last = {k.rpartition(".")[2]: k for k in reversed(KEYS)}

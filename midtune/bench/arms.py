@@ -1,7 +1,7 @@
 """The arms of `midtune bench`: the same prompts and the same completions through midtune and through TRL.
 
-Every arm samples with its own code, but each token is decided beforehand, so that all arms do equal work
-token for token. TRL's arms keep TRL's defaults, activation checkpointing among them, but for `trl-block`.
+Every arm samples with its own code, but each token is decided beforehand, so all arms do the same work token for
+token. TRL's arms keep TRL's defaults, including activation checkpointing, except for `trl-block`.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def run_arm(
     """Run one arm in this process, which should have done nothing else.
 
     Returns:
-        `steps`: seconds of each counted step, by phase; `peak` and `libraries`: peak bytes since before the
-        model was loaded, and what the process held by then; `prompt_tokens`, `completion_tokens`: of a
-        step; `trainable`: parameters; `profile`, `flops` and `peak_flops_per_s`, where asked for.
+        `steps`: seconds of each measured step, by phase; `peak` and `libraries`: peak bytes, and bytes before the
+        model was loaded; `prompt_tokens`, `completion_tokens`: of a step; `trainable`: parameters; with profiling,
+        `profile`, `flops` and `peak_flops_per_s`.
     """
     meter = BenchMeter(device)
     libraries = meter.current_bytes()
@@ -112,18 +112,14 @@ def full_training(
     dtype: torch.dtype,
     steps: int,
 ) -> dict[str, Any]:
-    """Train every parameter with TRL's own trainer for a few steps, on the prompts of a midtune run.
+    """Train every parameter with TRL's trainer for a few steps, on a midtune run's prompts and micro-batch size.
 
-    Completions are sampled freely. Micro-batches are those of midtune.
-
-    Args:
-        settings: of the run; all its steps are put in order, and the first ones are trained on.
-        dtype: what activations are computed in; weights are fp32.
+    Completions are sampled freely. `settings` are the run's: all its steps are put in order and the first ones run.
+    Weights are in fp32, activations in `dtype`.
 
     Returns:
-        `step`: seconds of the fastest step (the first one also warms up); `phases`: those of its `rollout`,
-        `reward` and `update`; `peak`: peak bytes while training; `completion_length`: mean tokens of a
-        completion.
+        `step`: seconds of the fastest step (the first one also warms up); `phases`: its `rollout`, `reward` and
+        `update`; `peak`: peak bytes while training; `completion_length`: mean tokens of a completion.
     """
     meter = Meter(device)
     prompts = settings.prompts_per_step
@@ -155,12 +151,7 @@ def stock_trainer(
     dtype: torch.dtype,
     block: int = 0,
 ) -> GRPOTrainer:
-    """TRL's own trainer on a model as an arm holds it; it charges `rollout` and `reward` to the meter.
-
-    Args:
-        arm: one of TRL's in `bench.workload.BENCHED`.
-        block: the one that `trl-block` trains.
-    """
+    """TRL's own trainer on an arm's model, charging `rollout` and `reward` to the meter; `trl-block` trains `block`."""
     tokenizer = load_tokenizer(source)
     if arm == "trl-block":
         model = _policy(source, block, device, dtype).model
@@ -168,7 +159,7 @@ def stock_trainer(
         full = ARMS[arm].trains == "all"
         model = AutoModelForCausalLM.from_pretrained(
             source.folder,
-            # All parameters in fp32, as RL learning rates need; frozen ones as they are computed with.
+            # Trained weights in fp32, as RL learning rates need; frozen ones in the compute dtype.
             dtype=torch.float32 if full else dtype,
             device_map={"": device},
             use_safetensors=True,
@@ -194,7 +185,7 @@ def stock_trainer(
 
 
 class _Clock(TrainerCallback):
-    """Seconds of each step and of its phases; see `StepClock`."""
+    """Seconds of each step, by phase; see `StepClock`."""
 
     def __init__(self, meter: Meter) -> None:
         self.steps: list[dict[str, float]] = []
@@ -210,9 +201,9 @@ class _Clock(TrainerCallback):
 class _Midtune(LayerGRPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # A decided token has the probability 1 while it is sampled, and another one in the update.
+        # Skip the log-prob check: a decided token has probability 1 in sampling, not in the update.
         self._compared = True
-        # An arm does all of the work together, or fails.
+        # An arm does its work in full-size batches, or fails.
         self.sampler.limits.rows.halves = self.update_rows.halves = False
 
 
@@ -226,11 +217,7 @@ def _policy(source: Source, block: int, device: torch.device, dtype: torch.dtype
 def _arguments(
     arm: str, settings: TrainingConfig, longest: int, seed: int, device: torch.device, dtype: torch.dtype
 ) -> Iterator[GRPOConfig]:
-    """TRL's settings of an arm, whose files go when it is done.
-
-    Args:
-        longest: tokens of the longest prompt.
-    """
+    """TRL's settings of an arm, with a temporary folder; `longest` is tokens of the longest prompt."""
     with tempfile.TemporaryDirectory() as scratch:
         yield trl_arguments(
             settings,
@@ -245,7 +232,6 @@ def _arguments(
 
 
 def _train(trainer: GRPOTrainer, meter: Meter, watched: Profile | None = None) -> list[dict[str, float]]:
-    """Train to the end; seconds of each step, by phase."""
     clock = _Clock(meter)
     trainer.add_callback(clock)
     if watched is not None:
@@ -261,8 +247,6 @@ def _lengths(trainer: GRPOTrainer) -> list[float]:
 
 
 def _charged(function: Callable[..., Any], meter: Meter, phase: str) -> Callable[..., Any]:
-    """The same function, its time and memory charged to a phase."""
-
     @wraps(function)
     def charged(*args: Any, **kwargs: Any) -> Any:
         with meter.phase(phase):
@@ -272,7 +256,7 @@ def _charged(function: Callable[..., Any], meter: Meter, phase: str) -> Callable
 
 
 def _completions(tokenizer: Any, work: Workload) -> torch.Tensor:
-    """Token ids [N·G, C] that end nothing; the first one is the same within a group."""
+    """Token ids [N·G, C] without special tokens; the first token is the same within a group."""
     generator = torch.Generator().manual_seed(work.seed)
     ordinary = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
     rows = len(work.prompts) * work.group_size

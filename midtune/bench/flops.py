@@ -1,4 +1,4 @@
-"""Floating-point operations of the weights in a step, by arm: what plans, estimates and the bench count with.
+"""Floating-point operations of a step's weights, by arm, for plans, estimates and the bench.
 
 Pure arithmetic: 2 operations per weight and token. Attention, norms, LoRA's own matrices and the optimizer are
 left out.
@@ -14,13 +14,7 @@ from midtune.model.sizes import Sizes
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts and their completions that pass through a model together.
-
-    Attributes:
-        prompts: different ones.
-        group_size: completions of each.
-        prompt_tokens, new_tokens: of every prompt and every completion; a mean may be a fraction.
-    """
+    """Prompts and their completions that pass through a model together; tokens of each may be a mean."""
 
     prompts: int
     group_size: int
@@ -35,7 +29,7 @@ class Batch:
 def rollout_flops(sizes: Sizes, batch: Batch, arm: str) -> float:
     """Operations of sampling: all blocks for each token fed, the head for each token drawn.
 
-    midtune passes a prompt once for its group, TRL once for each completion. A completion's last token is not fed.
+    midtune passes a prompt once per group, TRL once per completion. A completion's last token is not fed.
     """
     prompts = batch.prompts if arm == "midtune" else batch.rows
     fed_back = batch.rows * (batch.new_tokens - 1)
@@ -56,14 +50,8 @@ def update_flops(
     """Operations of the update.
 
     Each block counts once for its forward pass, once for the gradient of its inputs, once for that of its weights,
-    and once for each forward pass more: to recompute activations, or of the reference.
-
-    Args:
-        arm: of `bench.workload.ARMS`.
-        tail: blocks from the first trained one on.
-        trained: how many are trained.
-        recompute: midtune runs blocks again for the gradient; TRL always does where it checkpoints.
-        reference: there is a KL term.
+    and once for each extra forward pass: recomputed activations, or the reference of a KL term. `tail` blocks start at
+    the first trained one. `recompute` is midtune's setting; TRL always recomputes if it checkpoints.
     """
     scored = batch.rows * batch.new_tokens
     if arm == "midtune":
@@ -73,7 +61,7 @@ def update_flops(
     else:
         tokens = batch.rows * (batch.prompt_tokens + batch.new_tokens)
         whole = ARMS[arm].trains == "all"
-        # The gradient of a single block ends there.
+        # A single block's backward pass ends at that block.
         backward = tail + trained if ARMS[arm].trains == "blocks" else sizes.blocks * (1 + whole)
         blocks = sizes.blocks * (1 + ARMS[arm].checkpointing + reference) + backward
         # TRL's chunked head always runs again for its gradient.

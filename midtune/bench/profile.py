@@ -1,4 +1,4 @@
-"""Where the time of a step goes, by kind of work, beside what matrix products alone would need."""
+"""Where the time of a step goes, by kind of work, and the speed of matrix products alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from midtune.measure.meter import Meter
 
-# Kind of work → what the names of its operators contain; the first that fits counts.
+# Kind of work → parts of its operators' names; the first match counts.
 KINDS = {
     "matrix products": ("::mm", "::addmm", "::bmm", "::matmul", "::_linear_pointwise", "gemm"),
     "attention": ("scaled_dot_product", "flash_attention", "efficient_attention"),
@@ -29,7 +29,7 @@ def kind_of(operator: str) -> str:
 
 
 class BenchMeter(Meter):
-    """A meter that enters the context that `during_rollout` makes for as long as a rollout takes."""
+    """A meter that enters the context made by `during_rollout` for the length of each rollout."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
@@ -42,11 +42,11 @@ class BenchMeter(Meter):
 
 
 class Profile(TrainerCallback):
-    """Profiles the last step of a trainer: its `rollout` and, as `update`, what follows.
+    """Profiles the last step of a trainer: its `rollout`, and what follows as `update`.
 
     Attributes:
-        peak: most bytes held before that step: what the profiler remembers takes memory too.
-        found: seconds by phase and kind of work; time in which no operator runs counts as `between operators`.
+        peak: peak bytes before that step, since the profiler's records take memory too.
+        found: seconds by phase and kind of work; time without an operator is `between operators`.
     """
 
     def __init__(self, meter: BenchMeter, device: torch.device, last: int) -> None:
@@ -76,7 +76,7 @@ class Profile(TrainerCallback):
         with record_function(name):
             yield
             if self._cuda:
-                # What was launched inside belongs to the phase, whenever the card comes to it.
+                # Kernels launched inside belong to the phase, whenever the card runs them.
                 torch.cuda.synchronize()
 
     def on_step_end(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
@@ -89,12 +89,10 @@ class Profile(TrainerCallback):
 def seconds_by_kind(
     events: Iterable[Any], phases: Sequence[str], *, on_card: bool
 ) -> dict[str, dict[str, float]]:
-    """Seconds by phase and kind of work.
+    """Seconds by phase and kind of work; `phases` names the events that stand for phases.
 
-    Args:
-        events: the profiler's. On a card each kernel is there twice: as an event of its own, and in the device time
-            of the operator that launched it, which is what counts.
-        phases: names of the events that stand for phases.
+    On a card each kernel appears twice: as its own event, and in the device time of the operator that launched it,
+    which is what counts.
     """
     events = [event for event in events if event.device_type.name == "CPU"]
     found: dict[str, dict[str, float]] = {}
@@ -114,8 +112,8 @@ def seconds_by_kind(
 
 
 def peak_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of the best of ten products of square matrices."""
-    # A card does smaller ones before it is at full speed.
+    """Floating-point operations per second of the fastest of ten products of square matrices."""
+    # A card is not at full speed on smaller ones.
     size = 8192 if device.type == "cuda" else 2048
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
 

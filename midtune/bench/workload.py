@@ -8,11 +8,9 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to train.
+    """A way to train: single blocks over frozen ones, all parameters, or LoRA adapters on every linear layer.
 
-    Attributes:
-        trains: blocks over frozen ones, all parameters, or LoRA adapters of every linear layer.
-        checkpointing: TRL keeps the inputs of blocks only, and runs them again for the gradient.
+    With `checkpointing`, TRL keeps only the inputs of blocks, and recomputes the rest for the gradient.
     """
 
     label: str
@@ -23,13 +21,13 @@ class Arm:
 ARMS = {
     "midtune": Arm("midtune", "blocks", checkpointing=False),
     "trl-full": Arm("TRL, all parameters", "all"),
-    # With checkpointing, transformers takes the gradient of a single block down to the embeddings.
+    # With checkpointing, transformers propagates a single block's gradient down to the embeddings.
     "trl-block": Arm("TRL, the same block over NF4", "blocks", checkpointing=False),
     "trl-qlora": Arm("TRL, QLoRA on all linear layers", "adapters"),
     "trl-qlora-fp32": Arm("the same, adapters in fp32", "adapters"),
     "trl-full-kept": Arm("TRL, the same without checkpointing", "all", checkpointing=False),
 }
-# In the order of a plan's table, in which "the same" is the arm before.
+# In the order of a plan's table: "the same" means the arm before.
 PLANNED = ("midtune", "trl-block", "trl-qlora", "trl-full", "trl-full-kept")
 BENCHED = tuple(arm for arm in ARMS if arm != "trl-full-kept")
 LORA_RANK = 16
@@ -37,14 +35,9 @@ LORA_RANK = 16
 
 @dataclass(frozen=True)
 class Workload:
-    """What every arm computes.
+    """What every arm computes; `block` is the one that midtune and `trl-block` train.
 
-    Args:
-        prompts: texts, as many for each step.
-        new_tokens: tokens of every completion.
-        block: the block that midtune and `trl-block` train.
-        warmup, steps: steps that are not counted, and that are.
-        profile: profile one more step.
+    Each step has all `prompts`. `warmup` steps precede the measured `steps`, and `profile` adds one.
     """
 
     prompts: list[str]
@@ -59,7 +52,7 @@ class Workload:
 
 
 def qlora() -> Any:
-    """PEFT's configuration of the adapters that `trl-qlora` trains."""
+    """PEFT's configuration of `trl-qlora`'s adapters."""
     from peft import LoraConfig
 
     return LoraConfig(

@@ -1,6 +1,6 @@
-"""What a training run holds in memory, part by part and phase by phase: pure arithmetic over a model's sizes.
+"""Memory of a training run, by part and phase: pure arithmetic over a model's sizes.
 
-Activations and workspace cannot be worked out from sizes; `planning.trace` measures them on tensors without data.
+Activations and workspace do not follow from sizes; `planning.trace` measures them on tensors without data.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from transformers import PretrainedConfig
 
 from midtune.model.sizes import Sizes
 
-# Weights in a group that bitsandbytes scales together, and groups whose scales share one in turn.
+# bitsandbytes: weights that share a scale, and scales that share a second-level scale.
 GROUP, NESTED_GROUP = 64, 256
 # CUDA's context, kernels and cuBLAS workspace: what nvidia-smi shows before there is a tensor. Assumed.
 CONTEXT_BYTES = 600 * 2**20
 
-# What glibc's heap holds beyond the tensors in it, as a share of them: between 0.49 and 0.54 in the six
-# settings of SmolLM2-135M, five of midtune's and one of TRL's, that it was read from; recipes/results/memory.md.
+# glibc heap overhead as a share of the tensors in it: 0.49 to 0.54 in the six settings of SmolLM2-135M, five of
+# midtune's and one of TRL's, in recipes/results/memory.md.
 HEAP_SHARE = 0.5
 
 Phases = dict[str, dict[str, int]]
@@ -31,8 +31,8 @@ class Loaded:
     Attributes:
         dtype: of activations, and of unquantized frozen weights.
         quantized: linear layers of frozen blocks are in 4-bit.
-        on_card: it works on a GPU, where TRL's head has kernels of its own.
-        full: every parameter is trained, so weights are in fp32.
+        on_card: on a GPU, where TRL's head has its own kernels.
+        full: every parameter is trained, in fp32.
     """
 
     config: PretrainedConfig
@@ -48,12 +48,11 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes above what is held throughout.
+    """Bytes above those held all the time.
 
     Attributes:
         kept: after the phase's forward pass, for the backward pass or the next token.
-        peak: the most at once.
-        small: the most at once in tensors that a CPU's heap holds; larger ones are mapped one by one.
+        small: the most at once in tensors on a CPU's heap; larger ones are mapped one by one.
     """
 
     kept: int
@@ -63,13 +62,10 @@ class Held:
 
 @dataclass(frozen=True)
 class Standing:
-    """What a trainer holds throughout a step, in bytes.
+    """Bytes that a trainer holds throughout a step.
 
-    Attributes:
-        parts: bytes by name.
-        accumulated: gradients from the first backward pass to the last.
-        gradients: what the optimizer's step gets of them.
-        step: what the optimizer's step works with, on top of both.
+    `accumulated` gradients last from the first backward pass to the last; the optimizer's step receives `gradients`
+    of them, and needs `step` of temporary memory on top.
     """
 
     parts: dict[str, int]
@@ -84,11 +80,11 @@ def packed_bytes(weights: int) -> int:
 
 
 def unpacked_bytes(model: Loaded, sizes: Sizes) -> int:
-    """What midtune's sampler takes for weights as a decoding step reads them fastest."""
+    """Bytes that midtune's sampler needs to hold weights unpacked, as decoding reads them fastest."""
     linear = sizes.blocks * sizes.linear
     if model.on_card:
         return linear * model.dtype.itemsize if model.quantized else 0
-    # A CPU also gets a copy of what is not packed, the head among it.
+    # A CPU also copies the head, and layers that are not quantized.
     return (linear + sizes.projection) * model.dtype.itemsize
 
 
@@ -105,10 +101,9 @@ def step_phases(
     """Parts of each phase of a step, in bytes.
 
     Args:
-        process: what the process holds besides tensors.
-        on_card: there is no heap that keeps what was freed.
-        states: midtune's boundary states of all rows; TRL has none.
-        unpacked: weights that midtune unpacks while sampling.
+        process: process memory other than tensors.
+        states: midtune's boundary states of all rows; None for TRL.
+        unpacked: weights that midtune unpacks while sampling; None for TRL.
     """
     parts = {"process": process, **held.parts}
     boundary = {} if states is None else {"boundary states": states}
@@ -122,7 +117,7 @@ def step_phases(
             **({} if unpacked is None else {"unpacked weights": unpacked}),
             "keys and values": sampling.kept,
             **boundary,
-            # States are put in place from a list of every step's, beside the keys and values.
+            # Concatenating the states of all steps holds them twice, beside the keys and values.
             "workspace": max(sampling.peak - sampling.kept, states or 0),
             "heap": heap(sampling),
         },

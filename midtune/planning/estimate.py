@@ -1,9 +1,8 @@
-"""What full training and QLoRA would take on the steps of a run, worked out from what the run measured.
+"""Estimates full training and QLoRA on the steps of a run, from what the run measured.
 
-The references are TRL's GRPOTrainer on the whole model, or with LoRA on every linear layer, with its
-defaults: gradient checkpointing on, every prompt repeated for each of its completions, a second forward
-pass as the reference when there is a KL term. Whatever the formulas leave out makes them look cheaper than
-they are, never dearer.
+The references are TRL's GRPOTrainer on the whole model, or with LoRA on every linear layer, with its defaults:
+gradient checkpointing, every prompt repeated for each completion, a second forward pass as the reference if there is
+a KL term. Whatever the formulas omit makes them look cheaper than they are, never dearer.
 """
 
 from __future__ import annotations
@@ -37,18 +36,14 @@ def estimated(
 ) -> dict[str, Any]:
     """Seconds of a `step` and of its `phases`, and `peak` bytes, of TRL on the steps of a run.
 
-    Memory is that of completions of the mean length, though the longest of a step is what it pads to.
+    Memory is for completions of the mean length, though TRL pads to the longest of a step. If the architecture cannot
+    run on tensors without data, `peak` is None and `note` says why, without a full stop.
 
     Args:
         arm: `trl-full` or `trl-qlora`.
-        sampler: of the policy as it was trained.
         steps: the run's lines of metrics.jsonl.
         measured: the run's mean seconds of each phase.
-        process_bytes: resident memory of the process before the model was loaded; on a CPU peaks count it.
-
-    Returns:
-        Also `note`, a sentence without its full stop where the architecture cannot run on tensors without data, so that
-        `peak` is None.
+        process_bytes: resident memory before the model was loaded; on a CPU peaks include it.
     """
     policy = sampler.policy
     training = config.training
@@ -56,7 +51,7 @@ def estimated(
         training.prompts_per_step,
         training.group_size,
         statistics.fmean(sampler.prompt_lengths(task.train[:64])),
-        # Of episodes, with what their environments showed.
+        # In episodes, this includes what the environment showed.
         statistics.fmean(step["completion_length"] + step.get("shown_length", 0) for step in steps),
     )
     planner = planner_for(policy, policy.trained, process_bytes)
@@ -84,15 +79,11 @@ def estimated_phases(
     measured: Mapping[str, float],
     updated_share: float,
 ) -> dict[str, float]:
-    """Seconds of the phases `rollout`, `reward` and `update` on the same step.
+    """Seconds of the phases `rollout`, `reward` and `update` of TRL on the same step.
 
-    Sampling and rewards are taken as measured in midtune: TRL's own sampling, which runs every prompt
-    once per completion, is slower. Not counted either: that a 4-bit layer is dequantized for each product.
-
-    Args:
-        blocks: those that midtune trains.
-        measured: seconds of midtune's phases, a mean over steps.
-        updated_share: fraction of groups that midtune's update ran; it may skip those of equal rewards.
+    Sampling and rewards are midtune's `measured` seconds, though TRL's sampling is slower: it runs every prompt once
+    per completion. Dequantizing a 4-bit layer for each product is not counted either. `updated_share` is the fraction
+    of groups in midtune's update of `blocks`, which may skip groups of equal rewards.
     """
 
     def flops(name: str) -> float:

@@ -1,4 +1,4 @@
-"""What fits: the memory and time of each arm on a card, the settings that make a run fit, the largest sizes that do."""
+"""Memory and time of each arm on a card, the settings that make a run fit, and the largest sizes that do."""
 
 from __future__ import annotations
 
@@ -38,18 +38,16 @@ from midtune.rl.tail import tail_settings
 from midtune.rollout.sampling import Sampler
 from midtune.tasks import Task
 
-# How far the search for the largest size goes.
+# Upper limits of the search for the largest size.
 MOST = {"prompts": 64, "group_size": 256, "new_tokens": 131072}
 
 
 @dataclass(frozen=True)
 class Planner:
-    """What one model can do on one card.
+    """Plans for one model on one card.
 
-    Attributes:
-        blocks: the trained ones.
-        process: bytes that a process holds besides tensors.
-        device_bytes: of the device's memory; sampling may unpack weights into half of what is free of it.
+    `process` is process memory other than tensors, in bytes. Sampling may unpack weights into half of what is free of
+    `device_bytes`.
     """
 
     model: Loaded
@@ -61,14 +59,14 @@ class Planner:
 
     @property
     def tail(self) -> int:
-        """Blocks from the first trained one on."""
+        """Number of blocks from the first trained one on."""
         return self.sizes.blocks - self.blocks[0]
 
     def phases(self, arm: str, work: Work) -> Phases:
         """Bytes of each part in each phase of a step.
 
         Raises:
-            MidtuneError: the architecture does something that tensors without data cannot.
+            MidtuneError: the architecture's code cannot run on tensors without data.
         """
         try:
             return self._phases(arm, work)
@@ -116,7 +114,7 @@ class Planner:
         return replace(self.model, quantized=False, full=True)
 
     def arm(self, name: str, work: Work) -> dict[str, Any]:
-        """What a plan says of an arm."""
+        """The plan's entry of an arm."""
         phases = self.phases(name, work)
         phase, most = peak(phases)
         return {
@@ -130,12 +128,9 @@ class Planner:
         }
 
     def seconds(self, arm: str, work: Work, held: Mapping[str, int]) -> dict[str, float]:
-        """The least seconds that the phases of a step can take on the card: what they compute, or what they read.
+        """The least seconds of each phase of a step on the card: its compute or its memory reads, whichever is more.
 
-        The forward pass of a KL term's reference is left out.
-
-        Args:
-            held: parts of what is held while sampling, in bytes.
+        The forward pass of a KL term's reference is left out. `held` is the bytes of each part while sampling.
         """
         card, sizes, batch, training = self.card, self.sizes, work.batch(), work.config.training
         plain = 2 * sizes.blocks * sizes.linear
@@ -143,7 +138,7 @@ class Planner:
         weights = sizes.blocks * packed_bytes(sizes.linear) if packed else plain
         read = plain if held.get("unpacked weights") else weights
         sampling_passes = -(-batch.prompts // work.sampled_prompts)
-        # Each token reads every weight, and on average half of the keys and values.
+        # Each token reads every weight and, on average, half of the keys and values.
         each = sampling_passes * (read + 2 * sizes.projection) + held["keys and values"] / 2
         products = update_flops(
             sizes, batch, arm, tail=self.tail, trained=len(self.blocks), recompute=training.recompute
@@ -161,9 +156,9 @@ class Planner:
         }
 
     def fitting(self, work: Work) -> dict[str, Any] | None:
-        """The cheapest changes of settings, by key, that make the work fit; None if none do.
+        """The cheapest setting changes, by key, that make the work fit; None if none do.
 
-        First the input embedding goes to the host, then where memory peaks decides; see `leaner`.
+        The input embedding goes to the host first; then the phase with the peak decides, see `leaner`.
         """
         changes: dict[str, Any] = {}
         while True:
@@ -181,7 +176,6 @@ class Planner:
             changes |= change
 
     def _without_needless(self, work: Work, changes: dict[str, Any]) -> dict[str, Any]:
-        """The changes without those that later ones have made needless."""
         for key in DEAREST_FIRST:
             fewer = {other: value for other, value in changes.items() if other != key}
             if peak(self.phases("midtune", work.changed(fewer)))[1] <= self.card.memory:
@@ -189,12 +183,9 @@ class Planner:
         return changes
 
     def largest(self, work: Work, what: str) -> int:
-        """How many prompts, completions of a group or new tokens fit, the rest as in `work`.
+        """The largest size `what` (a key of `MOST`) that fits, with the rest as in `work`.
 
-        Memory grows by about the same with each of them, so it is worked out for what `work` has and for twice as many.
-
-        Args:
-            what: of `MOST`.
+        Memory is close to linear in each size, so it is extrapolated from the current size and twice that.
         """
         training = work.config.training
         sizes = {
@@ -215,7 +206,7 @@ class Planner:
         if what != "prompts":
             key = {"group_size": "training.group_size", "new_tokens": "training.max_new_tokens"}[what]
             return self.phases("midtune", work.changed({key: size}))
-        # Each prompt of an update adds what its group takes there; as many as before are sampled together.
+        # Only the update grows: as many prompts as before are sampled together.
         wider = work.changed(
             {
                 "training.prompts_per_step": size,
@@ -227,13 +218,9 @@ class Planner:
 
 
 def planner_of(config: RunConfig, gpu: str) -> Planner:
-    """What plans for the configuration's model on a card.
-
-    Args:
-        gpu: the card, see `card_named`; or `cpu`, this machine.
-    """
+    """A planner for the configured model on `gpu`: a card (see `card_named`), or `cpu` for this machine."""
     on_card = gpu != "cpu"
-    # How fast a CPU is stands nowhere.
+    # CPU speeds are not published.
     host = PublishedCard("this machine's CPU", total_bytes("cpu"), math.nan, math.nan)
     card = card_named(gpu) if on_card else host
     model_config = config_of(config.model.name, trust_remote_code=config.model.trust_remote_code)
@@ -244,7 +231,7 @@ def planner_of(config: RunConfig, gpu: str) -> Planner:
     model = Loaded(model_config, dtype, config.model.quantize == "nf4", on_card)
     process = CONTEXT_BYTES
     if not on_card:
-        # What a process that trains has resident before a model is loaded counts there.
+        # On a CPU, libraries that are resident before a model is loaded count too.
         import midtune.rl.training  # noqa: F401
 
         process = Meter("cpu").current_bytes()
@@ -252,11 +239,7 @@ def planner_of(config: RunConfig, gpu: str) -> Planner:
 
 
 def planner_for(policy: Policy, blocks: list[int], process_bytes: int) -> Planner:
-    """What plans for a loaded model on its own device.
-
-    Args:
-        process_bytes: resident memory of this process before the model was loaded.
-    """
+    """A planner for a loaded model on its own device; `process_bytes` is resident memory before it was loaded."""
     on_card = policy.device.type == "cuda"
     total = total_bytes(policy.device)
     return Planner(
@@ -277,14 +260,10 @@ def fitted(
     process_bytes: int,
     on_message: Callable[[str], None],
 ) -> RunConfig:
-    """The configuration of a run with the cheapest changes that keep it within `training.fit`, which it has.
-
-    Args:
-        sampler: of the loaded model.
-        process_bytes: resident memory of this process before the model was loaded.
+    """Apply the cheapest changes that keep a run within `training.fit`, which must be set.
 
     Raises:
-        InputError: it does not fit, whatever is changed, or what it should fit is not known.
+        InputError: no change makes it fit, or the card is unknown.
     """
     fit, policy = config.training.fit or "", sampler.policy
     planner = replace(planner_for(policy, blocks, process_bytes), card=card_named(fit))
@@ -300,6 +279,6 @@ def fitted(
     phase, most = peak(planner.phases("midtune", found))
     said = ", ".join(f"{key}={value}" for key, value in changes.items()) or "nothing has to change"
     on_message(f"to stay within {fit}: {said}; planned peak {bytes_text(most)}, in {phase}")
-    # Scoring samples as many together as training does.
+    # Scoring samples as many rows at once as training does.
     together = {"training.sampled_prompts": found.sampled_prompts}
     return with_settings(config, {**changes, **together, "training.fit": None})

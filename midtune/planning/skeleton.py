@@ -1,4 +1,4 @@
-"""A model without data: the architecture's own code over tensors that have a shape and nothing in them."""
+"""A model without data: the architecture's own code on tensors that have a shape but no content."""
 
 from __future__ import annotations
 
@@ -16,21 +16,19 @@ from midtune.model.policy import Policy
 from midtune.model.sizes import blocks_of
 from midtune.planning.budget import Loaded, packed_bytes
 
-# Masks with more values than this, rows by tokens by tokens, are left without data.
+# Attention masks with more values (rows · tokens · tokens) than this get no data.
 LARGE_MASK = 2**28
-# TRL's head works on so many tokens by so many words of the vocabulary at a time (`trl.kernels.chunked_logprob`).
+# Tile of TRL's chunked head: tokens by vocabulary entries (`trl.kernels.chunked_logprob`).
 HEAD_TOKENS, HEAD_WORDS = 4096, 32768
 
 
 def skeleton(
     model: Loaded, depth: int, vocabulary: int | None = None, trained: int = 0
 ) -> tuple[PreTrainedModel, FakeTensorMode]:
-    """A model without data, and the mode that makes further tensors of its kind.
+    """Build the last `depth` blocks of a model without data, and the mode that makes further tensors of its kind.
 
-    Args:
-        depth: how many of its last blocks to build.
-        vocabulary: tokens of the embeddings and of the head; None: the model's own.
-        trained: how many of the first of them are trained, and so not in 4-bit.
+    `vocabulary` is the size of the embeddings and the head; None: the model's own. The first `trained` of the built
+    blocks are not in 4-bit.
     """
     blocks = blocks_of(model.config)
     cut = config_from(model.config, blocks - depth, blocks)
@@ -48,11 +46,7 @@ def skeleton(
 
 
 class SkeletonPolicy(Policy):
-    """A policy without data: what it computes has the shapes, dtypes and lifetimes of the real one.
-
-    Args:
-        depth, trained, vocabulary: see `skeleton`.
-    """
+    """A policy without data: its tensors have the shapes, dtypes and lifetimes of the real one; see `skeleton`."""
 
     def __init__(self, model: Loaded, depth: int, trained: int, vocabulary: int | None = None) -> None:
         built, self.mode = skeleton(model, depth, vocabulary, trained)
@@ -61,7 +55,7 @@ class SkeletonPolicy(Policy):
             self.thaw(block)
 
     def thaw(self, block: int) -> None:
-        """Make `block` trainable: fp32 masters in place of its frozen layers."""
+        """Replace the frozen layers of `block` by fp32 masters."""
         frozen = self.blocks[block]
         with self.mode:
             for part in frozen.modules():
@@ -71,7 +65,7 @@ class SkeletonPolicy(Policy):
         self._frozen[block] = frozen
 
     def tail(self, first: int, *, checkpointing: bool = False) -> nn.Module:
-        """As a policy's, but that large masks have no data either; it is then not seen that they mask nothing."""
+        """As in `Policy`, but large masks get no data, so transformers cannot see that they mask nothing."""
 
         def enter(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             mask = kwargs["attention_mask"]
@@ -85,7 +79,7 @@ class SkeletonPolicy(Policy):
 
 
 class PackedLinear(nn.Linear):
-    """The footprint of bitsandbytes' `Linear4bit`, whose parameters are a kind of tensor that needs data.
+    """The footprint of bitsandbytes' `Linear4bit`, whose parameter type needs data.
 
     It dequantizes for each product, forward and backward, and keeps nothing for the backward pass.
     """
@@ -116,10 +110,9 @@ class _Product(torch.autograd.Function):
 
 
 def chunked_log_probs(head: nn.Module, states: torch.Tensor, *, on_card: bool) -> torch.Tensor:
-    """Log-probs [T] of tokens whose states are [T, H]: what TRL's chunked head holds, without its values.
+    """Log-probs [T] from states [T, H] with the footprint of TRL's chunked head, without values.
 
-    Args:
-        on_card: kernels work inside a tile; on a CPU torch copies it several times.
+    On a card, kernels work inside a tile; on a CPU torch copies it several times.
     """
     found: torch.Tensor = _ChunkedLogProbs.apply(states, head.weight, on_card)  # type: ignore[no-untyped-call]
     return found
@@ -134,7 +127,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         ctx.dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else states.dtype
         per_token = partial(states.new_empty, len(states), dtype=torch.float32)
         targets = per_token(dtype=torch.long)
-        # Maxima, sums and the like while it runs; normalizers and entropies for the backward pass.
+        # Running maxima and sums; below, normalizers and entropies for the backward pass.
         statistics = [per_token() for _ in range(7)]
         for _, _, tile in _tiles(states, weight, ctx.dtype):
             if not on_card:
@@ -155,7 +148,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
                 _work_on(tile, gradients=True)
             for gradients, factor in zip(needed, (words, tokens), strict=True):
                 if gradients is not None:
-                    # Products are added up in fp32.
+                    # Products accumulate in fp32.
                     tile.float(), factor.float()
         found = [
             None if gradients is None else gradients.to(part.dtype)
@@ -167,7 +160,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
 def _tiles(
     states: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Some states, some rows of the head's weight and room for their logits, all in `dtype`."""
+    """Yield a chunk of states, a chunk of the head's rows, and space for their logits, all in `dtype`."""
     logits = states.new_empty(min(len(states), HEAD_TOKENS), HEAD_WORDS, dtype=dtype)
     for some in states.split(HEAD_TOKENS):
         tokens = some.to(dtype)
@@ -176,7 +169,7 @@ def _tiles(
 
 
 def _work_on(tile: torch.Tensor, *, gradients: bool) -> None:
-    """Hold what torch does to fold a tile of logits into statistics, or to make gradients of it."""
+    """Hold the temporaries of torch for reducing a tile of logits to statistics, or for its gradients."""
 
     def copies(count: int) -> list[torch.Tensor]:
         return [tile.new_empty(tile.shape, dtype=torch.float32) for _ in range(count)]

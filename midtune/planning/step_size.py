@@ -1,6 +1,6 @@
-"""What a step holds because of its settings, and which setting makes it hold less: pure arithmetic.
+"""Memory of a step as its settings decide, and which setting lowers it: pure arithmetic.
 
-A setting that changes memory has its effect and its place among the remedies here.
+Add a setting that changes memory here, with its effect and its place among the remedies.
 """
 
 from __future__ import annotations
@@ -20,25 +20,21 @@ from midtune.rl.algorithms import groups_per_micro_batch
 ADAM_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 2 * 4 / 256}
 # Smallest recompute pack, in tokens.
 LEAST_PACK = 512
-# Tokens of a step; the study's has 2 million.
+# Most tokens of a step; the study's has 2 million.
 MOST_STEP_TOKENS = 100_000_000
-# Settings that cost something, the dearest first: undone where later changes made them needless.
+# Settings with a price, the dearest first; undone if later changes made them unnecessary.
 DEAREST_FIRST = ("training.gradients", "training.optimizer", "model.unpack", "model.embeddings")
 
 
 @dataclass(frozen=True)
 class Work:
-    """A step of training as a configuration asks for it.
-
-    Attributes:
-        prompt_tokens: of the longest prompt.
-    """
+    """A training step as configured; `prompt_tokens` is the length of the longest prompt."""
 
     config: RunConfig
     prompt_tokens: int
 
     def changed(self, settings: Mapping[str, Any]) -> Work:
-        """The same step with other settings, by key (`training.recompute`)."""
+        """The same step with other settings, by dotted key (`training.recompute`)."""
         config = self.config
         for key, value in settings.items():
             part, _, name = key.partition(".")
@@ -47,7 +43,7 @@ class Work:
         return replace(self, config=config)
 
     def batch(self, prompts: int | None = None) -> Batch:
-        """Some prompts with their groups, at full length; None: all of the step."""
+        """`prompts` prompts with their groups, at full length; None: the whole step."""
         training = self.config.training
         return Batch(
             training.prompts_per_step if prompts is None else prompts,
@@ -63,7 +59,7 @@ class Work:
 
     @property
     def micro_prompts(self) -> int:
-        """Prompts, with their groups, that go through an update together."""
+        """Prompts, with their groups, in one micro-batch of the update."""
         training = self.config.training
         return groups_per_micro_batch(
             training.prompts_per_step, self.group_tokens, training.micro_batch_tokens
@@ -71,11 +67,10 @@ class Work:
 
     @property
     def sampled_prompts(self) -> int:
-        """Prompts, with their groups, that are sampled together."""
+        """Prompts, with their groups, that are sampled at once."""
         return self.config.training.sampled_prompts or self.config.training.prompts_per_step
 
     def described(self) -> dict[str, Any]:
-        """What a plan says of it."""
         training, model = self.config.training, self.config.model
         return {
             "prompts": training.prompts_per_step,
@@ -97,7 +92,7 @@ def work_of(config: RunConfig, prompt_tokens: int) -> Work:
     """A configuration's step.
 
     Raises:
-        InputError: it has more tokens than any step.
+        InputError: it has too many tokens.
     """
     work = Work(config, prompt_tokens)
     completions = work.batch().rows
@@ -111,17 +106,12 @@ def work_of(config: RunConfig, prompt_tokens: int) -> Work:
 
 
 def standing(model: Loaded, sizes: Sizes, arm: str, work: Work, *, trained: int) -> Standing:
-    """What an arm holds throughout a step.
-
-    Args:
-        arm: of `bench.workload.PLANNED`.
-        trained: blocks that midtune trains; TRL trains one.
-    """
+    """What an arm of `bench.workload.PLANNED` holds throughout a step; TRL trains one block, midtune `trained`."""
     ours, trains = arm == "midtune", ARMS[arm].trains
     training, weight_bytes = work.config.training, model.weight_dtype.itemsize
     optimizer = training.optimizer if ours else "adamw"
     kept = packed_bytes(sizes.linear) if model.quantized else sizes.linear * weight_bytes
-    # One that is the head too has to stay.
+    # A tied embedding is also the head and has to stay.
     on_host = ours and model.on_card and work.config.model.embeddings == "host" and sizes.head
     embedding = 0 if on_host else sizes.embedding
     parts = {
@@ -131,7 +121,7 @@ def standing(model: Loaded, sizes: Sizes, arm: str, work: Work, *, trained: int)
     if trains == "all":
         parameters, bytes_each, largest = sizes.total, 4, max(sizes.embedding, sizes.linear // 2)
     elif trains == "adapters":
-        # TRL casts the adapters of a quantized model to bf16, and Adam's moments are of their kind.
+        # TRL casts the adapters of a quantized model to bf16, and Adam's moments follow.
         parameters, bytes_each = sizes.blocks * LORA_RANK * sizes.widths, 2
         largest = parameters // sizes.blocks
         parts["adapters"] = parameters * bytes_each
@@ -144,9 +134,9 @@ def standing(model: Loaded, sizes: Sizes, arm: str, work: Work, *, trained: int)
     if training.beta > 0 and trains != "adapters":
         # TRL loads a second model unless it trains adapters.
         parts["reference"] = (parameters if ours else sizes.total) * 4
-    # On a card the optimizer works on all tensors at once, with a temporary copy of what it trains.
+    # On a card the optimizer updates all tensors at once, with a temporary copy of each.
     temporary = parameters if model.on_card else 2 * largest
-    # In bf16, only one gradient is in fp32 at a time.
+    # With bf16 gradients, only one is in fp32 at a time.
     bf16 = ours and training.gradients == "bf16"
     return Standing(
         {name: size for name, size in parts.items() if size},
@@ -157,15 +147,10 @@ def standing(model: Loaded, sizes: Sizes, arm: str, work: Work, *, trained: int)
 
 
 def leaner(work: Work, phase: str, phases: Phases, memory: int) -> dict[str, Any] | None:
-    """The setting that makes a phase smaller at the least price; None if nothing is left to change.
+    """The cheapest setting that shrinks `phase`, which holds most, towards `memory` bytes; None if nothing is left.
 
-    In sampling, weights are no longer unpacked, then fewer completions are sampled together. In the update, fewer
-    groups go together, optimizer states are kept in 8 bits and gradients in bf16, then activations are computed
-    again, fewer and fewer at a time.
-
-    Args:
-        phase: the one that holds most.
-        memory: bytes that it should stay within.
+    Sampling stops unpacking weights, then samples fewer completions at once. The update takes fewer groups at once,
+    8-bit optimizer states, bf16 gradients, recomputed activations, then ever smaller recompute packs.
     """
     training = work.config.training
     if phase == "sampling":
@@ -174,7 +159,7 @@ def leaner(work: Work, phase: str, phases: Phases, memory: int) -> dict[str, Any
         fewer = work.sampled_prompts // 2
         return {"training.sampled_prompts": fewer} if fewer else None
     if phase == "update" and work.micro_prompts > 1:
-        # As many groups as would fit if they took all of it, of numbers that divide a step.
+        # As many groups as fit, if memory is proportional to them, among divisors of a step.
         parts = phases["update"]
         each = (parts["activations"] + parts["workspace"] + parts["heap"]) / work.micro_prompts
         most = work.micro_prompts - (sum(parts.values()) - memory) / each

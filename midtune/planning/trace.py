@@ -1,7 +1,7 @@
 """Memory of sampling and of the update, by running their code on a model without data.
 
-What a phase holds grows by the same amount with each block, so a model of three or four says what a deep one takes.
-midtune's phases run midtune's own code; those of TRL run the model and the chunked head that TRL runs.
+Memory grows by the same amount with each block, so a model of three or four blocks predicts a deep one.
+midtune's phases run midtune's own code; TRL's phases run the model and the chunked head that TRL runs.
 """
 
 from __future__ import annotations
@@ -29,19 +29,16 @@ from midtune.rollout.decoding import ROOM, choose
 from midtune.rollout.keys_values import shared_prompts
 from midtune.rollout.sampling import Rollout
 
-# Chunks of the head that a trace runs: they are all alike.
+# Chunks of the head that a trace runs; all are alike.
 FEW_CHUNKS = 4
-# Blocks that a trace runs: those trained (or the first), one that stands for all others, and the last.
+# Blocks that a trace runs: the trained ones (or the first), one that stands for all others, and the last.
 FEW_BLOCKS = 3
 
 
 def block_update(model: Loaded, batch: Batch, *, tail_blocks: int, trained: int, **settings: Any) -> Held:
-    """midtune's update of a micro-batch, from boundary states to gradients that are there already.
+    """midtune's update of a micro-batch, from boundary states to preallocated gradients.
 
-    Args:
-        tail_blocks: from the first trained block to the last one of the model.
-        trained: how many blocks are trained; which ones makes no difference but for the first.
-        settings: see `tail_settings`.
+    `tail_blocks` counts from the first trained block on; which others are trained makes no difference.
     """
     built = min(tail_blocks, trained + FEW_BLOCKS - 1)
     return _block_update(model, batch, built, trained, **settings).held(tail_blocks - built)
@@ -50,7 +47,7 @@ def block_update(model: Loaded, batch: Batch, *, tail_blocks: int, trained: int,
 @functools.cache
 def _block_update(model: Loaded, batch: Batch, depth: int, trained: int, **settings: Any) -> Tracker:
     prompt_tokens, new_tokens = int(batch.prompt_tokens), int(batch.new_tokens)
-    # A chunk holds so many logits, whatever the vocabulary: a smaller one makes for larger chunks.
+    # A chunk has a fixed number of logits, so a smaller vocabulary only means more tokens per chunk.
     vocabulary = max(1, FEW_CHUNKS * tail.CHUNK_VALUES // (batch.rows * new_tokens))
     own = model.config.get_text_config().vocab_size
     policy = SkeletonPolicy(model, depth, trained, min(vocabulary, own))
@@ -81,14 +78,9 @@ def _block_update(model: Loaded, batch: Batch, depth: int, trained: int, **setti
 
 
 def whole_update(model: Loaded, batch: Batch, arm: str, block: int = 0) -> Held:
-    """TRL's update of a micro-batch, every prompt repeated for each of its completions.
-
-    Args:
-        arm: one of TRL's in `bench.workload.PLANNED`.
-        block: the one that `trl-block` trains.
-    """
+    """TRL's update of a micro-batch, with every prompt repeated for each completion; `trl-block` trains `block`."""
     prompt_tokens, new_tokens = int(batch.prompt_tokens), int(batch.new_tokens)
-    # Below a block that is trained alone nothing is kept.
+    # Nothing is kept below a block that is trained alone.
     depth = blocks_of(model.config) - (block if ARMS[arm].trains == "blocks" else 0)
     built = min(depth, FEW_BLOCKS)
     held, mode = _held_by(model, built, arm)
@@ -98,7 +90,7 @@ def whole_update(model: Loaded, batch: Batch, arm: str, block: int = 0) -> Held:
     with mode:
         _give_gradients(held)
     ones = torch.ones(batch.rows, prompt_tokens + new_tokens, dtype=torch.long)
-    # Kernels of the card score completions only; elsewhere every position is scored.
+    # On a card TRL scores only completions; elsewhere every position.
     scored = slice(prompt_tokens - 1 if model.on_card else 0, -1)
 
     with Tracker([*_there(held), ones]) as tracker:
@@ -119,12 +111,9 @@ def whole_update(model: Loaded, batch: Batch, arm: str, block: int = 0) -> Held:
 @functools.cache
 @torch.no_grad()
 def sampling(model: Loaded, batch: Batch, *, shared: bool) -> Held:
-    """Sampling of all rows together: what keys and values take, and the most at once.
+    """Keys and values of sampling all rows at once, and the peak: traces the prompt pass and the last step.
 
-    The first pass over the prompts and the last step of all completions are run.
-
-    Args:
-        shared: each prompt passes once, and writing a token copies nothing, as in midtune.
+    With `shared`, as in midtune, each prompt passes once and writing a token copies nothing.
     """
     prompt_tokens, new_tokens = int(batch.prompt_tokens), int(batch.new_tokens)
     depth = blocks_of(model.config)
@@ -171,7 +160,7 @@ def sampling(model: Loaded, batch: Batch, *, shared: bool) -> Held:
 
 
 def _held_by(model: Loaded, depth: int, arm: str) -> tuple[Any, FakeTensorMode]:
-    """The model as TRL trains it in an arm, or its first block alone, and the mode of its tensors."""
+    """The model as TRL trains it in an arm, cut to `depth` blocks, and the mode of its tensors."""
     if ARMS[arm].trains == "blocks":
         policy = SkeletonPolicy(model, depth, trained=1)
         return policy.model, policy.mode
@@ -182,7 +171,7 @@ def _held_by(model: Loaded, depth: int, arm: str) -> tuple[Any, FakeTensorMode]:
 
 
 def _add_lora(model: Any, mode: FakeTensorMode) -> None:
-    """Put PEFT's LoRA on every linear layer of the blocks, in place, in bf16, which TRL casts it to."""
+    """Put PEFT's LoRA on every linear layer, in place, in bf16 as TRL casts it."""
     from peft import inject_adapter_in_model
 
     model.requires_grad_(False)
@@ -195,7 +184,6 @@ def _add_lora(model: Any, mode: FakeTensorMode) -> None:
 
 
 def _there(model: Any) -> Iterator[torch.Tensor]:
-    """What a model holds."""
     for parameter in model.parameters():
         yield parameter
         if parameter.grad is not None:

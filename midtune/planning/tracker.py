@@ -1,4 +1,4 @@
-"""The most bytes that tensors made inside a context held at once, tensors without data among them."""
+"""Peak bytes of tensors made inside a context, including tensors without data."""
 
 from __future__ import annotations
 
@@ -18,22 +18,19 @@ from midtune.planning.budget import Held
 
 
 class Tracker(TorchDispatchMode):
-    """Counts the storages that operators return while it is active, until they are freed.
+    """Counts storages that operators return while it is active, until they are freed; views of `known` do not count.
 
-    A deep model is measured on a shallow one, in which one block stands for any number that are alike: what it
-    has left behind when the block after it is done counts for each of them, as long as it is there. What it
-    only works with counts once, since no two blocks work at a time.
-
-    Args:
-        known: tensors that are there already; views of them are no new memory.
+    A shallow model measures a deep one: one block stands for any number of equal ones. What it leaves behind when the
+    next block is done counts for each of them, for as long as it is held. Its temporaries count once, since blocks run
+    one at a time.
     """
 
     def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        # Storages by address: those that were there already, and those that are counted until they go.
+        # Storages by address: existing ones, and those counted until they are freed.
         self._held: dict[int, Any] = {part.untyped_storage()._cdata: part for part in known}
-        # Bytes of all storages and of those that a CPU's heap has room for, as larger ones are mapped one by one;
-        # then of the repeated block's own storages the same two. After each operator, what they were.
+        # Bytes of all storages, and of those small enough for a CPU's heap (larger ones are mapped one by one);
+        # then the same two for the repeated block alone. `_moments` has them after each operator.
         self._now = (0, 0, 0, 0)
         self._moments = [self._now]
         self._kept = self._now
@@ -43,7 +40,7 @@ class Tracker(TorchDispatchMode):
 
     @contextlib.contextmanager
     def repeated(self, blocks: Sequence[nn.Module] | nn.ModuleList, place: int) -> Iterator[None]:
-        """Let the block at a place stand for others too, if there is one after it; both run forward here only."""
+        """Let the block at `place` stand for others, if a block follows it; run only forward passes inside."""
         hooks = []
         if place + 1 < len(blocks):
             hooks = [
@@ -59,7 +56,7 @@ class Tracker(TorchDispatchMode):
 
     @contextlib.contextmanager
     def made_by_repeated(self) -> Iterator[None]:
-        """Count what is made here as made by the block that stands for others."""
+        """Count what is made here as made by the repeated block."""
         self._enter()
         yield
         self._leave()
@@ -73,11 +70,11 @@ class Tracker(TorchDispatchMode):
         self._inside = False
 
     def _done(self) -> None:
-        # What the block was given is still held by those who called it.
+        # Settle later: the caller still holds the block's inputs.
         self._due = True
 
     def _settle(self) -> None:
-        """While the last of the others works, those before it have left behind what it leaves."""
+        """While the last repeated block works, those before it have left behind what it leaves."""
         if self._due:
             self._due = False
             left = self._now[2:]
@@ -85,12 +82,12 @@ class Tracker(TorchDispatchMode):
             self._moments[since:] = [(*moment[:2], *left) for moment in self._moments[since:]]
 
     def keep(self) -> None:
-        """Remember what is held now as what is kept."""
+        """Record what is held now as `Held.kept`."""
         self._settle()
         self._kept = self._now
 
     def held(self, more: int = 0) -> Held:
-        """What was kept and the most that was held, where the block stands for so many others too."""
+        """What was kept and the peak, with the repeated block counted `more` times in addition."""
         kept, *totals = np.array([self._kept, *self._moments]) @ [[1, 0], [0, 1], [more, 0], [0, more]]
         peak, small = np.max(totals, 0)
         return Held(int(kept[0]), int(peak), int(small))
@@ -125,7 +122,7 @@ class Tracker(TorchDispatchMode):
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    # What oneDNN has laid out for itself does not tell its size.
+    # Tensors in oneDNN's own layout do not report their size.
     if isinstance(value, torch.Tensor):
         if not value.is_mkldnn:
             yield value

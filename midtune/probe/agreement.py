@@ -1,4 +1,4 @@
-"""How far two rankings agree, or one and position: rank correlations, and what their best blocks share."""
+"""How far two rankings agree, or one and position: rank correlations, and overlap of the best blocks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FEWEST_FOR_INTERVAL = 5
 
 @dataclass(frozen=True)
 class Correlation:
-    """A rank correlation and its 95% interval; no bounds where there is none."""
+    """A rank correlation and its 95% interval; bounds are None if undefined."""
 
     value: float
     low: float | None
@@ -25,11 +25,10 @@ class Correlation:
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> Correlation | None:
-    """Spearman's rho; on Fisher's scale its error is sqrt((1 + ρ²/2) / (n − 3)) (Bonett & Wright 2000).
+    """Spearman's rho; its standard error on Fisher's scale is sqrt((1 + ρ²/2) / (n − 3)) (Bonett & Wright 2000).
 
-    Returns:
-        None for fewer than three pairs or when one side is constant; no bounds for fewer than five pairs or
-        where the order is the same or reversed, at which Fisher's scale ends.
+    None for fewer than three pairs or a constant side. No bounds for fewer than five pairs, or at ±1, where
+    Fisher's scale ends.
     """
     from scipy.stats import spearmanr
 
@@ -37,10 +36,9 @@ def spearman(first: Sequence[float], second: Sequence[float]) -> Correlation | N
 
 
 def kendall(first: Sequence[float], second: Sequence[float]) -> Correlation | None:
-    """Kendall's tau-b; on Fisher's scale its error is sqrt(0.437 / (n − 4)) (Fieller, Hartley & Pearson 1957).
+    """Kendall's tau-b; its standard error on Fisher's scale is sqrt(0.437 / (n − 4)) (Fieller, Hartley & Pearson 1957).
 
-    Returns:
-        None, or no bounds, where `spearman` does so.
+    None, or no bounds, as in `spearman`.
     """
     from scipy.stats import kendalltau
 
@@ -48,21 +46,17 @@ def kendall(first: Sequence[float], second: Sequence[float]) -> Correlation | No
 
 
 def depth_correlation(values: Mapping[int, float]) -> Correlation | None:
-    """Spearman correlation of values by block with minus depth: 1 if an earlier block is always better."""
+    """Spearman correlation of block → value with minus depth: 1 if an earlier block is always better."""
     return spearman(list(values.values()), [-float(block) for block in values])
 
 
 def middle_correlation(values: Mapping[int, float], num_blocks: int) -> Correlation | None:
-    """Spearman correlation of values by block with closeness to the middle of the model's blocks."""
+    """Spearman correlation of block → value with closeness to the middle of the model."""
     return spearman(list(values.values()), [-abs(block - (num_blocks - 1) / 2) for block in values])
 
 
 def top_overlap(first: Sequence[float], second: Sequence[float], k: int) -> dict[str, float]:
-    """How many blocks are among the best k of both rankings, beside what chance gives.
-
-    Args:
-        first, second: values of the same blocks in order of depth; of equal ones the deeper is the better.
-        k: 1 to the number of blocks.
+    """How many blocks are among the best k of both rankings, and what chance gives; ties go to the deeper block.
 
     Returns:
         `overlap`, `expected` by chance, and `p`, the probability that chance gives at least `overlap`.
@@ -76,17 +70,9 @@ def top_overlap(first: Sequence[float], second: Sequence[float], k: int) -> dict
 
 
 def at_relative_depths(values: Mapping[int, float], num_blocks: int, wanted: int) -> dict[int, float]:
-    """The values of one model's blocks at the relative depths k/(L−1) of a model with fewer blocks.
+    """Interpolate block → value of `num_blocks` blocks at the relative depths k/(L−1) of a model with `wanted`, fewer.
 
-    Between two blocks the value is interpolated linearly. Where either of them was not ranked there is none.
-
-    Args:
-        values: block → value.
-        num_blocks: blocks of the model that `values` is about.
-        wanted: blocks of the other model.
-
-    Returns:
-        Block of the other model → value.
+    Interpolation is linear; a block whose neighbour was not ranked gets no value.
     """
     import numpy as np
 
@@ -102,7 +88,7 @@ def _correlation(
     second: Sequence[float],
     variance: Callable[[float, int], float],
 ) -> Correlation | None:
-    """`variance` is that of Fisher's z, the inverse hyperbolic tangent of the value."""
+    """`variance` is that of Fisher's z = atanh(value)."""
     n = len(first)
     if n < 3 or min(first) == max(first) or min(second) == max(second):
         return None

@@ -1,9 +1,9 @@
 """Layer contribution C(k) of arXiv 2607.01232: its interval, which blocks may be best, where the curve is high.
 
-Scores come as [S, N]: S runs that differ in their seed, and N held-out problems, the same in every run. The variance
-of their mean has a part from seeds and one from problems, as in two-way analysis of variance with random effects.
-With one seed only problems vary: the interval is then that of these trained weights, not of another run. A bootstrap
-over seeds would need more of them: of three it sees ten different samples.
+Scores are [S, N]: S seeds, and N held-out problems, the same for every seed. The variance of their mean has a part
+from seeds and one from problems, as in two-way analysis of variance with random effects. With one seed only problems
+vary: the interval then covers these trained weights, not another run. A bootstrap over seeds would need more of
+them: three seeds give only ten different samples.
 """
 
 from __future__ import annotations
@@ -24,12 +24,9 @@ Scores = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Standing:
-    """How a block stands among others that were scored on the same problems.
+    """A block among others scored on the same problems: the probability that it is the best of them.
 
-    Attributes:
-        best_probability: that it is the best of them.
-        among_best: it cannot be told apart from the block with the highest mean, at 95% for all comparisons
-            together.
+    It is `among_best` if not told apart from the highest mean, at 95% over all comparisons together.
     """
 
     best_probability: float
@@ -37,12 +34,7 @@ class Standing:
 
 
 def gain_interval(scores: ArrayLike, base: ArrayLike) -> Estimate:
-    """The mean gain over the base, S_k − S_base, over problems and seeds.
-
-    Args:
-        scores: [S, N] after training.
-        base: [N], before training.
-    """
+    """Mean gain S_k − S_base over problems and seeds, from scores [S, N] after training and [N] before."""
     gains = np.atleast_2d(np.asarray(scores, dtype=float)) - np.asarray(base, dtype=float)
     value, margin = float(gains.mean()), _margin(gains)
     return Estimate(value, value - margin, value + margin)
@@ -51,14 +43,8 @@ def gain_interval(scores: ArrayLike, base: ArrayLike) -> Estimate:
 def contribution_interval(scores: ArrayLike, base: ArrayLike, full: ArrayLike) -> Estimate | None:
     """C(k) = (S_k − S_base) / (S_full − S_base): the share of full training's gain that block k reaches.
 
-    The interval is Fieller's: all ratios c for which S_k − S_base − c (S_full − S_base) may be zero.
-
-    Args:
-        scores, full: [S, N] after training block k alone and every block, with the same seeds.
-        base: [N], before training.
-
-    Returns:
-        None where full training's gain is not clearly above zero: the ratio would mean nothing.
+    `scores` and `full` are [S, N], with the same seeds; `base` is [N]. The interval is Fieller's: all ratios c for
+    which S_k − S_base − c (S_full − S_base) may be zero. None if full training's gain is not clearly above zero.
     """
     before = np.asarray(base, dtype=float)
     gain = np.atleast_2d(np.asarray(scores, dtype=float)) - before
@@ -68,7 +54,7 @@ def contribution_interval(scores: ArrayLike, base: ArrayLike, full: ArrayLike) -
     value = float(gain.mean()) / float(of_full.mean())
 
     def excess(c: float) -> float:
-        """Above zero where the ratio c is ruled out."""
+        """Positive if the ratio c is ruled out."""
         rest = gain - c * of_full
         return abs(float(rest.mean())) - _margin(rest)
 
@@ -82,15 +68,14 @@ def _margin(values: Scores) -> float:
 
 
 def mean_variance(values: Scores) -> tuple[float, float]:
-    """Variance of the mean of [S, N] values over seeds and problems, and its degrees of freedom.
+    """Variance of the mean of [S, N] values over seeds and problems, and its degrees of freedom (Satterthwaite).
 
-    Both kinds of sampling are counted, and what belongs to single cells only once. Degrees of freedom are
-    Satterthwaite's.
+    The noise of single cells is in both parts, so it is subtracted once.
     """
     seeds, problems = values.shape
     mean = values.mean()
     by_problem = values.mean(0) - mean
-    # Where nothing differs, chance may still have changed half a problem.
+    # Even if no problem differs, chance may have changed half of one.
     from_problems = max(float(by_problem @ by_problem) / (problems - 1) / problems, (0.5 / problems) ** 2)
     if seeds == 1:
         return from_problems, problems - 1
@@ -100,18 +85,16 @@ def mean_variance(values: Scores) -> tuple[float, float]:
     twice = float((cells**2).sum()) / ((seeds - 1) * (problems - 1)) / (seeds * problems)
     variance = max(from_seeds + from_problems - twice, from_problems, from_seeds)
     freedom = variance**2 / (from_seeds**2 / (seeds - 1) + from_problems**2 / (problems - 1))
-    # The floor above must not leave fewer than the seeds have.
+    # The floor on the variance must not push this below the seeds' own.
     return variance, max(freedom, seeds - 1)
 
 
 def standings(scores: Mapping[int, ArrayLike], confidence: float = CONFIDENCE) -> dict[int, Standing]:
-    """Which blocks may be the best, from scores [S, N] of the same problems and seeds for each.
+    """Find which blocks may be the best, from scores [S, N] on the same problems and seeds.
 
-    Only differences between blocks count, so what makes a problem hard or a seed lucky for all of them
-    cancels. Training noise is taken to be alike for all blocks, and estimated from all of them.
-
-    Args:
-        confidence: the probability that no block is told apart from another one that is not better.
+    Only differences between blocks count, so a hard problem or a lucky seed cancels. Training noise is assumed equal
+    for all blocks and estimated from all of them. With probability `confidence`, no block is told apart from one that
+    is not better.
     """
     from scipy.stats import multivariate_t
 
@@ -141,11 +124,11 @@ def standings(scores: Mapping[int, ArrayLike], confidence: float = CONFIDENCE) -
 
 
 def plateau(values: Mapping[int, float]) -> dict[str, float | None]:
-    """The stretch of a curve by depth, block → value, that stands above half its height.
+    """The stretch of a curve, block → value, above half its height.
 
     Returns:
         `first` and `last`, the outermost blocks at or above the mean of the least and the greatest value;
-        `inside` and `outside`, the mean value of the blocks between them and of the others, if there are any.
+        `inside` and `outside`, the mean value between them and elsewhere; `outside` is None if no block is.
     """
     half = (min(values.values()) + max(values.values())) / 2
     high = [block for block, value in values.items() if value >= half]
@@ -157,14 +140,14 @@ def plateau(values: Mapping[int, float]) -> dict[str, float | None]:
 
 
 def _difference_covariance(values: Scores) -> tuple[Scores, float]:
-    """Covariance of the means of [K, S, N] scores, [K, K], but for what all K share; degrees of freedom."""
+    """Covariance [K, K] of the means of [K, S, N] scores, without what all K share; and its degrees of freedom."""
     blocks, seeds, problems = values.shape
     by_problem = values.mean(1) - values.mean((1, 2))[:, None]
     from_problems = by_problem @ by_problem.T / (problems - 1) / problems
     from_problems += np.eye(blocks) * (0.5 / problems) ** 2
     if seeds == 1:
         return from_problems, problems - 1
-    # What is left of a run's mean after its block and its seed is training noise and the noise of its cells.
+    # A run's mean less its block and seed effects is training noise plus the noise of its cells.
     by_seed = values.mean(2)
     rest = by_seed - by_seed.mean(1, keepdims=True) - by_seed.mean(0) + by_seed.mean()
     freedom_of_runs = (blocks - 1) * (seeds - 1)
@@ -181,7 +164,7 @@ def _difference_covariance(values: Scores) -> tuple[Scores, float]:
 
 
 def _crossing(excess: Callable[[float], float], inside: float, direction: int) -> float:
-    """Where `excess` rises above zero, going from `inside` in a direction."""
+    """Where `excess` turns positive, searching from `inside` in one direction."""
     from scipy.optimize import brentq
 
     reach = 0.1

@@ -1,4 +1,4 @@
-"""Rank blocks by a race or a sweep of short runs, and put what they show into the shape of probe.json."""
+"""Rank blocks by a race or a sweep of short runs, in the shape of probe.json."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from midtune.rollout.sampling import Sampler
 from midtune.runs import CHECKPOINT_BYTES_PER_PARAMETER, RunFolder
 from midtune.tasks import Task
 
-# The first trial of a race with a time limit runs this many steps, to learn what a step costs.
+# Steps of the first trial in a timed race, to measure what a step costs.
 FIRST_STEPS = 2
 SCORE = ("score", "low", "high")
 SHARE = ("contribution", "contribution_low", "contribution_high")
@@ -34,11 +34,10 @@ Rows = list[dict[str, Any]]
 def check_probe(
     policy: Policy, task: Task, config: RunConfig, blocks: Sequence[int], folder: RunFolder
 ) -> None:
-    """Check that `rank_blocks` can do what it is asked for.
+    """Check that `rank_blocks` can run.
 
     Raises:
-        InputError: more blocks are to be selected than ranked, or a race has too few problems or too little
-            disk space for its checkpoints.
+        InputError: more blocks are to be selected than ranked, or a race has too few problems or too little disk space.
     """
     best(blocks, policy.num_blocks, config.blocks.top_k)
     if config.probe.method != "race":
@@ -60,24 +59,19 @@ def rank_blocks(
     folder: RunFolder,
     terminal: Terminal,
 ) -> dict[str, Any]:
-    """Rank `blocks` as `config.probe` says; the policy and torch's random state are as they were afterwards.
+    """Rank `blocks` as `config.probe` says; the policy and torch's random state are restored afterwards.
 
-    A race scores on training problems that its runs do not train on, so that nothing that chooses the blocks
-    has seen the held-out ones. A sweep scores on the held-out problems.
-
-    Args:
-        sampler: its policy has no trained blocks.
-        blocks: block numbers that `check_probe` accepts.
-        folder: where trials are recorded.
+    A race scores on training problems that its runs do not train on, so the held-out ones never influence the choice.
+    A sweep scores on the held-out problems. The policy must have no trained blocks, and `check_probe` must pass.
 
     Returns:
-        What probe.json holds. `score`, `low` and `high` are the gain over the untrained model by samples at the
-        training temperature, which show a gain sooner than greedy completions do; those stand in `greedy`.
-        `step_cost` is seconds of a training step. `contribution` is null in a race: it takes full training to
-        know. The geometric middle is always measured, as `depth_baseline`: a ranking has to beat it.
+        The content of probe.json. `score`, `low` and `high` are the gain over the untrained model by samples at the
+        training temperature, which show a gain sooner than greedy completions; those are in `greedy`. `step_cost` is
+        seconds per training step. `contribution` is null in a race, which has no full training to compare with.
+        `depth_baseline` is the geometric middle, always measured: a ranking has to beat it.
 
     Raises:
-        RunStopped: the rewards do not tell completions apart.
+        RunStopped: rewards never differ within a group.
     """
     policy = sampler.policy
     assert not policy.trained, f"blocks {policy.trained} are being trained, and a probe would drop them"
@@ -119,9 +113,9 @@ def rank_blocks(
 
 
 def by_race(trials: Trials, blocks: Sequence[int]) -> tuple[Rows, dict[str, Any]]:
-    """Lines of probe.json for blocks by what short runs of them gained within a budget, the best first."""
+    """Rank blocks, best first, by the gain of short runs within a budget: rows of probe.json and its further keys."""
     base = trials.base()
-    # Where the budget ends early, what is known of all models is that the middle is the place to look.
+    # In case the budget ends early: in all models known, the best blocks are near the middle.
     order = from_the_middle(blocks, trials.policy.num_blocks)
     total, unit = parse_budget(trials.config.probe.budget)
     most_steps = trials.config.training.steps
@@ -157,10 +151,7 @@ def by_race(trials: Trials, blocks: Sequence[int]) -> tuple[Rows, dict[str, Any]
 
 
 def by_sweep(trials: Trials, blocks: Sequence[int]) -> tuple[Rows, dict[str, Any]]:
-    """Lines of probe.json for blocks by C(k), the best first, and its further keys.
-
-    Each block is trained alone for all steps, beside full training.
-    """
+    """Train each block alone and all blocks, for all steps: rows of probe.json, best first, and its further keys."""
     config = trials.config
     seeds, steps = range(config.seed, config.seed + config.probe.seeds), config.training.steps
     trials.total = (1 + len(blocks)) * len(seeds)
@@ -168,7 +159,7 @@ def by_sweep(trials: Trials, blocks: Sequence[int]) -> tuple[Rows, dict[str, Any
     full: list[Trial] = []
     runs: dict[int, list[Trial]] = {block: [] for block in blocks}
     for seed in seeds:
-        # The first: without a gain of full training there is nothing to compare with.
+        # Full training first: without its gain there is nothing to compare with.
         full.append(trials.run("full", steps, seed=seed))
         for block, own in runs.items():
             own.append(trials.run(block, steps, seed=seed))
@@ -203,8 +194,8 @@ def _race_problems(task: Task, config: RunConfig) -> int:
 
 
 def _gains(trials: Sequence[Trial], base: Trial) -> dict[str, Any]:
-    """What runs gained over the base, by the scores that rank blocks and greedily, and what their steps cost."""
-    # A race may score on the first of the problems only.
+    """Gains of runs over the base, sampled and greedy, and what their steps cost."""
+    # A race may score on only the first problems.
     count = len(trials[0].greedy)
     gain = gain_interval(_scores(trials), base.scores[:count])
     greedy = gain_interval(_greedy(trials), base.greedy[:count])
@@ -226,18 +217,16 @@ def _greedy(trials: Sequence[Trial]) -> Scores:
 
 
 def _named(found: Estimate | None, names: tuple[str, str, str]) -> dict[str, float | None]:
-    """A value and the bounds of its interval, under the names that probe.json gives them."""
+    """A value and its bounds under the names of probe.json; all None if there is none."""
     return dict.fromkeys(names) if found is None else dict(zip(names, astuple(found), strict=True))
 
 
 def _base(base: Trial) -> dict[str, Any]:
-    """The scores before training with their intervals."""
     kinds = {"greedy": base.greedy, "sampled": base.sampled}
     return {kind: asdict(score_interval(scores)) for kind, scores in kinds.items() if scores is not None}
 
 
 def _settings(config: RunConfig, problems: int) -> dict[str, Any]:
-    """What shaped the ranking."""
     sampling = {"group_size", "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "stop_strings"}
     training = {"lr", "algorithm", "beta", "prompts_per_step"}
     settings = {

@@ -1,9 +1,9 @@
 """A race of single-block trials for the best block, by successive halving (arXiv 1502.07943).
 
-All blocks train for a few steps and are scored on the same problems; the better ones train on, until two are left or
-the budget is spent. Prompts and random numbers are common, so that differences are paired. A trial ends when its
-block is clearly worse than the leader, or when too many others are ahead of it. Only the first says that a block is
-worse: one that ended for want of budget may still be among the best, and is counted so.
+All blocks train for a few steps and are scored on the same problems; the better ones continue, until two are left or
+the budget is spent. Prompts and random numbers are shared, so differences are paired. A trial ends when its block is
+clearly worse than the leader, or when too many others are ahead. Only the first means that the block is worse; one
+dropped to save budget still counts as possibly among the best.
 """
 
 from __future__ import annotations
@@ -18,21 +18,15 @@ from midtune.probe.contribution import Scores, standings
 from midtune.probe.selection import best_first
 from midtune.report.statistics import CONFIDENCE
 
-# One block in KEPT goes on to the next round.
+# One block in KEPT reaches the next round.
 KEPT = 3
-# Most of a round's time that scoring may take.
+# Largest share of a round's time that scoring may take.
 SCORING = 0.25
 
 
 @dataclass(frozen=True)
 class Entrant:
-    """How far a block came.
-
-    Attributes:
-        steps: that it was trained for.
-        best_probability: that it is the best of all, as far as its steps show.
-        among_best: no comparison told it apart from the block that led.
-    """
+    """How far a block came; `among_best` if no comparison told it apart from the leader."""
 
     block: int
     steps: int
@@ -42,13 +36,7 @@ class Entrant:
 
 @dataclass
 class Budget:
-    """What a race may cost, in seconds or in steps.
-
-    Args:
-        total: what may be spent.
-        spent: → what has been.
-        step, score: → what one more step, and scoring one block on all problems, cost.
-    """
+    """What a race may cost, in seconds or steps; `step` and `score` price one step and one scoring on all problems."""
 
     total: float
     spent: Callable[[], float]
@@ -56,13 +44,9 @@ class Budget:
     score: Callable[[], float] = field(default=lambda: 0.0)
 
     def plan(self, blocks: int, rounds: int) -> tuple[int, float]:
-        """What each block can do with an equal share of what is left.
+        """Steps of each block from an equal share of the rest, and the share of the problems to score on.
 
-        Args:
-            blocks, rounds: how many blocks run in this round, and how many rounds are left.
-
-        Returns:
-            Steps, and the share of the problems to score on: all, unless that took too much of the time.
+        That is all of them, unless scoring takes too much of the time. `rounds` are left, with `blocks` in this one.
         """
         share = (self.total - self.spent()) / rounds / blocks
         whole = self.score()
@@ -77,20 +61,13 @@ def race(
     *,
     most_steps: int,
 ) -> list[Entrant]:
-    """Race blocks against each other.
+    """Race the blocks of `order` against each other; returns the furthest first, then by score.
 
-    Args:
-        order: the blocks; where the budget does not reach for all of them, the first ones run.
-        run: (block, steps, share) → its scores [N] after so many steps in all, on this share of the problems,
-            the same ones for every block; called with more steps each time.
-        budget: every block does one step at least, whatever it costs.
-        most_steps: where a trial ends.
-
-    Returns:
-        The blocks, those that came farthest first, and by score among equals.
+    `run(block, steps, share)` returns scores [N] after `steps` in total, on the first `share` of the problems. If the
+    budget is too small for all blocks, the first ones run. Every block runs at least one step, whatever it costs.
     """
     sizes = round_sizes(len(order))
-    # 95% for all rounds together.
+    # 95% over all rounds together.
     confidence = 1 - (1 - CONFIDENCE) / len(sizes)
     running, steps, chance = list(order), 0, 1.0
     found: list[Entrant] = []
@@ -113,7 +90,7 @@ def race(
 
 
 def round_sizes(blocks: int) -> list[int]:
-    """How many blocks run in each round: a third of those of the round before, down to two."""
+    """How many blocks run in each round: a third of the round before, down to two."""
     sizes = [blocks]
     while sizes[-1] > 2:
         sizes.append(max(2, math.ceil(sizes[-1] / KEPT)))

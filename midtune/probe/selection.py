@@ -14,15 +14,10 @@ _RANGE = re.compile(r"(\d{1,9})(?:\s*-\s*(\d{1,9}))?")
 
 
 def parse_layers(text: str, num_blocks: int, top_k: int = 1) -> list[int]:
-    """The blocks that a text such as `10-12` names, in order and each once.
-
-    Args:
-        text: `14`, `10-12`, `3,7`, `0-2,9`, or `middle`.
-        num_blocks: blocks of the model.
-        top_k: how many blocks `middle` means.
+    """Parse `14`, `10-12`, `3,7`, `0-2,9` or `middle` into sorted block numbers; `top_k` is the width of `middle`.
 
     Raises:
-        InputError: not such a text, a range that runs backwards, or a block the model does not have.
+        InputError: unreadable text, a range that runs backwards, or a block the model does not have.
     """
     if text.strip().lower() == "middle":
         return middle(num_blocks, top_k)
@@ -57,12 +52,12 @@ def middle(num_blocks: int, k: int) -> list[int]:
 
 
 def from_the_middle(blocks: Iterable[int], num_blocks: int) -> list[int]:
-    """Blocks by closeness to the middle of the model, of two equally close ones the lower first, as in `middle`."""
+    """Sort blocks by closeness to the middle; ties go to the lower block, as in `middle`."""
     return sorted(blocks, key=lambda block: (abs(block - (num_blocks - 1) / 2), block))
 
 
 def best_first(values: Mapping[int, float]) -> list[int]:
-    """Blocks by value, the highest first; equal ones by depth, the deeper first, whose updates are cheaper."""
+    """Sort blocks by value, highest first; ties go to the deeper block, whose updates are cheaper."""
     return sorted(values, key=lambda block: (-values[block], -block))
 
 
@@ -88,10 +83,7 @@ def best(ranking: Sequence[int], num_blocks: int, top_k: int) -> list[int]:
 
 
 def read_probe(path: Path) -> dict[str, Any]:
-    """The content of a probe.json.
-
-    Args:
-        path: the file, or the run folder that holds it.
+    """Read a probe.json, given the file or its run folder.
 
     Raises:
         InputError: there is no such file, or it holds something else.
@@ -114,12 +106,7 @@ def ranking_of(probe: Mapping[str, Any]) -> list[int]:
 
 
 def matching_probe(probe: Mapping[str, Any], model: str, fingerprint: str, revision: str | None) -> bool:
-    """Whether a probe.json is about this model, at this revision, on this task.
-
-    Args:
-        model, revision: the model's `Source.name` and `Source.revision`.
-        fingerprint: the task's.
-    """
+    """Whether a probe.json is about this model, revision and task fingerprint."""
     about = probe.get("model"), probe.get("task_fingerprint"), probe.get("revision")
     return about == (model, fingerprint, revision)
 

@@ -1,4 +1,4 @@
-"""Short runs for a probe: one block alone, or all of them, from the same start; each is recorded when it ends."""
+"""Short training runs for a probe, of one block or all, from the same start; each is recorded when it ends."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from midtune.rollout.text import AlikeSampler, FirstRollouts
 from midtune.runs import RunFolder, read_jsonl, sealed
 from midtune.tasks import Row, Task
 
-# With fewer a score says nothing.
+# With fewer, a score says nothing.
 FEWEST_PROBLEMS = 32
-# What is trained, the seed, the steps and the number of problems: no two trials of a probe share all four.
+# What is trained, seed, steps, number of problems.
 Key = tuple[int | str, int, int, int]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A run of a few steps and how it scored; a line of trials.jsonl.
+    """A short run and its scores; a line of trials.jsonl.
 
     Attributes:
         trained: a block's number, `full`, or `base` for the scores before training.
-        greedy, sampled: [N] scores of the problems; `sampled` is the mean over samples, None if none are drawn.
+        greedy, sampled: [N] scores by problem; `sampled` is the mean over samples, None if none are drawn.
         step_s: median seconds of a step.
         train_s, score_s: seconds that this record cost.
     """
@@ -58,30 +58,24 @@ class Trial:
 
     @property
     def scores(self) -> NDArray[np.float64]:
-        """What blocks are ranked by: samples, which show a gain first and are what training maximises."""
+        """What ranks blocks: samples if there are any, since they show a gain first and are what training maximises."""
         return np.array(self.greedy if self.sampled is None else self.sampled)
 
     @property
     def key(self) -> Key:
-        """What tells it from other trials."""
         return self.trained, self.seed, self.steps, len(self.greedy)
 
 
 @dataclass
 class Trials:
-    """Runs trials on one loaded policy, and remembers them in the folder.
+    """Runs trials on one loaded policy, and records them in trials.jsonl; a recorded trial is not run again.
 
     Args:
-        sampler: its policy has no trained blocks, as again after each trial.
-        rows: problems to train on.
-        problems: what trials are scored on, in the same order each time.
-        folder: keeps trials.jsonl; a trial that it has already is not run again.
-        continued: keep checkpoints of trials that have ended, so that they can be trained for more steps.
-        total: trials that are planned, for the progress bar; None: not known.
+        sampler: its policy has no trained blocks; each trial restores that.
+        continued: keep checkpoints of finished trials, so that they can be trained for more steps.
 
     Attributes:
-        done: trials in the order in which they were asked for. Those of an earlier session count only once they
-            are asked for again, so that a resumed race spends its budget as it would have.
+        done: trials asked for in this session, so a resumed race spends its budget as it would have.
     """
 
     sampler: Sampler
@@ -100,7 +94,7 @@ class Trials:
         return self.sampler.policy
 
     def __post_init__(self) -> None:
-        # Where frozen weights are what a thawed block computes with, all runs of a seed begin alike.
+        # Unquantized, a thawed block starts as it was frozen, so all runs of a seed share their first rollout.
         self._first: FirstRollouts = {}
         self._earlier, damaged = _recorded(self.folder.trials)
         if damaged:
@@ -108,45 +102,43 @@ class Trials:
                 f"{damaged} damaged lines of {self.folder.trials.name} are left out, and their trials run again"
             )
         if self._earlier or damaged:
-            # Whole lines only, so that what comes next has a line of its own.
+            # Rewrite whole lines only, so that the next record starts a new line.
             lines = [json.dumps(sealed(asdict(trial))) + "\n" for trial in self._earlier.values()]
             self.folder.write_text(self.folder.trials, "".join(lines))
             self.terminal.message(f"{len(self._earlier)} records are known from an earlier session")
 
     @property
     def spent_s(self) -> float:
-        """Seconds that all trials took."""
         return sum(trial.train_s + trial.score_s for trial in self.done.values())
 
     @property
     def spent_steps(self) -> int:
-        """Steps of all trials; a trial that was continued counts once."""
+        """Steps of all trials; a continued trial counts once."""
         return sum(self._reached().values())
 
     @property
     def seconds_per_step(self) -> float:
-        """Mean seconds of a step, with its share of what a trial costs besides."""
+        """Mean seconds of a step, with its share of a trial's overhead."""
         return sum(trial.train_s for trial in self.done.values()) / max(self.spent_steps, 1)
 
     @property
     def seconds_per_score(self) -> float:
-        """Seconds of scoring on all problems."""
+        """Mean seconds of scoring on all problems."""
         scored = sum(len(trial.greedy) for trial in self.done.values())
         return sum(trial.score_s for trial in self.done.values()) / scored * len(self.problems)
 
     def _reached(self) -> dict[tuple[int | str, int], int]:
-        """What was trained and the seed → the most steps."""
+        """(what was trained, seed) → most steps."""
         return {(trained, seed): steps for trained, seed, steps, _ in sorted(self.done, key=itemgetter(2))}
 
     def base(self) -> Trial:
-        """The scores before training."""
         key = ("base", self.config.seed, 0, len(self.problems))
         return self._known(key) or self._scored(key, "before training")
 
     def run(self, trained: int | str, steps: int, *, seed: int | None = None, share: float = 1.0) -> Trial:
         """Train a block, or `full`, up to `steps` steps, and score it on the first `share` of the problems.
 
-        A trial of fewer steps, or one that a crash has cut short, is continued, exactly, if its checkpoint is there.
+        A shorter or interrupted trial is continued exactly if its checkpoint is there.
         """
         seed = self.config.seed if seed is None else seed
         problems = max(FEWEST_PROBLEMS, round(share * len(self.problems)))
@@ -179,17 +171,17 @@ class Trials:
         return RunFolder(self._checkpoints / f"{trained}-{seed}")
 
     def _train(self, trained: int | str, steps: int, seed: int, what: str) -> tuple[float, float]:
-        """Train up to `steps`; returns the median seconds of a step, and the seconds in all."""
+        """Train up to `steps`; returns the median seconds of a step, and the total seconds."""
         own = self._folder(trained, seed)
         checkpoint, before = self._checkpoint(own, steps)
         recorded = self._reached().get((trained, seed), 0)
         earlier = {line["step"]: line["step_s"] for line in own.read_metrics()}
-        # Steps since the last record, which an earlier process did.
+        # Steps that an earlier process did after its last record.
         seconds = [step_s for step, step_s in earlier.items() if step > recorded]
         earlier_s = sum(seconds)
         if checkpoint is not None and before == steps:
             load_trained(self.policy, checkpoint)
-            # There are none where it is only scored on more problems.
+            # No new steps if it is only scored on more problems.
             return statistics.median(seconds or earlier.values()), earlier_s
         training = self.config.training
         lr = (self.config.probe.full_lr if trained == "full" else None) or training.lr
@@ -219,14 +211,14 @@ class Trials:
         return statistics.median(seconds), earlier_s + time.perf_counter() - started
 
     def _sampler(self, seed: int) -> Sampler:
-        """What samples in a new run: its first rollout is that of all runs of the seed, if they begin alike."""
-        # Episodes belong to their environments, so they are not shared.
+        """The sampler of a new run; runs of a seed that start alike share their first rollout."""
+        # Episodes are tied to their environments and cannot be shared.
         if self.policy.quantized or self.task.game is not None:
             return self.sampler
         return AlikeSampler(self.sampler, self._first, seed)
 
     def _checkpoint(self, own: RunFolder, steps: int) -> tuple[Path | None, int]:
-        """The checkpoint that a trial of `steps` steps continues from, and its step; a damaged trial starts over."""
+        """The checkpoint to continue from, and its step; a damaged trial starts over."""
         checkpoint = None
         with contextlib.suppress(InputError):
             checkpoint = own.latest_checkpoint(self.terminal.message)
@@ -238,7 +230,6 @@ class Trials:
         return checkpoint, before
 
     def _scored(self, key: Key, what: str, step_s: float = 0.0, train_s: float = 0.0) -> Trial:
-        """Score the policy as it is now, and record the trial."""
         trained, seed, steps, count = key
         started = time.perf_counter()
         samples = self.config.evaluation.samples
@@ -260,7 +251,6 @@ class Trials:
         return trial
 
     def _known(self, key: Key) -> Trial | None:
-        """A trial that was run already, in this session or in an earlier one."""
         trial = self.done.get(key) or self._earlier.get(key)
         if trial is not None:
             self.done[key] = trial
@@ -268,7 +258,7 @@ class Trials:
 
 
 def _recorded(file: Path) -> tuple[dict[Key, Trial], int]:
-    """The trials of a trials.jsonl, and how many lines are damaged, such as a last one that a crash cut short."""
+    """The trials of a trials.jsonl, and its number of damaged lines, such as a last one cut short by a crash."""
     found, damaged = {}, 0
     for _, data in read_jsonl(file):
         try:

@@ -1,4 +1,4 @@
-"""What a stage that works in a run folder stands under: its lock, signals, and a sentence where it cannot go on."""
+"""Guards for a stage that works in a run folder: the lock, signals, and a clear error when it cannot continue."""
 
 from __future__ import annotations
 
@@ -20,11 +20,9 @@ SIGNALS = [
 
 @dataclass
 class Stop:
-    """Whether Ctrl-C, SIGTERM or SIGHUP has asked for an end.
+    """Stop requests from Ctrl-C, SIGTERM and SIGHUP.
 
-    Attributes:
-        asked: it was asked for while `waits`.
-        waits: the first request waits for the end of a step; otherwise, and the second, ends at once.
+    With `waits`, the first request sets `asked` and waits for the end of the step. Any other stops at once.
     """
 
     asked: bool = False
@@ -32,7 +30,7 @@ class Stop:
 
     @contextmanager
     def after_the_step(self) -> Iterator[None]:
-        """Lets the first request wait for the end of a step, which asks for `asked`."""
+        """Let the first request wait for the end of the step; the caller checks `asked`."""
         self.waits = True
         try:
             yield
@@ -45,9 +43,9 @@ def at_work(folder: RunFolder, command: str) -> Iterator[Stop]:
     """Hold the folder's lock while `midtune COMMAND` works in it.
 
     Raises:
-        InputError: another process works in it.
-        Interrupted: a signal asked for an end, and there is something to go on from.
-        RunStopped: the disk or the memory has no more room, or the folder cannot be written or is gone.
+        InputError: another process holds the lock.
+        Interrupted: a signal stopped the run, and it can be resumed.
+        RunStopped: disk or memory ran out, or the folder is gone or cannot be written.
     """
     stop = Stop()
     go_on = f"go on with `midtune {command} --resume {folder}`"
@@ -80,7 +78,7 @@ def _signals(stop: Stop) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    # What is ignored, as SIGHUP is under nohup, stays so.
+    # Signals that are already ignored, as SIGHUP is under nohup, stay ignored.
     heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     previous = {number: signal.signal(number, ask) for number in heard}
     try:

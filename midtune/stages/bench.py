@@ -32,26 +32,20 @@ def run(
     out: Path | None,
     terminal: Terminal,
 ) -> dict[str, Any]:
-    """Run the arms one after the other and compare them with the first.
+    """Run the arms (from `BENCHED`) one after the other, compare them with the first, and write bench.json into `out`.
 
-    Args:
-        config: names the model, the device and the dtype, and says how many tokens are in one backward pass of any
-            arm; `blocks.layers` may name the block.
-        arms: see `midtune.bench.workload.BENCHED`.
-        steps: counted steps of each arm, after one that warms up.
-        profile: profile one more step of the first arm.
-        out: the folder that gets bench.json.
+    `config` names model, device, dtype, the micro-batch size of all arms, and the block. Each arm runs one warm-up step
+    before its `steps` measured ones; `profile` profiles one extra step of the first arm.
 
     Returns:
-        What bench.json holds: the workload, and `arms` with `step`, `rollout` and `update` (median, least and
+        The content of bench.json: the workload, and `arms` with `step`, `rollout` and `update` (median, least and
         greatest seconds), `tokens_per_s` of sampling, `peak` and `libraries` bytes, and `ratios` to the first
-        arm: null where it did not do the same work. Where it was asked for, `profile`, the seconds of the first
-        arm by phase and kind of work, `flops` by phase and `peak_flops_per_s` of the machine. `failed`: arms
-        that did not come to their end, and why.
+        arm (null if it did different work). With `profile`: `profile`, the first arm's seconds by phase and kind of
+        work, `flops` by phase, and the machine's `peak_flops_per_s`. `failed`: arm → why it failed.
 
     Raises:
         InputError: an unknown arm, model or block; nothing has been written.
-        MidtuneError: the first arm's process failed; another one that fails does not stop the rest.
+        MidtuneError: the first arm's process failed; other arms may fail without stopping the rest.
     """
     from transformers import AutoConfig
 
@@ -127,14 +121,14 @@ def run(
                         key: found[key] for key in ("profile", "flops", "peak_flops_per_s") if key in found
                     }
                 result["arms"].append(summarise(found, first, rows=rows))
-            # Arms take long, and what has been measured should outlive the rest.
+            # Arms take long: save what is measured in case a later one fails.
             folder.write_json(folder.path / "bench.json", result)
             advance(1)
     return result
 
 
 def make_prompts(tokenizer: Any, count: int, tokens: int) -> list[str]:
-    """Texts of about `tokens` tokens, all different."""
+    """`count` different texts of about `tokens` tokens."""
     texts = []
     for number in range(count):
         sums = " ".join(f"{number + i} + {number + 2 * i} = {2 * number + 3 * i}." for i in range(tokens))
@@ -143,11 +137,7 @@ def make_prompts(tokenizer: Any, count: int, tokens: int) -> list[str]:
 
 
 def summarise(arm: dict[str, Any], first: dict[str, Any], *, rows: int) -> dict[str, Any]:
-    """An arm's figures, and how many times those of `first` they are.
-
-    Args:
-        rows: tokens sampled in a step.
-    """
+    """An arm's figures and their ratios to those of `first`; `rows` is the number of tokens sampled in a step."""
     phases = {
         phase: {
             "median": statistics.median(values := [step[phase] for step in arm["steps"]]),
@@ -176,11 +166,7 @@ def summarise(arm: dict[str, Any], first: dict[str, Any], *, rows: int) -> dict[
 def arm_alone(
     arm: str, model: str, revision: str | None, device: str, dtype: str, work: dict[str, Any]
 ) -> dict[str, Any]:
-    """Run one arm in this process; see `bench.arms.run_arm`.
-
-    Args:
-        work: a `Workload`, as `asdict` has it.
-    """
+    """Run one arm in this process (see `bench.arms.run_arm`); `work` is a `Workload` passed through `asdict`."""
     from midtune.bench.arms import run_arm
     from midtune.model.sources import resolve
 

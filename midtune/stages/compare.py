@@ -1,4 +1,4 @@
-"""`midtune compare`: whether a ranking of blocks carries over to another task, algorithm, seed or model."""
+"""`midtune compare`: does a ranking of blocks carry over to another task, algorithm, seed or model?"""
 
 from __future__ import annotations
 
@@ -30,25 +30,18 @@ PICTURES = (".svg", ".png", ".pdf")
 
 
 def run(files: Sequence[Path], *, top_k: int, out: Path | None, terminal: Terminal) -> dict[str, Any]:
-    """Compare every two of some rankings, and each with what position alone would say.
+    """Compare every two of the rankings in `files`, and each with position alone; draw them if `out` is given.
 
-    Two rankings are compared over the blocks that both have: by contributions if all of these have one, else
-    by scores. If the models differ in their number of blocks, the ranking of the larger is interpolated at the
-    relative depths of the other's blocks.
-
-    Args:
-        files: each a probe.json or a run folder that holds one.
-        top_k: how many of the best blocks to look at.
-        out: where to draw the rankings over relative depth.
+    Only blocks that both rankings have are compared: by contribution if all of them have one, else by score. If the
+    models differ in depth, the deeper model's ranking is interpolated at the relative depths of the other's blocks.
 
     Returns:
-        `rankings`, each with its Spearman correlation with minus depth (`depth`) and with closeness to the
-        middle (`middle`), and `pairs`, whose `first` and `second` count the rankings from 0. Where one of a pair
-        has `signals`, the Spearman correlation of each with the other's values, beside those of position.
+        `rankings`, each with its Spearman correlation with minus depth (`depth`) and with closeness to the middle
+        (`middle`). `pairs`: `first` and `second` index the rankings from 0; if one of the two has `signals`, the
+        Spearman correlation of each signal, and of position, with the other's values.
 
     Raises:
-        InputError: a file is no probe.json, two rankings have too few blocks in common, or `out` cannot be
-            drawn.
+        InputError: a file is no probe.json, two rankings share too few blocks, or `out` cannot be drawn.
     """
     if len(files) < 2:
         raise InputError(
@@ -86,7 +79,6 @@ def run(files: Sequence[Path], *, top_k: int, out: Path | None, terminal: Termin
 
 
 def _ranking(file: Path, probe: Mapping[str, Any]) -> dict[str, Any]:
-    """One of `rankings`: what the ranking is about, and how far position alone explains it."""
     values, num_blocks = {point.block: point.value for point in points(probe)}, depth_of(probe)
     return {
         "file": str(file),
@@ -100,7 +92,7 @@ def _ranking(file: Path, probe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _pair(first: Mapping[str, Any], second: Mapping[str, Any], top_k: int, names: str) -> dict[str, Any]:
-    """How far two rankings agree; `names` is what an error calls both."""
+    """One entry of `pairs`; `names` stands for both files in errors."""
     by_key = {key: _in_common(first, second, key) for key in ("contribution", "score")}
     compared, common = max(by_key.items(), key=lambda item: len(item[1]))
     if len(common) < FEWEST_BLOCKS:
@@ -127,7 +119,7 @@ def _pair(first: Mapping[str, Any], second: Mapping[str, Any], top_k: int, names
 
 
 def _signals(cheap: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any] | None:
-    """How well each signal of one ranking, and position, predict the values of another one of as many blocks."""
+    """How well each signal of one ranking, and position, predict the values of another of the same depth."""
     known = {row["block"]: row["signals"] for row in cheap["blocks"] if row.get("signals")}
     values = {point.block: point.value for point in points(other) if point.block in known}
     if not values or depth_of(cheap) != depth_of(other):
@@ -139,7 +131,6 @@ def _signals(cheap: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, An
 
 
 def _in_common(first: Mapping[str, Any], second: Mapping[str, Any], key: str) -> list[tuple[float, float]]:
-    """What both rankings say of the blocks that both have, in order of depth."""
     fewer = min(depth_of(first), depth_of(second))
     one, other = (
         at_relative_depths(_values(probe, key), depth_of(probe), fewer) for probe in (first, second)
@@ -148,9 +139,8 @@ def _in_common(first: Mapping[str, Any], second: Mapping[str, Any], key: str) ->
 
 
 def _values(probe: Mapping[str, Any], key: str) -> dict[int, float]:
-    """Block → value, where there is one."""
     if probe["method"] == "race" and key == "score":
-        # Scores of a race are those of runs of different length.
+        # A race trains its blocks for different numbers of steps, so scores do not compare.
         return {row["block"]: -float(row["rank"]) for row in probe["blocks"]}
     return {row["block"]: value for row in probe["blocks"] if (value := finite(row.get(key))) is not None}
 

@@ -1,7 +1,7 @@
-"""`midtune doctor`: whether this machine is ready, a line for each thing that a run rests on.
+"""`midtune doctor`: check this machine, one line per requirement.
 
-The bundled model takes a step, since parts that are all there may not work together. Two requests are sent, which ask
-whether the hub and the package index answer, and nothing else.
+It trains the bundled model for one step, since installed parts may still not work together. It sends two requests,
+to the hub and the package index, and nothing else.
 """
 
 from __future__ import annotations
@@ -40,15 +40,14 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate"
 REQUEST_TIMEOUT_S = 3.0
 # pip takes about a second to start.
 PIP_TIMEOUT_S = 8.0
-# What scoring the bundled model takes, and the recipe of SmolLM2-135M.
+# For scoring the bundled model, and for the SmolLM2-135M recipe.
 LEAST_MEMORY_BYTES = round(0.6 * 2**30)
 SOME_MEMORY_BYTES = 3 * 2**30
-# Checkpoints of a small block, and SmolLM2-135M while it is converted.
+# For checkpoints of a small block, and for converting SmolLM2-135M.
 LEAST_DISK_BYTES = 50 * 2**20
 SOME_DISK_BYTES = 2**30
-# The rollout that is tried.
 TRIED_PROMPTS, TRIED_GROUP, TRIED_TOKENS = 4, 4, 32
-# What rounding explains in a product of 128 terms.
+# Largest error that rounding can explain in a product of 128 terms.
 MOST_ERROR = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
 
 Status = Literal["ok", "warning", "problem"]
@@ -56,10 +55,9 @@ Status = Literal["ok", "warning", "problem"]
 
 @dataclass(frozen=True)
 class Check:
-    """What was found, and where it is not as it should be, what to do or what works all the same.
+    """One finding; `fix` says what to do, or what works anyway.
 
-    Attributes:
-        status: `problem` where no run can be made before it is fixed, `warning` where something else is limited.
+    `problem`: no run is possible until it is fixed. `warning`: something else is limited.
     """
 
     name: str
@@ -69,15 +67,12 @@ class Check:
 
     @classmethod
     def of(cls, name: str, found: str, is_well: bool, fix: str, *, otherwise: Status = "warning") -> Check:
-        """What was found; it needs a fix only where it `is_well` not."""
+        """A check that needs `fix` only if it is not `is_well`; its status is then `otherwise`."""
         return cls(name, "ok", found) if is_well else cls(name, otherwise, found, fix)
 
 
 def run(config: RunConfig, *, terminal: Terminal) -> dict[str, Any]:
-    """Look at everything, and try the bundled model; nothing is changed.
-
-    Args:
-        config: says what the model is tried on, and what it computes in.
+    """Check everything and try the bundled model on the configured device and dtype; nothing is changed.
 
     Returns:
         `checks`, each with `name`, `status`, `found` and `fix`, and the number of `problems` and `warnings`.
@@ -102,7 +97,7 @@ def run(config: RunConfig, *, terminal: Terminal) -> dict[str, Any]:
 
 
 def _tried(name: str, look: Callable[[], Iterator[Check]]) -> list[Check]:
-    """What `look` finds; where it cannot look, that is the finding."""
+    """The checks of `look`; if it raises, that is the finding."""
     try:
         return list(look())
     except Exception as error:  # noqa: BLE001 (whatever is broken is what this is about)
@@ -111,7 +106,7 @@ def _tried(name: str, look: Callable[[], Iterator[Check]]) -> list[Check]:
 
 
 def _versions() -> Iterator[Check]:
-    """Python and the libraries underneath, against the ranges that midtune itself asks for."""
+    """Compare Python and the libraries with the version ranges that midtune requires."""
     tested = {asked.name: asked.specifier for asked in map(Requirement, metadata.requires("midtune") or [])}
     tested["python"] = SpecifierSet(metadata.metadata("midtune")["Requires-Python"])
     for name, version in installed(PACKAGES).items():
@@ -126,7 +121,6 @@ def _versions() -> Iterator[Check]:
 
 
 def _devices() -> Iterator[Check]:
-    """The CUDA cards, or the CPU where there is none."""
     import torch
 
     if not torch.cuda.is_available():
@@ -149,7 +143,7 @@ def _memory() -> Iterator[Check]:
 
 
 def _disks() -> Iterator[Check]:
-    """Where runs go, midtune's cache of converted models, and the hub's own cache."""
+    """Check where runs go, midtune's cache of converted models, and the hub's own cache."""
     from huggingface_hub import constants
 
     places = (
@@ -172,7 +166,6 @@ def _enough(name: str, free: float, found: str, least: int, some: int, fix: str)
 
 
 def _four_bit(device: str, dtype: str) -> Iterator[Check]:
-    """Whether a product with 4-bit weights, and its gradient, are right on the device of a run."""
     import torch
 
     from midtune.model.quantize import nf4_error
@@ -187,7 +180,7 @@ def _four_bit(device: str, dtype: str) -> Iterator[Check]:
 
 
 def _step(device: str, dtype: str) -> Iterator[Check]:
-    """Whether a block of the bundled model is sampled from and updated, and how fast it is sampled from."""
+    """Sample from a block of the bundled model, update it, and measure the sampling speed."""
     import torch
 
     from midtune.model.loading import load_policy
@@ -203,7 +196,7 @@ def _step(device: str, dtype: str) -> Iterator[Check]:
     prompts = [policy.tokenizer.encode(f"What is {number} + 12?") for number in range(TRIED_PROMPTS)]
     with torch.random.fork_rng(devices=cuda_devices(policy.device)):
         torch.manual_seed(0)
-        # What is loaded and compiled at first is no part of the speed.
+        # Warm up: loading and compiling do not count.
         sample(policy, prompts, Sampling(2, group_size=TRIED_GROUP), boundary_block=block)
         began = time.perf_counter()
         sampling = Sampling(TRIED_TOKENS, group_size=TRIED_GROUP)
@@ -245,7 +238,7 @@ def _hub() -> Iterator[Check]:
 
 
 def _index() -> Iterator[Check]:
-    """Whether pip gets to the package that SmolLM2 comes from where there is no hub."""
+    """Check that pip finds the package that provides SmolLM2 when the hub is out of reach."""
     name = PACKAGE.partition("==")[0]
     command = [sys.executable, "-m", "pip", "index", "versions", name, "--disable-pip-version-check"]
     command += ["--no-input", "--retries=0", f"--timeout={REQUEST_TIMEOUT_S:.0f}"]

@@ -1,4 +1,4 @@
-"""`midtune train --dry-run`: what a run would do, from its configuration alone; nothing is loaded or fetched."""
+"""`midtune train --dry-run`: describe a run from its configuration alone, without loading or downloading anything."""
 
 from __future__ import annotations
 
@@ -20,24 +20,22 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None = None) -> d
     """Say what `midtune train` would do.
 
     Returns:
-        `model`, `quantize`, `task`, `reward`, `algorithm`, `layers` as asked; `step`: its `prompts`, `group_size`,
-        `completions` and the most new `tokens`; `steps`; `evaluation`: its `problems` and `samples`; `out`: where the
-        run would be saved; `downloads`: what would be fetched unless it is cached, `weights_bytes`: how much of that
-        the weights are, estimated as 2 bytes a parameter, null where there are none or it is not known. `plan`: the
-        `blocks`, `trainable_parameters`, the `card` and `prompt_tokens` planned for, `peak` bytes, the `phase` it is
-        in, whether it `fits`, and the least `seconds` of each phase; null where the model's configuration is not at
-        hand, which `note` says.
+        `model`, `quantize`, `task`, `reward`, `algorithm`, `layers` as configured; `step`: its `prompts`, `group_size`,
+        `completions` and at most `tokens` new ones; `steps`; `evaluation`: its `problems` and `samples`; `out`: the run
+        folder; `downloads`: what is fetched unless cached; `weights_bytes`: their size at 2 bytes a parameter, or null.
+        `plan`: the `blocks`, `trainable_parameters`, the `card` and `prompt_tokens` planned for, `peak` bytes and its
+        `phase`, whether it `fits`, and the least `seconds` of each phase; null, with a `note`, if the model's
+        configuration is not at hand.
 
     Raises:
-        InputError: there is no such model or block, or a run could not be saved there.
+        InputError: there is no such model or block, or the run cannot be saved there.
     """
     training, name = config.training, config.model.name
     completions = training.prompts_per_step * training.group_size
-    # A new one is only a name until something is written.
+    # Creating a folder only picks its name; nothing is written.
     stem = run_stem(name, config.task.name)
     folder = RunFolder.create(out, stem) if resume is None else RunFolder.open(resume)
     task = require_task(config)
-    # Unless it is cached.
     downloads = {f"the weights of {name}": _is_fetched(name), f"the problems of {task}": is_dataset(task)}
     found: dict[str, Any] = {
         "schema": 1,

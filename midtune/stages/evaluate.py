@@ -1,7 +1,6 @@
 """`midtune eval`: score a model, a run or a patch on held-out problems, beside the base model.
 
-What training did elsewhere shows on tasks other than its own: the base and the trained model answer the same problems
-with the same random numbers, so their difference is paired.
+The base and the trained model answer the same problems with the same random numbers, so their difference is paired.
 """
 
 from __future__ import annotations
@@ -38,22 +37,19 @@ def run(
     lm_eval_path: Path | None = None,
     results: Path | None = None,
 ) -> dict[str, Any]:
-    """Score `target`, and the base model beside it where it is a run or a patch.
+    """Score `target`, and its base model too if it is a run or a patch.
 
     Args:
-        target: a model as `train` takes it, a run folder, or a patch folder.
-        configs: one for each task, alike in all else; of a run folder, the run's own with the command line's
-            changes. The model is replaced by the one that the target names. One without a task is not scored.
-        lm_eval: tasks of lm-evaluation-harness.
-        lm_eval_path: a folder that describes such tasks.
-        results: a jsonl file to write, one problem a line, see `problem_lines`.
+        target: a model as `train` takes it, a run folder, or a patch folder; it replaces the configured model.
+        configs: one per task, otherwise alike; a configuration without a task is not scored.
+        lm_eval: lm-evaluation-harness tasks; `lm_eval_path` is a folder that defines them.
+        results: a jsonl file for `problem_lines`.
 
     Returns:
-        `model`, `patch` (blocks or null), `quantize`; `task`, `greedy` and `sampled` scores with intervals, of the
-        first task. `tasks`: for each its `task`, the number of `samples`, `scores`, those of the base `before` and
-        the paired `gain` (both null for a model), by kind: `greedy`, `avg@n` and `pass@k`. `lm_eval`: the same, with
-        the harness's metrics as kinds. `worse`: the tasks with a kind whose gain's interval lies below zero; null
-        for a model.
+        `model`, `patch` (blocks or null), `quantize`; the first task's `task`, `greedy` and `sampled` scores with
+        intervals. `tasks`: each with `task`, the number of `samples`, `scores`, the base's scores `before` and the
+        paired `gain` (both null for a model), by kind: `greedy`, `avg@n` and `pass@k`. `lm_eval`: the same, with the
+        harness's metrics as kinds. `worse`: tasks with a gain whose interval lies below zero; null for a model.
 
     Raises:
         InputError: the target, a task or a package is missing.
@@ -122,10 +118,7 @@ def run(
 
 
 def scores_by_kind(found: Evaluation, ks: Sequence[int]) -> PerProblem:
-    """[n] scores of each problem: `greedy`, `avg@n` over all n samples, and `pass@k` for each k.
-
-    A sample is correct when its score reaches 1.
-    """
+    """Scores [n] by problem: `greedy`, `avg@n` over all n samples, and `pass@k`, where a score of 1 is correct."""
     kinds = {"greedy": found.greedy}
     if found.samples is not None and found.sampled is not None:
         drawn = found.samples.shape[1]
@@ -136,8 +129,9 @@ def scores_by_kind(found: Evaluation, ks: Sequence[int]) -> PerProblem:
 
 
 def problem_lines(task: Task, arm: str, found: Evaluation) -> Iterator[dict[str, Any]]:
-    """One line for each problem: `task`, `arm` (`before` or `after` the patch), `question`, `answer`, the greedy
-    `completion` and its score `greedy`, the `sampled` scores, and how many of them are `correct`."""
+    """Yield one line per problem: `task`, `arm` (`before` or `after` the patch), `question`, `answer`, the greedy
+    `completion` and its score `greedy`, the `sampled` scores, and how many of them are `correct`.
+    """
     for place, row in enumerate(task.held_out):
         sampled = [] if found.samples is None else found.samples[place].tolist()
         yield {

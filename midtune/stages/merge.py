@@ -1,4 +1,4 @@
-"""`midtune merge`: a complete checkpoint from a run, which needs no midtune to load."""
+"""`midtune merge`: write a run as a complete checkpoint that loads without midtune."""
 
 from __future__ import annotations
 
@@ -11,11 +11,7 @@ from midtune.report.terminal import Terminal
 
 
 def run(target: Path, *, out: Path, terminal: Terminal) -> dict[str, Any]:
-    """Put the trained blocks of a run into its base model's checkpoint.
-
-    Args:
-        target: a run folder or a patch folder.
-        out: the new checkpoint's folder; it appears when it is complete.
+    """Put the trained blocks of a run or patch folder into its base model's checkpoint; `out` appears once complete.
 
     Returns:
         `folder`, `tensors` (how many were replaced), `bytes`.

@@ -1,6 +1,6 @@
-"""What commands begin with: the model and the task that a configuration names, and the blocks that are trained.
+"""What commands start with: the configured model and task, and the choice of blocks to train.
 
-Nothing here imports torch before a model is asked for.
+Nothing here imports torch until a model is needed.
 """
 
 from __future__ import annotations
@@ -39,11 +39,7 @@ if TYPE_CHECKING:
 
 
 class Opened:
-    """The source, the tokenizer and the task of a configuration, each opened when first asked for, and once.
-
-    Args:
-        more_problems: training problems beyond those that a run uses.
-    """
+    """The source, tokenizer and task of a configuration, opened on first use; `more_problems` than a run uses."""
 
     def __init__(self, config: RunConfig, terminal: Terminal, *, more_problems: int = 0) -> None:
         self.config = config
@@ -52,7 +48,7 @@ class Opened:
 
     @cached_property
     def task(self) -> Task:
-        """The task, its rewards already tried on real rows, its prompts within `task.max_prompt_tokens`."""
+        """The task, with its rewards tried on real rows and its prompts within `task.max_prompt_tokens`."""
         config = self.config
         task = read_task(config, more=self._more_problems, thinking=self._thinks_from_the_start)
         check_reward(task)
@@ -70,7 +66,7 @@ class Opened:
 
     @cached_property
     def source(self) -> Source:
-        """The model's files on this machine, fetched or converted if need be."""
+        """The model's files on this machine, downloaded or converted if needed."""
         from midtune.model.sources import resolve
 
         resolve_device(self.config.model.device)
@@ -93,11 +89,7 @@ class Opened:
         return load_tokenizer(self.source, self.config.model.trust_remote_code)
 
     def policy(self, *, quantize: str | None = None, embeddings: str | None = None) -> Policy:
-        """The model in memory, frozen; says what else uses its card where memory is tight.
-
-        Args:
-            quantize, embeddings: in place of the configuration's.
-        """
+        """Load the frozen model; arguments override the configuration. Says what else uses a card short of memory."""
         from midtune.model.host import embed_on_host
         from midtune.model.loading import load_policy
 
@@ -118,7 +110,7 @@ class Opened:
         return policy
 
     def sampler(self, policy: Policy) -> Sampler:
-        """What samples from the policy on the task; says when memory runs out, and what else uses the card."""
+        """The task's sampler; it reports when memory runs out and what else uses the card."""
         from midtune.rollout.episodes import EpisodeSampler
         from midtune.rollout.sampling import SamplingLimits
         from midtune.rollout.text import TextSampler
@@ -131,11 +123,7 @@ class Opened:
         return TextSampler(policy, limits) if game is None else EpisodeSampler(policy, limits, game)
 
     def score(self, sampler: Sampler, what: str, *, samples: int | None = None) -> Evaluation:
-        """Score the policy on the held-out problems, with a progress bar that says `what` is going on.
-
-        Args:
-            samples: completions per problem besides the greedy one; None: as the configuration says.
-        """
+        """Score the held-out problems; `samples` per problem besides the greedy one default to the configuration's."""
         from midtune.rl.training import sampling_of
         from midtune.rollout.evaluation import evaluate
 
@@ -160,14 +148,14 @@ class Opened:
         return card_of(device) if device.type == "cuda" else None
 
     def _thinks_from_the_start(self) -> bool:
-        """Whether prompts of the model end with `<think>`, so that its completions begin within."""
+        """Whether the chat template ends prompts with `<think>`, so that completions begin inside the thinking."""
         from midtune.rollout.speech import prompt_ids
 
         ids = prompt_ids(self.tokenizer, [{"role": "user", "content": "?"}])
         return str(self.tokenizer.decode(ids)).rstrip().endswith("<think>")
 
     def _without_long_prompts(self, task: Task, limit: int) -> Task:
-        """The task without prompts over the limit, or a refusal that counts them, as `task.bad_rows` has it."""
+        """Drop prompts over the limit, or refuse them with a count, as `task.bad_rows` says."""
         from midtune.rollout.speech import prompt_ids
 
         rows = [*task.train, *task.held_out]
@@ -196,18 +184,16 @@ def _others_text(uuid: str) -> str:
 
 
 def read_task(config: RunConfig, *, more: int = 0, thinking: Callable[[], bool] | None = None) -> Task:
-    """The task, its rewards not tried yet.
+    """Load the task, with `more` problems than a run uses, without trying its rewards.
 
-    Args:
-        more: training problems beyond those that a run uses.
-        thinking: whether the model's chat template ends prompts within `<think>`; None: it does not.
+    `thinking` says whether the chat template opens `<think>` in the prompt; None means no.
     """
     settings = config.task
 
     def shaping(name: str) -> Reward:
         from midtune.rl.shaping import shaping_reward  # with TRL, which few tasks need
 
-        # Only `format` needs it, and it takes the model's tokenizer.
+        # Only `format` depends on thinking, and finding out loads the tokenizer.
         asked = thinking if name == "format" and settings.prompt_format == "chat" else None
         return shaping_reward(name, config.training.max_new_tokens, thinking=asked is not None and asked())
 
@@ -216,7 +202,7 @@ def read_task(config: RunConfig, *, more: int = 0, thinking: Callable[[], bool] 
 
         return tools_for(name, make)
 
-    # More than a run can use would only cost time: some generators take seconds a problem.
+    # Load no more than the run can use: some generators take seconds per problem.
     most = max(config.training.steps * config.training.prompts_per_step, 64) + more
     return load_task(
         require_task(config),
@@ -230,13 +216,7 @@ def read_task(config: RunConfig, *, more: int = 0, thinking: Callable[[], bool] 
 
 @dataclass(frozen=True)
 class Choice:
-    """Which blocks are trained.
-
-    Attributes:
-        blocks: their numbers, rising.
-        how: how they were chosen, for people.
-        ranking: the probe.json that chose them, if one did.
-    """
+    """The blocks to train, sorted; how they were chosen, for people; and the probe.json that chose them, if any."""
 
     blocks: list[int]
     how: str
@@ -244,10 +224,10 @@ class Choice:
 
 
 def choose_blocks(wanted: BlocksConfig, policy: Policy, task: Task, terminal: Terminal) -> Choice:
-    """The blocks that are named, that a ranking chooses, or else the geometric middle.
+    """Choose the named blocks, those that a ranking selects, or else the geometric middle.
 
     Raises:
-        InputError: there is no such block, or the ranking that it takes is missing or about something else.
+        InputError: there is no such block, or a needed ranking is missing or about something else.
     """
     ranking = None
     if wanted.layers is not None:
@@ -259,7 +239,7 @@ def choose_blocks(wanted: BlocksConfig, policy: Policy, task: Task, terminal: Te
     elif (found := _ranking(wanted, policy, task)) is not None:
         file, probe = found
         ranking = file.absolute()
-        # The worst are a control, which good blocks have to beat.
+        # The worst blocks are a control that good blocks have to beat.
         ordered = ranking_of(probe)[:: -1 if wanted.select == "worst" else 1]
         blocks = best(ordered, policy.num_blocks, wanted.top_k)
         how = f"the ranking of {file} ({probe['method']})"
@@ -285,7 +265,7 @@ def choose_blocks(wanted: BlocksConfig, policy: Policy, task: Task, terminal: Te
 
 
 def _ranking(wanted: BlocksConfig, policy: Policy, task: Task) -> tuple[Path, dict[str, Any]] | None:
-    """A probe.json and its file: the one named, or else the newest under `runs` that fits."""
+    """The named probe.json and its data, or else the newest match under `runs`."""
 
     def matches(probe: dict[str, Any]) -> bool:
         return matching_probe(probe, policy.source.name, task.fingerprint, policy.source.revision)

@@ -1,7 +1,7 @@
-"""`midtune plan`: what training would hold in memory and take at least, before anything is loaded.
+"""`midtune plan`: the memory and least time of training, before anything is loaded.
 
-Weights, gradients and optimizer states follow from the configuration alone. Activations, keys and values come from
-running the code that trains on tensors without data (see `midtune.planning.trace`).
+Weights, gradients and optimizer states follow from the configuration. Activations, keys and values come from running
+the training code on tensors without data (see `midtune.planning.trace`).
 """
 
 from __future__ import annotations
@@ -17,18 +17,16 @@ from midtune.planning.step_size import work_of
 
 
 def run(config: RunConfig, *, gpu: str, prompt_tokens: int) -> dict[str, Any]:
-    """Work out the memory of each phase, for midtune and for TRL, and what fits.
+    """Work out what training takes with prompts of up to `prompt_tokens`, for midtune and TRL, and what fits on `gpu`.
 
-    Args:
-        gpu: the card, by name or memory, see `card_named`; or `cpu`, this machine.
-        prompt_tokens: of the longest prompt.
+    `gpu` is a card by name or memory (see `card_named`), or `cpu` for this machine.
 
     Returns:
-        `model`, `parameters`, `num_blocks`, `blocks`, `card` and `work`: what was planned for. `arms`: of each its
-        name, `phases` (bytes of each part), the `peak` and its `phase`, whether it `fits`, and `seconds`, the least
-        that each phase can take. `by_block`: midtune's peak for each first trained block. `fit`: settings with which
-        midtune fits, None if none do; `fitted`: the arm with them. `largest`: with these, how many prompts could go
-        through an update together, how large a group and how long a completion could be, the rest as asked.
+        `model`, `parameters`, `num_blocks`, `blocks`, `card` and `work`: what was planned for. `arms`: each with its
+        name, `phases` (bytes of each part), the `peak` and its `phase`, whether it `fits`, and the least `seconds` of
+        each phase. `by_block`: midtune's peak for each first trained block. `fit`: setting changes that make midtune
+        fit, None if none do; `fitted`: the arm with them. `largest`: with them, the largest number of prompts per
+        update, group size and completion length, each with the rest as configured.
 
     Raises:
         InputError: the model, the card or a block is not known.

@@ -1,4 +1,4 @@
-"""`midtune probe`: rank the blocks of a model on a task, with intervals and prices."""
+"""`midtune probe`: rank the blocks of a model on a task, with intervals and costs."""
 
 from __future__ import annotations
 
@@ -17,20 +17,14 @@ from midtune.stages.opening import Opened
 
 
 def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: Terminal) -> dict[str, Any]:
-    """Rank the blocks of a model on a task and write probe.json into a run folder of its own.
+    """Rank the blocks of a model on a task and write probe.json (see `rank_blocks`) into a run folder.
 
-    Args:
-        config: of a resumed probe, the one its folder holds.
-        out: the probe's folder; None makes one under `runs/`.
-        resume: the folder of a probe to continue.
-
-    Returns:
-        What probe.json holds; see `rank_blocks`.
+    When resuming, `config` is the one in the folder. Without `out`, the folder is made under `runs/`.
 
     Raises:
         InputError: something asked for does not exist; nothing has been written.
-        RunStopped: the rewards do not tell completions apart, or there was no room to go on.
-        Interrupted: Ctrl-C, SIGTERM or SIGHUP; what the trials have reached is kept.
+        RunStopped: rewards never differ within a group, or disk or memory ran out.
+        Interrupted: Ctrl-C, SIGTERM or SIGHUP; finished trials and checkpoints are kept.
     """
     method = config.probe.method
     if method == "sweep" and config.model.quantize != "none":
@@ -38,7 +32,7 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
             "a sweep compares each block with full training, which is unquantized, but frozen blocks would be in "
             f"{config.model.quantize}, so its runs would not start alike; add --quantize none."
         )
-    # A race scores on problems of its own.
+    # A race scores on extra problems of its own.
     opened = Opened(config, terminal, more_problems=config.task.eval_size if method == "race" else 0)
     task = opened.task
     name = f"probe-{Path(config.model.name).name}-{Path(task.name.rpartition(':')[2]).stem}"

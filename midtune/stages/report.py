@@ -1,4 +1,4 @@
-"""`midtune report`: the page of a run again, or one page that compares several."""
+"""`midtune report`: redraw the page of a run, or draw one page that compares several."""
 
 from __future__ import annotations
 
@@ -18,17 +18,15 @@ COMPARISON = Path("comparison.html")
 
 
 def run(folders: Sequence[Path], *, out: Path | None) -> dict[str, Any]:
-    """Write the page of one run, or one page about several.
+    """Write the page of one run, or one page that compares several.
 
-    Args:
-        folders: run folders.
-        out: the page; None: `report.html` in the folder of a single run, `comparison.html` here for several.
+    Without `out`: `report.html` in the folder of a single run, `comparison.html` here for several.
 
     Returns:
-        `page`, the file written, and `runs`, the folders it is about.
+        `page`, the file written, and `runs`, the folders.
 
     Raises:
-        InputError: a folder is no finished training run, or `out` cannot be written or is something else.
+        InputError: a folder is no finished training run, or `out` is not writable or not a page of midtune's.
     """
     opened = [RunFolder.open(folder) for folder in folders]
     runs = [read_run(folder) for folder in opened]
@@ -43,12 +41,11 @@ def run(folders: Sequence[Path], *, out: Path | None) -> dict[str, Any]:
 
 
 def write_page(folder: RunFolder) -> None:
-    """Write the page of a finished run into its folder."""
     folder.write_text(folder.page, run_page(read_run(folder)))
 
 
 def read_run(folder: RunFolder) -> Run:
-    """What the folder of a finished run holds for its page.
+    """Read what the page needs from a finished run's folder.
 
     Raises:
         InputError: the run has not finished, is no training run, or a file is damaged.
@@ -78,19 +75,19 @@ def read_run(folder: RunFolder) -> Run:
 
 
 def _ranking(folder: RunFolder, report: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The ranking that chose the blocks, if it can still be read, else one in the folder."""
+    """The ranking that chose the blocks, or else the one in the folder, if readable."""
     chosen_by = _optional(folder, folder.start).get("ranking")
     for file in (Path(chosen_by) if chosen_by else folder.probe, folder.probe):
         with contextlib.suppress(InputError):
             probe = read_probe(file)
-            # Another ranking may have been written there since.
+            # The file may hold another ranking by now.
             if all(probe.get(key) == report[key] for key in ("model", "task")):
                 return probe
     return None
 
 
 def _settings(folder: RunFolder) -> dict[str, Any]:
-    """The run's settings as they were written; a page only shows them."""
+    """The run's settings as written, unchecked: a page only shows them."""
     import yaml
 
     try:

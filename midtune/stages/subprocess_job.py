@@ -1,4 +1,4 @@
-"""A stage in a process of its own, because peak memory counts all that a process ever held."""
+"""Run a job in its own process, because peak memory counts all that a process ever held."""
 
 from __future__ import annotations
 
@@ -12,19 +12,15 @@ from typing import Any
 
 from midtune.errors import MidtuneError
 
-# Steps of full training that are measured for a report.
+# Full-training steps measured for a report.
 FULL_STEPS = 2
 
 
 def in_own_process(job: str, arguments: dict[str, Any], *, what: str, instead: str) -> dict[str, Any]:
-    """What a function returns that is called in a fresh process.
-
-    Args:
-        job: the function as `module:name`; what it is given and what it returns has to fit into JSON.
-        what, instead: for the message, what was to be done and what a person can do without it.
+    """Call the function `job` (`module:name`) in a fresh process; arguments and result must be JSON.
 
     Raises:
-        MidtuneError: the process failed; its last words are in the message.
+        MidtuneError: `what` failed; the message has the last line of output and suggests `instead`.
     """
     finished = subprocess.run(
         [sys.executable, "-P", "-W", "ignore", "-m", __name__, job],
@@ -42,11 +38,7 @@ def in_own_process(job: str, arguments: dict[str, Any], *, what: str, instead: s
 
 
 def measure_full_training(config_file: Path) -> dict[str, Any]:
-    """Full training for a few steps as a run's configuration says; see `bench.arms.full_training`.
-
-    Raises:
-        MidtuneError: the process failed; its last words are in the message.
-    """
+    """Measure a few steps of full training in a fresh process; see `bench.arms.full_training` and `in_own_process`."""
     return in_own_process(
         f"{__name__}:full_training_of",
         {"config_file": str(config_file)},
@@ -56,7 +48,6 @@ def measure_full_training(config_file: Path) -> dict[str, Any]:
 
 
 def full_training_of(config_file: str) -> dict[str, Any]:
-    """The same in this process."""
     from midtune.bench.arms import full_training
     from midtune.config import load_config
     from midtune.device import compute_dtype, resolve_device

@@ -1,4 +1,4 @@
-"""`midtune tasks`: the tasks that need no file, a problem of any task, and whether one's own is sound."""
+"""`midtune tasks`: list the tasks that need no file, show a problem of a task, or check your own task."""
 
 from __future__ import annotations
 
@@ -11,25 +11,24 @@ from midtune.errors import InputError
 from midtune.report.terminal import Terminal
 
 PREFIX = "reasoning-gym:"
-# No more problems than it takes to show one.
+# Enough problems to show one.
 FEW = {"task.train_size": 4, "task.eval_size": 2}
 
 
 def run(config: RunConfig | None, terminal: Terminal, *, check: bool = False) -> dict[str, Any]:
-    """What there is to train on.
+    """List tasks, show one, or check one.
 
     Args:
-        config: its task is shown, a reasoning-gym dataset with or without `reasoning-gym:`; None lists all
-            tasks that need no file.
-        check: read all of the task in place of showing a problem, and say what was found.
+        config: names the task to show, a reasoning-gym dataset with or without `reasoning-gym:`; None lists all tasks.
+        check: read the whole task and report findings instead of showing a problem.
 
     Returns:
-        Without a configuration, `tasks`: the names as --task takes them. With one, `task`, `arguments` (key →
-        value in force), `question`, `prompt` and `answer`, `reward`, and, where there is an answer, `right` and
-        `wrong` (a completion and its score). When checking, `checked`, and `findings` and `doubts`, a sentence each.
+        Without a configuration, `tasks`: names for --task. With one, `task`, `arguments` (key → value in force),
+        `question`, `prompt` and `answer`, `reward`, and, if there is an answer, `right` and `wrong` (a completion and
+        its score). When checking, `checked`, and lists of sentences, `findings` and `doubts`.
 
     Raises:
-        InputError: there is no such task, an argument is wrong, or the check finds something wrong.
+        InputError: there is no such task, an argument is wrong, or the check fails.
     """
     from midtune.tasks import GAMES, list_tasks, programs
 
@@ -73,7 +72,7 @@ def _checked(config: RunConfig, terminal: Terminal) -> dict[str, Any]:
     from midtune.tasks import doubts, scored_samples
 
     name = require_task(config)
-    # All problems that a run of any length could use.
+    # Read all problems that a run of any length could use.
     config = with_settings(config, {"training.steps": config.task.train_size})
     task = Opened(config, terminal).task
     again = read_task(config)

@@ -1,8 +1,8 @@
-"""`midtune train`: choose blocks, train them alone, score before and after, report.
+"""`midtune train`: choose blocks, train only them, score before and after, report.
 
-Departures from the study (arXiv 2607.01232): frozen linear layers are in 4-bit; scores are given on that
-model as it trains and on the unquantized one as it will be deployed; batches are as small as one
-consumer card needs. The learning rate of a single block is the study's, unless a recipe says otherwise.
+Departures from the study (arXiv 2607.01232): frozen linear layers are in 4-bit; scores are given for that model
+and for the unquantized one that will be deployed; batches fit one consumer card. The learning rate of a single
+block is the study's, unless a recipe says otherwise.
 """
 
 from __future__ import annotations
@@ -36,18 +36,16 @@ from midtune.stages.subprocess_job import FULL_STEPS, measure_full_training
 from midtune.tasks import Task
 from midtune.tasks.rewards import completion_text
 
-# Held-out problems whose completions are kept.
+# Held-out problems whose completions are saved.
 SHOWN_PROBLEMS = 4
 
 
 @dataclass
 class Training:
-    """A run whose model is loaded and whose blocks are chosen.
+    """A run with its model loaded and its blocks chosen.
 
-    Attributes:
-        opened: its configuration has the blocks and what `--fit` has changed.
-        blocks: those that are trained.
-        process_bytes: resident memory of the process before the model was loaded.
+    `opened.config` includes the blocks and the changes of `--fit`. `blocks` are all of them with `boost`, else
+    `choice.blocks`. `process_bytes` is resident memory before the model was loaded.
     """
 
     folder: RunFolder
@@ -63,7 +61,6 @@ class Training:
         return self.sampler.policy
 
     def thaw(self) -> None:
-        """Make the blocks trainable."""
         model = self.opened.config.model
         if model.adapter == "lora":
             self.policy.add_lora(self.blocks, model.lora_rank)
@@ -75,14 +72,11 @@ class Training:
 def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: Terminal) -> dict[str, Any]:
     """Train, and return report.json.
 
-    Args:
-        config: of a resumed run, the one its folder holds.
-        out: the run's folder; None makes one under `runs/`.
-        resume: the folder of a run to go on with.
+    When resuming, `config` is the one in the folder. Without `out`, the folder is made under `runs/`.
 
     Raises:
-        InputError: anything asked for is wrong or missing; nothing has been written.
-        RunStopped: there was nothing to learn from, or no room to go on.
+        InputError: something asked for is wrong or missing; nothing has been written.
+        RunStopped: there was nothing to learn from, or disk or memory ran out.
         Interrupted: Ctrl-C, SIGTERM or SIGHUP.
     """
     stem = run_stem(config.model.name, config.task.name)
@@ -106,7 +100,7 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
 
 
 def _checkpoint(folder: RunFolder, terminal: Terminal) -> Path | None:
-    """The checkpoint to go on from, if there is one; what is known of later steps is forgotten."""
+    """The checkpoint to resume from, if any; metrics of later steps are dropped."""
     if not folder.start.is_file():
         raise InputError(
             f"{folder} lacks start.json, which says how it began; restore it, or start again with another --out."
@@ -133,19 +127,18 @@ def _checkpoint(folder: RunFolder, terminal: Terminal) -> Path | None:
 
 
 def _checked(config: RunConfig) -> RunConfig:
-    """The configuration of a run that can be made here; with `boost`, its model unquantized."""
+    """Check that the run is possible here; with `boost`, return the configuration unquantized."""
     require_one_process()
     require_tracker(config.training.report_to)
     if config.blocks.select != "boost":
         return config
     if config.model.adapter == "lora":
         raise InputError("--select boost trains all blocks whole; leave out --adapter lora.")
-    # Every block is trained, so none is left to keep in 4-bit.
+    # Every block is trained, so none can be in 4-bit.
     return with_settings(config, {"model.quantize": "none"})
 
 
 def _open(config: RunConfig, folder: RunFolder, terminal: Terminal) -> Training:
-    """Read the task, load the model, choose the blocks, and make settings fit if that is asked for."""
     opened = Opened(config, terminal)
     task, source = opened.task, opened.source
     if config.evaluation.baseline == "measured":
@@ -158,7 +151,7 @@ def _open(config: RunConfig, folder: RunFolder, terminal: Terminal) -> Training:
     policy = opened.policy(embeddings="device")
     _check_stored(policy, config, terminal)
     choice = choose_blocks(config.blocks, policy, task, terminal)
-    # Named, so that the configuration gives the same run again.
+    # Named, so that the saved configuration repeats this run.
     layers = ",".join(map(str, choice.blocks))
     named = {"blocks.layers": layers, "blocks.top_k": len(choice.blocks), "blocks.probe": None}
     config = with_settings(config, named)
@@ -177,7 +170,6 @@ def _open(config: RunConfig, folder: RunFolder, terminal: Terminal) -> Training:
 
 
 def _check_stored(policy: Policy, config: RunConfig, terminal: Terminal) -> None:
-    """Say what it means that a checkpoint is itself in 4-bit."""
     if not policy.stored_quantized:
         return
     name = policy.source.name
@@ -190,7 +182,6 @@ def _check_stored(policy: Policy, config: RunConfig, terminal: Terminal) -> None
 
 
 def _begin(training: Training) -> None:
-    """Write what a resumed run needs."""
     folder, policy, choice, config = training.folder, training.policy, training.choice, training.opened.config
     trained = len(training.blocks) * count_parameters(policy.blocks[training.blocks[0]])
     folder.require_free(trained * CHECKPOINT_BYTES_PER_PARAMETER)
@@ -199,7 +190,7 @@ def _begin(training: Training) -> None:
 
 
 def _score_before(training: Training) -> Evaluation:
-    """The scores before training, which a resumed run finds in start.json."""
+    """The scores before training; a resumed run reads them from start.json."""
     import numpy as np
 
     folder = training.folder
@@ -218,15 +209,15 @@ def _score_before(training: Training) -> Evaluation:
 
 
 def _train(training: Training, checkpoint: Path | None, stop: Stop) -> int:
-    """The training itself; returns its peak bytes."""
+    """Train; returns the peak bytes."""
     opened, folder, meter = training.opened, training.folder, training.meter
     config, task = opened.config, opened.task
-    # What scoring has left behind is no part of it.
+    # Memory that scoring left behind does not count.
     give_back()
     meter.reset_peak()
     names = ", ".join(map(str, training.policy.trained))
     title = f"{opened.source.name}, {task.name}, blocks {names}"
-    # Where memory ran out before, a resumed run starts with what fitted then.
+    # If memory ran out before, resume with the batch sizes that fitted.
     last_step = (folder.read_metrics() or [{}])[-1]
     limit = training.sampler.limits.rows
     limit.rows = last_step.get("sampling_rows", limit.rows)
@@ -268,7 +259,7 @@ def _train(training: Training, checkpoint: Path | None, stop: Stop) -> int:
 def _report(
     training: Training, before: Evaluation, after: Evaluation, peak_bytes: int, patch_bytes: int
 ) -> dict[str, Any]:
-    """What report.json holds. The model is let go of, before another one is loaded."""
+    """Build report.json. The model is released before another one is loaded."""
     from midtune.planning.estimate import estimated
 
     folder, policy, opened = training.folder, training.policy, training.opened
@@ -331,7 +322,6 @@ def _report(
 
 
 def _score_deployed(opened: Opened, folder: RunFolder) -> summary.BeforeAfter:
-    """Greedy scores of the unquantized model without and with the patch that was written."""
     policy = opened.policy(quantize="none")
     sampler = opened.sampler(policy)
     before = opened.score(sampler, "scoring the unquantized model", samples=0)
@@ -343,12 +333,11 @@ def _score_deployed(opened: Opened, folder: RunFolder) -> summary.BeforeAfter:
 
 
 def _write_before_after(folder: RunFolder, task: Task, before: Evaluation, after: Evaluation) -> None:
-    """Keep the greedy completions of the first held-out problems, whatever became of them."""
-    # Of a resumed run, `before` has the first ones alone.
+    # In a resumed run, `before` has only the first ones.
     shown = zip(task.held_out, before.completions[:SHOWN_PROBLEMS], after.completions, strict=False)
     problems = [
         {
-            # What an environment shows first is in the question.
+            # A game's first observation is in the question.
             "prompt": completion_text(row["prompt"]) if task.game is None else row["question"],
             "answer": row.get("answer"),
             "before": {"completion": was, "score": before.greedy[place]},

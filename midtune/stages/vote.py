@@ -1,8 +1,8 @@
-"""`midtune vote`: several runs of one base model, each alone and by majority.
+"""`midtune vote`: score several runs of one base model, each alone and by majority.
 
-A study (arXiv 2607.01232) found that a majority of seven models, each with another single block trained,
-beats the best of them. Here one model is loaded, the trained blocks of each run are put into it in turn, and
-each run votes on a problem with the final answer of its greedy completion.
+A study (arXiv 2607.01232) found that a majority of seven models, each with a different single block trained,
+beats the best of them. One model is loaded and each run's trained blocks are swapped in turn; a run votes on a
+problem with the final answer of its greedy completion.
 """
 
 from __future__ import annotations
@@ -29,21 +29,19 @@ from midtune.tasks.votes import majority
 
 
 def run(targets: Sequence[str], config: RunConfig, *, terminal: Terminal) -> dict[str, Any]:
-    """Score the runs `targets`, and the majority of their answers.
+    """Score the runs `targets`, at least two of one base model, and the majority of their answers.
 
-    Args:
-        targets: run folders or patch folders, at least two, all of one base model.
-        config: the first run's own with the command line's changes; its model is replaced by the base.
+    `config` is the first run's own plus command-line changes; its model is replaced by the base.
 
     Returns:
-        `model`, `task`, `quantize`; `base` and `vote`, greedy scores with intervals; `runs`, for each its
-        `run`, `blocks`, greedy `score` and `sampled` score or null; `gain_over_best`, of the vote over the run
-        with the best greedy score, which is chosen on the same problems and so looks better than it is;
-        `solved_by_any` and `solved_by_all`, fractions of the problems; `overlap`, for each two runs the share
-        that both solve of the problems that either solves, null where neither solves any.
+        `model`, `task`, `quantize`; `base` and `vote`, greedy scores with intervals; `runs`, each with `run`,
+        `blocks`, greedy `score` and `sampled` score or null; `gain_over_best`, of the vote over the run with the best
+        greedy score (which flatters that run: it is chosen on the same problems); `solved_by_any` and
+        `solved_by_all`, fractions of the problems; `overlap`, for each two runs, problems both solve over problems
+        either solves, null if neither solves any.
 
     Raises:
-        InputError: fewer than two runs, one given twice or without a finished patch, or different base models.
+        InputError: fewer than two runs, a duplicate, an unfinished patch, or different base models.
     """
     folders = _patch_folders(targets)
     patches = [read_patch(folder) for folder in folders]
@@ -56,7 +54,7 @@ def run(targets: Sequence[str], config: RunConfig, *, terminal: Terminal) -> dic
     _mention_known_problems(targets, folders, config, terminal)
     policy = opened.policy()
     sampler = opened.sampler(policy)
-    # A patch that does not fit is found before any time goes into scoring.
+    # Find a patch that does not fit before spending time on scoring.
     with terminal.progress("trying the patches", len(folders)) as advance:
         for folder in folders:
             apply_patch(policy, folder)
@@ -96,12 +94,7 @@ def run(targets: Sequence[str], config: RunConfig, *, terminal: Terminal) -> dic
 
 
 def vote_scores(rows: Sequence[Row], found: Sequence[Evaluation]) -> NDArray[np.float64]:
-    """The score of the vote on each problem: that of the first completion with the winning answer, [n].
-
-    Args:
-        rows: the problems.
-        found: what each run made of them, at least one.
-    """
+    """Scores [n] of the vote: on each problem, that of the first completion with the winning answer."""
     scores = np.zeros(len(rows))
     for place, row in enumerate(rows):
         reference = reference_answer(row["answer"])
@@ -140,7 +133,7 @@ def _base_of(patch: Patch) -> str:
 def _mention_known_problems(
     targets: Sequence[str], folders: Sequence[Path], config: RunConfig, terminal: Terminal
 ) -> None:
-    """Say which runs may have learned from problems that are held out here."""
+    """Say which runs may have trained on problems that are held out here."""
     here = f"seed {config.seed} and {config.task.eval_size} held-out problems"
     for target, folder in zip(targets, folders, strict=True):
         recipe = folder.absolute().parent / "config.yaml"
