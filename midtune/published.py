@@ -1,4 +1,4 @@
-"""NVIDIA's cards as their maker describes them, by memory or by name."""
+"""NVIDIA's published card figures, found by memory or by name."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from midtune.errors import InputError
 
 @dataclass(frozen=True)
 class PublishedCard:
-    """A GPU as its maker describes it.
+    """A GPU's published figures.
 
     Attributes:
         memory: bytes.
-        flops: of dense 16-bit matrix products that add up in fp32, per second.
-        bandwidth: bytes of its memory per second.
+        flops: of dense 16-bit matrix products with fp32 accumulation, per second.
+        bandwidth: memory bytes per second.
     """
 
     name: str
@@ -47,12 +47,12 @@ CARDS = [
     )
 ]
 
-# More than any card has; a larger amount is a typing error.
+# More than any card has; a larger amount is a typo.
 MOST_GIGABYTES = 100_000
 
 
 def card_named(text: str) -> PublishedCard:
-    """`24GB`, or the name of a card (`RTX 4090`, `4090`); see `find_card`.
+    """Read `24GB` or a card's name (`RTX 4090`, `4090`) as `find_card` does.
 
     Raises:
         InputError: it is neither.
@@ -67,7 +67,7 @@ def card_named(text: str) -> PublishedCard:
 def find_card(text: str) -> PublishedCard | None:
     """The card that `24GB`, `RTX 4090` or `4090` means, or None.
 
-    24 GB are 24 x 2^30 bytes, as on a card's box; its speed is that of the smallest card with as much memory.
+    24 GB means 24 x 2^30 bytes, as on a card's box; its speed is that of the smallest card with as much memory.
     """
     size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GB|GIB|G)", text.strip().upper())
     if size and 0 < float(size[1]) <= MOST_GIGABYTES:

@@ -216,7 +216,7 @@ def ends_of(policy: Policy, sampling: Sampling) -> Callable[[torch.Tensor], torc
 
 @contextlib.contextmanager
 def ready_to_sample(policy: Policy, rows: int, *, unpack: bool = True) -> Iterator[None]:
-    """Turn off dropout and gradients; with `unpack`, unpack weights into half the free memory if `rows` make it pay."""
+    """Turn off dropout and gradients; with `unpack`, unpack weights into at most half the free memory."""
     room = free_bytes(policy.device) // 2 if unpack else 0
     training = policy.model.training
     policy.model.eval()

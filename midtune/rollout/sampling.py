@@ -1,4 +1,4 @@
-"""What sampling is asked for, `Sampling`; what it returns, `Rollout`; and what does it, `Sampler`."""
+"""`Sampling` sets how to sample, `Rollout` is the result, and a `Sampler` does it."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Sampling:
     Args:
         max_new_tokens: where a completion is cut.
         temperature: 0 is greedy.
-        top_p, top_k, min_p: keep the smallest set of tokens with this probability; the k most likely ones (0: all);
+        top_p, top_k, min_p: keep the smallest set of tokens with this probability; the k likeliest (0: all);
             those with at least this share of the likeliest one's probability. Log-probs and entropies stay
             those of the full distribution, as the update computes them.
-        stop_strings: texts that end a completion, each part of the completion it ends.
-        group_size: completions of each prompt.
+        stop_strings: texts that end a completion and belong to it.
+        group_size: completions per prompt.
     """
 
     max_new_tokens: int
@@ -49,7 +49,7 @@ class Sampling:
     group_size: int = 1
 
     def warpers(self) -> LogitsProcessorList:
-        """Sets the log-probs of tokens that are not to be drawn to -inf."""
+        """Processors that set the log-probs of excluded tokens to -inf."""
         chosen = LogitsProcessorList()
         if self.top_k > 0:
             chosen.append(TopKLogitsWarper(self.top_k))
@@ -62,11 +62,11 @@ class Sampling:
 
 @dataclass
 class SamplingLimits:
-    """What memory allows a sampler.
+    """Memory limits of a sampler.
 
     Attributes:
         rows: how many completions are sampled together.
-        unpack: 4-bit weights may be unpacked for the length of a rollout, where half the free memory holds them.
+        unpack: unpack 4-bit weights during a rollout, if half the free memory holds them.
     """
 
     rows: RowLimit = field(
@@ -80,17 +80,17 @@ class SamplingLimits:
 
 @dataclass
 class Rollout:
-    """Completions of N prompts, G each; the completions of a prompt are adjacent rows.
+    """Completions of N prompts, G each; a prompt's completions are adjacent rows.
 
     Attributes:
         prompt_ids, prompt_mask: [N, P], left-padded.
         completion_ids, completion_mask: [N·G, C], right-padded; the end token is part of a completion.
         log_probs: [N·G, C] fp32, of each sampled token at the sampling temperature; 0 on padding.
         entropies: [N·G, C] fp32, of the distribution each token was drawn from; 0 on padding.
-        cut: [N·G] bool, completions that the limit of tokens ended.
-        boundary: the states that enter the first trained block, where they were asked for.
-        drawn: [N·G, C], 1 for tokens that the policy sampled and 0 for others; None: it sampled all.
-        episodes: the N·G episodes, where completions were played in turns.
+        cut: [N·G] bool, completions that reached the token limit.
+        boundary: the states that enter the first trained block, if requested.
+        drawn: [N·G, C], 1 for tokens the policy sampled and 0 for others; None: it sampled all.
+        episodes: N·G episodes if completions were played in turns, else empty.
     """
 
     prompt_ids: torch.Tensor
@@ -110,12 +110,12 @@ class Rollout:
 
     @property
     def scored(self) -> torch.Tensor:
-        """The tokens that have log-probs, [N·G, C]: neither padding nor put by an environment."""
+        """Mask of the tokens with log-probs, [N·G, C]: neither padding nor shown by an environment."""
         return self.completion_mask if self.drawn is None else self.completion_mask * self.drawn
 
     @property
     def environments(self) -> list[Any] | None:
-        """The environment of each episode, for rewards; None where nothing was played in turns."""
+        """The environment of each episode, for rewards; None without turns."""
         return [episode.environment for episode in self.episodes] or None
 
     def prompts(self) -> list[list[int]]:
@@ -130,12 +130,12 @@ class Rollout:
         return self.unpadded(self.completion_ids)
 
     def unpadded(self, values: torch.Tensor) -> list[list[Any]]:
-        """Values of tokens [N·G, C] as lists without those of padding."""
+        """Values of tokens [N·G, C] as lists without padding."""
         rows = zip(values.tolist(), self.completion_mask.sum(1).tolist(), strict=True)
         return [row[:length] for row, length in rows]
 
     def groups(self, prompts: Which) -> Rollout:
-        """The whole groups of some prompts, given as a slice (sharing memory with this one) or by their numbers."""
+        """Select whole groups by their prompts: a slice (shares memory with this rollout) or numbers."""
         rows = self.rows_of(prompts)
         return Rollout(
             self.prompt_ids[prompts],
@@ -158,7 +158,7 @@ class Rollout:
 
     @staticmethod
     def joined(parts: Sequence[Rollout], pad_token_id: int) -> Rollout:
-        """The groups of `parts` one after the other; prompts are padded alike in all of them."""
+        """Concatenate the groups of `parts`; prompts are padded alike in all of them."""
         boundaries = [part.boundary for part in parts if part.boundary is not None]
         return Rollout(
             stacked([part.prompt_ids for part in parts]),
@@ -173,12 +173,10 @@ class Rollout:
 
 
 class Sampler(Protocol):
-    """Draws completions: of one turn by the policy, in episodes with environments, or by a server.
+    """Draws completions: in one turn by the policy, in episodes with environments, or by a server.
 
     Attributes:
-        policy: what is sampled from.
-        limits: what memory allows.
-        is_policy: the log-probs of its rollouts are those of the policy itself.
+        is_policy: its rollouts' log-probs are the policy's own.
     """
 
     policy: Policy
@@ -186,19 +184,19 @@ class Sampler(Protocol):
     is_policy: bool
 
     def begin(self, rows: Sequence[Row]) -> Sequence[Row]:
-        """The rows with what the policy is shown as their prompts; environments begin their episodes."""
+        """Return the rows with the prompts the policy sees; environments start their episodes."""
 
     def prompt_lengths(self, rows: Sequence[Row]) -> list[int]:
-        """Tokens of the prompts of rows, which need not have begun; where these take long, of the first few."""
+        """Prompt lengths in tokens of rows that may not have begun; if those are slow to make, of the first few."""
 
     def sample(
         self, prompts: Sequence[Any], sampling: Sampling, *, boundary_block: int | None = None
     ) -> Rollout:
-        """A completion for each prompt.
+        """Draw a completion for each prompt.
 
         Args:
-            prompts: of the rows as they have begun, texts or chats; the equal ones of a group are adjacent.
-            boundary_block: also give the states that enter this block.
+            prompts: texts or chats of rows that have begun; a group's equal prompts are adjacent.
+            boundary_block: also return the states that enter this block.
 
         Raises:
             RunStopped: a single group does not fit into memory.
@@ -206,7 +204,7 @@ class Sampler(Protocol):
 
 
 def padded(policy: Policy, rows: Sequence[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and their mask, [N, T] each, padded on the `left` or on the `right`."""
+    """Token ids and their mask, [N, T] each, padded on the `left` or `right`."""
     tokens = [torch.tensor(row, dtype=torch.long) for row in rows]
     ids = pad_sequence(tokens, True, policy.tokenizer.pad_token_id, side)
     mask = pad_sequence([torch.ones_like(row) for row in tokens], True, 0, side)
