@@ -1,4 +1,4 @@
-"""Whether a run has collapsed: the model learned, and now writes the same, worse completion every time."""
+"""Detect collapse: the model learned, and now writes the same, worse completion every time."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Collapse:
     """Where a run collapsed.
 
     Args:
-        steps: how many had been done when it showed.
-        best: highest mean reward of ten steps before.
+        steps: steps done when it showed.
+        best: highest earlier mean reward of ten steps.
         now: mean reward of the last ten.
     """
 
@@ -58,6 +58,6 @@ def find_collapse(rewards: Sequence[float], equal_groups: Sequence[float]) -> Co
 
 
 def collapse_in(steps: Sequence[Mapping[str, Any]]) -> Collapse | None:
-    """The first collapse in the lines of metrics.jsonl; steps without a reward are left out."""
+    """The first collapse in lines of metrics.jsonl; skips steps without a reward."""
     known = [step for step in steps if step["reward"] is not None]
     return find_collapse([step["reward"] for step in known], [step["equal_groups"] for step in known])
