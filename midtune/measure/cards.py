@@ -73,7 +73,7 @@ def _answer(ask: Callable[[Any], list[T]]) -> list[T]:
 
 
 def _name(pid: int) -> str:
-    """A process's name; empty for processes outside this container."""
+    """A process's name; `process` for one outside this container."""
     import psutil
 
     try:

@@ -298,8 +298,8 @@ class LayerGRPOTrainer(GRPOTrainer):
     def _scored_for_update(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs and entropies with gradient; groups without advantages keep those of sampling.
 
-        Their part of the loss is exactly zero if only advantages weigh it: no KL term, no entropy bonus and no choice of
-        tokens by entropy. TRL still counts them where it normalises.
+        Their part of the loss is exactly zero if only advantages weigh it: no KL term, no entropy bonus and no choice
+        of tokens by entropy. TRL still counts them where it normalises.
         """
         rollout: Rollout = self._piece["rollout"]
         needed = self._piece["advantages"].reshape(len(rollout.prompt_ids), -1).any(1)
@@ -365,7 +365,7 @@ class LayerGRPOTrainer(GRPOTrainer):
         started = time.perf_counter()
         step, kept = self.state.global_step, Path(self.args.output_dir)
         with written_whole(kept / f"checkpoint-{step}") as folder:
-            # Transformers makes its checkpoint folder in here.
+            # Transformers makes a folder of this name in here.
             self.args.output_dir = str(folder.parent)
             try:
                 super()._save_checkpoint(model, trial)
