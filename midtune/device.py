@@ -39,11 +39,7 @@ def show_one_card(name: str, cards: int) -> None:
 
 
 def resolve_device(name: str) -> torch.device:
-    """Turn `auto`, `cpu`, `cuda` or `cuda:N` into a device that exists.
-
-    Raises:
-        InputError: there is no such device, or the name is unknown.
-    """
+    """Turn `auto`, `cpu`, `cuda` or `cuda:N` into a device; raises InputError if there is no such device."""
     import torch
 
     if name == "auto":

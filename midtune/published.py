@@ -10,18 +10,12 @@ from midtune.errors import InputError
 
 @dataclass(frozen=True)
 class PublishedCard:
-    """A GPU's published figures.
-
-    Attributes:
-        memory: bytes.
-        flops: of dense 16-bit matrix products with fp32 accumulation, per second.
-        bandwidth: memory bytes per second.
-    """
+    """A GPU's published figures."""
 
     name: str
-    memory: int
-    flops: float
-    bandwidth: float
+    memory: int  # bytes
+    flops: float  # of dense 16-bit matrix products with fp32 accumulation, per second
+    bandwidth: float  # memory bytes per second
 
 
 # NVIDIA's own figures (white papers of each generation, data sheets of the data-centre cards). An amount of memory
@@ -52,11 +46,7 @@ MOST_GIGABYTES = 100_000
 
 
 def card_named(text: str) -> PublishedCard:
-    """Read `24GB` or a card's name (`RTX 4090`, `4090`) as `find_card` does.
-
-    Raises:
-        InputError: it is neither.
-    """
+    """Read `24GB` or a card's name (`RTX 4090`, `4090`) with `find_card`; raises InputError if it is neither."""
     card = find_card(text)
     if card is None:
         known = ", ".join(card.name for card in CARDS)

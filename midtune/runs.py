@@ -35,7 +35,7 @@ RUNS = Path("runs")
 CHECKPOINT_BYTES_PER_PARAMETER = 3 * 3 * 4
 # Held while a process works in the folder.
 LOCK = ".lock"
-# A killed process's lock stays until its last child ends.
+# A killed process's lock may outlive it for a moment, while a child of it ends.
 LOCK_WAIT_S = 3
 # Files a run writes before its config.yaml, which marks its start.
 BEFORE_CONFIG = {LOCK, "start.json", "environment.json"}
@@ -83,14 +83,10 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path | None, default_stem: str) -> RunFolder:
-        """Choose the folder of a new run; writes nothing yet.
+        """Choose the folder of a new run, `path` or else `runs/<default_stem>`, with -2, -3… if taken; writes nothing.
 
-        Args:
-            path: the user's choice; None: `runs/<default_stem>`, with -2, -3… if taken.
-            default_stem: characters unfit for a file name become `-`.
-
-        Raises:
-            InputError: `path` is a file, holds files, or cannot be written.
+        In `default_stem`, characters unfit for a file name become `-`. Raises InputError if `path` is a file, holds
+        files, or cannot be written.
         """
         run = cls((_free_name(default_stem) if path is None else path).absolute(), _unwritten=True)
         if run.path.is_dir() and run._holds_files():
@@ -109,11 +105,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
-        """Open the folder of a run that has started.
-
-        Raises:
-            InputError: `path` is not a run folder, or its settings are not the ones the run wrote.
-        """
+        """Open a started run's folder; raises InputError if it is none, or its settings are not those the run wrote."""
         run = cls(path.absolute())
         if not run.config.is_file():
             raise InputError(f"{run} is not a run folder: {_what_is(run.path)}.")
@@ -129,11 +121,7 @@ class RunFolder:
 
     @classmethod
     def resumed(cls, path: Path, command: str) -> RunFolder:
-        """Open the folder of a run to resume with `midtune COMMAND`.
-
-        Raises:
-            InputError: as `open`, or another command made it.
-        """
+        """Open the folder of a run to resume with `midtune COMMAND`; also refuses one that another command made."""
         run = cls.open(path)
         is_training = any(file.exists() for file in (run.start, run.metrics, run.checkpoints))
         maker = "train" if is_training else "probe"
@@ -155,12 +143,7 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes from working in the folder; a new one is locked when made.
-
-        Raises:
-            InputError: another process works in it.
-            RunStopped: as `make`.
-        """
+        """Lock the folder, or a new one when it is made; raises InputError if another process works in it."""
         self._locking = True
         try:
             if not self._unwritten:
@@ -194,9 +177,7 @@ class RunFolder:
     def make(self) -> None:
         """Make the folder if it is new.
 
-        Raises:
-            InputError: another run took the name since `create`.
-            RunStopped: the folder was removed during the run.
+        Raises InputError if another run took the name since `create`, RunStopped if the folder was removed since.
         """
         if self.is_gone():
             raise RunStopped(f"{self} was removed while it was worked in; start again.")
@@ -223,12 +204,7 @@ class RunFolder:
         write_bytes(path, text.encode("utf-8", "replace"))
 
     def begin(self, config: str, device: str, seed: int) -> None:
-        """Write environment.json and config.yaml; from then on the run can be resumed.
-
-        Args:
-            config: the settings as YAML; `open` detects damage to them.
-            device, seed: see `describe_environment`.
-        """
+        """Write environment.json and config.yaml (the settings as YAML); from then on the run can be resumed."""
         self.write_json(self.environment, describe_environment(device, seed))
         self.write_text(self.config, f"# digest {digest(config)}\n{config}")
 
@@ -246,11 +222,7 @@ class RunFolder:
             os.fsync(file.fileno())
 
     def read_json(self, path: Path) -> dict[str, Any]:
-        """Read the object in a JSON file of this run.
-
-        Raises:
-            InputError: the file is missing or not a JSON object.
-        """
+        """Read a JSON file of this run; raises InputError if it is missing or not an object."""
         name = path.relative_to(self.path) if path.is_relative_to(self.path) else path
         if not path.is_file():
             raise InputError(f"{self} has no {name}; the run has not come that far.")
@@ -260,11 +232,7 @@ class RunFolder:
             raise InputError(f"{name} in {self} is damaged: {error}; remove it and run again.") from None
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Read metrics.jsonl, one line a step; empty before the first step.
-
-        Raises:
-            InputError: a line is damaged.
-        """
+        """Read metrics.jsonl, one line a step, empty before the first; raises InputError if a line is damaged."""
         lines = read_jsonl(self.metrics)
         whole = [data for _, data in lines if data is not None]
         if len(whole) < len(lines):
@@ -272,10 +240,9 @@ class RunFolder:
         return whole
 
     def latest_checkpoint(self, on_message: Callable[[str], None] | None = None) -> Path | None:
-        """The newest whole checkpoint, or None if there are none; tells `on_message` which ones are damaged.
+        """The newest whole checkpoint, None if there are none; raises InputError if all are damaged.
 
-        Raises:
-            InputError: all checkpoints are damaged.
+        Tells `on_message` which ones are damaged.
         """
         wrong = None
         for _, checkpoint in sorted(checkpoints_in(self.checkpoints).items(), reverse=True):
@@ -320,11 +287,7 @@ def sealed(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unsealed(content: bytes) -> dict[str, Any]:
-    """Read the object in a JSON text; without a digest it is taken as is.
-
-    Raises:
-        ValueError: it is damaged.
-    """
+    """Read the object in a JSON text, and check its digest if it has one; raises ValueError if it is damaged."""
     try:
         data = json.loads(content.decode("utf-8"))
     except ValueError:

@@ -20,12 +20,9 @@ FULL_BYTES = 2**16
 
 @contextlib.contextmanager
 def written_whole(folder: Path, *, sealed: bool = True) -> Iterator[Path]:
-    """Yield a scratch folder, which replaces `folder` at the end; removed if writing fails.
+    """Yield a scratch folder, which replaces `folder` at the end; raises OSError and changes nothing if writing fails.
 
     With `sealed`, it gets a manifest that `damage` checks. The parent of `folder` must exist.
-
-    Raises:
-        OSError: it could not be written; `folder` is unchanged.
     """
     scratch = _temporary(folder)
     made = scratch / folder.name
@@ -69,11 +66,9 @@ def damage(folder: Path) -> str | None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file atomically: afterwards it holds all of `content`, or what it held before.
+    """Write a file atomically: afterwards it holds all of `content`, or, with an OSError, what it held before.
 
-    Raises:
-        InputError: `path` is not a regular file but, for example, a device.
-        OSError: it could not be written.
+    Raises InputError if `path` is not a regular file but, for example, a device.
     """
     require_regular(path)
     # Keep a link, and write to its target.
@@ -117,9 +112,7 @@ def why_not_written(folder: Path) -> str | None:
 def require_space(folder: Path, need_bytes: int, what: str, otherwise: str) -> None:
     """Raise InputError unless the disk of `folder`, which need not exist, has `need_bytes` free.
 
-    Args:
-        what: needs the room, for the message.
-        otherwise: what to do if no room can be made, for the message.
+    `what` needs the room, and `otherwise` says what to do without it, both for the message.
     """
     disk = nearest_existing(folder)
     free_bytes = shutil.disk_usage(disk).free

@@ -45,8 +45,7 @@ def card_names() -> list[str]:
 def other_processes(uuid: str) -> list[CardProcess]:
     """Other processes that compute on a card, largest first.
 
-    Args:
-        uuid: the card's, from torch; card numbers differ if CUDA_VISIBLE_DEVICES is set.
+    The uuid is torch's: card numbers differ if CUDA_VISIBLE_DEVICES is set.
     """
     found = _answer(
         lambda nvml: nvml.nvmlDeviceGetComputeRunningProcesses(nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"))

@@ -21,10 +21,7 @@ KNOWN = "model such as Qwen, Llama, Mistral, Gemma 3, Phi-3 or SmolLM3"
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Find the decoder blocks by structure: a stack of equal modules, as many as the config has layers.
 
-    Returns the stack's name inside `model` (`model.layers`) and the live stack.
-
-    Raises:
-        InputError: the model has no such stack, or its blocks differ in kind.
+    Returns the stack's name inside `model` (`model.layers`) and the live stack; raises InputError if there is none.
     """
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     decoder = model.get_decoder()
@@ -44,12 +41,9 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 class TailCache(DynamicCache):
     """Keys and values of blocks first…L−1 only, under those blocks' own layer numbers.
 
-    An empty cache is written once. A cache made from `held` never changes: each block reads `held` and its own keys
-    and values. So in both cases a block may run on it again.
-
-    Args:
-        held: keys and values of block `first`, of the next one, and so on, [N, heads, P, D] each.
-        rows: [B], which of the N prefixes each row continues.
+    An empty cache is written once. A cache made from `held`, [N, heads, P, D] for each block, never changes: a block
+    reads it and its own keys and values, and `rows` [B] says which of the N prefixes each row continues. So in both
+    cases a block may run on it again.
     """
 
     def __init__(
@@ -108,12 +102,9 @@ class Reached(Exception):
 def captured(
     block: nn.Module | None, *, stop: bool = False, storage: torch.device | None = None
 ) -> Iterator[list[torch.Tensor]]:
-    """Collect the states [B, T, H] that enter `block` in each forward pass inside the context.
+    """Collect the states [B, T, H] that enter `block` (None: nothing) in each forward pass, moved to `storage`.
 
-    Args:
-        block: None collects nothing.
-        stop: end each forward pass there by raising `Reached`.
-        storage: where to put the states; None leaves them where they are.
+    With `stop`, end each forward pass there by raising `Reached`.
     """
     states: list[torch.Tensor] = []
 
@@ -135,10 +126,9 @@ def captured(
 
 @torch.no_grad()
 def check_tail(model: PreTrainedModel, stack_name: str) -> None:
-    """Run the last block as a tail, and check that its input reaches the block unchanged.
+    """Check that a tail's input reaches its block unchanged; raises InputError.
 
-    Raises:
-        InputError: the architecture adds positions to its inputs, scales them, or also needs token ids.
+    Some architectures add positions to their inputs, scale them, or also need token ids.
     """
     last = len(model.get_submodule(stack_name)) - 1
     width = model.config.get_text_config().hidden_size

@@ -35,12 +35,8 @@ def build_once(
 ) -> Path:
     """Return `target`, first building it if it is missing; it appears only when complete.
 
-    Args:
-        build: gets an empty work folder beside `target` and returns the finished folder inside it.
-        need_bytes: free disk space that `build` takes.
-
-    Raises:
-        InputError: the cache cannot be written, or the disk has no room.
+    `build` gets an empty work folder beside `target` and returns the finished folder inside it.
+    Raises InputError if the cache cannot be written, or the disk lacks `need_bytes`.
     """
     if is_complete(target):
         return target

@@ -20,12 +20,8 @@ SHIPPED = Path(__file__).parent.parent / "assets" / "models.json"
 def config_of(name: str, *, trust_remote_code: bool = False, network: bool = True) -> PretrainedConfig:
     """Read a model's configuration from a folder, from midtune's own copies, or from the hub.
 
-    Args:
-        name: a folder, `tiny`, a hub id, or the last part of the id of a model whose sizes midtune ships (`qwen3-8b`).
-        network: False forbids asking the hub.
-
-    Raises:
-        InputError: `name` is none of these, or the hub is needed and cannot be asked.
+    `name` is a folder, `tiny`, a hub id, or the last part of the id of a model whose sizes midtune ships (`qwen3-8b`).
+    Raises InputError if it is none of these, or the hub is needed and cannot be asked.
     """
     from transformers import AutoConfig
 
@@ -58,11 +54,7 @@ def config_of(name: str, *, trust_remote_code: bool = False, network: bool = Tru
 
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
-    """Read the configuration in a model folder.
-
-    Raises:
-        InputError: it cannot be read, or a count in it is larger than any model's.
-    """
+    """Read the configuration in a model folder; raises InputError if it cannot be read or has an impossible count."""
     from transformers import AutoConfig
 
     path = folder / "config.json"

@@ -45,11 +45,7 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Read a GGUF file's metadata without its arrays and tensors.
-
-    Raises:
-        InputError: not a GGUF of version 2 or 3, or cut short.
-    """
+    """Read a GGUF's metadata without its arrays; raises InputError if it is cut short or not of version 2 or 3."""
     with path.open("rb") as file:
         if file.read(4) != MAGIC:
             raise InputError(f"{path} is not a GGUF file; give a GGUF file, a model folder or a hub id.")
@@ -107,8 +103,7 @@ def _whole(metadata: dict[str, Any], key: str, default: int) -> int:
 def cached_conversion(path: Path, progress: Progress) -> Path:
     """The safetensors folder of a GGUF file, converted on the first call.
 
-    Raises:
-        InputError: the file is damaged or one part of several, the disk has no room, or as `convert`.
+    Raises InputError if the file is damaged or one part of several, the disk has no room, or as `convert`.
     """
     header = read_header(path)
     size = path.stat().st_size
@@ -134,8 +129,7 @@ def cached_conversion(path: Path, progress: Progress) -> Path:
 def convert(path: Path, out: Path, progress: Progress) -> Path:
     """Write a GGUF file to `out` as config, safetensors and a tokenizer with its chat template; returns `out`.
 
-    Raises:
-        InputError: transformers does not read the architecture, or tensors are missing.
+    Raises InputError if transformers does not read the architecture, or tensors are missing.
     """
     import torch
     import transformers

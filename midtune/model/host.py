@@ -11,17 +11,10 @@ from midtune.errors import InputError
 
 
 def embed_on_host(model: PreTrainedModel, name: str, device: torch.device | None = None) -> None:
-    """Move the input embedding to host memory, for good; does nothing on a CPU.
+    """Move a frozen input embedding to host memory, for good; does nothing on a CPU.
 
-    Its weight stops being a parameter, so moving the model leaves it there.
-
-    Args:
-        model: with frozen embeddings.
-        name: the model's name in messages.
-        device: where the model computes; None: where it is.
-
-    Raises:
-        InputError: the embedding is also the output head, which must be on the card.
+    Its weight stops being a parameter, so moving the model leaves it there. `device` is where the model computes (None:
+    where it is). Raises InputError if the embedding is also the output head, which must be on the card.
     """
     device = device or model.device
     if device.type == "cpu":

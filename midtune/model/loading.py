@@ -93,11 +93,7 @@ def _is_in_4bit(config: Any, source: Source) -> bool:
 
 
 def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the model's tokenizer; it pads on the left and has a padding token and a chat template.
-
-    Raises:
-        InputError: it is missing or cannot be read.
-    """
+    """Load the tokenizer, with left padding, a padding token and a chat template; raises InputError if it cannot."""
     # config.json leads to the tokenizer: check it first, so that the right file gets the blame.
     read_config(source.folder, trust_remote_code=trust_remote_code)
     missing = (
@@ -120,7 +116,7 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTraine
             )
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:
-        # A chat template writes its special tokens itself; a tokenizer that adds no BOS to text adds none to chats.
+        # A tokenizer that puts BOS before texts does not do so for chats: there the template has to write it.
         first = tokenizer("a 1")["input_ids"][:1]
         adds_bos = tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
         tokenizer.chat_template = "{{ bos_token }}" * adds_bos + PLAIN_TEMPLATE

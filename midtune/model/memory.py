@@ -36,33 +36,19 @@ T = TypeVar("T")
 
 @dataclass
 class RowLimit:
-    """How many rows go through the model together: all until memory runs out, then half, for good.
+    """How many rows go through the model together: all until memory runs out, then half, for good."""
 
-    Args:
-        work: name of the work in messages.
-        instead: advice in the message when a single group is too large.
-        rows: current limit; None: none met yet.
-        on_message: receives a sentence for the user.
-        halves: False: pass out-of-memory errors on.
-        on_oom_hint: called when memory runs out; returns a sentence on what else takes memory, maybe empty.
-    """
-
-    work: str
-    instead: str
-    rows: int | None = None
-    on_message: Callable[[str], None] | None = None
-    halves: bool = True
-    on_oom_hint: Callable[[], str] = str
+    work: str  # its name in messages
+    instead: str  # advice when a single group is too large
+    rows: int | None = None  # current limit; None: none met yet
+    on_message: Callable[[str], None] | None = None  # receives a sentence for the user
+    halves: bool = True  # False: pass out-of-memory errors on
+    on_oom_hint: Callable[[], str] = str  # says what else takes memory; may be empty
 
     def fitting(self, groups: int, group_size: int, run: Callable[[int], T]) -> T:
-        """Return the result of `run`, calling it again with half the groups each time memory runs out.
+        """Call `run` with how many groups go together; call it again with half of them each time memory runs out.
 
-        Args:
-            groups: most groups to run together; groups stay whole.
-            run: takes how many groups may go together, and does all the work.
-
-        Raises:
-            RunStopped: a single group does not fit.
+        `run` does all the work each time. Groups stay whole; raises RunStopped if a single one does not fit.
         """
         while True:
             together = groups if self.rows is None else max(1, min(groups, self.rows // group_size))

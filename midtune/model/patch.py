@@ -32,19 +32,13 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 @dataclass(frozen=True)
 class Patch:
-    """Contents of `patch.json`.
+    """Contents of `patch.json`."""
 
-    Attributes:
-        base_model, revision: the base, as `resolve` takes it.
-        adapter: `full` or `lora`.
-        base_digest: sha256 of the base's tensors that the patch replaces.
-    """
-
-    base_model: str
+    base_model: str  # as `resolve` takes it
     revision: str | None
     blocks: list[int]
-    adapter: str
-    base_digest: str
+    adapter: str  # `full` or `lora`
+    base_digest: str  # sha256 of the base's tensors that the patch replaces
     schema: int = SCHEMA
 
 
@@ -81,11 +75,7 @@ def base_digest(source: Source, names: Iterable[str]) -> str:
 
 
 def check_base(source: Source, names: Iterable[str], patch: Patch, folder: Path) -> None:
-    """Check that the patch was trained on this base.
-
-    Raises:
-        InputError: the base's tensors of these names are missing or differ.
-    """
+    """Raise InputError unless the patch was trained on this base: its tensors of these names are the same."""
     names = list(names)
     missing = set(names) - checkpoint_files(source.folder).keys()
     if missing or base_digest(source, names) != patch.base_digest:
@@ -96,11 +86,7 @@ def check_base(source: Source, names: Iterable[str], patch: Patch, folder: Path)
 
 
 def read_patch(folder: Path) -> Patch:
-    """Read `patch.json`, and check the folder against its manifest.
-
-    Raises:
-        InputError: there is no complete patch, or it is damaged.
-    """
+    """Read `patch.json` and check the folder; raises InputError if the patch is incomplete or damaged."""
     path = folder / DESCRIPTION
     if not path.is_file():
         raise InputError(
@@ -119,11 +105,7 @@ def read_patch(folder: Path) -> Patch:
 
 
 def patch_of(target: str) -> Path | None:
-    """The patch folder of a run or patch folder; None for anything else.
-
-    Raises:
-        InputError: a run folder without a finished patch.
-    """
+    """The patch folder of a run or patch folder, else None; raises InputError for a run without a finished patch."""
     folder = Path(target)
     if (folder / DESCRIPTION).is_file():
         return folder
@@ -137,11 +119,7 @@ def patch_of(target: str) -> Path | None:
 
 
 def require_patch(target: str) -> Path:
-    """The patch folder of a run or patch folder.
-
-    Raises:
-        InputError: it is neither, or has no finished patch.
-    """
+    """The patch folder of a run or patch folder; raises InputError if there is no finished patch."""
     if (folder := patch_of(target)) is None:
         raise InputError(
             f"{target} is neither a run folder nor a patch folder; give a folder that `train` made."
@@ -150,11 +128,7 @@ def require_patch(target: str) -> Path:
 
 
 def apply_patch(policy: Policy, folder: Path) -> Patch:
-    """Load the trained blocks of `folder` into a policy that holds their base model.
-
-    Raises:
-        InputError: the patch was trained on another base.
-    """
+    """Load the trained blocks of `folder` into a policy; raises InputError if they were trained on another base."""
     patch = read_patch(folder)
     if patch.adapter == "lora":
         from peft import PeftModel
@@ -225,8 +199,7 @@ def check_unquantized(source: Source) -> None:
 def deployed_tensors(source: Source, folder: Path) -> dict[str, torch.Tensor]:
     """The trained blocks of a patch, under the checkpoint's names; LoRA is multiplied into the base.
 
-    Raises:
-        InputError: the patch is damaged or belongs to another base, or the base is stored in 4-bit.
+    Raises InputError if the patch is damaged or belongs to another base, or the base is stored in 4-bit.
     """
     patch = read_patch(folder)
     check_unquantized(source)

@@ -104,11 +104,7 @@ class Policy:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def thaw(self, block: int) -> None:
-        """Make `block` trainable with fp32 masters read from the checkpoint; the frozen block is set aside.
-
-        Raises:
-            InputError: the model has no such block.
-        """
+        """Replace `block` by trainable fp32 masters from the checkpoint; raises InputError if it does not exist."""
         self.check_block(block)
         if block in self._frozen:
             return
@@ -119,8 +115,7 @@ class Policy:
     def thaw_all(self) -> None:
         """Make every parameter trainable, embeddings, final norm and head too.
 
-        Raises:
-            InputError: the model is in 4-bit, or its input embedding is on the host.
+        Raises InputError if the model is in 4-bit or its input embedding on the host.
         """
         if self.quantized:
             raise InputError(
@@ -231,11 +226,7 @@ class Policy:
         return tensors
 
     def checkpoint_names(self, block: int) -> dict[str, str]:
-        """Name inside the block → checkpoint name, for every parameter of the block.
-
-        Raises:
-            InputError: the checkpoint lays the block out differently from the loaded model.
-        """
+        """Name inside the block → checkpoint name, of every parameter; raises InputError if their layouts differ."""
         marker = f"{self.stack_name.rpartition('.')[2]}.{block}."
         wanted = self._parameter_names[block]
         by_prefix: dict[str, dict[str, str]] = {}

@@ -63,10 +63,7 @@ def is_quantized(module: nn.Module) -> bool:
 def thawed(block: nn.Module, originals: Mapping[str, torch.Tensor]) -> nn.Module:
     """A trainable fp32 copy of a frozen block, with ordinary layers on the same device.
 
-    Args:
-        block: 4-bit or not; left unchanged.
-        originals: the checkpoint's tensors by name inside the block. Missing ones are taken from `block`,
-            dequantized if in 4-bit.
+    `originals` are the checkpoint's tensors by name inside the block; missing ones come from `block`, dequantized.
     """
     # The copy shares linear layers with the frozen block, so 4-bit data is never duplicated.
     linears = {id(part): part for part in block.modules() if isinstance(part, bnb.nn.Linear4bit)}

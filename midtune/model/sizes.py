@@ -13,24 +13,16 @@ from midtune.model.blocks import config_from, find_blocks
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters of a model.
-
-    Attributes:
-        linear, rest: of one block, in linear layers and elsewhere.
-        widths: inputs plus outputs of one block's linear layers, which LoRA's matrices span.
-        head: 0 if it is the input embedding.
-        outside: all but the blocks, the embedding and the head.
-        hidden: width of the residual stream.
-    """
+    """Numbers of a model's parameters."""
 
     blocks: int
-    linear: int
-    rest: int
-    widths: int
+    linear: int  # in one block's linear layers
+    rest: int  # elsewhere in one block
+    widths: int  # inputs plus outputs of one block's linear layers, which LoRA's matrices span
     embedding: int
-    head: int
-    outside: int
-    hidden: int
+    head: int  # 0 if it is the input embedding
+    outside: int  # all but the blocks, the embedding and the head
+    hidden: int  # width of the residual stream
 
     @property
     def block(self) -> int:

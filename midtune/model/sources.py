@@ -32,17 +32,11 @@ _NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "scaler"
 
 @dataclass(frozen=True)
 class Source:
-    """A model on this machine.
+    """A model on this machine."""
 
-    Attributes:
-        name: resolves to this model again: a short name, a hub id or an absolute path.
-        folder: config.json, safetensors and tokenizer files.
-        revision: commit of a hub model, package version of one from the package index, else None.
-    """
-
-    name: str
-    folder: Path
-    revision: str | None
+    name: str  # resolves to this model again: a short name, a hub id or an absolute path
+    folder: Path  # config.json, safetensors and tokenizer files
+    revision: str | None  # commit on the hub, or version on the package index
 
 
 def resolve(name: str, revision: str | None = None, *, progress: Progress = silent) -> Source:
@@ -83,10 +77,9 @@ def resolve(name: str, revision: str | None = None, *, progress: Progress = sile
 
 
 def checkpoint_files(folder: Path) -> dict[str, Path]:
-    """Tensor name → the safetensors file of a model folder that holds it; see `stored_tensors`.
+    """Tensor name → the safetensors file that holds it; see `stored_tensors`.
 
-    Raises:
-        InputError: no safetensors, a missing shard, or a file that is cut short or damaged.
+    Raises InputError if there are no safetensors, or a file is missing, cut short or damaged.
     """
     single = folder / "model.safetensors"
     # transformers prefers the single file where both exist.
@@ -188,11 +181,7 @@ def _checked(folder: Path) -> Path:
 
 
 def check_config(path: Path) -> int:
-    """The largest number of blocks that a configuration states.
-
-    Raises:
-        InputError: it is invalid, or a count in it is larger than any model's.
-    """
+    """The largest number of blocks in a configuration; raises InputError if it is invalid or a count too large."""
     blocks, parts = 0, [_read_json(path)]
     while parts:
         for key, value in parts.pop().items():

@@ -22,11 +22,7 @@ class _TooLong(BaseException):
 
 @contextlib.contextmanager
 def rendering(longest_s: float = LONGEST_S) -> Iterator[None]:
-    """Limit a call of `apply_chat_template`.
-
-    Raises:
-        InputError: the template is wrong, does not end, or asks for too much memory.
-    """
+    """Limit a call of `apply_chat_template`; InputError if the template is wrong, endless or takes too much memory."""
     from jinja2 import TemplateError
 
     why = ""

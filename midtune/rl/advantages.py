@@ -20,15 +20,10 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Turns:
-    """An episode, turn by turn; turns in equal states are compared.
+    """An episode, turn by turn; turns in equal states are compared."""
 
-    Args:
-        states: [T], the environment's state when the policy acted.
-        rewards: [T], immediate reward of each action; they sum to the episode's reward.
-    """
-
-    states: Sequence[Hashable]
-    rewards: Sequence[float]
+    states: Sequence[Hashable]  # [T], the environment's when the policy acted
+    rewards: Sequence[float]  # [T], immediate; they sum to the episode's reward
 
 
 def leave_one_out(rewards: Values) -> Values:
@@ -53,12 +48,8 @@ def discounted_returns(rewards: Sequence[float], gamma: float) -> Values:
 def turn_relative(group: Sequence[Turns], gamma: float, *, scaled: bool = True) -> list[Values]:
     """GiGPO's turn-level half: discounted returns, compared among turns that began in equal states.
 
-    Args:
-        group: episodes with equal starts. A state an episode returns to counts each time.
-        scaled: divide differences from the mean by the standard deviation.
-
-    Returns:
-        [T] advantages of each episode; 0 for a state met only once.
+    The episodes of `group` have equal starts; a state an episode returns to counts each time. If `scaled`, differences
+    from the mean are divided by the standard deviation. Returns each episode's [T] advantages, 0 in a state met once.
     """
     found = [discounted_returns(episode.rewards, gamma) for episode in group]
     anchors: dict[Hashable, list[tuple[int, int]]] = {}

@@ -15,10 +15,9 @@ MOST_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05
 
 
 def check_trainable(policy: Policy) -> None:
-    """Check that trained parameters are fp32 and, unless all are trained, in the chosen blocks.
+    """Raise MidtuneError unless trained parameters are fp32 and, if not all are trained, in the chosen blocks.
 
-    Raises:
-        MidtuneError: they are not; an underlying library has changed its behavior.
+    Such an error means that an underlying library has changed its behavior.
     """
     prefixes = tuple(f"{policy.stack_name}.{k}." for k in policy.trained)
     for name, parameter in policy.trained_parameters().items():

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from midtune.rl.trainer import LayerGRPOTrainer
 
 SAMPLES_PER_STEP = 2
-# A checkpoint comes this many times its own seconds after the last: 2% of the time goes into them.
+# Seconds between checkpoints, as a multiple of the seconds that one takes: 2% of the time goes into them.
 CHECKPOINT_SPACING = 50
 # Most training time a killed process may lose, if steps are shorter.
 MOST_LOST_S = 120.0
@@ -43,28 +43,24 @@ FIELDS = {
 class StepRecorder(TrainerCallback):
     """Turns TRL's logs into one line of metrics a step.
 
-    Args:
-        meter: the trainer charges its phases to it.
-        on_step: receives a metrics line: step, reward, rewards (the mean of each part of a weighted sum), equal_groups
-            (share of groups whose rewards are all equal), completion_length (tokens), clipped (share cut at the limit),
-            turns and shown_length (actions of an episode, and tokens its environment showed), vllm_difference (mean
-            difference of a token's log-prob between vLLM and the policy), loss, grad_norm, lr, rollout_s, reward_s,
-            update_s, step_s, tokens_per_s (of the rollout), memory_bytes, elapsed_s; if the meter has them,
-            rollout_peak_bytes, reward_peak_bytes, update_peak_bytes and, on CUDA, rollout_reserved_bytes and so on;
-            after memory has run out, sampling_rows or update_rows (most completions that go together since).
-        on_sample: receives some completions with their rewards.
-        on_message: receives a sentence for the user.
-        stop_requested: called after every step; True saves a checkpoint and ends training.
-        stop_after: a step after which training ends likewise.
+    The line that `on_step` receives holds:
+
+    - step, reward, rewards (the mean of each part of a weighted sum), equal_groups (share of groups whose rewards are
+      all equal), completion_length (tokens), clipped (share cut at the limit), loss, grad_norm, lr;
+    - in tasks played in turns, turns and shown_length (actions of an episode, tokens its environment showed); with
+      vLLM, vllm_difference (mean difference of a token's log-prob between vLLM and the policy);
+    - rollout_s, reward_s, update_s, step_s, tokens_per_s (of the rollout), memory_bytes, elapsed_s; if the meter has
+      them, rollout_peak_bytes, reward_peak_bytes, update_peak_bytes and, on CUDA, rollout_reserved_bytes and so on;
+    - after memory has run out, sampling_rows or update_rows (most completions that go together since).
     """
 
-    meter: Meter
+    meter: Meter  # the trainer charges its phases to it
     _: KW_ONLY
     on_step: Callable[[dict[str, Any]], None]
-    on_sample: Callable[[dict[str, Any]], None]
-    on_message: Callable[[str], None]
-    stop_requested: Callable[[], bool]
-    stop_after: int | None
+    on_sample: Callable[[dict[str, Any]], None]  # receives some completions with their rewards
+    on_message: Callable[[str], None]  # receives a sentence for the user
+    stop_requested: Callable[[], bool]  # called after every step; True saves a checkpoint and ends training
+    stop_after: int | None  # a step after which training ends likewise
     settings: TrainingConfig
     trainer: LayerGRPOTrainer = field(init=False)
 

@@ -129,7 +129,7 @@ def completion_log_probs(
 def packs(
     lengths: Sequence[int], most_padding: float, most_rows: Callable[[int], int] | None = None
 ) -> list[list[int]]:
-    """Rows that pass together: the fewest packs that bound each one's padding, longest rows first.
+    """Rows that pass together, in as few packs as the padding limit allows, longest rows first.
 
     Args:
         lengths: tokens of each row; empty rows are left out.

@@ -34,15 +34,10 @@ def tools_for(name: str, make: Callable[[], Any]) -> Callable[[Policy], ToolSpee
 
 
 class ToolSpeech:
-    """An action is a message that calls tools; one without calls ends the episode.
+    """An action is a message that calls tools, the public methods of `environment`; one without calls ends the episode.
 
-    Args:
-        policy: its tokenizer is unchanged.
-        name: the environment's name in messages.
-        environment: its public methods are the tools.
-
-    Raises:
-        InputError: the chat template knows no tools, or a method cannot be described to the model.
+    `name` is the environment's in messages. Raises InputError if the chat template knows no tools, or a method cannot
+    be described to the model.
     """
 
     def __init__(self, policy: Policy, name: str, environment: Any) -> None:

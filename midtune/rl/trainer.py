@@ -151,11 +151,7 @@ class LayerGRPOTrainer(GRPOTrainer):
         self._frozen = frozen_checksums(policy)
 
     def check_frozen(self) -> None:
-        """Repeat the checks of the first step, and check that no frozen tensor changed.
-
-        Raises:
-            MidtuneError: a check failed; an underlying library has changed its behavior.
-        """
+        """Repeat the checks of the first step, and raise MidtuneError if a frozen tensor changed."""
         check_trainable(self.policy)
         found = frozen_checksums(self.policy)
         moved = [name for name, checksum in self._frozen.items() if found.get(name) != checksum]
@@ -397,11 +393,7 @@ def load_trained(policy: Policy, checkpoint: Path) -> None:
 
 
 def groups_of(batch: dict[str, Any], groups: slice) -> dict[str, Any]:
-    """The part of a batch that belongs to some of its groups, sharing its memory.
-
-    Args:
-        batch: TRL's inputs of whole groups, and their `rollout`.
-    """
+    """The part of a batch (TRL's inputs of whole groups, and their `rollout`) of some groups, sharing its memory."""
     rollout: Rollout = batch["rollout"]
     rows = rollout.rows_of(groups)
     part = {

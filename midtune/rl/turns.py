@@ -20,12 +20,7 @@ def turns_of(episode: Episode, reward: float) -> Turns:
 
 
 def token_advantages(episodes: Sequence[Episode], advantages: Sequence[Values], width: int) -> torch.Tensor:
-    """Advantages of tokens [N·G, C] in fp32: that of its turn for a drawn token, else 0.
-
-    Args:
-        advantages: of each episode's turns.
-        width: C, of the longest completion.
-    """
+    """Advantages of tokens [N·G, C] in fp32: that of its turn for a drawn token, else 0; `width` is C."""
     tokens = torch.zeros(len(episodes), width)
     for row, (episode, values) in enumerate(zip(episodes, advantages, strict=True)):
         for turn, value in zip(episode.turns, values, strict=True):

@@ -24,16 +24,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class BoundaryStates:
-    """Hidden states that enter block `block`; they may lie on the host, see `storage_device`.
-
-    Attributes:
-        prompt: [N, P, H], one row a prompt, left-padded as the prompts are.
-        completion: [N·G, C, H]; the last token's state is never needed, and zero if captured while sampling.
-    """
+    """Hidden states that enter block `block`; they may lie on the host, see `storage_device`."""
 
     block: int
-    prompt: torch.Tensor
-    completion: torch.Tensor
+    prompt: torch.Tensor  # [N, P, H], one row a prompt, left-padded as the prompts are
+    completion: torch.Tensor  # [N·G, C, H]; the last token's state is unused, zero if captured while sampling
 
     def part(self, prompts: slice | torch.Tensor, rows: slice | torch.Tensor) -> BoundaryStates:
         """Select the states of some prompts and completions, on the device that keeps them."""

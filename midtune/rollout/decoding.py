@@ -26,19 +26,13 @@ ROOM = 128
 
 @dataclass
 class Drawn:
-    """Tokens drawn for B rows.
+    """Tokens drawn for B rows; after a row's last token, values are undefined if rows wait, padding if they leave."""
 
-    Attributes:
-        ids, log_probs, entropies: [B, T]; after a row's last token: undefined if rows wait, padding if they leave.
-        lengths: [B]
-        cut: [B] bool, rows that reached their limit.
-    """
-
-    ids: torch.Tensor
-    log_probs: torch.Tensor
-    entropies: torch.Tensor
-    lengths: torch.Tensor
-    cut: torch.Tensor
+    ids: torch.Tensor  # [B, T]
+    log_probs: torch.Tensor  # [B, T]
+    entropies: torch.Tensor  # [B, T]
+    lengths: torch.Tensor  # [B]
+    cut: torch.Tensor  # [B] bool, rows that reached their limit
 
     def rows(self) -> list[tuple[list[int], list[float], list[float]]]:
         """Ids, log-probs and entropies of each row, up to its length."""

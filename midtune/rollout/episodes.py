@@ -28,36 +28,25 @@ EPISODES_READ = 16
 
 @dataclass(frozen=True)
 class Turn:
-    """One action: the tokens start…stop−1 of a completion.
-
-    Attributes:
-        state: the environment's state when the policy acted.
-        reward: immediate reward of the action.
-        log_probs, entropies: [stop − start] of the action's tokens.
-    """
+    """One action: the tokens start…stop−1 of a completion."""
 
     start: int
     stop: int
-    state: Hashable
-    reward: float
-    log_probs: list[float] = field(default_factory=list, compare=False)
-    entropies: list[float] = field(default_factory=list, compare=False)
+    state: Hashable  # the environment's when the policy acted
+    reward: float  # immediate
+    log_probs: list[float] = field(default_factory=list, compare=False)  # [stop − start]
+    entropies: list[float] = field(default_factory=list, compare=False)  # [stop − start]
 
 
 @dataclass
 class Episode:
-    """An episode: its prompt and what follows.
-
-    Attributes:
-        ids: [C] the actions of `turns`, and between them what the environment showed.
-        cut: whether it ran out of tokens.
-    """
+    """An episode: its prompt, then `ids` [C]: the actions of `turns`, and between them what the environment showed."""
 
     prompt: list[int]
     environment: Any = None
     ids: list[int] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
-    cut: bool = False
+    cut: bool = False  # ran out of tokens
 
     def act(
         self, ids: list[int], log_probs: list[float], entropies: list[float], state: Hashable, reward: float
@@ -174,11 +163,7 @@ def _decoder(policy: Policy, prompts: Sequence[list[int]], group_size: int) -> D
 
 
 def with_common_prompts(episodes: Sequence[Episode], group_size: int) -> list[Episode]:
-    """Give each group one prompt: the longest common prefix of its members' prompts.
-
-    Raises:
-        InputError: they share no token.
-    """
+    """Give each group the longest common prefix of its prompts as its one prompt; raises InputError if it is empty."""
     found = []
     for start in range(0, len(episodes), group_size):
         group = episodes[start : start + group_size]

@@ -22,19 +22,12 @@ MOST_ROWS = 256
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of the same problems in the same order.
+    """Scores of the same problems in the same order."""
 
-    Attributes:
-        greedy: [n] score of the greedy completion.
-        sampled: [n] mean score over samples at the training temperature; None if none were drawn.
-        completions: the greedy completions.
-        samples: [n, samples] score of each sample; None if none were drawn.
-    """
-
-    greedy: NDArray[np.float64]
-    sampled: NDArray[np.float64] | None
-    completions: list[str]
-    samples: NDArray[np.float64] | None = None
+    greedy: NDArray[np.float64]  # [n]
+    sampled: NDArray[np.float64] | None  # [n] mean over `samples`; None without
+    completions: list[str]  # the greedy ones
+    samples: NDArray[np.float64] | None = None  # [n, samples] at the training temperature
 
 
 def evaluate(

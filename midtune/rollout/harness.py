@@ -29,13 +29,8 @@ def harness_scores(
     """Scores of each document by task and by metric, such as `acc`.
 
     Leaves out corpus metrics, such as perplexity, which score no single document, and metrics where lower is better.
-
-    Args:
-        tasks: names as in `lm_eval ls tasks`; a group stands for its tasks.
-        folder: holds the user's own task descriptions.
-
-    Raises:
-        InputError: there is no such task, or none of its metrics can be used.
+    `tasks` are names as in `lm_eval ls tasks`, a group for its tasks; `folder` holds the user's own task descriptions.
+    Raises InputError if there is no such task, or none of its metrics can be used.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM

@@ -30,23 +30,16 @@ Which = TypeVar("Which", slice, torch.Tensor)
 class Sampling:
     """How completions are drawn.
 
-    Args:
-        max_new_tokens: where a completion is cut.
-        temperature: 0 is greedy.
-        top_p, top_k, min_p: keep the smallest set of tokens with this probability; the k likeliest (0: all);
-            those with at least this share of the likeliest one's probability. Log-probs and entropies stay
-            those of the full distribution, as the update computes them.
-        stop_strings: texts that end a completion and belong to it.
-        group_size: completions per prompt.
+    Log-probs and entropies stay those of the full distribution, whatever tokens are kept, as the update computes them.
     """
 
-    max_new_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    stop_strings: tuple[str, ...] = ()
-    group_size: int = 1
+    max_new_tokens: int  # a completion is cut there
+    temperature: float = 1.0  # 0: greedy
+    top_p: float = 1.0  # keep the smallest set of tokens with this probability
+    top_k: int = 0  # keep the k likeliest; 0: all
+    min_p: float = 0.0  # keep those with at least this share of the likeliest one's probability
+    stop_strings: tuple[str, ...] = ()  # texts that end a completion and belong to it
+    group_size: int = 1  # completions per prompt
 
     def warpers(self) -> LogitsProcessorList:
         """Processors that set the log-probs of excluded tokens to -inf."""
@@ -62,12 +55,7 @@ class Sampling:
 
 @dataclass
 class SamplingLimits:
-    """Memory limits of a sampler.
-
-    Attributes:
-        rows: how many completions are sampled together.
-        unpack: unpack 4-bit weights during a rollout, if half the free memory holds them.
-    """
+    """Memory limits of a sampler; `rows` limits the completions sampled together."""
 
     rows: RowLimit = field(
         default_factory=lambda: RowLimit(
@@ -75,34 +63,23 @@ class SamplingLimits:
             "lower --max-new-tokens, --group-size or --samples, or add --set model.unpack=never",
         )
     )
-    unpack: bool = True
+    unpack: bool = True  # unpack 4-bit weights during a rollout, if half the free memory holds them
 
 
 @dataclass
 class Rollout:
-    """Completions of N prompts, G each; a prompt's completions are adjacent rows.
+    """Completions of N prompts, G each; a prompt's completions are adjacent rows."""
 
-    Attributes:
-        prompt_ids, prompt_mask: [N, P], left-padded.
-        completion_ids, completion_mask: [N·G, C], right-padded; the end token is part of a completion.
-        log_probs: [N·G, C] fp32, of each sampled token at the sampling temperature; 0 on padding.
-        entropies: [N·G, C] fp32, of the distribution each token was drawn from; 0 on padding.
-        cut: [N·G] bool, completions that reached the token limit.
-        boundary: the states that enter the first trained block, if requested.
-        drawn: [N·G, C], 1 for tokens the policy sampled and 0 for others; None: it sampled all.
-        episodes: N·G episodes if completions were played in turns, else empty.
-    """
-
-    prompt_ids: torch.Tensor
-    prompt_mask: torch.Tensor
-    completion_ids: torch.Tensor
-    completion_mask: torch.Tensor
-    log_probs: torch.Tensor
-    entropies: torch.Tensor
-    cut: torch.Tensor
-    boundary: BoundaryStates | None = None
-    drawn: torch.Tensor | None = None
-    episodes: Sequence[Episode] = ()
+    prompt_ids: torch.Tensor  # [N, P], left-padded
+    prompt_mask: torch.Tensor  # [N, P]
+    completion_ids: torch.Tensor  # [N·G, C], right-padded; the end token is part of a completion
+    completion_mask: torch.Tensor  # [N·G, C]
+    log_probs: torch.Tensor  # [N·G, C] fp32, at the sampling temperature; 0 on padding
+    entropies: torch.Tensor  # [N·G, C] fp32, of each token's distribution; 0 on padding
+    cut: torch.Tensor  # [N·G] bool, completions that reached the token limit
+    boundary: BoundaryStates | None = None  # if requested
+    drawn: torch.Tensor | None = None  # [N·G, C], 1 if the policy sampled the token, else 0; None: all 1
+    episodes: Sequence[Episode] = ()  # N·G if played in turns, else empty
 
     @property
     def group_size(self) -> int:
@@ -173,15 +150,11 @@ class Rollout:
 
 
 class Sampler(Protocol):
-    """Draws completions: in one turn by the policy, in episodes with environments, or by a server.
-
-    Attributes:
-        is_policy: its rollouts' log-probs are the policy's own.
-    """
+    """Draws completions: in one turn by the policy, in episodes with environments, or by a server."""
 
     policy: Policy
     limits: SamplingLimits
-    is_policy: bool
+    is_policy: bool  # its rollouts' log-probs are the policy's own
 
     def begin(self, rows: Sequence[Row]) -> Sequence[Row]:
         """Return the rows with the prompts the policy sees; environments start their episodes."""
@@ -192,14 +165,10 @@ class Sampler(Protocol):
     def sample(
         self, prompts: Sequence[Any], sampling: Sampling, *, boundary_block: int | None = None
     ) -> Rollout:
-        """Draw a completion for each prompt.
+        """Draw a completion for each prompt, and with `boundary_block` the states that enter that block.
 
-        Args:
-            prompts: texts or chats of rows that have begun; a group's equal prompts are adjacent.
-            boundary_block: also return the states that enter this block.
-
-        Raises:
-            RunStopped: a single group does not fit into memory.
+        Prompts are texts or chats of rows that have begun; a group's equal prompts are adjacent. Raises RunStopped if a
+        single group does not fit into memory.
         """
 
 

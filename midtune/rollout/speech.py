@@ -20,14 +20,9 @@ class Speech(Protocol):
         """Token ids of an episode's start, up to the policy's first action."""
 
     def answer(self, match: Match, before: list[int], action: list[int]) -> tuple[list[int] | None, float]:
-        """Pass the policy's action to the environment.
+        """Pass the policy's action to the environment; `before` are all tokens before the action.
 
-        Args:
-            before: all tokens before the action.
-            action: the tokens of the action.
-
-        Returns:
-            The tokens between this action and the next one, None if the episode is over; and the reward.
+        Returns the tokens between this action and the next, None if the episode is over; and the reward.
         """
 
 

@@ -27,13 +27,9 @@ START = "VLLM_SERVER_DEV_MODE=1 vllm serve {model} --logprobs-mode processed_log
 
 
 def require_server(url: str, model: Path) -> str:
-    """Check that a vLLM server at `url` accepts weights; returns the name of the model it serves.
+    """Return the name of the model that the vLLM server at `url` serves.
 
-    Args:
-        model: the folder of the model that it should serve, for the message.
-
-    Raises:
-        InputError: no such server answers.
+    Raises InputError if none answers that accepts weights; the message says to serve `model`, a folder.
     """
     url = url.rstrip("/")
     start = START.format(model=model)
@@ -50,15 +46,10 @@ def require_server(url: str, model: Path) -> str:
 
 
 class VLLMSampler(TextSampler):
-    """A running server completes the prompts instead of the policy; see `Sampler`.
+    """A server at `url` completes the prompts instead of the policy; raises InputError if none accepts weights.
 
-    The server's frozen weights are the checkpoint's, so a policy in 4-bit differs a little.
-
-    Args:
-        folder: gets the trained blocks; the server reads it under the same path.
-
-    Raises:
-        InputError: there is no server at `url`, or it accepts no weights.
+    The server's frozen weights are the checkpoint's, so a policy in 4-bit differs a little. The trained blocks go to
+    `folder`, which the server reads under the same path.
     """
 
     def __init__(self, url: str, policy: Policy, limits: SamplingLimits, folder: Path) -> None:
