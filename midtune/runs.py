@@ -121,7 +121,7 @@ class RunFolder:
 
     @classmethod
     def resumed(cls, path: Path, command: str) -> RunFolder:
-        """Open the folder of a run to resume with `midtune COMMAND`; also refuses one that another command made."""
+        """Open a run for `midtune COMMAND` to resume; raises InputError as `open`, or if another command made it."""
         run = cls.open(path)
         is_training = any(file.exists() for file in (run.start, run.metrics, run.checkpoints))
         maker = "train" if is_training else "probe"
@@ -143,7 +143,7 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Lock the folder, or a new one when it is made; raises InputError if another process works in it."""
+        """Lock the folder, a new one when made; raises as `make`, and InputError if another process works in it."""
         self._locking = True
         try:
             if not self._unwritten:

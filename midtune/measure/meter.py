@@ -71,7 +71,7 @@ class Meter:
         return seconds
 
     def reset_peak(self) -> bool:
-        """Measure the peak from now on; False if the system cannot: then `peak_bytes` counts from the process's start."""
+        """Measure the peak from now on; False if the system cannot, and `peak_bytes` counts from process start."""
         self._peak_bytes, self._step_peaks = 0, {}
         self._by_phase = self._reset_counter() and bool(self._counted())
         return self._by_phase

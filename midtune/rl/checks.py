@@ -17,7 +17,7 @@ MOST_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05
 def check_trainable(policy: Policy) -> None:
     """Raise MidtuneError unless trained parameters are fp32 and, if not all are trained, in the chosen blocks.
 
-    Such an error means that an underlying library has changed its behavior.
+    It means that an underlying library has changed its behaviour.
     """
     prefixes = tuple(f"{policy.stack_name}.{k}." for k in policy.trained)
     for name, parameter in policy.trained_parameters().items():

@@ -1,6 +1,6 @@
 """The hidden states that enter block k, per prompt and per completion.
 
-All below the first trained block is frozen, so a sequence's states never change: sampling captures them once.
+Everything below the first trained block is frozen, so these states never change: sampling captures them once.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ START = "VLLM_SERVER_DEV_MODE=1 vllm serve {model} --logprobs-mode processed_log
 def require_server(url: str, model: Path) -> str:
     """Return the name of the model that the vLLM server at `url` serves.
 
-    Raises InputError if none answers that accepts weights; the message says to serve `model`, a folder.
+    Raises InputError if no server answers or it accepts no weights; the message says to serve the folder `model`.
     """
     url = url.rstrip("/")
     start = START.format(model=model)
