@@ -1,6 +1,6 @@
-"""The device a run computes on: which one, in which dtype, and what its memory has left.
+"""A run's device: which one, in which dtype, and how much memory is left.
 
-Whatever asks CUDA about a device is here, so a test replaces `torch.cuda` and needs no card.
+All questions to CUDA are asked here, so a test can replace `torch.cuda` and needs no card.
 """
 
 from __future__ import annotations
@@ -15,22 +15,18 @@ from midtune.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-# Set for this process and its children once they see a single card: the number by which the user named that card.
+# Set once this process and its children see a single card: the number by which the user named it.
 ONLY_CARD = "MIDTUNE_ONLY_CARD"
-# Share of a card's memory that a process may take where the driver would spill to the host's.
+# Share of a card's memory a process may take if the driver would spill to the host.
 MOST_ON_CARD = 0.95
 DTYPES = ("bf16", "fp16", "fp32")
 
 
 def show_one_card(name: str, cards: int) -> None:
-    """Hide every card but the one that `name` stands for; call it before torch starts CUDA.
+    """Hide every card but the one `name` (`auto`, `cpu`, `cuda` or `cuda:N`) means; call it before torch starts CUDA.
 
-    Trainer spreads a model over all visible cards, and accelerate moves it to the first. Launchers of several
-    processes give each its own card; then nothing is hidden.
-
-    Args:
-        name: `auto`, `cpu`, `cuda` or `cuda:N`.
-        cards: how many cards the machine has.
+    Trainer spreads a model over all visible cards, and accelerate moves it to the first. Under a launcher, which gives
+    each process its own card, nothing is hidden. `cards` is how many the machine has.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(cards)))).split(",")
     _, _, number = name.partition(":")
@@ -43,11 +39,7 @@ def show_one_card(name: str, cards: int) -> None:
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:N` as a device that exists.
-
-    Raises:
-        InputError: CUDA was asked for and there is none, or the name is unknown.
-    """
+    """Turn `auto`, `cpu`, `cuda` or `cuda:N` into a device; raises InputError if there is no such device."""
     import torch
 
     if name == "auto":
@@ -73,7 +65,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def spills_to_host() -> bool:
-    """Whether the driver spills to the host's memory when the card's is full, which is slow: on Windows and WSL."""
+    """Whether a full card spills to host memory, which is slow: on Windows and WSL."""
     return sys.platform == "win32" or "microsoft" in platform.release().lower()
 
 
@@ -87,19 +79,19 @@ def compute_dtype_of(device: torch.device) -> torch.dtype:
 
 
 def dtype_named(name: str) -> torch.dtype | None:
-    """`bf16`, `fp16` or `fp32` as a dtype; None for `auto`, which leaves the choice to the device."""
+    """`bf16`, `fp16` or `fp32` as a dtype; None for `auto`."""
     import torch
 
     return dict(zip(DTYPES, (torch.bfloat16, torch.float16, torch.float32), strict=True)).get(name)
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """What activations are computed in on a device: as named, or for `auto` what suits it."""
+    """Dtype of activations on a device: the named one, or for `auto` the one that suits it."""
     return dtype_named(name) or compute_dtype_of(device)
 
 
 def total_bytes(device: Any) -> int:
-    """Bytes of memory that a torch device has, or the one of this name."""
+    """Total memory in bytes of a torch device or device name."""
     if is_cuda(device):
         import torch
 
@@ -110,9 +102,9 @@ def total_bytes(device: Any) -> int:
 
 
 def free_bytes(device: Any) -> int:
-    """Bytes that can still be allocated on a torch device, or on the one of this name.
+    """Bytes that can still be allocated on a torch device or device name.
 
-    Memory that torch's allocator keeps of freed tensors is free too; the driver counts it as taken.
+    Includes freed memory that torch's allocator keeps; the driver counts it as taken.
     """
     if is_cuda(device):
         import torch
@@ -125,12 +117,12 @@ def free_bytes(device: Any) -> int:
 
 
 def is_cuda(device: Any) -> bool:
-    """Whether a torch device, or the one of this name, is a card."""
+    """Whether a torch device or device name is a card."""
     return str(device).startswith("cuda")
 
 
 def start(device: Any) -> None:
-    """Start CUDA where the device is a card; its counters cannot be asked before."""
+    """Start CUDA if the device is a card; its counters cannot be read before."""
     if is_cuda(device):
         import torch
 
@@ -145,7 +137,7 @@ def random_state(device: torch.device) -> torch.Tensor:
 
 
 def set_random_state(device: torch.device, state: torch.Tensor) -> None:
-    """Put back what `random_state` returned."""
+    """Restore what `random_state` returned."""
     import torch
 
     if device.type == "cuda":
@@ -155,5 +147,5 @@ def set_random_state(device: torch.device, state: torch.Tensor) -> None:
 
 
 def cuda_devices(device: torch.device) -> list[torch.device]:
-    """The cards whose generators `torch.random.fork_rng` has to keep."""
+    """The cards whose generators `torch.random.fork_rng` must save."""
     return [device] if device.type == "cuda" else []

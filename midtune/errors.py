@@ -1,4 +1,4 @@
-"""The errors midtune raises on purpose, which `cli.py` alone prints; and text of others, safe to show."""
+"""Errors midtune raises on purpose, printed only by `cli.py`; and foreign text made safe to show."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ LACKS = {
     errno.EIO: ("the disk fails", "check it"),
 }
 MOST_CHARACTERS = 4000
-# Stands for a library's reason in what is given to `explained`.
+# In a sentence for `explained`: replaced by the library's reason.
 WHY = "‹why›"
-# What a terminal obeys instead of showing: escape sequences, controls other than tab and line break, marks that
-# turn the direction of text, and surrogates, which cannot be written.
+# Characters a terminal obeys or cannot show: escape sequences, controls except tab and line break, marks that change
+# text direction, and surrogates.
 _OBEYED = re.compile(
     r"\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 
 
 def plain(text: str) -> str:
-    """Text without what a terminal would obey."""
+    """Remove what a terminal would obey."""
     return _OBEYED.sub("", text)
 
 
@@ -37,32 +37,32 @@ def escaped(json_text: str) -> str:
 
 
 def bounded(text: str, most: int = MOST_CHARACTERS) -> str:
-    """The beginning of a text, and how much of it was left out."""
+    """Cut a text to `most` characters, and say how much was left out."""
     return text if len(text) <= most else f"{text[:most]}… ({len(text) - most:,} characters left out)"
 
 
 def one_line(text: str, most: int = 400) -> str:
-    """Text for a message of one line."""
+    """Text for a one-line message."""
     return bounded(" ".join(text.split()), most)
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, on one line of bounded length; its kind where it says nothing."""
+    """An error's message on one bounded line; its class if it has none."""
     return one_line(str(error), 200).rstrip(".") or type(error).__name__
 
 
 class MidtuneError(Exception):
-    """A problem a person can act on: one sentence with what was asked, what exists and what to do."""
+    """A problem the user can act on: one sentence with what was asked, what exists and what to do."""
 
     exit_code = 2
 
 
 class InputError(MidtuneError):
-    """Something that was asked for is wrong or missing; nothing has been written."""
+    """An input is wrong or missing; nothing has been written."""
 
 
 class RunStopped(MidtuneError):
-    """A run stopped itself because continuing makes no sense; its folder can be resumed."""
+    """A run stopped because continuing makes no sense; its folder can be resumed."""
 
     exit_code = 3
 
@@ -77,11 +77,11 @@ class Interrupted(MidtuneError):
 def explained(
     sentence: str, *, keep: tuple[type[Exception], ...] = (), with_kind: bool = False
 ) -> Iterator[None]:
-    """Turn the failure of a library over someone else's file, or of a person's code, into one sentence.
+    """Turn a failure in a library reading foreign files, or in a user's code, into an InputError of one sentence.
 
     Args:
         sentence: `WHY` in it becomes the reason.
-        keep: errors that pass as they are, beside midtune's own and MemoryError.
+        keep: errors to pass unchanged, besides midtune's own and MemoryError.
         with_kind: put the error's class before the reason.
     """
     kept: tuple[type[Exception], ...] = (MidtuneError, MemoryError, *keep)

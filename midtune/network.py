@@ -1,4 +1,4 @@
-"""Asking the hub without waiting for it: whether work is offline, calls that end in time, and what it answers."""
+"""Ask the hub without hanging: offline mode, calls with a deadline, and clear errors."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from midtune.errors import InputError, reason
 OFFLINE = "MIDTUNE_OFFLINE"
 HUB_OFFLINE = "HF_HUB_OFFLINE"  # the hub's own libraries read it when they are imported
 REQUEST_TIMEOUT_S = 5.0
-# The request's own timeouts do not cover name resolution, which can hang for half a minute.
+# Request timeouts do not cover name resolution, which can hang for half a minute.
 REACH_TIMEOUT_S = 8.0
 
 T = TypeVar("T")
 
 
 def go_offline() -> None:
-    """Fetch nothing from here on, as `--offline` asks."""
+    """Fetch nothing from now on, as `--offline` asks."""
     os.environ[OFFLINE] = os.environ[HUB_OFFLINE] = "1"
 
 
 def is_offline() -> bool:
-    """Whether nothing may be fetched."""
+    """Whether fetching is forbidden."""
     return _is_set(OFFLINE)
 
 
 def hub_is_offline() -> bool:
-    """Whether nothing may be fetched from the hub, which `HF_HUB_OFFLINE` says too."""
+    """Whether fetching from the hub is forbidden, also by `HF_HUB_OFFLINE`."""
     return is_offline() or _is_set(HUB_OFFLINE)
 
 
@@ -47,12 +47,12 @@ class Unreachable(Exception):
 
 
 def ask_hub(name: str, kind: str, call: Callable[[Any], T], revision: str | None = None) -> T:
-    """The result of `call`, which is given the hub's `HfApi`; `kind` is `model` or `dataset`.
+    """The result of `call`, which gets the hub's `HfApi`; `kind` is `model` or `dataset`.
 
     Raises:
-        Unreachable: work is offline, or there is no answer within `REACH_TIMEOUT_S`.
+        Unreachable: work is offline, or no answer came within `REACH_TIMEOUT_S`.
         Unavailable: there is no such repository.
-        InputError: it is gated or has no such revision, or the name is none.
+        InputError: it is gated or has no such revision, or the name is invalid.
     """
     from huggingface_hub import HfApi, errors
 
@@ -78,14 +78,14 @@ def ask_hub(name: str, kind: str, call: Callable[[Any], T], revision: str | None
 
 
 def transport_errors() -> tuple[type[Exception], ...]:
-    """What the hub's library raises where a connection fails."""
+    """Errors the hub's library raises when a connection fails."""
     from huggingface_hub import errors
 
     return errors.HTTPError, OSError  # type: ignore[attr-defined]  # httpx's, whose module name varies
 
 
 def within(seconds: float, call: Callable[[], T]) -> T:
-    """The result of `call`, or TimeoutError; a late call is left on a thread that dies with the process."""
+    """The result of `call`, or TimeoutError; a late call stays on a thread that dies with the process."""
     answer: Future[T] = Future()
 
     def run() -> None:

@@ -1,4 +1,4 @@
-"""The process that a command runs in: its standard streams, and libraries that load fast and say nothing."""
+"""The command's process: its standard streams, and libraries that load fast and quietly."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from midtune.errors import plain
 
 
 def hold_streams() -> None:
-    """Make sure that there are standard streams, and that no text fails to be written to them."""
+    """Make sure that standard streams exist, and that every text can be written to them."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            # Otherwise the first file to be opened would get the number, and what is meant for a person.
+            # Otherwise the next file opened would get the stream's number, and its output.
             os.open(os.devnull, os.O_RDWR)
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):
@@ -29,7 +29,7 @@ def hold_streams() -> None:
 
 
 def is_read(stream: Any) -> bool:
-    """Flush a stream; if nobody reads it, send the rest to nowhere, without another error."""
+    """Flush a stream; if nobody reads it, discard the rest without another error."""
     try:
         stream.flush()
     except (OSError, ValueError):
@@ -47,7 +47,7 @@ def say(text: str) -> None:
 
 
 def quieten_libraries(debug: bool) -> None:
-    """Ask libraries for no progress bars and, unless `debug`, for no warnings."""
+    """Turn off libraries' progress bars and, unless `debug`, their warnings."""
     quiet = {
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -57,7 +57,7 @@ def quieten_libraries(debug: bool) -> None:
     if not debug:
         quiet |= {"TRANSFORMERS_VERBOSITY": "error", "DATASETS_VERBOSITY": "error"}
         warnings.simplefilter("ignore")
-        # They recommend a package that midtune has no use for, and report on their own caches.
+        # They recommend a package midtune does not use, and report on their own caches.
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         logging.getLogger("matplotlib").setLevel(logging.ERROR)
     for name, value in quiet.items():
@@ -66,12 +66,12 @@ def quieten_libraries(debug: bool) -> None:
 
 @contextlib.contextmanager
 def fast_imports() -> Iterator[None]:
-    """Import libraries without collecting garbage, whose search takes longer the more there is, and finds none."""
+    """Import libraries with garbage collection off: it gets slower with every object, and finds nothing."""
     gc.disable()
     try:
         yield
     finally:
-        # What lives as long as the process is never searched again.
+        # Never search again what lives as long as the process.
         if gc.get_freeze_count() == 0:
             gc.freeze()
         gc.enable()

@@ -1,4 +1,4 @@
-"""NVIDIA's cards as their maker describes them, by memory or by name."""
+"""NVIDIA's published card figures, found by memory or by name."""
 
 from __future__ import annotations
 
@@ -10,18 +10,12 @@ from midtune.errors import InputError
 
 @dataclass(frozen=True)
 class PublishedCard:
-    """A GPU as its maker describes it.
-
-    Attributes:
-        memory: bytes.
-        flops: of dense 16-bit matrix products that add up in fp32, per second.
-        bandwidth: bytes of its memory per second.
-    """
+    """A GPU's published figures."""
 
     name: str
-    memory: int
-    flops: float
-    bandwidth: float
+    memory: int  # bytes
+    flops: float  # of dense 16-bit matrix products with fp32 accumulation, per second
+    bandwidth: float  # memory bytes per second
 
 
 # NVIDIA's own figures (white papers of each generation, data sheets of the data-centre cards). An amount of memory
@@ -47,16 +41,12 @@ CARDS = [
     )
 ]
 
-# More than any card has; a larger amount is a typing error.
+# More than any card has; a larger amount is a typo.
 MOST_GIGABYTES = 100_000
 
 
 def card_named(text: str) -> PublishedCard:
-    """`24GB`, or the name of a card (`RTX 4090`, `4090`); see `find_card`.
-
-    Raises:
-        InputError: it is neither.
-    """
+    """Read `24GB` or a card's name (`RTX 4090`, `4090`) with `find_card`; raises InputError if it is neither."""
     card = find_card(text)
     if card is None:
         known = ", ".join(card.name for card in CARDS)
@@ -67,7 +57,7 @@ def card_named(text: str) -> PublishedCard:
 def find_card(text: str) -> PublishedCard | None:
     """The card that `24GB`, `RTX 4090` or `4090` means, or None.
 
-    24 GB are 24 x 2^30 bytes, as on a card's box; its speed is that of the smallest card with as much memory.
+    24 GB means 24 x 2^30 bytes, as on a card's box; its speed is that of the smallest card with as much memory.
     """
     size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GB|GIB|G)", text.strip().upper())
     if size and 0 < float(size[1]) <= MOST_GIGABYTES:

@@ -1,4 +1,4 @@
-"""RunFolder: the name of everything a run leaves on disk, written so that a crash loses nothing."""
+"""RunFolder: names everything a run leaves on disk, and writes it so that a crash loses nothing."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
     from filelock import FileLock
 
 RUNS = Path("runs")
-# Trained tensors and two Adam moments in fp32, in the two checkpoints that are kept and the one being written.
+# Trained tensors and two Adam moments in fp32, in the two kept checkpoints and the one being written.
 CHECKPOINT_BYTES_PER_PARAMETER = 3 * 3 * 4
 # Held while a process works in the folder.
 LOCK = ".lock"
-# A lock of a process that was killed goes a moment later where a child of it still ends.
+# A killed process's lock may outlive it for a moment, while a child of it ends.
 LOCK_WAIT_S = 3
-# What a run writes before its config.yaml, with which it begins.
+# Files a run writes before its config.yaml, which marks its start.
 BEFORE_CONFIG = {LOCK, "start.json", "environment.json"}
 REPORTED_PACKAGES = ("midtune", "torch", "transformers", "trl", "peft", "bitsandbytes")
 
@@ -54,13 +54,10 @@ class _Inside:
 
 @dataclass
 class RunFolder:
-    """One run's folder.
+    """One run's folder, by its absolute path.
 
-    A new one is only a name until something is written, so that a wrong input leaves nothing behind. Code that
-    writes without the methods below calls `make` first.
-
-    Args:
-        path: absolute path of the folder.
+    A new one is only a name until the first write, so a wrong input leaves nothing behind. Code that writes without
+    the methods below calls `make` first.
     """
 
     config = _Inside("config.yaml")  # the resolved RunConfig
@@ -86,14 +83,10 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path | None, default_stem: str) -> RunFolder:
-        """The folder of a run that starts now; nothing is written yet.
+        """Choose the folder of a new run, `path` or else `runs/<default_stem>`, with -2, -3… if taken; writes nothing.
 
-        Args:
-            path: where the user wants it; None: `runs/<default_stem>`, with -2, -3… when that is taken.
-            default_stem: the name when `path` is None; characters unfit for a file name become `-`.
-
-        Raises:
-            InputError: `path` is a file, holds files, or cannot be written.
+        In `default_stem`, characters unfit for a file name become `-`. Raises InputError if `path` is a file, holds
+        files, or cannot be written.
         """
         run = cls((_free_name(default_stem) if path is None else path).absolute(), _unwritten=True)
         if run.path.is_dir() and run._holds_files():
@@ -112,11 +105,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
-        """The folder of a run that has already started.
-
-        Raises:
-            InputError: `path` is no run folder, or its settings are not those that the run wrote.
-        """
+        """Open a started run's folder; raises InputError if it is none, or its settings are not those the run wrote."""
         run = cls(path.absolute())
         if not run.config.is_file():
             raise InputError(f"{run} is not a run folder: {_what_is(run.path)}.")
@@ -132,11 +121,7 @@ class RunFolder:
 
     @classmethod
     def resumed(cls, path: Path, command: str) -> RunFolder:
-        """The folder of a run that `midtune COMMAND` goes on with.
-
-        Raises:
-            InputError: as `open`, or another command made it.
-        """
+        """Open a run for `midtune COMMAND` to resume; raises InputError as `open`, or if another command made it."""
         run = cls.open(path)
         is_training = any(file.exists() for file in (run.start, run.metrics, run.checkpoints))
         maker = "train" if is_training else "probe"
@@ -148,7 +133,7 @@ class RunFolder:
         return run
 
     def __str__(self) -> str:
-        """The path as a person would type it from where they stand."""
+        """The path as the user would type it from the working directory."""
         here = Path.cwd()
         return str(self.path.relative_to(here) if self.path.is_relative_to(here) else self.path)
 
@@ -158,12 +143,7 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes from working in the folder; a new one is locked when it is made.
-
-        Raises:
-            InputError: another process works in it.
-            RunStopped: as `make`.
-        """
+        """Lock the folder, a new one when made; raises as `make`, and InputError if another process works in it."""
         self._locking = True
         try:
             if not self._unwritten:
@@ -191,15 +171,13 @@ class RunFolder:
         remove_leftovers(self.path)
 
     def is_gone(self) -> bool:
-        """Whether the folder that was locked is not there any more."""
+        """Whether the locked folder no longer exists."""
         return self._identity is not None and _identity(self.path) != self._identity
 
     def make(self) -> None:
         """Make the folder if it is new.
 
-        Raises:
-            InputError: another run took the name since `create`, while this one was getting ready.
-            RunStopped: the folder was removed while it was worked in.
+        Raises InputError if another run took the name since `create`, RunStopped if the folder was removed since.
         """
         if self.is_gone():
             raise RunStopped(f"{self} was removed while it was worked in; start again.")
@@ -216,44 +194,35 @@ class RunFolder:
         self._unwritten = False
 
     def _holds_files(self) -> bool:
-        """Whether anything is in the folder but what a run that was killed at its very beginning leaves."""
+        """Whether the folder holds more than a run killed at its very start leaves."""
         names = {path.name for path in self.path.iterdir() if not re.fullmatch(r"\..*\.tmp", path.name)}
         return bool(names - BEFORE_CONFIG)
 
     def write_text(self, path: Path, text: str) -> None:
-        """Put `text` into a file of this run, as `write_bytes` does."""
+        """Write a file of this run with `write_bytes`."""
         self.make()
         write_bytes(path, text.encode("utf-8", "replace"))
 
     def begin(self, config: str, device: str, seed: int) -> None:
-        """Write environment.json and config.yaml, from which on there is something to resume.
-
-        Args:
-            config: the settings as YAML; `open` sees whether they are damaged.
-            device, seed: see `describe_environment`.
-        """
+        """Write environment.json and config.yaml (the settings as YAML); from then on the run can be resumed."""
         self.write_json(self.environment, describe_environment(device, seed))
         self.write_text(self.config, f"# digest {digest(config)}\n{config}")
 
     def write_json(self, path: Path, data: Mapping[str, Any]) -> None:
-        """Put `data` and its digest into a file of this run; infinities and NaN become null."""
+        """Write `data` and its digest to a file of this run; infinities and NaN become null."""
         self.write_text(path, _dumps(sealed(_plain(data)), indent=2) + "\n")
 
     def append_jsonl(self, path: Path, data: Mapping[str, Any]) -> None:
-        """Add one line, `data` and its digest, to a file of this run; infinities and NaN become null."""
+        """Append `data` and its digest as one line to a file of this run; infinities and NaN become null."""
         self.make()
         with path.open("a", encoding="utf-8", errors="replace") as file:
             file.write(_dumps(sealed(_plain(data))) + "\n")
             file.flush()
-            # A checkpoint is on the disk at once, and what is known of its steps should be too.
+            # Checkpoints reach the disk at once, and the metrics of their steps should too.
             os.fsync(file.fileno())
 
     def read_json(self, path: Path) -> dict[str, Any]:
-        """The object in a JSON file of this run.
-
-        Raises:
-            InputError: the file is missing or is not a JSON object.
-        """
+        """Read a JSON file of this run; raises InputError if it is missing or not an object."""
         name = path.relative_to(self.path) if path.is_relative_to(self.path) else path
         if not path.is_file():
             raise InputError(f"{self} has no {name}; the run has not come that far.")
@@ -263,11 +232,7 @@ class RunFolder:
             raise InputError(f"{name} in {self} is damaged: {error}; remove it and run again.") from None
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, one a step; none where no step has been done.
-
-        Raises:
-            InputError: a line is damaged.
-        """
+        """Read metrics.jsonl, one line a step, empty before the first; raises InputError if a line is damaged."""
         lines = read_jsonl(self.metrics)
         whole = [data for _, data in lines if data is not None]
         if len(whole) < len(lines):
@@ -275,13 +240,9 @@ class RunFolder:
         return whole
 
     def latest_checkpoint(self, on_message: Callable[[str], None] | None = None) -> Path | None:
-        """The whole checkpoint of the highest step, or None where there is no checkpoint.
+        """The newest whole checkpoint, None if there are none; raises InputError if all are damaged.
 
-        Args:
-            on_message: told which ones are damaged.
-
-        Raises:
-            InputError: there are checkpoints, and all of them are damaged.
+        Tells `on_message` which ones are damaged.
         """
         wrong = None
         for _, checkpoint in sorted(checkpoints_in(self.checkpoints).items(), reverse=True):
@@ -298,10 +259,9 @@ class RunFolder:
         return None
 
     def truncate_metrics(self, step: int) -> list[int]:
-        """Remove lines about steps after `step`, which are done again, and damaged ones from metrics and samples.
+        """Drop damaged lines, and those of steps after `step`, from metrics and samples; the steps are done again.
 
-        Returns:
-            The steps up to `step` that metrics.jsonl does not have.
+        Returns the steps up to `step` that metrics.jsonl lacks.
         """
         for path in (self.metrics, self.samples):
             kept = b"".join(line + b"\n" for line, data in read_jsonl(path) if _step_of(data) <= step)
@@ -313,7 +273,7 @@ class RunFolder:
 
 
 def checkpoints_in(folder: Path) -> dict[int, Path]:
-    """Step → checkpoint, of those in a folder."""
+    """Step → checkpoint, in a folder."""
     return {
         int(name[1]): path
         for path in folder.glob("checkpoint-*")
@@ -322,16 +282,12 @@ def checkpoints_in(folder: Path) -> dict[int, Path]:
 
 
 def sealed(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain data with its digest, which `unsealed` checks and takes off."""
+    """Add a digest to plain data; `unsealed` checks and removes it."""
     return {**data, "digest": digest(_dumps(data))}
 
 
 def unsealed(content: bytes) -> dict[str, Any]:
-    """The object in a JSON text; one without a digest is taken as it is.
-
-    Raises:
-        ValueError: it is damaged.
-    """
+    """Read the object in a JSON text, and check its digest if it has one; raises ValueError if it is damaged."""
     try:
         data = json.loads(content.decode("utf-8"))
     except ValueError:
@@ -345,7 +301,7 @@ def unsealed(content: bytes) -> dict[str, Any]:
 
 
 def read_jsonl(path: Path) -> list[tuple[bytes, dict[str, Any] | None]]:
-    """The lines of a file that `append_jsonl` wrote, if there is one, and what each holds; None: it is damaged."""
+    """Read the lines of an `append_jsonl` file, if it exists, with what each holds; None: damaged."""
     found: list[tuple[bytes, dict[str, Any] | None]] = []
     for line in filter(None, path.read_bytes().split(b"\n") if path.is_file() else []):
         try:
@@ -368,19 +324,19 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 
 def run_stem(model: str, task: str | None) -> str:
-    """What a run's folder is called under `runs/`, where nothing else is asked for."""
+    """Default name of a run's folder under `runs/`."""
     source, _, part = (task or "").partition(":")
     # `org/dataset:CONFIGURATION`, but `reasoning-gym:NAME`.
     return f"{_bare(model)}-{_bare(source if '/' in source or not part else part)}"
 
 
 def _bare(name: str) -> str:
-    """The last part of a name, without the ending of a file; `Qwen3-1.7B` has none."""
+    """The last part of a name, without a file ending; `Qwen3-1.7B` has none."""
     return re.sub(r"\.[a-zA-Z][a-zA-Z-]*$", "", Path(name).name)
 
 
 def describe_environment(device: str, seed: int) -> dict[str, Any]:
-    """What environment.json holds; `device` is such as `cuda:0 in bfloat16`. Never fails."""
+    """Contents of environment.json; `device` is such as `cuda:0 in bfloat16`. Never fails."""
     return {
         "versions": installed(REPORTED_PACKAGES),
         "platform": platform.platform(),
@@ -392,7 +348,7 @@ def describe_environment(device: str, seed: int) -> dict[str, Any]:
 
 
 def installed(packages: Sequence[str]) -> dict[str, str | None]:
-    """The versions of Python and of packages, None for one that is missing."""
+    """The versions of Python and of packages, None for a missing one."""
     versions: dict[str, str | None] = {"python": platform.python_version(), **dict.fromkeys(packages)}
     for package in packages:
         with suppress(metadata.PackageNotFoundError):
@@ -440,7 +396,7 @@ def _step_of(data: Mapping[str, Any] | None) -> float:
 
 
 def _plain(value: Any) -> Any:
-    """`value` with what JSON has: paths as text, NumPy scalars as numbers, infinities and NaN as null."""
+    """`value` in JSON's types: paths as text, NumPy scalars as numbers, infinities and NaN as null."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there: written beside their place, then renamed into it."""
+"""Files and folders that are whole or absent: written beside their place, then renamed into it."""
 
 from __future__ import annotations
 
@@ -14,20 +14,15 @@ from pathlib import Path
 from midtune.errors import InputError
 
 MANIFEST = "manifest.json"
-# A disk with less than this left could not take what was being written.
+# A disk with less free space than this had no room for what was being written.
 FULL_BYTES = 2**16
 
 
 @contextlib.contextmanager
 def written_whole(folder: Path, *, sealed: bool = True) -> Iterator[Path]:
-    """A folder to write into, which replaces `folder` at the end; removed if writing fails.
+    """Yield a scratch folder, which replaces `folder` at the end; raises OSError and changes nothing if writing fails.
 
-    Args:
-        folder: its parent exists.
-        sealed: leave a manifest in it, with which `damage` can check it.
-
-    Raises:
-        OSError: it could not be written; what was at `folder` before is still there.
+    With `sealed`, it gets a manifest that `damage` checks. The parent of `folder` must exist.
     """
     scratch = _temporary(folder)
     made = scratch / folder.name
@@ -44,7 +39,7 @@ def written_whole(folder: Path, *, sealed: bool = True) -> Iterator[Path]:
     except Exception as error:
         if isinstance(error, OSError) or not _disk_is_full(folder.parent, error):
             raise
-        # Each library reports a full disk in its own way.
+        # Each library reports a full disk differently.
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -71,14 +66,12 @@ def damage(folder: Path) -> str | None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Put `content` into a file: afterwards it holds all of it, or what it held before.
+    """Write a file atomically: afterwards it holds all of `content`, or, with an OSError, what it held before.
 
-    Raises:
-        InputError: `path` is something else than a regular file, such as a device.
-        OSError: it could not be written.
+    Raises InputError if `path` is not a regular file but, for example, a device.
     """
     require_regular(path)
-    # A link stays, and what it points to is written.
+    # Keep a link, and write to its target.
     path = path.resolve()
     temporary = _temporary(path)
     try:
@@ -89,28 +82,20 @@ def write_bytes(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
         _sync_entry(path.parent)
     finally:
-        # The folder may be gone, or no folder any more.
+        # The folder may be gone or replaced.
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
 def require_regular(path: Path) -> None:
-    """Check that a file can be written at `path` without replacing anything but a file.
-
-    Raises:
-        InputError: it is a folder, a device, a pipe or a socket.
-    """
+    """Raise InputError if writing to `path` would replace a folder, a device, a pipe or a socket."""
     if path.exists() and not path.is_file():
         what = "is a folder" if path.is_dir() else "is a device or a pipe"
         raise InputError(f"{path} {what}, and only files are written; choose another name.")
 
 
 def require_writable(file: Path) -> None:
-    """Check that a file can be written.
-
-    Raises:
-        InputError: it is no regular file, or its folder is missing or may not be written to.
-    """
+    """Raise InputError unless a file can be written: regular or new, in a writable folder."""
     require_regular(file)
     parent = file.absolute().parent
     if why := why_not_written(parent):
@@ -118,22 +103,16 @@ def require_writable(file: Path) -> None:
 
 
 def why_not_written(folder: Path) -> str | None:
-    """Why nothing can be written to a folder; None if something can."""
+    """Why a folder cannot be written to; None if it can."""
     if not folder.is_dir():
         return "is a file" if folder.exists() else "is no folder"
     return None if os.access(folder, os.W_OK | os.X_OK) else "may not be written to"
 
 
 def require_space(folder: Path, need_bytes: int, what: str, otherwise: str) -> None:
-    """Check that a disk has room.
+    """Raise InputError unless the disk of `folder`, which need not exist, has `need_bytes` free.
 
-    Args:
-        folder: on that disk; it need not exist.
-        what: needs the room, for the message.
-        otherwise: what to do where none can be made, for the message.
-
-    Raises:
-        InputError: `need_bytes` are not free.
+    `what` needs the room, and `otherwise` says what to do without it, both for the message.
     """
     disk = nearest_existing(folder)
     free_bytes = shutil.disk_usage(disk).free
@@ -145,12 +124,12 @@ def require_space(folder: Path, need_bytes: int, what: str, otherwise: str) -> N
 
 
 def nearest_existing(path: Path) -> Path:
-    """The path, or the nearest of its parents that exists."""
+    """The path, or its nearest parent that exists."""
     return next(place for place in (path, *path.absolute().parents) if place.exists())
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes left half-written in `folder`; nobody may be writing there now."""
+    """Remove what killed processes left half-written in `folder`; no process may be writing there."""
     for path in [*folder.rglob(".*.tmp")]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -159,13 +138,13 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def sha256(file: Path) -> str:
-    """The checksum of a file, in hexadecimal."""
+    """sha256 of a file, in hexadecimal."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def digest(text: str) -> str:
-    """Enough of a text's sha256 to tell that it was damaged."""
+    """Enough of a text's sha256 to detect damage."""
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
 
 
@@ -174,7 +153,7 @@ def _temporary(path: Path) -> Path:
 
 
 def _sync(folder: Path, sealed: bool) -> None:
-    """Have the disk hold all that is in a folder, and its manifest."""
+    """Flush a folder's contents and its manifest to disk."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     if sealed:
         entries = {
@@ -191,7 +170,7 @@ def _sync(folder: Path, sealed: bool) -> None:
 
 
 def _sync_entry(folder: Path) -> None:
-    """Have the disk hold the names in a folder, where the system can be asked for it."""
+    """Flush a folder's list of names to disk, if the system can."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)

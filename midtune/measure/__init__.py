@@ -1,1 +1,1 @@
-"""Time and memory of this process and of cards, as they are measured."""
+"""Measured time and memory of this process and of cards."""

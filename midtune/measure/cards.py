@@ -1,4 +1,4 @@
-"""What NVIDIA's management library says about the cards of this machine."""
+"""Query NVIDIA's management library about this machine's cards."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class CardProcess(NamedTuple):
-    """A process that computes on a card; `held_bytes` is None where the driver does not say."""
+    """A process that computes on a card; `held_bytes` is None if the driver does not say."""
 
     pid: int
     name: str
@@ -18,7 +18,7 @@ class CardProcess(NamedTuple):
 
 
 class Card(NamedTuple):
-    """A card that torch can use; `others` is what else computes on it, the largest first."""
+    """A card that torch can use; `others` are the other processes on it, largest first."""
 
     name: str
     uuid: str
@@ -28,12 +28,12 @@ class Card(NamedTuple):
 
     @property
     def tight(self) -> bool:
-        """Whether less than half of the memory is free, which is much before anything is loaded."""
+        """Whether less than half of the memory is free, which is little before anything is loaded."""
         return self.free_bytes < self.total_bytes / 2
 
 
 def card_names() -> list[str]:
-    """The machine's NVIDIA cards, whether or not torch can use them."""
+    """Names of the machine's NVIDIA cards, whether or not torch can use them."""
     return _answer(
         lambda nvml: [
             nvml.nvmlDeviceGetName(nvml.nvmlDeviceGetHandleByIndex(index))
@@ -43,10 +43,9 @@ def card_names() -> list[str]:
 
 
 def other_processes(uuid: str) -> list[CardProcess]:
-    """What else computes on a card, the largest first.
+    """Other processes that compute on a card, largest first.
 
-    Args:
-        uuid: the card's, as torch has it; their numbers differ where CUDA_VISIBLE_DEVICES is set.
+    The uuid is torch's: card numbers differ if CUDA_VISIBLE_DEVICES is set.
     """
     found = _answer(
         lambda nvml: nvml.nvmlDeviceGetComputeRunningProcesses(nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"))
@@ -60,7 +59,7 @@ def other_processes(uuid: str) -> list[CardProcess]:
 
 
 def _answer(ask: Callable[[Any], list[T]]) -> list[T]:
-    """What the library answers; nothing where it or its driver is not there, or does not know."""
+    """Ask the library; empty if it or its driver is missing, or does not know."""
     try:
         import pynvml
     except ImportError:
@@ -73,7 +72,7 @@ def _answer(ask: Callable[[Any], list[T]]) -> list[T]:
 
 
 def _name(pid: int) -> str:
-    """A process's name; from within a container, those outside it have none."""
+    """A process's name; `process` for one outside this container."""
     import psutil
 
     try:

@@ -1,4 +1,4 @@
-"""Measured time and peak memory of each phase of a step."""
+"""Measure time and peak memory of each phase of a step."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from midtune.measure.cards import Card, other_processes
 
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
-# What is in no phase.
+# Stands for time and memory outside every phase.
 OUTSIDE = "outside"
 
 
 class Meter:
-    """Wall-clock seconds by phase, and the most memory held, as a whole and by phase.
+    """Wall-clock seconds by phase, and peak memory overall and by phase.
 
-    Every moment belongs to one phase, the innermost that is open: an outer phase gets neither the time nor
-    the peak of an inner one. The counter that peaks are read from is the process's only one, and is reset at
-    every boundary, so a meter leaves it alone until `reset_peak`; of two that do that, neither is right.
+    Every moment belongs to the innermost open phase: an outer phase gets neither the time nor the peak of an inner
+    one. Peaks come from the process's only counter, which is reset at every boundary; so a meter leaves it alone until
+    `reset_peak`, and two meters that reset it are both wrong.
 
     Args:
-        device: a torch device or its name; on CUDA the clock is read only after the device has finished.
+        device: on CUDA the clock is read only after the device has finished.
         clock: seconds from any origin.
 
     Attributes:
-        peaks: phase → most bytes held in the step that `step` ended last, as `peak_bytes` and, on CUDA, as
-            `reserved_bytes` what the allocator had taken from the card; `OUTSIDE` is what was in no phase.
-            Empty before `reset_peak`, and where the system does not reset a peak.
+        peaks: phase → peaks of the step that `step` ended last: `peak_bytes` held and, on CUDA, `reserved_bytes` the
+            allocator took from the card; `OUTSIDE` is outside every phase. Empty before `reset_peak`, and if the
+            system cannot reset a peak.
     """
 
     def __init__(self, device: Any = "cpu", *, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -54,7 +54,7 @@ class Meter:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count what is inside as `name`, but for inner phases."""
+        """Charge what runs inside to `name`, except inner phases."""
         self._charge()
         self._open.append(name)
         try:
@@ -64,29 +64,25 @@ class Meter:
             self._open.pop()
 
     def step(self) -> dict[str, float]:
-        """Seconds of each phase since the last call; a phase still open is split here."""
+        """Seconds of each phase since the last call; splits a phase that is still open."""
         self._charge()
         seconds, self._seconds = self._seconds, {}
         self.peaks, self._step_peaks = self._step_peaks, {}
         return seconds
 
     def reset_peak(self) -> bool:
-        """Measure the peak from now on.
-
-        Returns:
-            False where the system cannot do that, so that `peak_bytes` counts from the process's start.
-        """
+        """Measure the peak from now on; False if the system cannot, and `peak_bytes` counts from process start."""
         self._peak_bytes, self._step_peaks = 0, {}
         self._by_phase = self._reset_counter() and bool(self._counted())
         return self._by_phase
 
     def peak_bytes(self) -> int:
-        """The most bytes held since `reset_peak`, in any phase or outside."""
+        """Most bytes held since `reset_peak`, in any phase or outside."""
         counted = self._counted()
         return max(self._peak_bytes, counted["peak_bytes"] if counted else _process_peak_bytes())
 
     def current_bytes(self) -> int:
-        """Bytes held now; where the system does not say, the peak."""
+        """Bytes held now; the peak if the system does not say."""
         if self._cuda:
             import torch
 
@@ -95,7 +91,7 @@ class Meter:
         return now if now is not None else _process_peak_bytes()
 
     def _charge(self) -> None:
-        """Give time and peak since the last call to the innermost open phase."""
+        """Charge time and peak since the last call to the innermost open phase."""
         if self._cuda:
             import torch
 
@@ -117,7 +113,7 @@ class Meter:
             self._by_phase, self._step_peaks = False, {}
 
     def _counted(self) -> dict[str, int]:
-        """Peaks since the counter was reset; nothing where there is no such counter."""
+        """Peaks since the counter was reset; empty without such a counter."""
         if self._cuda:
             import torch
 
@@ -129,7 +125,7 @@ class Meter:
         return {} if peak is None else {"peak_bytes": peak}
 
     def _reset_counter(self) -> bool:
-        """Set the peak back to what is held now; False where the system cannot do that."""
+        """Reset the peak to the bytes held now; False if the system cannot."""
         if self._cuda:
             import torch
 
@@ -137,7 +133,7 @@ class Meter:
             torch.cuda.reset_peak_memory_stats(self._device)
             return True
         try:
-            # 5 sets VmHWM, the peak, back to what is resident now (Linux; man 5 proc).
+            # 5 resets VmHWM, the peak, to the memory resident now (Linux; man 5 proc).
             CLEAR_REFS.write_text("5")
         except OSError:
             return False
@@ -152,12 +148,12 @@ class StepClock:
         self._began = 0.0
 
     def begin(self) -> None:
-        """Begin a step; what was charged before is no part of it."""
+        """Begin a step; drops what was charged before."""
         self._meter.step()
         self._began = self._meter.clock()
 
     def end(self) -> dict[str, float]:
-        """End the step, and return its seconds and those of its phases, which add up to it."""
+        """End the step; returns its seconds and those of its phases, which add up to it."""
         charged = self._meter.step()
         step = self._meter.clock() - self._began
         rollout, reward = charged.get("rollout", 0.0), charged.get("reward", 0.0)
@@ -165,7 +161,7 @@ class StepClock:
 
 
 def card_of(device: Any) -> Card:
-    """The card behind a torch device, or behind its number."""
+    """The card behind a torch device or its number."""
     import torch
 
     card = torch.cuda.get_device_properties(device)

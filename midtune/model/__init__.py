@@ -1,1 +1,1 @@
-"""The policy: where a model comes from, how its blocks are held, thawed and saved."""
+"""The policy: find and load a model; hold, thaw and save its blocks."""

@@ -1,4 +1,4 @@
-"""Where an architecture keeps its decoder blocks, and the part of a model that starts at block k."""
+"""Find an architecture's decoder blocks, and run the part of a model that starts at block k."""
 
 from __future__ import annotations
 
@@ -19,13 +19,9 @@ KNOWN = "model such as Qwen, Llama, Mistral, Gemma 3, Phi-3 or SmolLM3"
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The stack of decoder blocks, found by structure: as many equal modules as the config has layers.
+    """Find the decoder blocks by structure: a stack of equal modules, as many as the config has layers.
 
-    Returns:
-        The stack's name inside `model` (`model.layers`) and the stack itself, live.
-
-    Raises:
-        InputError: the model has no such stack, or its blocks are not of one kind.
+    Returns the stack's name inside `model` (`model.layers`) and the live stack; raises InputError if there is none.
     """
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     decoder = model.get_decoder()
@@ -43,15 +39,11 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 class TailCache(DynamicCache):
-    """Keys and values of blocks first…L−1 only, under the layer numbers that those blocks carry.
+    """Keys and values of blocks first…L−1 only, under those blocks' own layer numbers.
 
-    It is written to once, or made from what was written before: then each block reads that and its own keys and
-    values, and the cache does not change. Either way a block may run on it again.
-
-    Args:
-        first: the lowest of the blocks.
-        held: keys and values of block `first`, of the next one, and so on, [N, heads, P, D] each.
-        rows: [B], which of the N each row goes on from.
+    An empty cache is written once. A cache made from `held`, [N, heads, P, D] for each block, never changes: a block
+    reads it and its own keys and values, and `rows` [B] says which of the N prefixes each row continues. So in both
+    cases a block may run on it again.
     """
 
     def __init__(
@@ -71,25 +63,23 @@ class TailCache(DynamicCache):
         if self.rows is None:
             return key_states, value_states
         held: Any = self.layers[layer]
-        # The gradient of plain indexing is added up in any order where several threads work.
+        # Plain indexing sums its gradient in no fixed order when several threads work.
         keys, values = (part.index_select(0, self.rows) for part in (held.keys, held.values))
         return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
 
 
 def tail_of(model: PreTrainedModel, stack_name: str, first: int, *, checkpointing: bool = False) -> nn.Module:
-    """The inner model without its blocks below `first`: give it their output as `inputs_embeds`.
+    """The inner model without its blocks below `first`: pass it their output as `inputs_embeds`.
 
     It shares every parameter with `model` and makes its own masks and positions, so sliding windows and rotary
-    embeddings are the architecture's. Make a new one after a block has been replaced.
-
-    Args:
-        checkpointing: each block keeps its inputs alone, and runs again for the gradient.
+    embeddings are the architecture's. Make a new one after replacing a block. With `checkpointing`, each block keeps
+    only its inputs and runs again for the gradient.
     """
     inner_name, _, attribute = stack_name.rpartition(".")
     inner = model.get_submodule(inner_name)
     blocks: nn.ModuleList = getattr(inner, attribute)
     tail = copy.copy(inner)
-    # copy.copy shares the dict of submodules, and replacing an entry there would change the model itself.
+    # copy.copy shares the dict of submodules; replacing an entry there would change the model itself.
     tail._modules = dict(inner._modules)
     parts = [_checkpointed(block) for block in blocks[first:]] if checkpointing else blocks[first:]
     setattr(tail, attribute, nn.ModuleList(parts))
@@ -98,7 +88,7 @@ def tail_of(model: PreTrainedModel, stack_name: str, first: int, *, checkpointin
 
 
 def _checkpointed(block: nn.Module) -> nn.Module:
-    """A view of a block; transformers' own checkpointing takes the cache away."""
+    """A checkpointed view of a block; transformers' own checkpointing drops the cache."""
     view = copy.copy(block)
     view.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     return view
@@ -112,12 +102,9 @@ class Reached(Exception):
 def captured(
     block: nn.Module | None, *, stop: bool = False, storage: torch.device | None = None
 ) -> Iterator[list[torch.Tensor]]:
-    """Collects the states [B, T, H] that enter `block` in each forward pass inside the context.
+    """Collect the states [B, T, H] that enter `block` (None: nothing) in each forward pass, moved to `storage`.
 
-    Args:
-        block: None collects nothing.
-        stop: end each forward pass there, by `Reached`.
-        storage: where to put the states; default: where they are.
+    With `stop`, end each forward pass there by raising `Reached`.
     """
     states: list[torch.Tensor] = []
 
@@ -139,10 +126,9 @@ def captured(
 
 @torch.no_grad()
 def check_tail(model: PreTrainedModel, stack_name: str) -> None:
-    """Run the last block as a tail, and check that what the tail is given enters the block unchanged.
+    """Check that a tail's input reaches its block unchanged; raises InputError.
 
-    Raises:
-        InputError: the architecture adds positions to its inputs, scales them, or needs token ids too.
+    Some architectures add positions to their inputs, scale them, or also need token ids.
     """
     last = len(model.get_submodule(stack_name)) - 1
     width = model.config.get_text_config().hidden_size
@@ -159,7 +145,7 @@ def check_tail(model: PreTrainedModel, stack_name: str) -> None:
 
 
 def config_from(config: Any, first: int, depth: int) -> Any:
-    """A copy of `config` for the blocks from `first` on, its per-block lists cut to match."""
+    """Copy `config` for the blocks from `first` on, and cut its per-block lists to match."""
     cut = copy.copy(config)
     cut.__dict__ = dict(config.__dict__)
     for key, value in config.__dict__.items():

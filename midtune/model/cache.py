@@ -1,4 +1,4 @@
-"""midtune's cache of prepared models: each is built once, and seen only when it is complete."""
+"""midtune's cache of prepared models: each is built once, and appears only when complete."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OTHER_DISK = "set MIDTUNE_CACHE and HF_HOME to another disk"
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: `$MIDTUNE_CACHE`, else the platform's cache folder."""
+    """The folder of converted models: `$MIDTUNE_CACHE`, else the platform's cache folder."""
     import platformdirs
 
     chosen = os.environ.get("MIDTUNE_CACHE")
@@ -33,14 +33,10 @@ def silent(message: str, done: int | None, total: int | None) -> None:
 def build_once(
     target: Path, build: Callable[[Path], Path], *, need_bytes: int, progress: Progress = silent
 ) -> Path:
-    """The folder `target`, made by `build` if it is not there; others see it only when it is complete.
+    """Return `target`, first building it if it is missing; it appears only when complete.
 
-    Args:
-        build: gets an empty work folder beside `target` and returns the finished folder inside it.
-        need_bytes: free disk space that `build` takes.
-
-    Raises:
-        InputError: the cache cannot be written or the disk has no room.
+    `build` gets an empty work folder beside `target` and returns the finished folder inside it.
+    Raises InputError if the cache cannot be written, or the disk lacks `need_bytes`.
     """
     if is_complete(target):
         return target
@@ -48,7 +44,7 @@ def build_once(
         if is_complete(target):
             return target
         require_space(target.parent, need_bytes, f"preparing {target.name}", OTHER_DISK)
-        # The lock's holder is the only builder, so a work folder found here is left by one that was killed.
+        # The lock's holder is the only builder, so a work folder found here was left by a killed one.
         work = target.with_name(f".{target.name}.part")
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
@@ -62,12 +58,12 @@ def build_once(
 
 
 def is_complete(target: Path) -> bool:
-    """Whether a prepared model lies at `target`."""
+    """Whether `target` holds a prepared model."""
     return (target / "config.json").is_file() and any(target.glob("*.safetensors"))
 
 
 def _sole_builder(target: Path, progress: Progress) -> AbstractContextManager[Any]:
-    """A lock that is held until the context ends."""
+    """Hold the build lock until the context ends."""
     from filelock import FileLock, Timeout
 
     try:

@@ -1,4 +1,4 @@
-"""The configuration of a model, without its weights: what a plan is made from."""
+"""Read a model's configuration without its weights; plans are made from it."""
 
 from __future__ import annotations
 
@@ -18,15 +18,10 @@ SHIPPED = Path(__file__).parent.parent / "assets" / "models.json"
 
 
 def config_of(name: str, *, trust_remote_code: bool = False, network: bool = True) -> PretrainedConfig:
-    """A model's configuration: from a folder, from what midtune ships, or from the hub.
+    """Read a model's configuration from a folder, from midtune's own copies, or from the hub.
 
-    Args:
-        name: a folder, `tiny`, a hub id, or the last part of the id of a model that midtune ships the sizes of
-            (`qwen3-8b`).
-        network: whether the hub may be asked.
-
-    Raises:
-        InputError: it is none of these, or the hub cannot be reached or may not be asked.
+    `name` is a folder, `tiny`, a hub id, or the last part of the id of a model whose sizes midtune ships (`qwen3-8b`).
+    Raises InputError if it is none of these, or the hub is needed and cannot be asked.
     """
     from transformers import AutoConfig
 
@@ -59,11 +54,7 @@ def config_of(name: str, *, trust_remote_code: bool = False, network: bool = Tru
 
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The configuration in a model folder.
-
-    Raises:
-        InputError: it cannot be read, or counts more of something than any model has.
-    """
+    """Read the configuration in a model folder; raises InputError if it cannot be read or has an impossible count."""
     from transformers import AutoConfig
 
     path = folder / "config.json"

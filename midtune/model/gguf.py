@@ -1,6 +1,6 @@
-"""GGUF files become safetensors folders in midtune's cache, once per file.
+"""Convert GGUF files to safetensors folders in midtune's cache, once per file.
 
-transformers reads a GGUF of 135M parameters in half a minute, at every start; a folder loads in seconds.
+transformers takes half a minute to read a GGUF of 135M parameters, at every start; a folder loads in seconds.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from midtune.errors import WHY, InputError, explained
 from midtune.model.cache import Progress, build_once, cache_folder
 
 MAGIC = b"GGUF"
-# Part of every cache key: raise it when a conversion would come out differently.
+# Part of every cache key: raise it when the conversion's output changes.
 FORMAT = 1
 
-# GGUF's number of each scalar type → its form in `struct`.
+# GGUF's number of each scalar type → its format character in `struct`.
 _SCALARS = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
-# Larger than any: of a text, of all that stands before the tensors, and dimensions of one of them.
+# Limits above any real file's: bytes of one text, bytes before the tensors, dimensions of one tensor.
 _MOST_TEXT_BYTES, _MOST_HEADER_BYTES, _MOST_DIMENSIONS = 2**24, 2**29, 8
-# What a model is made by, none of which is larger than its largest tensor is long.
+# Metadata keys for a model's dimensions; none exceeds the length of the model's largest tensor.
 _LENGTHS = (
     *("embedding_length", "feed_forward_length", "vocab_size"),
     *(f"attention.{name}" for name in ("head_count", "head_count_kv", "key_length", "value_length")),
@@ -37,7 +37,7 @@ _MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Header:
-    """What a GGUF file says about itself: its scalar metadata, its parameters and where its data ends."""
+    """Header of a GGUF file: its scalar metadata, its parameter count and where its data ends."""
 
     metadata: dict[str, Any]
     parameters: int
@@ -45,11 +45,7 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """The metadata of a GGUF file without its arrays, read without touching the tensors.
-
-    Raises:
-        InputError: not a GGUF of version 2 or 3, or cut short.
-    """
+    """Read a GGUF's metadata without its arrays; raises InputError if it is cut short or not of version 2 or 3."""
     with path.open("rb") as file:
         if file.read(4) != MAGIC:
             raise InputError(f"{path} is not a GGUF file; give a GGUF file, a model folder or a hub id.")
@@ -63,7 +59,7 @@ def read_header(path: Path) -> Header:
 
 
 def _header(file: BinaryIO, tensors: int, pairs: int) -> Header:
-    """Read `pairs` of metadata and the descriptions of the tensors; raises where one is not possible."""
+    """Read `pairs` of metadata and the tensor descriptions; raises on impossible ones."""
     import gguf
 
     metadata: dict[str, Any] = {}
@@ -105,10 +101,9 @@ def _whole(metadata: dict[str, Any], key: str, default: int) -> int:
 
 
 def cached_conversion(path: Path, progress: Progress) -> Path:
-    """The safetensors folder of a GGUF file, converted at the first call and found again afterwards.
+    """The safetensors folder of a GGUF file, converted on the first call.
 
-    Raises:
-        InputError: the file is damaged or one part of several, the disk has no room, or as `convert`.
+    Raises InputError if the file is damaged or one part of several, the disk has no room, or as `convert`.
     """
     header = read_header(path)
     size = path.stat().st_size
@@ -134,15 +129,14 @@ def cached_conversion(path: Path, progress: Progress) -> Path:
 def convert(path: Path, out: Path, progress: Progress) -> Path:
     """Write a GGUF file to `out` as config, safetensors and a tokenizer with its chat template; returns `out`.
 
-    Raises:
-        InputError: an architecture that transformers does not read, or tensors are missing.
+    Raises InputError if transformers does not read the architecture, or tensors are missing.
     """
     import torch
     import transformers
 
     from midtune.model.quantize import clear_quantized_markers
 
-    # Any: the annotations of transformers deny the pair that output_loading_info returns.
+    # Any: transformers' annotations do not know the pair that output_loading_info returns.
     auto: Any = transformers.AutoModelForCausalLM
 
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
@@ -162,10 +156,10 @@ def convert(path: Path, out: Path, progress: Progress) -> Path:
             f"{path} lacks {len(info['missing_keys'])} tensors of its model, the first being "
             f"{min(info['missing_keys'])}; fetch a complete file."
         )
-    # A model that knows it came from GGUF refuses to be converted and saved.
+    # transformers refuses to convert and save a model marked as GGUF.
     clear_quantized_markers(loaded)
-    # Half precision rounds by at most 2^-11 of a weight. For SmolLM2's Q4_1 file that is a relative error of
-    # 1.9e-4 (bfloat16: 1.4e-3), far below what 4-bit rounding took before, for half the bytes of float32.
+    # fp16 rounds by at most 2^-11 of a weight: for SmolLM2's Q4_1 file a relative error of 1.9e-4 (bfloat16:
+    # 1.4e-3), far below that of 4-bit rounding, at half the bytes of float32.
     limit = torch.finfo(torch.float16).max
     if all(bool(weight.abs().max() <= limit) for weight in loaded.parameters()):
         loaded.half()
@@ -190,7 +184,7 @@ def _digest(path: Path) -> str:
 
 @contextmanager
 def _reported(progress: Progress, message: str) -> Iterator[None]:
-    """Send the bar of transformers' GGUF reader to `progress`."""
+    """Send the progress bar of transformers' GGUF reader to `progress`."""
     from transformers import modeling_gguf_pytorch_utils as reader
 
     progress(message, None, None)

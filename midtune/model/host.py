@@ -1,4 +1,4 @@
-"""The input embedding in the host's memory: only the rows that are asked for travel to the card."""
+"""Keep the input embedding in host memory: only the rows looked up travel to the card."""
 
 from __future__ import annotations
 
@@ -11,17 +11,10 @@ from midtune.errors import InputError
 
 
 def embed_on_host(model: PreTrainedModel, name: str, device: torch.device | None = None) -> None:
-    """Keep the input embedding out of the card's memory, for good; on a CPU nothing changes.
+    """Move a frozen input embedding to host memory, for good; does nothing on a CPU.
 
-    Its weight stops being a parameter, so whatever moves the model leaves it where it is.
-
-    Args:
-        model: with frozen embeddings.
-        name: what messages call it.
-        device: where the model computes; None: where it is.
-
-    Raises:
-        InputError: the output head is the embedding too, and has to be on the card.
+    Its weight stops being a parameter, so moving the model leaves it there. `device` is where the model computes (None:
+    where it is). Raises InputError if the embedding is also the output head, which must be on the card.
     """
     device = device or model.device
     if device.type == "cpu":
@@ -38,12 +31,12 @@ def embed_on_host(model: PreTrainedModel, name: str, device: torch.device | None
 
 
 def is_here(embedding: Any) -> bool:
-    """Whether an embedding is where the model is, not moved out."""
+    """Whether an embedding is on the model's device rather than moved out."""
     return next(embedding.parameters(), None) is not None
 
 
 def move_out(embedding: Any, device: torch.device) -> None:
-    """Keep what an embedding holds on the host, and send the rows that it looks up to `device`."""
+    """Keep an embedding's weight on the host, and send the rows it looks up to `device`."""
     for held in (embedding._parameters, embedding._buffers):
         for name in list(held):
             value = held.pop(name)

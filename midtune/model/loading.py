@@ -1,4 +1,4 @@
-"""From a resolved model folder to a policy in memory."""
+"""Load a policy from a resolved model folder."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def load_policy(
 ) -> Policy:
     """Load a model with every parameter frozen.
 
-    With `quantize="nf4"` the linear layers of the blocks are quantized one by one while the checkpoint is read, so
-    a full-precision copy never exists. Embeddings, norms and head stay as stored.
+    With `quantize="nf4"`, the blocks' linear layers are quantized one by one while the checkpoint is read, so a
+    full-precision copy never exists. Embeddings, norms and head stay as stored.
 
     Args:
         dtype: of activations; None: see `compute_dtype_of`.
 
     Raises:
-        InputError: no decoder-only model, one that cannot be run from a block in the middle, or no such device.
+        InputError: not a decoder-only model, not one that can run from a middle block, or no such device.
     """
     target = resolve_device(device)
     compute_dtype = dtype or compute_dtype_of(target)
@@ -81,7 +81,7 @@ def load_policy(
 
 
 def _is_in_4bit(config: Any, source: Source) -> bool:
-    """Whether the checkpoint is stored in bitsandbytes 4-bit; raises InputError for another quantization."""
+    """Whether the checkpoint is in bitsandbytes 4-bit; raises InputError for another quantization."""
     stored = getattr(config, "quantization_config", None)
     method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
     if stored is not None and "bitsandbytes" not in str(method or "bitsandbytes"):
@@ -93,12 +93,8 @@ def _is_in_4bit(config: Any, source: Source) -> bool:
 
 
 def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, padding on the left, with a padding token and a chat template.
-
-    Raises:
-        InputError: there is none, or it cannot be read.
-    """
-    # A tokenizer is found through config.json: where that is damaged, the tokenizer is not to blame.
+    """Load the tokenizer, with left padding, a padding token and a chat template; raises InputError if it cannot."""
+    # config.json leads to the tokenizer: check it first, so that the right file gets the blame.
     read_config(source.folder, trust_remote_code=trust_remote_code)
     missing = (
         f"{source.name} has no tokenizer that can be read ({WHY}); put its files (tokenizer.json, "
@@ -110,7 +106,7 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTraine
         )
         known = set(tokenizer.encode("a 1", add_special_tokens=False)) - set(tokenizer.all_special_ids)
         if not known:
-            # What transformers makes where the files are missing.
+            # transformers makes an empty tokenizer when the files are missing.
             raise ValueError("its vocabulary is empty")
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
@@ -120,20 +116,19 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTraine
             )
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:
-        # A chat template writes its special tokens itself, and a tokenizer that puts BOS before texts does not do so
-        # for chats.
+        # A tokenizer that puts BOS before texts does not do so for chats: there the template has to write it.
         first = tokenizer("a 1")["input_ids"][:1]
         adds_bos = tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
         tokenizer.chat_template = "{{ bos_token }}" * adds_bos + PLAIN_TEMPLATE
     return tokenizer
 
 
-# Base models come without a chat template; their prompts are the plain text of the messages.
+# Base models have no chat template; their prompts are the messages' plain text.
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: nn.Module, source: Source) -> None:
-    """Raise InputError if the tokenizer has tokens without a row in the input embedding."""
+    """Raise InputError if a token has no row in the input embedding."""
     rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     beyond = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= rows)
     if beyond:

@@ -1,4 +1,4 @@
-"""Memory given back to the system at once, and what to do when there is not enough of it."""
+"""Return freed memory to the system at once, and retry with fewer rows when memory runs out."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import torch
 
 from midtune.errors import RunStopped
 
-# glibc's mallopt: allocations of this many bytes are mapped one by one, and go back when they are freed.
+# glibc's mallopt: larger allocations are mapped one by one, and returned when freed.
 M_MMAP_THRESHOLD = -3
 MAPPED_FOR_NOW = 2**16
-# Where glibc's own moving threshold ends on 64-bit systems; working memory is better kept.
+# Upper end of glibc's own moving threshold on 64-bit systems; smaller working memory is better kept.
 MAPPED_AT_MOST = 2**25
-# What other errors than `torch.OutOfMemoryError` say: the CPU's allocator, the driver and bitsandbytes' kernels, then
-# libraries that find no room for their own buffers.
+# Messages of errors other than `torch.OutOfMemoryError`: from the CPU allocator, the driver, bitsandbytes' kernels,
+# and libraries without room for their own buffers.
 OUT_OF_MEMORY = (
     "defaultcpuallocator",
     "out of memory",
@@ -36,33 +36,19 @@ T = TypeVar("T")
 
 @dataclass
 class RowLimit:
-    """How many rows may go through the model together: all, until memory runs out; then half, for good.
+    """How many rows go through the model together: all until memory runs out, then half, for good."""
 
-    Args:
-        work: what they go together in, for messages.
-        instead: what to do where a single group is too much, for the message.
-        rows: the most that may go together; None: no limit has been met.
-        on_message: receives a sentence for the person who watches.
-        halves: False: memory that runs out is an error like others.
-        on_oom_hint: asked when memory runs out for a sentence on what else takes it; it may be empty.
-    """
-
-    work: str
-    instead: str
-    rows: int | None = None
-    on_message: Callable[[str], None] | None = None
-    halves: bool = True
-    on_oom_hint: Callable[[], str] = str
+    work: str  # its name in messages
+    instead: str  # advice when a single group is too large
+    rows: int | None = None  # current limit; None: none met yet
+    on_message: Callable[[str], None] | None = None  # receives a sentence for the user
+    halves: bool = True  # False: pass out-of-memory errors on
+    on_oom_hint: Callable[[], str] = str  # says what else takes memory; may be empty
 
     def fitting(self, groups: int, group_size: int, run: Callable[[int], T]) -> T:
-        """The result of `run`, which is called again with half the groups each time memory runs out.
+        """Call `run` with how many groups go together; call it again with half of them each time memory runs out.
 
-        Args:
-            groups: most groups that should go together; groups stay whole.
-            run: takes how many groups may go together, and does all of the work.
-
-        Raises:
-            RunStopped: a single group is too much.
+        `run` does all the work each time. Groups stay whole; raises RunStopped if a single one does not fit.
         """
         while True:
             together = groups if self.rows is None else max(1, min(groups, self.rows // group_size))
@@ -71,7 +57,7 @@ class RowLimit:
             except Exception as error:
                 if not (self.halves and is_out_of_memory(error)):
                     raise
-            # Not before here, since the error's traceback holds on to what `run` had allocated.
+            # Only after the except block: the error's traceback keeps what `run` allocated.
             give_back()
             if together == 1:
                 alone = "completion" if group_size == 1 else f"group of {group_size} completions"
@@ -86,12 +72,12 @@ class RowLimit:
 
 
 def slices(count: int, size: int) -> list[slice]:
-    """0…count−1 in pieces of `size`, the last one maybe smaller."""
+    """Split 0…count−1 into slices of `size`; the last may be smaller."""
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that there was no memory left, on a card or on the host."""
+    """Whether `error` says that a card or the host is out of memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     words = str(error).lower()
@@ -99,7 +85,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def give_back() -> None:
-    """Give memory that nothing uses any more back to the system and to other users of the card."""
+    """Return unused memory to the system and to other users of the card."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -109,10 +95,9 @@ def give_back() -> None:
 
 @contextlib.contextmanager
 def freed_at_once() -> Iterator[None]:
-    """What is allocated inside goes back to the system as soon as it is freed.
+    """Return memory allocated inside to the system as soon as it is freed; does nothing without glibc.
 
-    glibc would keep it: SmolLM2-135M loaded in NF4 held 556 MiB, as in fp32, in place of 169. Does nothing without
-    glibc.
+    glibc would keep it: SmolLM2-135M loaded in NF4 held 556 MiB, as in fp32, instead of 169.
     """
     if (mallopt := _glibc("mallopt")) is None:
         yield
@@ -125,5 +110,5 @@ def freed_at_once() -> Iterator[None]:
 
 
 def _glibc(name: str) -> Any:
-    """A function of glibc, or None where there is no glibc."""
+    """A function of glibc, or None without glibc."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

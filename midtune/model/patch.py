@@ -1,8 +1,7 @@
-"""Trained blocks on disk: saved, applied to a policy and removed again, merged into a checkpoint.
+"""Save trained blocks, apply them to a policy, merge them into a checkpoint.
 
-A full patch holds whole blocks under the checkpoint's own tensor names and in the checkpoint's dtype, so
-what is graded is what is deployed: patch + base equals the merged checkpoint, tensor for tensor. A LoRA
-patch is PEFT's own adapter folder.
+A full patch holds whole blocks under the checkpoint's tensor names and in its dtype, so what is graded is what is
+deployed: patch + base equals the merged checkpoint, tensor for tensor. A LoRA patch is PEFT's own adapter folder.
 """
 
 from __future__ import annotations
@@ -33,20 +32,13 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 @dataclass(frozen=True)
 class Patch:
-    """What `patch.json` says.
+    """Contents of `patch.json`."""
 
-    Attributes:
-        base_model, revision: the model the patch belongs to, as `resolve` takes it.
-        blocks: the trained blocks.
-        adapter: `full` or `lora`.
-        base_digest: sha256 of the base's tensors that the patch replaces.
-    """
-
-    base_model: str
+    base_model: str  # as `resolve` takes it
     revision: str | None
     blocks: list[int]
-    adapter: str
-    base_digest: str
+    adapter: str  # `full` or `lora`
+    base_digest: str  # sha256 of the base's tensors that the patch replaces
     schema: int = SCHEMA
 
 
@@ -69,7 +61,7 @@ def save_patch(policy: Policy, folder: Path) -> int:
 
 
 def replaced_names(policy: Policy) -> list[str]:
-    """The checkpoint's names of all tensors in the trained blocks."""
+    """Checkpoint names of all tensors in the trained blocks."""
     return [name for block in policy.trained for name in policy.checkpoint_names(block).values()]
 
 
@@ -83,11 +75,7 @@ def base_digest(source: Source, names: Iterable[str]) -> str:
 
 
 def check_base(source: Source, names: Iterable[str], patch: Patch, folder: Path) -> None:
-    """Check that the patch was trained on this base.
-
-    Raises:
-        InputError: its tensors of these names are missing or others.
-    """
+    """Raise InputError unless the patch was trained on this base: its tensors of these names are the same."""
     names = list(names)
     missing = set(names) - checkpoint_files(source.folder).keys()
     if missing or base_digest(source, names) != patch.base_digest:
@@ -98,11 +86,7 @@ def check_base(source: Source, names: Iterable[str], patch: Patch, folder: Path)
 
 
 def read_patch(folder: Path) -> Patch:
-    """What the patch in `folder` says of itself.
-
-    Raises:
-        InputError: there is no complete patch, or it is not what was written.
-    """
+    """Read `patch.json` and check the folder; raises InputError if the patch is incomplete or damaged."""
     path = folder / DESCRIPTION
     if not path.is_file():
         raise InputError(
@@ -113,7 +97,7 @@ def read_patch(folder: Path) -> Patch:
     weights = folder / (TENSORS if patch.adapter == "full" else "adapter_model.safetensors")
     if not weights.is_file():
         raise InputError(f"{folder} lacks {weights.name}; {RESTORE}.")
-    # Patches of earlier versions have no manifest.
+    # Earlier versions wrote no manifest.
     wrong = damage(folder) if (folder / MANIFEST).exists() else None
     if wrong is not None:
         raise InputError(f"{folder} is damaged ({wrong}); {RESTORE}.")
@@ -121,11 +105,7 @@ def read_patch(folder: Path) -> Patch:
 
 
 def patch_of(target: str) -> Path | None:
-    """The patch folder of a run folder or patch folder; None for anything else.
-
-    Raises:
-        InputError: a run folder without a finished patch.
-    """
+    """The patch folder of a run or patch folder, else None; raises InputError for a run without a finished patch."""
     folder = Path(target)
     if (folder / DESCRIPTION).is_file():
         return folder
@@ -139,11 +119,7 @@ def patch_of(target: str) -> Path | None:
 
 
 def require_patch(target: str) -> Path:
-    """The patch folder of a run folder or patch folder.
-
-    Raises:
-        InputError: it is neither, or has no finished patch.
-    """
+    """The patch folder of a run or patch folder; raises InputError if there is no finished patch."""
     if (folder := patch_of(target)) is None:
         raise InputError(
             f"{target} is neither a run folder nor a patch folder; give a folder that `train` made."
@@ -152,11 +128,7 @@ def require_patch(target: str) -> Path:
 
 
 def apply_patch(policy: Policy, folder: Path) -> Patch:
-    """Put the trained blocks of `folder` into a policy that holds their base model.
-
-    Raises:
-        InputError: the policy's base is another one than the patch was trained on.
-    """
+    """Load the trained blocks of `folder` into a policy; raises InputError if they were trained on another base."""
     patch = read_patch(folder)
     if patch.adapter == "lora":
         from peft import PeftModel
@@ -179,12 +151,12 @@ def apply_patch(policy: Policy, folder: Path) -> Patch:
 
 
 def merge_patch(source: Source, tensors: dict[str, torch.Tensor], out: Path) -> int:
-    """Write a complete checkpoint, the base's files with `tensors` in their places; returns the bytes written.
+    """Write a complete checkpoint, the base's files with `tensors` replaced; returns the bytes written.
 
-    One shard is in memory at a time; `out` appears when it is complete.
+    Keeps one shard in memory at a time; `out` appears when complete.
 
     Raises:
-        InputError: `out` holds something already, the disk is too full, or the base is stored in 4-bit.
+        InputError: `out` is not empty, the disk is too full, or the base is stored in 4-bit.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} already exists and is not empty; choose another --out.")
@@ -193,7 +165,7 @@ def merge_patch(source: Source, tensors: dict[str, torch.Tensor], out: Path) -> 
     need = sum(file.stat().st_size for file in set(files.values()))
     require_space(out, need, "the merged model", "choose another --out")
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    # Programs that load the checkpoint expect their own files alone.
+    # Programs that load the checkpoint expect only its own files.
     with written_whole(out.absolute(), sealed=False) as scratch:
         for file in sorted(source.folder.iterdir()):
             if file.is_file() and not file.name.endswith(WEIGHTS):
@@ -210,13 +182,13 @@ def merge_patch(source: Source, tensors: dict[str, torch.Tensor], out: Path) -> 
                 whole[name] = tensors[name].to(whole[name].dtype)
             save_file(whole, scratch / shard.name, metadata=metadata)
         if out.exists():
-            # Refuses if something has been put there in the meantime, where rmtree would not.
+            # Unlike rmtree, this refuses if something was put there meanwhile.
             out.rmdir()
     return sum(file.stat().st_size for file in out.iterdir())
 
 
 def check_unquantized(source: Source) -> None:
-    """Raise InputError if the checkpoint is in 4-bit, so that trained blocks cannot be put into its files."""
+    """Raise InputError if the checkpoint is in 4-bit, whose files cannot take trained blocks."""
     if any(name.endswith(".absmax") for name in checkpoint_files(source.folder)):
         raise InputError(
             f"{source.name} is stored in 4-bit, so whole blocks cannot be put into its files; "
@@ -225,10 +197,9 @@ def check_unquantized(source: Source) -> None:
 
 
 def deployed_tensors(source: Source, folder: Path) -> dict[str, torch.Tensor]:
-    """The trained blocks of the patch in `folder`, under the checkpoint's names; LoRA multiplied into the base.
+    """The trained blocks of a patch, under the checkpoint's names; LoRA is multiplied into the base.
 
-    Raises:
-        InputError: the patch is damaged or belongs to another base, or the base is stored in 4-bit.
+    Raises InputError if the patch is damaged or belongs to another base, or the base is stored in 4-bit.
     """
     patch = read_patch(folder)
     check_unquantized(source)

@@ -23,13 +23,12 @@ if TYPE_CHECKING:
 
 
 class Policy:
-    """A causal language model with every parameter frozen, but for the blocks in `trained`.
+    """A causal language model, frozen except for the blocks in `trained`.
 
     Args:
-        model: the loaded model, its frozen linear layers in 4-bit or not.
-        tokenizer: its tokenizer, with a chat template.
-        source: where it came from; original tensors are read from there when a block is thawed.
-        compute_dtype: the dtype of activations; parameters of trained blocks are always fp32.
+        tokenizer: with a chat template.
+        source: where `thaw` reads a block's original tensors.
+        compute_dtype: dtype of activations; trained parameters are always fp32.
         stored_quantized: the checkpoint itself is in 4-bit, so there are no original tensors to read.
     """
 
@@ -48,7 +47,7 @@ class Policy:
         self.compute_dtype = compute_dtype
         self.stored_quantized = stored_quantized
         self.stack_name, self.blocks = find_blocks(model)
-        # As they are without LoRA, which renames them.
+        # LoRA renames parameters; these are their names without it.
         self._parameter_names = [{name for name, _ in block.named_parameters()} for block in self.blocks]
         self.quantized = is_quantized(model)
         self.total_parameters = count_parameters(model)
@@ -56,7 +55,7 @@ class Policy:
         self.adapted: list[int] = []
         self._frozen: dict[int, nn.Module] = {}
         self._reference: dict[int, nn.Module] = {}
-        # What parameters outside the blocks held before `thaw_all`.
+        # Values of the parameters outside the blocks before `thaw_all`.
         self._outside: dict[nn.Parameter, torch.Tensor] = {}
 
     @property
@@ -65,7 +64,7 @@ class Policy:
 
     @property
     def computes(self) -> str:
-        """Where and in what, for people: `cuda:0 in bfloat16`."""
+        """Device and dtype, for people: `cuda:0 in bfloat16`."""
         return f"{self.device} in {str(self.compute_dtype).removeprefix('torch.')}"
 
     @property
@@ -74,7 +73,7 @@ class Policy:
 
     @property
     def trained(self) -> list[int]:
-        """The blocks that are trained now, in order."""
+        """Numbers of the blocks trained now, ascending."""
         return self.adapted or sorted(self._frozen)
 
     @property
@@ -84,14 +83,14 @@ class Policy:
 
     @property
     def stop_token_ids(self) -> list[int]:
-        """Every token that ends a completion, by the model's generation config and by its tokenizer."""
+        """Every token that ends a completion, by the generation config and the tokenizer."""
         declared = self.model.generation_config.eos_token_id if self.model.generation_config else None
         ids = [declared] if isinstance(declared, int) else list(declared or [])
         own = self.tokenizer.eos_token_id
         return list(dict.fromkeys(ids + ([own] if own is not None else [])))
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Lets fp32 blocks work among activations of the compute dtype; does nothing in fp32."""
+        """Let fp32 blocks work among activations of the compute dtype; does nothing in fp32."""
         if self.compute_dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
@@ -105,11 +104,7 @@ class Policy:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def thaw(self, block: int) -> None:
-        """Make `block` trainable: fp32 masters read from the checkpoint, the 4-bit block set aside.
-
-        Raises:
-            InputError: the model has no such block.
-        """
+        """Replace `block` by trainable fp32 masters from the checkpoint; raises InputError if it does not exist."""
         self.check_block(block)
         if block in self._frozen:
             return
@@ -118,10 +113,9 @@ class Policy:
         self._frozen[block] = frozen
 
     def thaw_all(self) -> None:
-        """Make every parameter trainable, embeddings, final norm and head too, for full training.
+        """Make every parameter trainable, embeddings, final norm and head too.
 
-        Raises:
-            InputError: the model is in 4-bit, or its input embedding is on the host.
+        Raises InputError if the model is in 4-bit or its input embedding on the host.
         """
         if self.quantized:
             raise InputError(
@@ -143,7 +137,7 @@ class Policy:
                 parameter.requires_grad_(True)
 
     def restore(self) -> None:
-        """Put back everything that was thawed or wrapped by LoRA, bit for bit; what was trained is dropped."""
+        """Undo thawing and LoRA, bit for bit; drops what was trained."""
         if self.adapter is not None:
             self.adapter.unload()
             self.adapter, self.adapted = None, []
@@ -176,13 +170,13 @@ class Policy:
         self.use_adapter(get_peft_model(self.model, config), blocks)
 
     def use_adapter(self, adapter: PeftModel, blocks: list[int]) -> None:
-        """Take a PEFT model built on this policy's model as what is trained on `blocks`."""
+        """Train an existing PEFT adapter of this policy's model on `blocks`."""
         self.adapter, self.adapted = adapter, sorted(blocks)
         for parameter in self.trained_parameters().values():
             parameter.data = parameter.data.float()
 
     def keep_reference(self) -> None:
-        """Remember the trained blocks as they are now; `reference` computes with them."""
+        """Keep a copy of the trained blocks; `reference` computes with it."""
         if self.adapter is None:
             self._reference = {k: copy.deepcopy(self.blocks[k]).requires_grad_(False) for k in self._frozen}
 
@@ -202,10 +196,7 @@ class Policy:
             self._put(current, outside)
 
     def original_tensors(self, block: int) -> dict[str, torch.Tensor]:
-        """The block's tensors as the checkpoint stores them, by name inside the block, on the CPU.
-
-        Empty where the checkpoint itself is quantized.
-        """
+        """The checkpoint's tensors of a block, by name inside it, on the CPU; empty if the checkpoint is quantized."""
         if self.stored_quantized:
             return {}
         names = self.checkpoint_names(block)
@@ -215,10 +206,8 @@ class Policy:
     def deployed_blocks(self, *, as_stored: bool = False) -> dict[str, torch.Tensor]:
         """The trained blocks as an unquantized model holds them, by the checkpoint's names, on the CPU.
 
-        LoRA is multiplied into the checkpoint's own weights.
-
-        Args:
-            as_stored: in the checkpoint's dtype where it has one that is not quantized; otherwise fp32.
+        LoRA is multiplied into the checkpoint's own weights. With `as_stored`, tensors have the checkpoint's dtype
+        unless it is quantized; otherwise they are fp32.
         """
         tensors = {}
         for block in self.trained:
@@ -237,11 +226,7 @@ class Policy:
         return tensors
 
     def checkpoint_names(self, block: int) -> dict[str, str]:
-        """Name inside the block → the checkpoint's own name, for every parameter of the block.
-
-        Raises:
-            InputError: the checkpoint stores the block in another layout than the loaded model.
-        """
+        """Name inside the block → checkpoint name, of every parameter; raises InputError if their layouts differ."""
         marker = f"{self.stack_name.rpartition('.')[2]}.{block}."
         wanted = self._parameter_names[block]
         by_prefix: dict[str, dict[str, str]] = {}
@@ -258,7 +243,7 @@ class Policy:
         )
 
     def check_block(self, block: int) -> None:
-        """Raises InputError if the model has no block of that number."""
+        """Raise InputError if the model has no block of that number."""
         if not 0 <= block < self.num_blocks:
             raise InputError(
                 f"block {block} was asked for, but {self.source.name} has {self.num_blocks} blocks, "
@@ -269,14 +254,14 @@ class Policy:
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """Inside `Policy.autocast`, compute in the dtype of the inputs: fp32 stays fp32.
 
-    Autocast lowers products and raises sums, logarithms and norms, not the same ones on a CPU and on a GPU. So
-    log-probs, entropies and sums over the vocabulary are computed without it.
+    For log-probs, entropies and sums over the vocabulary: autocast lowers products and raises sums, logarithms and
+    norms, and not the same ones on CPU and GPU.
     """
     return torch.autocast(device.type, enabled=False)
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Number of parameters, 4-bit ones counted as the weights they stand for, shared ones once."""
+    """Number of parameters; 4-bit ones count as the weights they stand for, shared ones once."""
     total = 0
     for parameter in module.parameters():
         state = getattr(parameter, "quant_state", None)

@@ -1,4 +1,4 @@
-"""Frozen linear layers in 4-bit NF4; a block thawed to fp32 and frozen again."""
+"""Hold frozen linear layers in 4-bit NF4, and thaw a block to fp32."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def nf4_config(compute_dtype: torch.dtype, keep: list[str]) -> BitsAndBytesConfig:
-    """NF4 with double quantization for every linear layer except the modules named in `keep`."""
+    """NF4 with double quantization for every linear layer except the modules in `keep`."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -32,10 +32,9 @@ def nf4_config(compute_dtype: torch.dtype, keep: list[str]) -> BitsAndBytesConfi
 
 
 def clear_quantized_markers(model: PreTrainedModel) -> None:
-    """Make `model` an ordinary module again for the libraries above.
+    """Remove transformers' marks of a quantized model.
 
-    With them, transformers' Trainer refuses a model without a PEFT adapter, and TRL silently casts fp32 master
-    weights to bf16.
+    With them, its Trainer demands a PEFT adapter, and TRL silently casts fp32 master weights to bf16.
     """
     loaded = ("is_loaded_in_4bit", "is_loaded_in_8bit")
     for marker in (*loaded, "is_quantized", "hf_quantizer", "quantization_method"):
@@ -48,8 +47,8 @@ def clear_quantized_markers(model: PreTrainedModel) -> None:
 def forbid_cpu_packing(model: nn.Module) -> None:
     """Keep bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16.
 
-    It would do so in the first forward pass without gradients; from then on it computes in bf16 and, silently,
-    passes no gradient to the layers below.
+    It repacks in the first forward pass without gradients; from then on it computes in bf16 and silently passes no
+    gradient to the layers below.
     """
     for part in model.modules():
         if isinstance(part, bnb.nn.Linear4bit):
@@ -62,16 +61,11 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def thawed(block: nn.Module, originals: Mapping[str, torch.Tensor]) -> nn.Module:
-    """A trainable fp32 copy of a frozen block.
+    """A trainable fp32 copy of a frozen block, with ordinary layers on the same device.
 
-    It has ordinary layers on the same device, and every parameter requires a gradient.
-
-    Args:
-        block: a decoder block, its linear layers in 4-bit or not; it is left as it is.
-        originals: the block's tensors as the checkpoint stores them, by their name inside the block. A
-            tensor that is missing here is taken from the block, dequantized where it is in 4-bit.
+    `originals` are the checkpoint's tensors by name inside the block; missing ones come from `block`, dequantized.
     """
-    # Linear layers are shared with the frozen block during the copy, so 4-bit data is never duplicated.
+    # The copy shares linear layers with the frozen block, so 4-bit data is never duplicated.
     linears = {id(part): part for part in block.modules() if isinstance(part, bnb.nn.Linear4bit)}
     fresh = copy.deepcopy(block, dict(linears))
     for name, part in list(fresh.named_modules()):
@@ -96,14 +90,14 @@ def _as_linear(part: bnb.nn.Linear4bit, original: torch.Tensor | None) -> nn.Lin
 
 
 def dequantized(weight: Any) -> torch.Tensor:
-    """The full-precision values that a 4-bit parameter stands for, [out, in]."""
+    """The full-precision values of a 4-bit parameter, [out, in]."""
     return bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
 
 
 def nf4_error(device: torch.device, compute_dtype: torch.dtype) -> float:
     """Largest error of 4-bit kernels against dequantized weights, as a share of the largest value.
 
-    Of a product, its gradient, and the product of a single row, which has a kernel of its own.
+    Covers a product, its gradient, and the product of a single row, which has its own kernel.
     """
     source = torch.Generator().manual_seed(0)
     layer = bnb.nn.Linear4bit(
@@ -125,16 +119,16 @@ def nf4_error(device: torch.device, compute_dtype: torch.dtype) -> float:
 
 @contextlib.contextmanager
 def unpacked(model: nn.Module, dtype: torch.dtype, *, rows: int, most_bytes: int) -> Iterator[None]:
-    """Inside the context, hold linear layers' weights as a decoding step reads them fastest.
+    """Inside the context, hold linear weights in the layout that decodes fastest.
 
-    4-bit weights are dequantized once, not once a step. On a CPU every weight is also laid out for oneDNN, which
-    multiplies a few rows up to three times as fast. Results differ by rounding alone.
+    4-bit weights are dequantized once instead of every step. On a CPU weights are also laid out for oneDNN, which
+    multiplies a few rows up to three times as fast. Results differ only by rounding.
 
     Args:
-        model: no weight in it may change inside the context, and no gradient is taken.
-        dtype: what 4-bit weights become, and inputs are in.
+        model: its weights must not change inside the context, and no gradient is taken.
+        dtype: of inputs and of dequantized weights.
         rows: about how many rows a step computes.
-        most_bytes: what the copies may take; layers beyond it are left as they are.
+        most_bytes: limit for the copies; layers beyond it stay as they are.
     """
     changed = []
     try:
@@ -143,7 +137,7 @@ def unpacked(model: nn.Module, dtype: torch.dtype, *, rows: int, most_bytes: int
                 continue
             packed = isinstance(part, bnb.nn.Linear4bit)
             wanted = dtype if packed else part.weight.dtype
-            # oneDNN's product takes inputs of the weight's dtype alone, and they come in the compute dtype.
+            # oneDNN's product needs inputs of the weight's dtype, and inputs have the compute dtype.
             fast = wanted == dtype and _has_fast_layout(part.weight.device, dtype)
             most_bytes -= part.in_features * part.out_features * wanted.itemsize if packed or fast else 0
             if most_bytes < 0:
@@ -163,7 +157,7 @@ def unpacked(model: nn.Module, dtype: torch.dtype, *, rows: int, most_bytes: int
 def _product(
     weight: torch.Tensor, bias: torch.Tensor | None, rows: int | None
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """inputs → inputs · weightᵀ + bias; oneDNN's layout for `rows` rows, None: the weight as it is."""
+    """inputs → inputs · weightᵀ + bias; in oneDNN's layout for `rows` rows, None: the weight as it is."""
     if rows is None:
         return partial(F.linear, weight=weight, bias=bias)
     laid_out = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
@@ -171,7 +165,7 @@ def _product(
 
 
 def _has_fast_layout(device: torch.device, dtype: torch.dtype) -> bool:
-    # Torch has these operators for its own compiler; a build without oneDNN has not.
+    # Torch has these operators for its own compiler; builds without oneDNN lack them.
     if device.type != "cpu" or dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return False
     return all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))

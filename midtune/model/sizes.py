@@ -1,4 +1,4 @@
-"""How many parameters a model has, and where: from its configuration alone."""
+"""Count a model's parameters by place, from its configuration alone."""
 
 from __future__ import annotations
 
@@ -13,26 +13,16 @@ from midtune.model.blocks import config_from, find_blocks
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters of a model.
-
-    Attributes:
-        blocks: number of decoder blocks.
-        linear, rest: of one block, in linear layers and elsewhere.
-        widths: inputs plus outputs of one block's linear layers, which LoRA's matrices span.
-        embedding: of the input embedding.
-        head: of the output head; 0 where it is the input embedding.
-        outside: of everything else.
-        hidden: width of the residual stream.
-    """
+    """Numbers of a model's parameters."""
 
     blocks: int
-    linear: int
-    rest: int
-    widths: int
+    linear: int  # in one block's linear layers
+    rest: int  # elsewhere in one block
+    widths: int  # inputs plus outputs of one block's linear layers, which LoRA's matrices span
     embedding: int
-    head: int
-    outside: int
-    hidden: int
+    head: int  # 0 if it is the input embedding
+    outside: int  # all but the blocks, the embedding and the head
+    hidden: int  # width of the residual stream
 
     @property
     def block(self) -> int:
@@ -40,7 +30,7 @@ class Sizes:
 
     @property
     def projection(self) -> int:
-        """Weights that make logits, whether or not they are the input embedding too."""
+        """Weights of the product that makes logits, tied or not."""
         return self.head or self.embedding
 
     @property
@@ -54,7 +44,7 @@ def blocks_of(config: PretrainedConfig) -> int:
 
 
 def sizes_of(config: PretrainedConfig) -> Sizes:
-    """Sizes of the model that `config` describes; nothing is allocated."""
+    """Sizes of the model that `config` describes; allocates nothing."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config_from(config, 0, 1))
     block = find_blocks(model)[1][0]

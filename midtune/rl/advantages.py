@@ -1,4 +1,4 @@
-"""Advantages that TRL does not form, as pure functions; those of GRPO and Dr. GRPO are its own.
+"""Pure functions for the advantages TRL does not compute; GRPO's and Dr. GRPO's are its own.
 
 NaN means no reward function scored the completion. It is left out of the group mean and gets advantage 0.
 """
@@ -12,7 +12,7 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-# What TRL adds to a standard deviation before it divides by it.
+# TRL adds this to a standard deviation before dividing by it.
 EPSILON = 1e-4
 
 Values = NDArray[np.float64]
@@ -20,27 +20,21 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Turns:
-    """An episode, a turn at a time.
+    """An episode, turn by turn; turns in equal states are compared."""
 
-    Args:
-        states: [T] what the environment was in when the policy acted; turns in equal states are compared.
-        rewards: [T] what each action was given at once; their sum is the episode's.
-    """
-
-    states: Sequence[Hashable]
-    rewards: Sequence[float]
+    states: Sequence[Hashable]  # [T], the environment's when the policy acted
+    rewards: Sequence[float]  # [T], immediate; they sum to the episode's reward
 
 
 def leave_one_out(rewards: Values) -> Values:
-    """RLOO (arXiv 2402.14740): each reward less the mean of the others of its group, [N, G] → [N, G]."""
+    """RLOO (arXiv 2402.14740): each reward minus the mean of the others in its group, [N, G] → [N, G]."""
     return np.array([_against_others(group) for group in rewards])
 
 
 def group_relative(rewards: Values, *, scaled: bool = True) -> Values:
-    """GRPO (arXiv 2402.03300): rewards less the mean of their group, by its standard deviation, [N, G] → [N, G].
+    """GRPO (arXiv 2402.03300): rewards minus their group's mean, over its standard deviation, [N, G] → [N, G].
 
-    Args:
-        scaled: divide by standard deviations, of samples (G − 1) as in TRL; without, as in Dr. GRPO (2503.20783).
+    The standard deviation is of samples (G − 1), as in TRL. Not `scaled` is Dr. GRPO (2503.20783): no division.
     """
     return np.array([_normalized(group, scaled) for group in rewards])
 
@@ -52,14 +46,10 @@ def discounted_returns(rewards: Sequence[float], gamma: float) -> Values:
 
 
 def turn_relative(group: Sequence[Turns], gamma: float, *, scaled: bool = True) -> list[Values]:
-    """The turn-level half of GiGPO: discounted returns, compared among the turns that began in equal states.
+    """GiGPO's turn-level half: discounted returns, compared among turns that began in equal states.
 
-    Args:
-        group: episodes that began alike. A state that an episode comes back to counts each time.
-        scaled: divide differences from the mean by the standard deviation.
-
-    Returns:
-        For each episode its [T] advantages; 0 where a state was met but once.
+    The episodes of `group` have equal starts; a state an episode returns to counts each time. If `scaled`, differences
+    from the mean are divided by the standard deviation. Returns each episode's [T] advantages, 0 in a state met once.
     """
     found = [discounted_returns(episode.rewards, gamma) for episode in group]
     anchors: dict[Hashable, list[tuple[int, int]]] = {}
@@ -76,17 +66,17 @@ def turn_relative(group: Sequence[Turns], gamma: float, *, scaled: bool = True) 
 def gigpo(
     rewards: Values, episodes: Sequence[Turns], *, omega: float, gamma: float, scaled: bool = True
 ) -> list[Values]:
-    """GiGPO (arXiv 2505.10978, equations 3 to 8): how an episode did in its group, and ω × how a turn did in its state.
+    """GiGPO (arXiv 2505.10978, equations 3 to 8): an episode's advantage in its group + ω × a turn's in its state.
 
     Args:
         rewards: [N, G] of whole episodes; the G of a row began alike.
         episodes: N·G in the same order.
         omega: weight of the turn-level half.
-        gamma: discount of later rewards in it.
+        gamma: its discount of later rewards.
         scaled: divide by standard deviations in both halves; the paper also has both without.
 
     Returns:
-        For each episode the [T] advantages of its turns.
+        [T] advantages of each episode's turns.
     """
     size = rewards.shape[1]
     whole = group_relative(rewards, scaled=scaled).flatten()
@@ -99,7 +89,7 @@ def gigpo(
 
 
 def _against_others(values: Values) -> Values:
-    """Values less the mean of the others; exactly 0 where all are equal."""
+    """Values minus the mean of the others; exactly 0 if all are equal."""
     known = values[~np.isnan(values)]
     if len(known) < 2 or np.ptp(known) == 0:
         return np.zeros_like(values)
@@ -107,7 +97,7 @@ def _against_others(values: Values) -> Values:
 
 
 def _normalized(values: Values, scaled: bool) -> Values:
-    """Values less their mean, divided by their standard deviation if `scaled`; exactly 0 where all are equal."""
+    """Values minus their mean, divided by their standard deviation if `scaled`; exactly 0 if all are equal."""
     known = values[~np.isnan(values)]
     if len(known) < 2 or np.ptp(known) == 0:
         return np.zeros_like(values)

@@ -1,4 +1,4 @@
-"""What each algorithm is called in TRL, with the clip ranges its authors use, and advantages that are not TRL's."""
+"""Each algorithm's name in TRL, its authors' clip ranges, and the advantages TRL does not have."""
 
 from __future__ import annotations
 
@@ -35,13 +35,12 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "gigpo": {"loss_type": "dapo", "scale_rewards": "group", "epsilon": 0.2},
 }
 
-# Rewards [N, G], and what happened turn by turn where a task is played in turns → advantages [N, G], or for each
-# of the N·G episodes those of its turns.
+# Rewards [N, G], and turns if a task has them → advantages [N, G], or those of the turns of each of the N·G episodes.
 Advantages = Callable[[Values, Sequence[Turns]], Values | list[Values]]
 
 
 def algorithm_arguments(settings: TrainingConfig) -> dict[str, Any]:
-    """Arguments of TRL's GRPOConfig; `settings.epsilon` replaces the clip range on both sides."""
+    """Arguments for TRL's GRPOConfig; `settings.epsilon` replaces the clip range on both sides."""
     arguments = dict(ALGORITHMS[settings.algorithm])
     if settings.epsilon is not None:
         arguments["epsilon"] = settings.epsilon
@@ -50,7 +49,7 @@ def algorithm_arguments(settings: TrainingConfig) -> dict[str, Any]:
 
 
 def own_advantages(settings: TrainingConfig) -> Advantages | None:
-    """What forms the advantages of the algorithm; None where TRL does."""
+    """The function for the algorithm's advantages; None if TRL computes them."""
     if settings.algorithm == "rloo":
         return lambda rewards, episodes: leave_one_out(rewards)
     if settings.algorithm == "gigpo":
@@ -64,11 +63,10 @@ def own_advantages(settings: TrainingConfig) -> Advantages | None:
 
 
 def groups_per_micro_batch(prompts_per_step: int, group_tokens: int, budget: int) -> int:
-    """How many whole groups go through one backward pass.
+    """How many whole groups go through one backward pass; divides `prompts_per_step`, so micro-batches are equal.
 
     Args:
-        prompts_per_step: groups of one step; the result divides it, so that micro-batches are equal.
-        group_tokens: most tokens a group can have: group size × (longest prompt + longest completion).
+        group_tokens: most tokens in a group: group size × (longest prompt + longest completion).
         budget: most tokens in a micro-batch; a single group may exceed it.
     """
     fitting = [

@@ -1,4 +1,4 @@
-"""What midtune promises of training, checked while it trains: nothing but the chosen blocks moves, in fp32."""
+"""Check during training what midtune promises: only the chosen blocks change, in fp32."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ MOST_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05
 
 
 def check_trainable(policy: Policy) -> None:
-    """Check what midtune promises: trained parameters are fp32 and, but for full training, in the chosen blocks.
+    """Raise MidtuneError unless trained parameters are fp32 and, if not all are trained, in the chosen blocks.
 
-    Raises:
-        MidtuneError: they are not; a library underneath has changed its ways.
+    It means that an underlying library has changed its behaviour.
     """
     prefixes = tuple(f"{policy.stack_name}.{k}." for k in policy.trained)
     for name, parameter in policy.trained_parameters().items():
@@ -29,12 +28,12 @@ def check_trainable(policy: Policy) -> None:
 
 
 def compare_log_probs(policy: Policy, rollout: Rollout, log_probs: torch.Tensor) -> None:
-    """Check that the update computes what the sampler did with the same weights.
+    """Check that the update computes the sampler's log-probs with the same weights.
 
     Raises:
-        RunStopped: they are not numbers, since fp16 has no room for what the model computes.
-        MidtuneError: it does not; the architecture does something between its blocks and its logits, such as
-            scaling them, that the tail leaves out.
+        RunStopped: they are not numbers, since the model's values overflow fp16.
+        MidtuneError: they differ; the architecture changes something between blocks and logits, such as their scale,
+            that the tail leaves out.
     """
     mask = rollout.scored.bool()
     difference = (log_probs.detach() - rollout.log_probs)[mask].abs().mean().item()
@@ -51,7 +50,7 @@ def compare_log_probs(policy: Policy, rollout: Rollout, log_probs: torch.Tensor)
 
 
 def frozen_checksums(policy: Policy) -> dict[str, int]:
-    """Name → checksum of the bytes of every tensor that is not trained."""
+    """Name → byte checksum of every tensor that is not trained."""
     tensors = [*policy.model.named_parameters(), *policy.model.named_buffers()]
     return {
         name: _checksum(tensor.detach().contiguous().flatten().view(torch.uint8))
@@ -61,9 +60,6 @@ def frozen_checksums(policy: Policy) -> dict[str, int]:
 
 
 def _checksum(octets: torch.Tensor) -> int:
-    """The sum of bytes [N] taken eight at a time as integers, modulo 2⁶⁴.
-
-    Adding them up one by one would first make an integer of eight bytes of each.
-    """
+    """The sum of bytes [N] taken eight at a time as integers, modulo 2⁶⁴; single bytes would each grow to eight."""
     whole = len(octets) // 8 * 8
     return int(octets[:whole].view(torch.int64).sum()) + int(octets[whole:].sum())

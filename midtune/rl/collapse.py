@@ -1,4 +1,4 @@
-"""Whether a run has collapsed: the model learned, and now writes the same, worse completion every time."""
+"""Detect collapse: the model learned, and now writes the same, worse completion every time."""
 
 from __future__ import annotations
 
@@ -13,17 +13,11 @@ WINDOW = 10
 
 @dataclass(frozen=True)
 class Collapse:
-    """Where a run collapsed.
+    """Where a run collapsed."""
 
-    Args:
-        steps: how many had been done when it showed.
-        best: highest mean reward of ten steps before.
-        now: mean reward of the last ten.
-    """
-
-    steps: int
-    best: float
-    now: float
+    steps: int  # steps done when it showed
+    best: float  # highest earlier mean reward of ten steps
+    now: float  # mean reward of the last ten
 
     def __str__(self) -> str:
         return (
@@ -34,14 +28,10 @@ class Collapse:
 
 
 def find_collapse(rewards: Sequence[float], equal_groups: Sequence[float]) -> Collapse | None:
-    """The first collapse of a run, or None.
+    """The first collapse of a run, or None, from each step's mean reward and share of groups with equal rewards.
 
     All groups had equal rewards for ten steps, after some had unequal ones, and the mean reward of these steps is
     below the best mean of ten steps by more than three standard errors and a tenth of the range of all rewards.
-
-    Args:
-        rewards: mean reward of each step.
-        equal_groups: share of each step's groups whose rewards are all equal.
     """
     best: Sequence[float] = ()
     for end in range(WINDOW, len(rewards) + 1):
@@ -58,6 +48,6 @@ def find_collapse(rewards: Sequence[float], equal_groups: Sequence[float]) -> Co
 
 
 def collapse_in(steps: Sequence[Mapping[str, Any]]) -> Collapse | None:
-    """The first collapse in the lines of metrics.jsonl; steps without a reward are left out."""
+    """The first collapse in lines of metrics.jsonl; skips steps without a reward."""
     known = [step for step in steps if step["reward"] is not None]
     return find_collapse([step["reward"] for step in known], [step["equal_groups"] for step in known])

@@ -1,4 +1,4 @@
-"""Gradients accumulated in bf16, half the bytes, while parameters stay in fp32."""
+"""Accumulate gradients in bf16, half the bytes, while parameters stay in fp32."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ from torch import nn
 class Bf16Gradients:
     """Moves each gradient into a bf16 sum as soon as backward has made it.
 
-    PyTorch keeps `.grad` in the dtype of its parameter, so the sums stay outside it until the optimizer's step.
-
-    Args:
-        parameters: the trained ones.
+    PyTorch keeps `.grad` in its parameter's dtype, so the sums stay outside it until the optimizer's step.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:

@@ -1,4 +1,4 @@
-"""What happens around each step: metrics, samples, warnings, and stopping when nothing can be learned."""
+"""Record each step: metrics, samples, warnings; stop when nothing can be learned."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from midtune.rl.trainer import LayerGRPOTrainer
 
 SAMPLES_PER_STEP = 2
-# A checkpoint follows the last one after so many times the seconds that it took: 2% of the time goes into them.
+# Seconds between checkpoints, as a multiple of the seconds that one takes: 2% of the time goes into them.
 CHECKPOINT_SPACING = 50
-# What a killed process may lose of training, at most, if steps are shorter.
+# Most training time a killed process may lose, if steps are shorter.
 MOST_LOST_S = 120.0
 FIELDS = {
     "reward": "reward",
@@ -43,31 +43,24 @@ FIELDS = {
 class StepRecorder(TrainerCallback):
     """Turns TRL's logs into one line of metrics a step.
 
-    Args:
-        meter: where the trainer charges its phases.
-        on_step: receives a metrics line: step, reward, rewards (the mean of each, where it is a weighted sum of
-            several), equal_groups (share of groups whose rewards are all
-            equal), completion_length (tokens), clipped (share cut at the limit), turns and shown_length (of an
-            episode, where the task is played in turns: actions, and tokens that its environment showed),
-            vllm_difference (mean difference of a token's log-prob between vLLM and the policy), loss, grad_norm, lr,
-            rollout_s, reward_s, update_s, step_s, tokens_per_s (of the rollout), memory_bytes, elapsed_s;
-            where the meter has them, rollout_peak_bytes, reward_peak_bytes, update_peak_bytes and, on CUDA,
-            rollout_reserved_bytes and so on; and once memory has run out, sampling_rows or update_rows (most
-            completions that go together since).
-        on_sample: receives some completions with their rewards.
-        on_message: receives a sentence for the person who watches.
-        stop_requested: asked after every step; True saves a checkpoint and ends training.
-        stop_after: a step after which training ends likewise.
-        settings: of the run.
+    The line that `on_step` receives holds:
+
+    - step, reward, rewards (the mean of each part of a weighted sum), equal_groups (share of groups whose rewards are
+      all equal), completion_length (tokens), clipped (share cut at the limit), loss, grad_norm, lr;
+    - in tasks played in turns, turns and shown_length (actions of an episode, tokens its environment showed); with
+      vLLM, vllm_difference (mean difference of a token's log-prob between vLLM and the policy);
+    - rollout_s, reward_s, update_s, step_s, tokens_per_s (of the rollout), memory_bytes, elapsed_s; if the meter has
+      them, rollout_peak_bytes, reward_peak_bytes, update_peak_bytes and, on CUDA, rollout_reserved_bytes and so on;
+    - after memory has run out, sampling_rows or update_rows (most completions that go together since).
     """
 
-    meter: Meter
+    meter: Meter  # the trainer charges its phases to it
     _: KW_ONLY
     on_step: Callable[[dict[str, Any]], None]
-    on_sample: Callable[[dict[str, Any]], None]
-    on_message: Callable[[str], None]
-    stop_requested: Callable[[], bool]
-    stop_after: int | None
+    on_sample: Callable[[dict[str, Any]], None]  # receives some completions with their rewards
+    on_message: Callable[[str], None]  # receives a sentence for the user
+    stop_requested: Callable[[], bool]  # called after every step; True saves a checkpoint and ends training
+    stop_after: int | None  # a step after which training ends likewise
     settings: TrainingConfig
     trainer: LayerGRPOTrainer = field(init=False)
 
@@ -84,7 +77,7 @@ class StepRecorder(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # A resumed run knows from its checkpoint what the steps before it were like.
+        # A resumed run reads its earlier steps from the checkpoint.
         known = [log for log in state.log_history if "reward" in log]
         self._rewards = [log["reward"] for log in known]
         self._equal_groups = [log["frac_reward_zero_std"] for log in known]
@@ -120,7 +113,7 @@ class StepRecorder(TrainerCallback):
             control.should_save = True
 
     def _checkpoint_is_due(self, step_s: float) -> bool:
-        """Whether time asks for a checkpoint; the first step does, which tells what one takes."""
+        """Whether a checkpoint is due; the first step always saves one, to time it."""
         since, takes_s = self.meter.clock() - self._saved, self.trainer.checkpoint_s
         return since >= CHECKPOINT_SPACING * takes_s or since + step_s + takes_s > MOST_LOST_S
 

@@ -1,4 +1,4 @@
-"""Rewards that shape completions, whatever their answers: TRL's, for text as well as for chats."""
+"""TRL's rewards that shape completions, whatever their answers, for text and chats."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trl.rewards import (
 
 from midtune.tasks.rewards import Reward, completion_text, named
 
-# Of DAPO's 20,480 tokens the last 4,096 (arXiv 2503.14476, 3.4).
+# The last 4,096 of DAPO's 20,480 tokens (arXiv 2503.14476, 3.4).
 _PUNISHED_SHARE = 0.2
 _ANSWER = re.compile(r"\s*<answer>(?:(?!</?answer>).)*</answer>\s*", re.DOTALL)
 
@@ -22,10 +22,10 @@ _ANSWER = re.compile(r"\s*<answer>(?:(?!</?answer>).)*</answer>\s*", re.DOTALL)
 def shaping_reward(name: str, max_new_tokens: int, *, thinking: bool = False) -> Reward:
     """The reward `format`, `length` or `repetition`.
 
-    - `format`: 1 for `<think>…</think>` and then one `<answer>…</answer>`, else 0; where the prompt ends with
-      `<think>` already (`thinking`), a completion goes on from there.
-    - `length`: 0, and down to -1 over the last fifth of `max_new_tokens` (DAPO's soft overlong punishment).
-    - `repetition`: minus the share of 3-grams of tokens that have been there before.
+    - `format`: 1 for `<think>…</think>` and then one `<answer>…</answer>`, else 0; if the prompt already ends with
+      `<think>` (`thinking`), the completion continues from there.
+    - `length`: 0, falling to -1 over the last fifth of `max_new_tokens` (DAPO's soft overlong punishment).
+    - `repetition`: minus the share of repeated 3-grams of tokens.
     """
     if name == "format":
         return named(_format("<think>" if thinking else ""), name)

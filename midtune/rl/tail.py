@@ -1,8 +1,7 @@
-"""Log-probabilities of completions from boundary states, through blocks k…L−1 and the head alone.
+"""Log-probabilities of completions from boundary states, through only blocks k…L−1 and the head.
 
 Each prompt passes once; its group shares its keys and values, with their gradient. Completions pass in packs of
-similar length, which keeps padding small. Logits are made once, for a chunk of tokens at a time, so [B, T, V]
-never exists.
+similar length, to keep padding small. Logits are made once, one chunk of tokens at a time, so [B, T, V] never exists.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ from midtune.model.policy import Policy, full_precision
 from midtune.rollout.boundary import positions
 from midtune.rollout.sampling import Rollout
 
-# Logits of one chunk in fp32 take this many values: 64 MiB. More is slower on a CPU, which has to be given new
-# pages for every tensor, and no faster elsewhere.
+# Values in one chunk's logits: 64 MiB in fp32. More is slower on a CPU, which needs new pages for every tensor, and no
+# faster elsewhere.
 CHUNK_VALUES = 2**24
 # Share of a pack's tokens that may be padding.
 MOST_PADDING = 0.15
 
 
 def tail_settings(training: TrainingConfig) -> dict[str, Any]:
-    """Arguments of `completion_log_probs` that a run's settings decide, in training as in a plan."""
+    """The arguments of `completion_log_probs` that settings decide, in training and in a plan."""
     return {"recompute_tokens": training.micro_batch_tokens if training.recompute else 0}
 
 
@@ -41,19 +40,18 @@ def completion_log_probs(
     recompute_tokens: int = 0,
     most_padding: float = MOST_PADDING,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-prob of every completion token and entropy of the distribution it was drawn from.
+    """Log-prob of every completion token, and entropy of its distribution.
 
     Args:
-        policy: the policy as it is now.
         rollout: whole groups, with boundary states.
-        temperature: what logits are divided by.
+        temperature: divides the logits.
         entropy_gradient: let the gradient reach the trained blocks through the entropies too.
         recompute_tokens: keep only the activations that enter each block and recompute the rest in the backward
             pass, in packs of at most this many tokens, prompts included; 0 keeps all.
         most_padding: share of a pack's tokens that may be padding; 1 makes one pack, of rows in their order.
 
     Returns:
-        Two fp32 tensors [N·G, C], 0 on padding and on what the policy did not sample; the gradient reaches the
+        Two fp32 tensors [N·G, C], 0 on padding and on tokens the policy did not sample; the gradient reaches the
         trained blocks through the first.
     """
     states = rollout.boundary
@@ -67,7 +65,7 @@ def completion_log_probs(
     prompt_of_row = torch.arange(len(lengths), device=lengths.device) // rollout.group_size
 
     def entering(ids: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
-        # Trained embeddings have to get their gradient.
+        # Trained embeddings need their gradient.
         return policy.model.get_input_embeddings()(ids) if policy.whole else held.to(policy.device)
 
     def prompts() -> tuple[torch.Tensor, ...]:
@@ -104,7 +102,7 @@ def completion_log_probs(
             [first.index_select(0, prompt_of_row[scored])],
             [scored.nonzero()[:, 0] * rollout.completion_ids.size(1)],
         )
-        # A completion's last token is fed nowhere.
+        # A completion's last token is not fed.
         most_rows = (lambda fed: recompute_tokens // (prompt_mask.size(1) + fed)) if recompute else None
         for rows in packs((lengths - 1).tolist(), most_padding, most_rows):
             pack = torch.tensor(rows, device=lengths.device)
@@ -131,12 +129,12 @@ def completion_log_probs(
 def packs(
     lengths: Sequence[int], most_padding: float, most_rows: Callable[[int], int] | None = None
 ) -> list[list[int]]:
-    """Rows that pass together: as few packs as keep the padding of each within bounds, longest rows first.
+    """Rows that pass together, in as few packs as the padding limit allows, longest rows first.
 
     Args:
-        lengths: tokens of each row; rows without any are left out.
+        lengths: tokens of each row; empty rows are left out.
         most_padding: share of a pack's tokens that may be padding; 1 makes one pack, of all rows in their order.
-        most_rows: tokens of the longest row → how many rows of them may pass together; one always may.
+        most_rows: tokens of the longest row → how many rows may pass together; one always may.
     """
     rows = list(range(len(lengths))) if any(lengths) else []
     if most_padding < 1:
@@ -162,19 +160,15 @@ def token_log_probs(
     *,
     entropy_gradient: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs and entropies, in chunks.
+    """Log-probs and entropies in chunks, fp32 [T] each.
 
-    A token's log-prob depends on its own hidden state alone, so with a frozen head its derivative is taken at
-    once, while the chunk's logits are there, and kept in their place. A head that is trained itself makes its
-    logits again for the gradient.
+    A token's log-prob depends only on its own hidden state. So with a frozen head the derivative is taken while the
+    chunk's logits exist, and kept instead of them. A trained head makes its logits again for the gradient.
 
     Args:
-        hidden: [T, H], what enters the head.
+        hidden: [T, H], the head's input.
         tokens: [T], the token that followed each position.
         entropy_gradient: let the gradient reach `hidden` through the entropies too.
-
-    Returns:
-        Log-probs [T] and entropies [T], fp32.
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)  # type: ignore[union-attr,operator]
@@ -211,6 +205,6 @@ def token_log_probs(
 
 
 def _with_slope(value: torch.Tensor, leaf: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-    """`value` [T], computed from `leaf` [T, H] row by row, as a function of `part`, which equals it."""
+    """`value` [T], computed row by row from `leaf` [T, H], as a function of `part`, which equals it."""
     (slope,) = torch.autograd.grad(value.sum(), leaf, retain_graph=True)
     return value.detach() + ((part - leaf.detach()) * slope).sum(-1).float()

@@ -1,6 +1,6 @@
-"""Actions as calls of tools: TRL's `environment_factory`, for models whose chat template knows tools.
+"""Actions as tool calls: TRL's `environment_factory`, for models whose chat template knows tools.
 
-Templates, schemas and the reading of calls are TRL's; the turns are those of any task that is played in turns.
+TRL makes templates and schemas and parses calls; turns work as in any task played in turns.
 """
 
 from __future__ import annotations
@@ -29,20 +29,15 @@ from midtune.tasks.environment import Match, tools_of
 
 
 def tools_for(name: str, make: Callable[[], Any]) -> Callable[[Policy], ToolSpeech]:
-    """From a policy, how it calls the methods of the environments that `make` constructs."""
+    """Make from a policy how it calls the methods of the environments that `make` constructs."""
     return lambda policy: ToolSpeech(policy, name, make())
 
 
 class ToolSpeech:
-    """An action is a message that calls tools; an episode is over with one that calls none.
+    """An action is a message that calls tools, the public methods of `environment`; one without calls ends the episode.
 
-    Args:
-        policy: its tokenizer is left as it is.
-        name: what messages call the environment.
-        environment: whose public methods are the tools.
-
-    Raises:
-        InputError: the chat template knows no tools, or a method cannot be described to the model.
+    `name` is the environment's in messages. Raises InputError if the chat template knows no tools, or a method cannot
+    be described to the model.
     """
 
     def __init__(self, policy: Policy, name: str, environment: Any) -> None:
@@ -86,7 +81,7 @@ class ToolSpeech:
         return (None if match.over or not said else self._reply_ids(said, action)), total
 
     def _reply_ids(self, said: list[dict[str, str]], action: list[int]) -> list[int]:
-        """What the template puts behind a message with calls, without the end token that the policy drew."""
+        """The template's text after a message with calls, without the end token that the policy drew."""
         call = {"type": "function", "function": {"name": said[0]["name"], "arguments": {}}}
         begun: list[dict[str, Any]] = [
             {"role": "user", "content": "?"},
@@ -94,7 +89,7 @@ class ToolSpeech:
         ]
         before = chat_ids(self.tokenizer, begun)
         end = self.tokenizer.eos_token_id
-        # Some templates put a line break behind the end token, which belongs to the reply.
+        # Some templates put a line break after the end token; it belongs to the reply.
         if end in before:
             before = before[: len(before) - before[::-1].index(end)]
         reply = chat_ids(self.tokenizer, [*begun, *said], add_generation_prompt=True)[len(before) :]

@@ -1,11 +1,10 @@
-"""TRL's GRPOTrainer, with the seams replaced that make training one block different.
+"""TRL's GRPOTrainer, with the seams replaced that training one block changes.
 
-Losses, advantages, logging, schedules, trackers and the loop stay TRL's and Transformers'. A sampler of midtune's is
-TRL's `rollout_func`. Replaced are: `_prepare_inputs` (micro-batches of whole groups, so that a prompt is computed once;
-advantages that TRL does not know), `_compute_loss` (a micro-batch in slices where memory ran out),
-`_get_per_token_logps_and_entropies` (the tail from boundary states), the reference model (the original blocks in place
-of a second model), what a checkpoint holds (trained tensors only) and that it is whole. These are private methods of
-TRL 1.16; a parity test guards them.
+TRL and Transformers keep losses, advantages, logging, schedules, trackers and the loop; midtune's sampler is TRL's
+`rollout_func`. Replaced: `_prepare_inputs` (micro-batches of whole groups, so a prompt is computed once; advantages TRL
+does not know), `_compute_loss` (slices of a micro-batch after memory ran out), `_get_per_token_logps_and_entropies`
+(the tail from boundary states), the reference model (the original blocks instead of a second model), what a checkpoint
+holds (only trained tensors) and that it is whole. These are private methods of TRL 1.16; a parity test guards them.
 """
 
 from __future__ import annotations
@@ -41,10 +40,10 @@ from midtune.runs import checkpoints_in
 from midtune.whole import written_whole
 
 TRAINED_TENSORS = "trained.safetensors"
-# Initial loss scale in fp16, where gradients of single tokens would vanish. It halves when gradients overflow, which
+# Initial loss scale in fp16, where single tokens' gradients would vanish. It halves when gradients overflow, which
 # wastes a rollout, and doubles after this many steps without an overflow.
 FIRST_LOSS_SCALE, SCALE_GROWS_AFTER = 2.0**12, 200
-# How TRL takes the mean of a loss over completions: over their tokens, as a sum that it divides itself, or over rows.
+# How TRL averages a loss over completions: over tokens, as a sum that it divides itself, or over rows.
 LOSS_MEANS = {
     "bnpo": "tokens",
     "cispo": "sum",
@@ -61,18 +60,16 @@ class LayerGRPOTrainer(GRPOTrainer):
     Under a distributed launcher every process holds the policy and computes its own groups.
 
     Args:
-        sampler: draws the completions. Its policy is what is trained, its blocks already thawed or given LoRA.
-        sampling: how they are drawn.
+        sampler: draws the completions; its policy, already thawed or given LoRA, is trained.
         args: TRL's settings; `beta > 0` compares with the blocks as they are now.
-        rewards: TRL reward functions.
         rows: training rows in the order they are used, one per prompt, each once.
         meter: receives the phases `rollout` and `reward`.
-        lr_multipliers: trained block → how many times the learning rate it gets.
-        tail_arguments: what settings say of `completion_log_probs`; see `tail_settings`.
-        update_rows: most completions that go through an update together; None: as many as a micro-batch has.
-        advantages: forms them in TRL's place.
-        bf16_gradients: keeps gradients until a step's last micro-batch; None: they stay where they are.
-        on_message: receives a sentence for the person who watches.
+        lr_multipliers: trained block → factor of its learning rate.
+        tail_arguments: for `completion_log_probs`; see `tail_settings`.
+        update_rows: most completions that go through an update together; None: a whole micro-batch.
+        advantages: computes them instead of TRL.
+        bf16_gradients: holds gradients until a step's last micro-batch; None: they stay in `.grad`.
+        on_message: receives a sentence for the user.
     """
 
     _name = "LayerGRPO"
@@ -102,15 +99,15 @@ class LayerGRPOTrainer(GRPOTrainer):
         self.own_advantages = advantages
         self.bf16_gradients = bf16_gradients
         self.environments: list[Any] | None
-        # The groups being worked on: TRL's inputs, and the `rollout` they came from.
+        # The current groups: TRL's inputs, and their `rollout`.
         self._piece: dict[str, Any] = {}
         self._compared = False
-        # Seconds that the last checkpoint took; none has been written.
+        # Seconds that the last checkpoint took.
         self.checkpoint_s = 0.0
-        # Of the last rollout's completions.
+        # Share of the last rollout's completions cut at the limit.
         self.cut_share = 0.0
         self._buffered_inputs: list[dict[str, Any]] | None = None
-        # TRL loads a second model when it sees a beta, so it learns of it after it is built.
+        # TRL loads a second model when it sees a beta, so it gets beta after it is built.
         beta, args.beta = args.beta, 0.0
         super().__init__(
             model=policy.model,
@@ -122,7 +119,7 @@ class LayerGRPOTrainer(GRPOTrainer):
         )
         args.beta = self.beta = beta
         if policy.compute_dtype == torch.float16:
-            # accelerate would make one on cards alone, and compute in fp16 what is fp32 here.
+            # accelerate makes one only on cards, and would compute in fp16 what is fp32 here.
             self.accelerator.scaler = torch.amp.GradScaler(
                 policy.device.type, init_scale=FIRST_LOSS_SCALE, growth_interval=SCALE_GROWS_AFTER
             )
@@ -131,7 +128,7 @@ class LayerGRPOTrainer(GRPOTrainer):
             self.ref_model = policy.reference  # only ever handed back to the log-prob method below
         self.rollout_func = self._sample
         if not sampler.is_policy:
-            # TRL then asks it to `sync_weights`, and corrects for what its log-probs differ.
+            # TRL then calls its `sync_weights`, and corrects for the difference of its log-probs.
             self.use_vllm, self.vllm_mode, self.vllm_generation = True, "server", sampler
             self._last_loaded_step = -1
         self.update_rows = RowLimit(
@@ -139,11 +136,11 @@ class LayerGRPOTrainer(GRPOTrainer):
             "lower --max-new-tokens or --group-size, or add --set training.recompute=true",
             update_rows,
             on_message,
-            # Processes that work together take means together, so they have to do the same passes.
+            # Processes that average together must do the same passes.
             halves=self.accelerator.num_processes == 1,
             on_oom_hint=sampler.limits.rows.on_oom_hint,
         )
-        # accelerate says `cuda` of the current card, without its number; a tensor there has one.
+        # accelerate's `cuda` has no number; a tensor there has one.
         computes_on = torch.empty(0, device=self.accelerator.device).device
         if computes_on != policy.device:
             raise MidtuneError(
@@ -154,11 +151,7 @@ class LayerGRPOTrainer(GRPOTrainer):
         self._frozen = frozen_checksums(policy)
 
     def check_frozen(self) -> None:
-        """Check after a step what was checked before the first one, and that no frozen tensor moved.
-
-        Raises:
-            MidtuneError: one of them is not so; a library underneath has changed its ways.
-        """
+        """Repeat the checks of the first step, and raise MidtuneError if a frozen tensor changed."""
         check_trainable(self.policy)
         found = frozen_checksums(self.policy)
         moved = [name for name, checksum in self._frozen.items() if found.get(name) != checksum]
@@ -179,13 +172,13 @@ class LayerGRPOTrainer(GRPOTrainer):
         for group in optimizer.param_groups:
             for factor in sorted({times.get(id(p), 1.0) for p in group["params"]}):
                 own = [p for p in group["params"] if times.get(id(p), 1.0) == factor]
-                # Schedules multiply what each group begins with.
+                # Schedules multiply each group's initial rate.
                 groups.append({**group, "params": own, "lr": group["lr"] * factor})
         optimizer.param_groups[:] = groups
         return optimizer
 
     def _sample(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
-        """Completions of the prompts of a step, as TRL's `rollout_func` returns them."""
+        """Completions of a step's prompts, as TRL's `rollout_func` returns them."""
         # Free the last step's boundary states before sampling makes new ones.
         self._piece, self._buffered_inputs = {}, None
         with self.meter.phase("rollout"):
@@ -204,7 +197,7 @@ class LayerGRPOTrainer(GRPOTrainer):
         loss = super().training_step(*args, **kwargs)
         if self.bf16_gradients is not None and self.accelerator.sync_gradients:
             self.bf16_gradients.put_back()
-        # The tail does not pass through the wrapper that would do this.
+        # The tail does not pass through the wrapper that would average gradients.
         if self.accelerator.num_processes > 1 and self.accelerator.sync_gradients:
             for parameter in self.policy.trained_parameters().values():
                 parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
@@ -218,7 +211,7 @@ class LayerGRPOTrainer(GRPOTrainer):
             rewards = super()._calculate_rewards(*args)
         weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
         weighted[rewards.isnan().all(1)] = torch.nan
-        # Those of all processes, of which this one's are as many as its prompts.
+        # TRL gathers all processes' rewards; keep this one's, as many as its prompts.
         own = slice(self.accelerator.process_index * len(args[1]), None)
         self._rewards: Values = weighted[own][: len(args[1])].double().cpu().numpy()
         return rewards
@@ -226,13 +219,13 @@ class LayerGRPOTrainer(GRPOTrainer):
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         parts = self.args.steps_per_generation
         if self._buffered_inputs is None or self._step % (parts * self.num_iterations) == 0:
-            # TRL would reset environments that it knows of.
+            # TRL would reset environments it knows of.
             self.environments = None
             batch = self._generate_and_score_completions(self.sampler.begin(generation_batch))
             rollout = batch["rollout"] = self._piece["rollout"]
             for name, value in figures_of(rollout.episodes).items():
                 self._metrics["train"][name].append(value)
-            # TRL counts completions that a stop text ended, too.
+            # TRL's figure also counts completions that a stop string ended.
             self.cut_share = float(rollout.cut.float().mean())
             if self.own_advantages is not None:
                 advantages = self._form_advantages(self.own_advantages, rollout)
@@ -245,7 +238,7 @@ class LayerGRPOTrainer(GRPOTrainer):
         return self._buffered_inputs[self._step % parts]
 
     def _form_advantages(self, form: Advantages, rollout: Rollout) -> torch.Tensor:
-        """Advantages of what was just scored: of completions [N·G], or of the tokens of episodes [N·G, C]."""
+        """Advantages of the completions just scored [N·G], or of the tokens of episodes [N·G, C]."""
         turns = [
             turns_of(episode, reward)
             for episode, reward in zip(rollout.episodes, self._rewards, strict=False)
@@ -265,7 +258,7 @@ class LayerGRPOTrainer(GRPOTrainer):
         def run(groups: int) -> torch.Tensor:
             nonlocal begun
             if begun:
-                # A pass that broke off may have left part of its gradient: begin the step again.
+                # A failed pass may have left part of its gradient: begin the step again.
                 model.zero_grad()
                 if self.bf16_gradients is not None:
                     self.bf16_gradients.clear()
@@ -279,7 +272,7 @@ class LayerGRPOTrainer(GRPOTrainer):
         return self.update_rows.fitting(count, self.num_generations, run)
 
     def _take_gradient(self, model: Any, inputs: dict[str, Any], groups: int) -> torch.Tensor:
-        """Accumulate the gradient of a micro-batch, `groups` groups at a time; returns its loss."""
+        """Accumulate a micro-batch's gradient, `groups` groups at a time; returns its loss."""
         total = torch.zeros((), device=self.accelerator.device)
         for part in slices(len(inputs["rollout"].prompt_ids), groups):
             piece = self._piece = groups_of(inputs, part)
@@ -289,7 +282,7 @@ class LayerGRPOTrainer(GRPOTrainer):
         return total.requires_grad_()
 
     def _share(self, piece: dict[str, Any], inputs: dict[str, Any]) -> float:
-        """The factor of a piece's loss in that of its micro-batch."""
+        """Weight of a piece's loss in its micro-batch's."""
         if (mean := LOSS_MEANS.get(self.loss_type)) is None:
             raise MidtuneError(
                 f"midtune cannot slice a loss of type {self.loss_type}; choose another algorithm."
@@ -301,16 +294,15 @@ class LayerGRPOTrainer(GRPOTrainer):
     def _scored_for_update(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs and entropies with gradient; groups without advantages keep those of sampling.
 
-        Their part of the loss is exactly zero, whatever their log-probs, as long as nothing but the advantages
-        weighs them: no KL term, no entropy bonus and no choice of tokens by entropy. TRL still counts them
-        where it normalises.
+        Their part of the loss is exactly zero if only advantages weigh it: no KL term, no entropy bonus and no choice
+        of tokens by entropy. TRL still counts them where it normalises.
         """
         rollout: Rollout = self._piece["rollout"]
         needed = self._piece["advantages"].reshape(len(rollout.prompt_ids), -1).any(1)
         weighed_otherwise = self.beta > 0 or self.top_entropy_quantile < 1 or self._entropy_bonus_enabled
         if weighed_otherwise or bool(needed.all()):
             return self._scored(rollout)
-        # Every trained tensor gets a gradient, of zeros if need be: Adam moves on its momentum.
+        # Every trained tensor gets a gradient, zero if need be: Adam moves on its momentum.
         zero = torch.stack([p.flatten()[0] for p in self.policy.trained_parameters().values()]).sum() * 0
         log_probs, entropies = rollout.log_probs + zero, rollout.entropies
         prompts = needed.nonzero()[:, 0]
@@ -335,7 +327,7 @@ class LayerGRPOTrainer(GRPOTrainer):
         return scored
 
     def _scored_in_slices(self, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probs and entropies without gradient, a micro-batch at a time."""
+        """Log-probs and entropies without gradient, one micro-batch at a time."""
 
         def run(groups: int) -> tuple[torch.Tensor, torch.Tensor]:
             found = [
@@ -357,19 +349,19 @@ class LayerGRPOTrainer(GRPOTrainer):
                 return *self._scored_for_update(), None
             log_probs, entropies = self._scored_in_slices(self._piece["rollout"])
         if self.use_vllm and not reference:
-            # What is known of the rollout so far is vLLM's.
+            # Until now the rollout held vLLM's log-probs.
             self._piece["rollout"] = replace(self._piece["rollout"], log_probs=log_probs, entropies=entropies)
         return log_probs, entropies, None
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """A checkpoint of a few blocks is no model to publish a card for."""
+        """Write none: a checkpoint of a few blocks is no model to publish."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """A checkpoint, which is there when it is whole; the two newest are kept."""
+        """Write a whole checkpoint or none; the two newest are kept."""
         started = time.perf_counter()
         step, kept = self.state.global_step, Path(self.args.output_dir)
         with written_whole(kept / f"checkpoint-{step}") as folder:
-            # Where Transformers makes a folder of this name.
+            # Transformers makes a folder of this name in here.
             self.args.output_dir = str(folder.parent)
             try:
                 super()._save_checkpoint(model, trial)
@@ -378,7 +370,7 @@ class LayerGRPOTrainer(GRPOTrainer):
         found = checkpoints_in(kept)
         newest = sorted(known for known in found if known <= step)[-(self.args.save_total_limit or 1) :]
         for known in found.keys() - newest:
-            # Of later steps are those that were damaged when the run went on from here.
+            # Checkpoints of later steps were damaged when the run resumed from here.
             shutil.rmtree(found[known], ignore_errors=True)
         self.checkpoint_s = time.perf_counter() - started
 
@@ -393,7 +385,7 @@ class LayerGRPOTrainer(GRPOTrainer):
 
 
 def load_trained(policy: Policy, checkpoint: Path) -> None:
-    """Give the trained parameters of a policy what they were when a checkpoint was written."""
+    """Set a policy's trained parameters to a checkpoint's."""
     tensors = load_file(checkpoint / TRAINED_TENSORS)
     with torch.no_grad():
         for name, parameter in policy.trained_parameters().items():
@@ -401,11 +393,7 @@ def load_trained(policy: Policy, checkpoint: Path) -> None:
 
 
 def groups_of(batch: dict[str, Any], groups: slice) -> dict[str, Any]:
-    """The part of a batch that belongs to some of its groups, sharing memory with it.
-
-    Args:
-        batch: TRL's inputs of whole groups, and as `rollout` where they came from.
-    """
+    """The part of a batch (TRL's inputs of whole groups, and their `rollout`) of some groups, sharing its memory."""
     rollout: Rollout = batch["rollout"]
     rows = rollout.rows_of(groups)
     part = {

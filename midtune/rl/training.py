@@ -1,4 +1,4 @@
-"""One RL run: TRL's settings worked out from midtune's, the trainer built, run and taken down."""
+"""One RL run: derive TRL's settings from midtune's; build, run and take down the trainer."""
 
 from __future__ import annotations
 
@@ -56,21 +56,20 @@ def train_blocks(
     resume_from: Path | None = None,
     update_rows: int | None = None,
 ) -> int:
-    """Train the policy's chosen blocks for `settings.steps` steps.
+    """Train the policy's chosen blocks for `settings.steps` steps; returns the last step's number.
+
+    It is less than `settings.steps` if `stop_requested` or `stop_after` ended the run.
 
     Args:
-        sampler: its policy's blocks are already thawed, or LoRA added; they are changed in place. Where
-            `settings.vllm` names a server, that samples in its place.
-        rows: training problems; used in an order fixed by `seed`, all of them before any comes again.
-        reward: what is maximised; TRL gets the parts of a weighted sum one by one, and logs each.
-        folder: where TRL keeps its files and checkpoints go.
-        lr_multipliers: trained block → how many times the learning rate it gets; others get it once.
+        sampler: its policy, already thawed or given LoRA, changes in place. A server named by `settings.vllm` samples
+            in its place.
+        rows: training problems, in an order fixed by `seed`; each is used once before any repeats.
+        reward: TRL gets the parts of a weighted sum one by one, and logs each.
+        folder: for TRL's files and checkpoints.
+        lr_multipliers: trained block → factor of its learning rate; default 1.
         stop_after: end after this step, with a checkpoint; schedules still run to `settings.steps`.
-        resume_from: a checkpoint to go on from, exactly.
-        update_rows: most completions that go through an update together, where memory has run out before.
-
-    Returns:
-        The number of the last step; less than `settings.steps` if `stop_requested` or `stop_after` said so.
+        resume_from: a checkpoint to resume exactly.
+        update_rows: most completions that go through an update together, if memory has run out before.
 
     Raises:
         RunStopped: no group had unequal rewards in the first steps, or a single group does not fit into memory.
@@ -131,7 +130,7 @@ def train_blocks(
 
 
 def sampling_of(settings: TrainingConfig) -> Sampling:
-    """How completions are drawn, in training and where a score is taken."""
+    """How to draw completions, in training and for scores."""
     return Sampling(
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,
@@ -144,11 +143,7 @@ def sampling_of(settings: TrainingConfig) -> Sampling:
 
 
 def require_one_process() -> None:
-    """Check that no distributed launcher started this process as one of several.
-
-    Raises:
-        InputError: one did.
-    """
+    """Raise InputError if a distributed launcher started this process as one of several."""
     processes = os.environ.get("WORLD_SIZE", "1")
     if processes != "1":
         raise InputError(
@@ -158,11 +153,7 @@ def require_one_process() -> None:
 
 
 def require_tracker(name: str) -> None:
-    """Check that the tracker that metrics are to go to is installed.
-
-    Raises:
-        InputError: it is not.
-    """
+    """Raise InputError unless the tracker that is to receive metrics is installed."""
     if name != "none" and importlib.util.find_spec(name) is None:
         raise InputError(
             f"--report-to {name} needs the package {name}; install it with `pip install {name}`."
@@ -193,8 +184,8 @@ def trl_arguments(
 
     Args:
         group_tokens: most tokens a group can have.
-        mixed_dtype: what TRL's own forward passes are computed in; midtune's see to that themselves.
-        activation_checkpointing: blocks keep their inputs only and run again for the gradient, TRL's default.
+        mixed_dtype: dtype of TRL's own forward passes; midtune's set theirs.
+        activation_checkpointing: blocks keep only their inputs and run again for the gradient, TRL's default.
     """
     groups = groups_per_micro_batch(settings.prompts_per_step, group_tokens, settings.micro_batch_tokens)
     parts = settings.prompts_per_step // groups
@@ -219,7 +210,7 @@ def trl_arguments(
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         max_steps=settings.steps,
-        # The rows come in the order they are used, so a resumed run finds its place by counting.
+        # Rows already come in order, so a resumed run finds its place by counting.
         shuffle_dataset=False,
         save_strategy="steps" if checkpoints else "no",
         save_steps=settings.checkpoint_every,
@@ -232,12 +223,12 @@ def trl_arguments(
         # TRL's own default is bf16, whatever the device.
         bf16=mixed_dtype == torch.bfloat16,
         fp16=mixed_dtype == torch.float16,
-        # Only the constructor turns it on: what sets it later is not heard.
+        # Only the constructor turns it on; setting it later has no effect.
         gradient_checkpointing=activation_checkpointing,
         disable_dropout=True,
         disable_tqdm=True,
         remove_unused_columns=False,
     )
-    # Where several cards are visible, Trainer would copy the model to all of them and split groups.
+    # Otherwise Trainer would copy the model to all visible cards and split groups.
     args._n_gpu = min(args.n_gpu, 1)
     return args

@@ -1,4 +1,4 @@
-"""Episodes as the trainer needs them: what is compared turn by turn, the advantage of each token, and figures."""
+"""Prepare episodes for the trainer: turns to compare, each token's advantage, and summary figures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from midtune.rollout.episodes import Episode
 
 
 def turns_of(episode: Episode, reward: float) -> Turns:
-    """An episode's states and rewards, where what `reward` has beyond those of its turns came with the last one."""
+    """An episode's states and rewards; `reward` beyond its turns' sum goes to the last one."""
     rewards = [turn.reward for turn in episode.turns]
     if not np.isnan(reward):
         rewards[-1] += reward - sum(rewards)
@@ -20,15 +20,7 @@ def turns_of(episode: Episode, reward: float) -> Turns:
 
 
 def token_advantages(episodes: Sequence[Episode], advantages: Sequence[Values], width: int) -> torch.Tensor:
-    """The advantage of its turn for each token that was drawn, 0 for others.
-
-    Args:
-        advantages: for each episode those of its turns.
-        width: C, of the longest completion.
-
-    Returns:
-        [N·G, C], fp32.
-    """
+    """Advantages of tokens [N·G, C] in fp32: that of its turn for a drawn token, else 0; `width` is C."""
     tokens = torch.zeros(len(episodes), width)
     for row, (episode, values) in enumerate(zip(episodes, advantages, strict=True)):
         for turn, value in zip(episode.turns, values, strict=True):
@@ -37,7 +29,7 @@ def token_advantages(episodes: Sequence[Episode], advantages: Sequence[Values], 
 
 
 def figures_of(episodes: Sequence[Episode]) -> dict[str, float]:
-    """Means over episodes: `turns`, and `shown_length` (tokens not drawn); of none, nothing."""
+    """Means over episodes: `turns`, and `shown_length` (tokens not drawn); empty if there are none."""
     if not episodes:
         return {}
     turns = [turn for episode in episodes for turn in episode.turns]

@@ -1,7 +1,6 @@
 """The hidden states that enter block k, per prompt and per completion.
 
-Everything below the first trained block is frozen, so these states never change for a given sequence:
-they are captured while sampling and the blocks below k are not run again.
+Everything below the first trained block is frozen, so these states never change: sampling captures them once.
 """
 
 from __future__ import annotations
@@ -25,22 +24,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class BoundaryStates:
-    """Hidden states that enter block `block`.
-
-    Attributes:
-        prompt: [N, P, H], one row a prompt, left-padded as the prompts are.
-        completion: [N·G, C, H]; the state of a completion's last token is never needed and is zero when
-            the states were captured while sampling.
-
-    Both may lie on the host while the policy is on a CUDA device; see `storage_device`.
-    """
+    """Hidden states that enter block `block`; they may lie on the host, see `storage_device`."""
 
     block: int
-    prompt: torch.Tensor
-    completion: torch.Tensor
+    prompt: torch.Tensor  # [N, P, H], one row a prompt, left-padded as the prompts are
+    completion: torch.Tensor  # [N·G, C, H]; the last token's state is unused, zero if captured while sampling
 
     def part(self, prompts: slice | torch.Tensor, rows: slice | torch.Tensor) -> BoundaryStates:
-        """The states of some prompts and of some completions, on the device that keeps them."""
+        """Select the states of some prompts and completions, on the device that keeps them."""
 
         def chosen(states: torch.Tensor, which: slice | torch.Tensor) -> torch.Tensor:
             return states[which if isinstance(which, slice) else which.to(states.device)]
@@ -49,13 +40,13 @@ class BoundaryStates:
 
     @staticmethod
     def joined(parts: Sequence[BoundaryStates]) -> BoundaryStates:
-        """The states of `parts` one after the other; prompts are padded alike in all of them."""
+        """Concatenate the states of `parts`; prompts are padded alike in all of them."""
         prompt, completion = [part.prompt for part in parts], [part.completion for part in parts]
         return BoundaryStates(parts[0].block, stacked(prompt), stacked(completion))
 
 
 def storage_device(policy: Policy, tokens: int) -> torch.device:
-    """Where to keep the boundary states of `tokens` tokens: on the policy's device, or on the host if they crowd it."""
+    """Where to keep the boundary states of `tokens` tokens: the policy's device, or the host if they crowd it."""
     state_bytes = policy.model.config.get_text_config().hidden_size * policy.compute_dtype.itemsize
     crowded = tokens * state_bytes > free_bytes(policy.device) // 4
     return torch.device("cpu") if crowded else policy.device
@@ -63,10 +54,9 @@ def storage_device(policy: Policy, tokens: int) -> torch.device:
 
 @torch.no_grad()
 def with_boundary(sampler: Sampler, rollout: Rollout, block: int | None) -> Rollout:
-    """The rollout with the states that enter `block`, by one pass through the blocks below; None: as it is.
+    """Add the states that enter `block`, by one pass through the blocks below; None: change nothing.
 
-    Each prompt passes once; its keys and values are shared by its group. All pass together, or as many groups
-    as memory holds.
+    Each prompt passes once; its group shares its keys and values. As many groups pass together as memory holds.
     """
     if block is None:
         return rollout
@@ -84,7 +74,7 @@ def with_boundary(sampler: Sampler, rollout: Rollout, block: int | None) -> Roll
 
 
 def _below(policy: Policy, block: int, rollout: Rollout) -> list[torch.Tensor]:
-    """The states of prompts and those of their completions, which pass through the blocks below `block`."""
+    """The states of prompts and of their completions, which pass through the blocks below `block`."""
     cache = DynamicCache()
 
     def below(ids: torch.Tensor, mask: torch.Tensor) -> None:
@@ -92,7 +82,7 @@ def _below(policy: Policy, block: int, rollout: Rollout) -> list[torch.Tensor]:
         with contextlib.suppress(Reached):
             policy.model(
                 input_ids=ids,
-                # Below the first block there is nothing to attend to, and no cache.
+                # Below block 0 there is nothing to attend to, and no cache.
                 attention_mask=mask if block > 0 else mask[:, -width:],
                 position_ids=positions(mask)[:, -width:],
                 past_key_values=cache,
@@ -108,7 +98,7 @@ def _below(policy: Policy, block: int, rollout: Rollout) -> list[torch.Tensor]:
 
 
 def stacked(parts: Sequence[torch.Tensor], padding: float = 0) -> torch.Tensor:
-    """Concatenate tensors [N, T, …] along N, padded on the right to the widest; a single one is returned as it is."""
+    """Concatenate tensors [N, T, …] along N, right-padded to the widest; a single one is returned as is."""
     if len(parts) == 1:
         return parts[0]
     width = max(part.size(1) for part in parts)

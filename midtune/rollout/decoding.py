@@ -1,7 +1,7 @@
-"""The decode step: one token for every row in flight, over keys and values that are never computed again.
+"""The decode step: one token for every row in flight, from cached keys and values.
 
-Each prompt is prefilled once and its cache is shared by its group. Rows that end either leave the batch, or wait
-behind a gap until an environment has answered.
+Each prompt is prefilled once and its group shares its cache. Rows that end either leave the batch, or wait behind a
+gap for an environment's answer.
 """
 
 from __future__ import annotations
@@ -20,45 +20,37 @@ from midtune.rollout.boundary import positions
 from midtune.rollout.keys_values import closed_up, shared_prompts
 from midtune.rollout.sampling import Sampling, padded
 
-# Tokens that keys and values have room for beyond those they hold.
+# Spare tokens to allocate for keys and values.
 ROOM = 128
 
 
 @dataclass
 class Drawn:
-    """Tokens drawn in one go for B rows.
+    """Tokens drawn for B rows; after a row's last token, values are undefined if rows wait, padding if they leave."""
 
-    Attributes:
-        ids, log_probs, entropies: [B, T]; what lies behind a row's last token means nothing where rows wait,
-            and is padding where they leave.
-        lengths: [B]
-        cut: [B] bool, rows that their limit ended.
-    """
-
-    ids: torch.Tensor
-    log_probs: torch.Tensor
-    entropies: torch.Tensor
-    lengths: torch.Tensor
-    cut: torch.Tensor
+    ids: torch.Tensor  # [B, T]
+    log_probs: torch.Tensor  # [B, T]
+    entropies: torch.Tensor  # [B, T]
+    lengths: torch.Tensor  # [B]
+    cut: torch.Tensor  # [B] bool, rows that reached their limit
 
     def rows(self) -> list[tuple[list[int], list[float], list[float]]]:
-        """The ids, log-probs and entropies of each row, up to its length."""
+        """Ids, log-probs and entropies of each row, up to its length."""
         columns = (self.ids, self.log_probs, self.entropies)
         rows = zip(*(values.tolist() for values in columns), self.lengths.tolist(), strict=True)
         return [(ids[:n], log_probs[:n], entropies[:n]) for ids, log_probs, entropies, n in rows]
 
 
 class Decoder:
-    """Rows of tokens that grow together.
+    """A batch of token rows that grow together; the policy's model must stay in evaluation mode.
 
     Args:
-        policy: its model is in evaluation mode as long as the decoder is used.
         prompt_ids, prompt_mask: [N, P], left-padded.
         group_size: rows of each prompt, adjacent.
-        room: tokens that keys and values have room for beyond those they hold.
+        room: spare tokens to allocate for keys and values.
 
     Attributes:
-        fed: for each pass after the prompts', the numbers of the rows in it.
+        fed: for each pass after prefill, the numbers of its rows.
     """
 
     def __init__(
@@ -85,7 +77,7 @@ class Decoder:
         *,
         leave: bool,
     ) -> Drawn:
-        """Draw tokens for every row until it ends or reaches its limit; its last token is not fed yet.
+        """Draw tokens for every row until it ends or reaches its limit; does not feed its last token yet.
 
         Args:
             limits: [B], most tokens of each row.
@@ -128,7 +120,7 @@ class Decoder:
         return Drawn(ids, log_probs, entropies, lengths, ~ended)
 
     def follow(self, rows: Sequence[int], said: Sequence[list[int]]) -> None:
-        """Keep some rows, by their rising numbers, and feed each one or more tokens after the last that it drew."""
+        """Keep the rows of these ascending numbers, and feed each one or more tokens after its last drawn one."""
         kept = torch.tensor(rows, device=self._mask.device)
         self._cache.batch_select_indices(kept)
         self._mask = self._mask[kept]
@@ -136,7 +128,7 @@ class Decoder:
         if max(map(len, said)) > 1:
             self._feed([tokens[:-1] for tokens in said])
             self._close_up()
-        # The last tokens by themselves: only their logits are wanted.
+        # Feed the last tokens separately: only their logits are needed.
         self._logits = self._feed([tokens[-1:] for tokens in said])
 
     def _feed(self, said: Sequence[list[int]]) -> torch.Tensor:
@@ -145,7 +137,7 @@ class Decoder:
         return self._forward(ids, positions(self._mask)[:, -ids.size(1) :])
 
     def _forward(self, ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """Feed the tokens [B, T] of the last columns of the mask; returns the logits [B, V] of the last one."""
+        """Feed the tokens [B, T] of the mask's last columns; returns the last one's logits [B, V]."""
         logits: torch.Tensor = self.policy.model(
             input_ids=ids,
             attention_mask=self._mask,
@@ -157,7 +149,7 @@ class Decoder:
         return logits[:, -1]
 
     def _close_up(self) -> None:
-        """Move every row's tokens to the right, in their order, so that windows reach as far back as they should."""
+        """Move every row's tokens right, in order, so that attention windows reach back as far as they should."""
         order = self._mask.argsort(dim=1, stable=True)[:, -int(self._mask.sum(1).max()) :]
         self._mask = self._mask.gather(1, order)
         for layer in self._cache.layers:
@@ -170,12 +162,10 @@ def choose(
     warpers: LogitsProcessorList,
     uniforms: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Draw a token from each row of logits [B, V] → token ids, their log-probs and the entropies, all [B].
+    """Draw a token from each row of logits [B, V] → token ids, log-probs and entropies, all [B].
 
-    Log-probs and entropies are fp32, of the full distribution at the temperature (1 where it is 0, greedy).
-
-    Args:
-        uniforms: [B], one U(0, 1) per row; None when greedy.
+    Log-probs and entropies are fp32, of the full distribution at the temperature (1 if it is 0, greedy).
+    `uniforms` is [B], one U(0, 1) per row; None when greedy.
     """
     with full_precision(logits.device):
         logits = logits.float()
@@ -184,7 +174,7 @@ def choose(
         if uniforms is None:
             tokens = log_probs.argmax(-1)
         elif warpers:
-            # They look at scores alone.
+            # Warpers read only the scores.
             tokens = _inverse_cdf(warpers(None, log_probs).softmax(-1), uniforms)
         else:
             tokens = _inverse_cdf(probs, uniforms)
@@ -198,12 +188,11 @@ def choose(
 
 
 def _inverse_cdf(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """The token of each row of probabilities [B, V] on whose stretch of their sums its number [B] falls → [B].
+    """Invert the CDF: the token of each row [B, V] where the cumulative probability passes its number [B] → [B].
 
-    Multinomial draws a random number for every token of the vocabulary, which on a CPU takes longer than the
-    whole head.
+    torch.multinomial draws a number for every token of the vocabulary; on a CPU that takes longer than the head.
     """
-    # A CPU adds fp32 numbers up in double precision and in order; a GPU needs to be told.
+    # A CPU sums fp32 in double precision and in order; a GPU must be told to.
     sums = probs.cumsum(-1) if probs.device.type == "cpu" else probs.cumsum(-1, dtype=torch.float64)
     total = sums[:, -1:]
     aim = torch.minimum(uniforms[:, None] * total, total.nextafter(torch.zeros_like(total)))
@@ -211,7 +200,7 @@ def _inverse_cdf(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
 
 
 def ends_of(policy: Policy, sampling: Sampling) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function: completions so far [B, T] → which of them end with their last token, [B] bool."""
+    """Make a function: completions so far [B, T] → which end with their last token, [B] bool."""
     stop_ids = torch.tensor(policy.stop_token_ids, device=policy.device)
     if not sampling.stop_strings:
         return lambda completions: torch.isin(completions[:, -1], stop_ids)
@@ -221,11 +210,7 @@ def ends_of(policy: Policy, sampling: Sampling) -> Callable[[torch.Tensor], torc
 
 @contextlib.contextmanager
 def ready_to_sample(policy: Policy, rows: int, *, unpack: bool = True) -> Iterator[None]:
-    """Turn off dropout and gradients, and unpack weights if that pays for `rows` rows and memory has room.
-
-    Args:
-        unpack: into at most half the free memory; False: never.
-    """
+    """Turn off dropout and gradients; with `unpack`, unpack weights into at most half the free memory."""
     room = free_bytes(policy.device) // 2 if unpack else 0
     training = policy.model.training
     policy.model.eval()

@@ -1,6 +1,6 @@
 """Episodes: the policy acts, the environment answers, turn by turn, in one growing sequence of tokens.
 
-What the policy drew is kept as it was drawn and never tokenized again; what an environment shows is appended.
+Tokens the policy drew are kept as drawn, never retokenized; what the environment shows is appended.
 """
 
 from __future__ import annotations
@@ -22,43 +22,31 @@ from midtune.rollout.speech import Speech, Text, prompt_ids
 from midtune.tasks import Row
 from midtune.tasks.environment import Game
 
-# Episodes begun to see how long their prompts are.
+# Episodes started to measure prompt lengths.
 EPISODES_READ = 16
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One action: the tokens start…stop−1 of a completion.
-
-    Attributes:
-        state: what the environment was in when the policy acted.
-        reward: what the action was given at once.
-        log_probs, entropies: [stop − start] of the action's tokens.
-    """
+    """One action: the tokens start…stop−1 of a completion."""
 
     start: int
     stop: int
-    state: Hashable
-    reward: float
-    log_probs: list[float] = field(default_factory=list, compare=False)
-    entropies: list[float] = field(default_factory=list, compare=False)
+    state: Hashable  # the environment's when the policy acted
+    reward: float  # immediate
+    log_probs: list[float] = field(default_factory=list, compare=False)  # [stop − start]
+    entropies: list[float] = field(default_factory=list, compare=False)  # [stop − start]
 
 
 @dataclass
 class Episode:
-    """What was said in an episode, after its prompt.
-
-    Attributes:
-        environment: what it is played in.
-        ids: [C] the actions, which are those of `turns`, and between them what the environment showed.
-        cut: whether it ended because it had no tokens left.
-    """
+    """An episode: its prompt, then `ids` [C]: the actions of `turns`, and between them what the environment showed."""
 
     prompt: list[int]
     environment: Any = None
     ids: list[int] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
-    cut: bool = False
+    cut: bool = False  # ran out of tokens
 
     def act(
         self, ids: list[int], log_probs: list[float], entropies: list[float], state: Hashable, reward: float
@@ -69,7 +57,7 @@ class Episode:
         self.turns.append(Turn(start, len(self.ids), state, reward, log_probs, entropies))
 
     def begin_at(self, start: int) -> Episode:
-        """The same episode with a prompt of `start` tokens; the rest of it opens the completion, as shown."""
+        """The same episode with a prompt of `start` tokens; the rest of the prompt opens the completion, as shown."""
         rest = self.prompt[start:]
         turns = [
             replace(turn, start=turn.start + len(rest), stop=turn.stop + len(rest)) for turn in self.turns
@@ -101,17 +89,16 @@ class EpisodeSampler:
         return with_boundary(self, rollout_of(self.policy, episodes, sampling.group_size), boundary_block)
 
     def play(self, prompts: Sequence[Any], sampling: Sampling) -> list[Episode]:
-        """Play an episode in every match of the game, all together or as many as memory holds, a turn at a time.
+        """Play an episode in every match of the game, turn by turn, as many together as memory holds.
 
-        Every token has a random number of its own, as in `text.sample`.
+        Every token has its own random number, as in `text.sample`.
 
         Args:
-            prompts: texts or chat messages that each begins with; those of a group are adjacent, and the matches of
-                the game are already reset.
-            sampling: `max_new_tokens` are those of a whole episode, with what environments show.
+            prompts: each match's first text or chat; a group's are adjacent, and the game's matches already reset.
+            sampling: `max_new_tokens` limits a whole episode, with what environments show.
 
         Raises:
-            InputError: the environment or the model cannot do what they are to do.
+            InputError: the environment or the model cannot do what is asked.
             RunStopped: a single group does not fit into memory.
         """
         game, policy, group_size = self.game, self.policy, sampling.group_size
@@ -169,18 +156,14 @@ class EpisodeSampler:
 
 
 def _decoder(policy: Policy, prompts: Sequence[list[int]], group_size: int) -> Decoder:
-    """A decoder for episodes, whose prompts pass once a group where they are alike."""
+    """A decoder for episodes; a group with equal prompts prefills once."""
     alike = all(prompt == prompts[i - i % group_size] for i, prompt in enumerate(prompts))
     shared = group_size if alike else 1
     return Decoder(policy, *padded(policy, prompts[::shared], "left"), shared)
 
 
 def with_common_prompts(episodes: Sequence[Episode], group_size: int) -> list[Episode]:
-    """The episodes with one prompt for each group: what the prompts of its members have in common.
-
-    Raises:
-        InputError: they have no token in common.
-    """
+    """Give each group the longest common prefix of its prompts as its one prompt; raises InputError if it is empty."""
     found = []
     for start in range(0, len(episodes), group_size):
         group = episodes[start : start + group_size]
@@ -196,11 +179,7 @@ def with_common_prompts(episodes: Sequence[Episode], group_size: int) -> list[Ep
 
 @torch.no_grad()
 def rollout_of(policy: Policy, episodes: Sequence[Episode], group_size: int) -> Rollout:
-    """Whole groups of episodes as one rollout, without boundary states.
-
-    Args:
-        episodes: the members of a group have one prompt.
-    """
+    """Whole groups of episodes as one rollout, without boundary states; a group's members share one prompt."""
     prompt_ids, prompt_mask = padded(policy, [episode.prompt for episode in episodes[::group_size]], "left")
     ids, mask = padded(policy, [episode.ids for episode in episodes], "right")
     drawn = torch.zeros(ids.shape, dtype=mask.dtype)

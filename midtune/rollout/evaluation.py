@@ -1,4 +1,4 @@
-"""Scoring a policy on held-out problems, greedily and by sampling."""
+"""Score a policy on held-out problems, greedily and by sampling."""
 
 from __future__ import annotations
 
@@ -16,25 +16,18 @@ from midtune.rollout.sampling import Sampler, Sampling
 from midtune.rollout.speech import prompt_ids
 from midtune.tasks import Reward, Row, completion_of
 
-# Beyond this a CPU gains nothing from more rows and a GPU little.
+# More rows gain nothing on a CPU and little on a GPU.
 MOST_ROWS = 256
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of the same problems in the same order.
+    """Scores of the same problems in the same order."""
 
-    Attributes:
-        greedy: [n] score of the greedy completion.
-        sampled: [n] mean score over samples at the training temperature; None if none were drawn.
-        completions: the greedy completions.
-        samples: [n, samples] score of each sample; None if none were drawn.
-    """
-
-    greedy: NDArray[np.float64]
-    sampled: NDArray[np.float64] | None
-    completions: list[str]
-    samples: NDArray[np.float64] | None = None
+    greedy: NDArray[np.float64]  # [n]
+    sampled: NDArray[np.float64] | None  # [n] mean over `samples`; None without
+    completions: list[str]  # the greedy ones
+    samples: NDArray[np.float64] | None = None  # [n, samples] at the training temperature
 
 
 def evaluate(
@@ -51,14 +44,14 @@ def evaluate(
 
     Args:
         score: TRL reward signature; called on all completions of a batch of problems.
-        sampling: how samples are drawn; greedy completions differ in the temperature alone.
+        sampling: how samples are drawn; greedy completions differ only in temperature.
         samples: completions per problem; 0 draws none.
-        seed: of the samples; the caller's random state is left as it was.
-        on_problems: called with the completions finished since the last call and the tokens they took.
+        seed: of the samples; the caller's random state is unchanged.
+        on_problems: called with the completions finished since the last call and their tokens.
     """
     policy = sampler.policy
     lengths = [len(prompt_ids(policy.tokenizer, row["prompt"])) for row in rows]
-    # Problems of similar length share a batch, which keeps padding small.
+    # Batch problems of similar length, to keep padding small.
     order = sorted(range(len(rows)), key=lengths.__getitem__)
 
     def run(how: Sampling) -> tuple[NDArray[np.float64], list[str]]:
@@ -110,14 +103,14 @@ def score_completions(
 
 
 def rows_that_fit(policy: Policy, tokens: int) -> int:
-    """How many rows of `tokens` tokens can be sampled together, by the memory their keys and values take."""
+    """How many rows of `tokens` tokens fit into memory together, by their keys and values."""
     if policy.device.type != "cuda":
         return MOST_ROWS
     config: Any = policy.model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     row_bytes = 2 * policy.num_blocks * heads * width * tokens * policy.compute_dtype.itemsize
-    # A step's logits are held a few times over in fp32, and their sums in double precision.
+    # A step holds its logits several times in fp32, and their sums in double precision.
     row_bytes += 24 * config.vocab_size
-    # Growing a cache holds its old and its new tensors for a moment.
+    # A growing cache briefly holds its old and its new tensors.
     return int(max(1, min(MOST_ROWS, free_bytes(policy.device) // 3 // row_bytes)))

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, scored by its own code on the loaded policy."""
+"""Score the loaded policy on tasks of lm-evaluation-harness, with its own code."""
 
 from __future__ import annotations
 
@@ -16,11 +16,7 @@ from midtune.model.policy import Policy
 
 
 def require_harness() -> None:
-    """Check that lm-evaluation-harness is installed.
-
-    Raises:
-        InputError: it is not.
-    """
+    """Raise InputError unless lm-evaluation-harness is installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise InputError(
             "--lm-eval needs lm-evaluation-harness, which is not installed; `pip install 'midtune[lm-eval]'`."
@@ -32,15 +28,9 @@ def harness_scores(
 ) -> dict[str, dict[str, NDArray[np.float64]]]:
     """Scores of each document by task and by metric, such as `acc`.
 
-    Metrics of a whole corpus, such as perplexity, have no score of a document and are left out, and so are those of
-    which less is better.
-
-    Args:
-        tasks: names as `lm_eval ls tasks` lists them; of a group, its tasks are scored.
-        folder: where tasks of one's own are described.
-
-    Raises:
-        InputError: there is no such task, or none of its metrics can be used.
+    Leaves out corpus metrics, such as perplexity, which score no single document, and metrics where lower is better.
+    `tasks` are names as in `lm_eval ls tasks`, a group for its tasks; `folder` holds the user's own task descriptions.
+    Raises InputError if there is no such task, or none of its metrics can be used.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -52,7 +42,7 @@ def harness_scores(
             f"lm-evaluation-harness has no task {', '.join(unknown)}; `lm_eval ls tasks` has the names, and "
             "--lm-eval-path names a folder with others."
         )
-    # Gradients are not needed, and trained blocks in fp32 meet others in the compute dtype.
+    # Trained fp32 blocks meet blocks in the compute dtype.
     with torch.no_grad(), policy.autocast():
         found: dict[str, Any] = simple_evaluate(
             model=HFLM(pretrained=policy.model, tokenizer=policy.tokenizer),
@@ -77,7 +67,7 @@ def harness_scores(
 def _by_metric(
     samples: Sequence[dict[str, Any]], higher_is_better: dict[str, bool]
 ) -> dict[str, NDArray[np.float64]]:
-    """[n] scores by metric in the order of the documents; of several filters, the name of each is added."""
+    """[n] scores by metric in document order; with several filters, the metric's name includes the filter's."""
     filters = {sample["filter"] for sample in samples}
     found: dict[tuple[str, str], list[Any]] = {}
     for sample in sorted(samples, key=lambda sample: (sample["filter"], sample["doc_id"])):

@@ -1,4 +1,4 @@
-"""A key/value cache for rollouts: neither a new token nor a row that leaves copies what is held."""
+"""A key/value cache for rollouts: new tokens and leaving rows copy nothing that is held."""
 
 from __future__ import annotations
 
@@ -11,12 +11,9 @@ from transformers.cache_utils import DynamicLayer
 
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values [B, heads, T, D] of one block, views of larger tensors.
+    """Keys and values [B, heads, T, D] of one block, views of larger tensors with `room` spare tokens.
 
-    Transformers' dynamic layer copies everything it holds for each new token and whenever a row is dropped.
-
-    Args:
-        room: spare tokens to allocate whenever the tensors have to grow.
+    Transformers' dynamic layer copies everything for each new token and for every dropped row.
     """
 
     keys: torch.Tensor
@@ -52,7 +49,7 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = (x[: rows * repeats, :, :tokens] for x in (self._keys, self._values))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Row i becomes what row `indices[i]` was; only rows that change place are copied."""
+        """Row i becomes what row `indices[i]` was; copies only rows that change place."""
         moved = (indices != torch.arange(len(indices), device=indices.device)).nonzero()[:, 0]
         for held in (self.keys, self.values):
             held[moved] = held[indices[moved]]
@@ -67,16 +64,12 @@ class RoomyLayer(DynamicLayer):
 
 
 def shared_prompts(room: int) -> Cache:
-    """An empty cache that keeps every key; a window is then applied by the mask, exactly. See `RoomyLayer`."""
+    """An empty cache of `RoomyLayer`s that keeps every key; the mask then applies a window exactly."""
     return Cache(layer_class_to_replicate=partial(RoomyLayer, room))
 
 
 def closed_up(going: torch.Tensor) -> torch.Tensor:
-    """The rows to keep, in an order that moves few of them: rows at the end fill the free places.
-
-    Args:
-        going: [B] bool, the rows that stay; `batch_select_indices` takes what is returned.
-    """
+    """Indices for `batch_select_indices` that keep the rows `going` [B] bool: end rows fill the free places."""
     count = int(going.sum())
     kept = torch.arange(count, device=going.device)
     kept[~going[:count]] = going[count:].nonzero()[:, 0] + count
@@ -84,7 +77,7 @@ def closed_up(going: torch.Tensor) -> torch.Tensor:
 
 
 def _with_room(held: torch.Tensor, tokens: int) -> torch.Tensor:
-    """A copy of `held` [B, heads, T, D] in a tensor with room for `tokens` tokens."""
+    """Copy `held` [B, heads, T, D] into a tensor with room for `tokens` tokens."""
     rows, heads, length, width = held.shape
     roomy = held.new_empty(rows, heads, tokens, width)
     roomy[:, :, :length] = held

@@ -1,4 +1,4 @@
-"""What sampling is asked for, `Sampling`; what it returns, `Rollout`; and what does it, `Sampler`."""
+"""`Sampling` sets how to sample, `Rollout` is the result, and a `Sampler` does it."""
 
 from __future__ import annotations
 
@@ -30,26 +30,19 @@ Which = TypeVar("Which", slice, torch.Tensor)
 class Sampling:
     """How completions are drawn.
 
-    Args:
-        max_new_tokens: where a completion is cut.
-        temperature: 0 is greedy.
-        top_p, top_k, min_p: keep the smallest set of tokens with this probability; the k most likely ones (0: all);
-            those with at least this share of the likeliest one's probability. Log-probs and entropies stay
-            those of the full distribution, as the update computes them.
-        stop_strings: texts that end a completion, each part of the completion it ends.
-        group_size: completions of each prompt.
+    Log-probs and entropies stay those of the full distribution, whatever tokens are kept, as the update computes them.
     """
 
-    max_new_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    stop_strings: tuple[str, ...] = ()
-    group_size: int = 1
+    max_new_tokens: int  # a completion is cut there
+    temperature: float = 1.0  # 0: greedy
+    top_p: float = 1.0  # keep the smallest set of tokens with this probability
+    top_k: int = 0  # keep the k likeliest; 0: all
+    min_p: float = 0.0  # keep those with at least this share of the likeliest one's probability
+    stop_strings: tuple[str, ...] = ()  # texts that end a completion and belong to it
+    group_size: int = 1  # completions per prompt
 
     def warpers(self) -> LogitsProcessorList:
-        """Sets the log-probs of tokens that are not to be drawn to -inf."""
+        """Processors that set the log-probs of excluded tokens to -inf."""
         chosen = LogitsProcessorList()
         if self.top_k > 0:
             chosen.append(TopKLogitsWarper(self.top_k))
@@ -62,12 +55,7 @@ class Sampling:
 
 @dataclass
 class SamplingLimits:
-    """What memory allows a sampler.
-
-    Attributes:
-        rows: how many completions are sampled together.
-        unpack: 4-bit weights may be unpacked for the length of a rollout, where half the free memory holds them.
-    """
+    """Memory limits of a sampler; `rows` limits the completions sampled together."""
 
     rows: RowLimit = field(
         default_factory=lambda: RowLimit(
@@ -75,34 +63,23 @@ class SamplingLimits:
             "lower --max-new-tokens, --group-size or --samples, or add --set model.unpack=never",
         )
     )
-    unpack: bool = True
+    unpack: bool = True  # unpack 4-bit weights during a rollout, if half the free memory holds them
 
 
 @dataclass
 class Rollout:
-    """Completions of N prompts, G each; the completions of a prompt are adjacent rows.
+    """Completions of N prompts, G each; a prompt's completions are adjacent rows."""
 
-    Attributes:
-        prompt_ids, prompt_mask: [N, P], left-padded.
-        completion_ids, completion_mask: [N·G, C], right-padded; the end token is part of a completion.
-        log_probs: [N·G, C] fp32, of each sampled token at the sampling temperature; 0 on padding.
-        entropies: [N·G, C] fp32, of the distribution each token was drawn from; 0 on padding.
-        cut: [N·G] bool, completions that the limit of tokens ended.
-        boundary: the states that enter the first trained block, where they were asked for.
-        drawn: [N·G, C], 1 for tokens that the policy sampled and 0 for others; None: it sampled all.
-        episodes: the N·G episodes, where completions were played in turns.
-    """
-
-    prompt_ids: torch.Tensor
-    prompt_mask: torch.Tensor
-    completion_ids: torch.Tensor
-    completion_mask: torch.Tensor
-    log_probs: torch.Tensor
-    entropies: torch.Tensor
-    cut: torch.Tensor
-    boundary: BoundaryStates | None = None
-    drawn: torch.Tensor | None = None
-    episodes: Sequence[Episode] = ()
+    prompt_ids: torch.Tensor  # [N, P], left-padded
+    prompt_mask: torch.Tensor  # [N, P]
+    completion_ids: torch.Tensor  # [N·G, C], right-padded; the end token is part of a completion
+    completion_mask: torch.Tensor  # [N·G, C]
+    log_probs: torch.Tensor  # [N·G, C] fp32, at the sampling temperature; 0 on padding
+    entropies: torch.Tensor  # [N·G, C] fp32, of each token's distribution; 0 on padding
+    cut: torch.Tensor  # [N·G] bool, completions that reached the token limit
+    boundary: BoundaryStates | None = None  # if requested
+    drawn: torch.Tensor | None = None  # [N·G, C], 1 if the policy sampled the token, else 0; None: all 1
+    episodes: Sequence[Episode] = ()  # N·G if played in turns, else empty
 
     @property
     def group_size(self) -> int:
@@ -110,12 +87,12 @@ class Rollout:
 
     @property
     def scored(self) -> torch.Tensor:
-        """The tokens that have log-probs, [N·G, C]: neither padding nor put by an environment."""
+        """Mask of the tokens with log-probs, [N·G, C]: neither padding nor shown by an environment."""
         return self.completion_mask if self.drawn is None else self.completion_mask * self.drawn
 
     @property
     def environments(self) -> list[Any] | None:
-        """The environment of each episode, for rewards; None where nothing was played in turns."""
+        """The environment of each episode, for rewards; None without turns."""
         return [episode.environment for episode in self.episodes] or None
 
     def prompts(self) -> list[list[int]]:
@@ -130,12 +107,12 @@ class Rollout:
         return self.unpadded(self.completion_ids)
 
     def unpadded(self, values: torch.Tensor) -> list[list[Any]]:
-        """Values of tokens [N·G, C] as lists without those of padding."""
+        """Values of tokens [N·G, C] as lists without padding."""
         rows = zip(values.tolist(), self.completion_mask.sum(1).tolist(), strict=True)
         return [row[:length] for row, length in rows]
 
     def groups(self, prompts: Which) -> Rollout:
-        """The whole groups of some prompts, given as a slice (sharing memory with this one) or by their numbers."""
+        """Select whole groups by their prompts: a slice (shares memory with this rollout) or numbers."""
         rows = self.rows_of(prompts)
         return Rollout(
             self.prompt_ids[prompts],
@@ -158,7 +135,7 @@ class Rollout:
 
     @staticmethod
     def joined(parts: Sequence[Rollout], pad_token_id: int) -> Rollout:
-        """The groups of `parts` one after the other; prompts are padded alike in all of them."""
+        """Concatenate the groups of `parts`; prompts are padded alike in all of them."""
         boundaries = [part.boundary for part in parts if part.boundary is not None]
         return Rollout(
             stacked([part.prompt_ids for part in parts]),
@@ -173,40 +150,30 @@ class Rollout:
 
 
 class Sampler(Protocol):
-    """Draws completions: of one turn by the policy, in episodes with environments, or by a server.
-
-    Attributes:
-        policy: what is sampled from.
-        limits: what memory allows.
-        is_policy: the log-probs of its rollouts are those of the policy itself.
-    """
+    """Draws completions: in one turn by the policy, in episodes with environments, or by a server."""
 
     policy: Policy
     limits: SamplingLimits
-    is_policy: bool
+    is_policy: bool  # its rollouts' log-probs are the policy's own
 
     def begin(self, rows: Sequence[Row]) -> Sequence[Row]:
-        """The rows with what the policy is shown as their prompts; environments begin their episodes."""
+        """Return the rows with the prompts the policy sees; environments start their episodes."""
 
     def prompt_lengths(self, rows: Sequence[Row]) -> list[int]:
-        """Tokens of the prompts of rows, which need not have begun; where these take long, of the first few."""
+        """Prompt lengths in tokens of rows that may not have begun; if those are slow to make, of the first few."""
 
     def sample(
         self, prompts: Sequence[Any], sampling: Sampling, *, boundary_block: int | None = None
     ) -> Rollout:
-        """A completion for each prompt.
+        """Draw a completion for each prompt, and with `boundary_block` the states that enter that block.
 
-        Args:
-            prompts: of the rows as they have begun, texts or chats; the equal ones of a group are adjacent.
-            boundary_block: also give the states that enter this block.
-
-        Raises:
-            RunStopped: a single group does not fit into memory.
+        Prompts are texts or chats of rows that have begun; a group's equal prompts are adjacent. Raises RunStopped if a
+        single group does not fit into memory.
         """
 
 
 def padded(policy: Policy, rows: Sequence[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and their mask, [N, T] each, padded on the `left` or on the `right`."""
+    """Token ids and their mask, [N, T] each, padded on the `left` or `right`."""
     tokens = [torch.tensor(row, dtype=torch.long) for row in rows]
     ids = pad_sequence(tokens, True, policy.tokenizer.pad_token_id, side)
     mask = pad_sequence([torch.ones_like(row) for row in tokens], True, 0, side)

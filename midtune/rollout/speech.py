@@ -1,4 +1,4 @@
-"""How the policy and an environment talk: from tokens to an action, and from an answer to tokens."""
+"""Convert between the policy and an environment: tokens to an action, an answer to tokens."""
 
 from __future__ import annotations
 
@@ -14,31 +14,26 @@ _MARK = "midtune-acts-here"
 
 
 class Speech(Protocol):
-    """A way to speak."""
+    """How actions and answers are written."""
 
     def prompt_ids(self, prompt: Any) -> list[int]:
-        """What an episode begins with, as token ids up to where the policy acts."""
+        """Token ids of an episode's start, up to the policy's first action."""
 
     def answer(self, match: Match, before: list[int], action: list[int]) -> tuple[list[int] | None, float]:
-        """Let the environment do what the policy said.
+        """Pass the policy's action to the environment; `before` are all tokens before the action.
 
-        Args:
-            before: all tokens before the action.
-            action: the tokens of the action.
-
-        Returns:
-            The tokens between this action and the next one, None where the episode is over, and the reward.
+        Returns the tokens between this action and the next, None if the episode is over; and the reward.
         """
 
 
 class Text:
-    """An action is what the policy wrote; the environment answers as the user of a chat, or in the same text.
+    """An action is the policy's text; the environment answers as the user of a chat, or in the same text.
 
-    Reasoning that ended with `</think>` is no part of an action.
+    Reasoning that ends with `</think>` is not part of an action.
 
     Args:
         stop_strings: an action ends before the first of them.
-        chat: whether prompts are chat messages; otherwise an answer goes on where the action ended.
+        chat: prompts are chat messages; otherwise an answer continues the action's text.
     """
 
     def __init__(self, policy: Policy, stop_strings: Sequence[str], *, chat: bool) -> None:
@@ -58,7 +53,7 @@ class Text:
         return (None if match.over else self.reply_ids(shown, action)), reward
 
     def reply_ids(self, text: str, action: list[int]) -> list[int]:
-        """The tokens that put `text` behind an action, and what that ended with not twice."""
+        """The tokens that append `text` to an action, without repeating what ended the action."""
         if not self.chat:
             said = self.tokenizer.decode(action, skip_special_tokens=True)
             return self._tokens(text if said.endswith("\n") else f"\n{text}")
@@ -78,7 +73,7 @@ class Text:
 
 
 def prompt_ids(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
-    """A prompt as token ids, as TRL makes them: a text as it is, a chat up to where the answer begins."""
+    """Tokenize a prompt as TRL does: a text as it is, a chat up to where the answer begins."""
     if isinstance(prompt, str):
         ids: list[int] = tokenizer(prompt)["input_ids"]
         return ids
@@ -86,7 +81,7 @@ def prompt_ids(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
 
 
 def chat_ids(tokenizer: Any, messages: list[dict[str, Any]], **arguments: Any) -> list[int]:
-    """Chat messages as token ids; `arguments` are those of `apply_chat_template`."""
+    """Chat messages as token ids; `arguments` go to `apply_chat_template`."""
     with rendering():
         ids: list[int] = tokenizer.apply_chat_template(
             messages, tokenize=True, return_dict=True, **arguments

@@ -1,4 +1,4 @@
-"""Completions of one turn: all rows in flight together, or what memory holds."""
+"""Single-turn completions: as many rows in flight together as memory holds."""
 
 from __future__ import annotations
 
@@ -50,13 +50,12 @@ def sample(
 ) -> Rollout:
     """Sample a group of completions for every prompt.
 
-    Every token has a random number of its own, drawn beforehand from torch's global random state. So two
-    policies that start from one state draw alike, whatever they answer, and differ the less; and tokens are
-    the same, however many rows go together.
+    Every token has its own random number, drawn beforehand from torch's global random state. So the batch size does not
+    change the tokens, and two policies that start from one state use the same numbers and differ less.
 
     Args:
         prompts: token ids of each prompt.
-        limits: what memory allows; its rows are lowered where memory runs out.
+        limits: its rows are lowered when memory runs out.
 
     Raises:
         RunStopped: a single group does not fit into memory.
@@ -104,10 +103,10 @@ def sample(
 def _gathered(
     block: int, states: list[torch.Tensor], fed: list[torch.Tensor], lengths: torch.Tensor
 ) -> BoundaryStates:
-    """The states of each pass, put in the places of the rows that it fed."""
+    """Put the states of each pass into the places of the rows that it fed."""
     prompt_states, *steps = states
     storage = prompt_states.device
-    # Pinned, it goes back to the device faster.
+    # Pinned memory returns to the device faster.
     completion_states = prompt_states.new_zeros(
         len(lengths), int(lengths.max()), prompt_states.size(-1), pin_memory=storage != lengths.device
     )
@@ -116,19 +115,18 @@ def _gathered(
     return BoundaryStates(block, prompt_states, completion_states)
 
 
-# Seed of runs that begin alike → their first rollout, and the random state after it.
+# Seed shared by runs → their first rollout, and the random state after it.
 FirstRollouts = dict[int, tuple[Rollout, torch.Tensor]]
 
 
 class AlikeSampler:
-    """Samples for a run that shares its first rollout with others: same policy, prompts and seed; see `Sampler`.
+    """Shares a run's first rollout with runs of the same policy, prompts and seed; see `Sampler`.
 
-    Policies are alike as long as nothing is trained and a thawed block computes what the frozen one did, so not
-    where frozen blocks are in 4-bit.
+    Untrained policies are alike if a thawed block computes what the frozen one did, so not with 4-bit blocks.
 
     Args:
-        sampler: samples all other rollouts, and the first where it is not known yet.
-        first: gives the first rollout of the run, or takes it for other runs.
+        sampler: samples all other rollouts, and the first if it is not known yet.
+        first: holds the first rollouts, shared between runs.
     """
 
     def __init__(self, sampler: Sampler, first: FirstRollouts, seed: int) -> None:

@@ -1,9 +1,9 @@
-"""Sampling by a vLLM server, which is sent the trained blocks and nothing else.
+"""Sample with a vLLM server, which is sent only the trained blocks.
 
-TRL's own client would need vLLM in the trainer's environment, where its releases ask for an older
-transformers, and moves weights between CUDA devices only. A vLLM server in an environment of its own can
-read weights from a folder instead: midtune writes the trained blocks there, under the checkpoint's names and
-never in 4-bit, and asks for them to be loaded. Works with vLLM 0.31, its development endpoints turned on.
+TRL's own client needs vLLM in the trainer's environment, where its releases want an older transformers, and moves
+weights only between CUDA devices. A server in its own environment can instead read weights from a folder: midtune
+writes the trained blocks there, under the checkpoint's names and never in 4-bit, and asks the server to load them.
+Works with vLLM 0.31 with its development endpoints on.
 """
 
 from __future__ import annotations
@@ -27,13 +27,9 @@ START = "VLLM_SERVER_DEV_MODE=1 vllm serve {model} --logprobs-mode processed_log
 
 
 def require_server(url: str, model: Path) -> str:
-    """Check that a vLLM server that can be sent weights answers at `url`; returns the name of what it serves.
+    """Return the name of the model that the vLLM server at `url` serves.
 
-    Args:
-        model: the folder of the model that it should serve, for the message.
-
-    Raises:
-        InputError: none does.
+    Raises InputError if no server answers or it accepts no weights; the message says to serve the folder `model`.
     """
     url = url.rstrip("/")
     start = START.format(model=model)
@@ -50,16 +46,10 @@ def require_server(url: str, model: Path) -> str:
 
 
 class VLLMSampler(TextSampler):
-    """A running server completes the prompts in the policy's place; see `Sampler`.
+    """A server at `url` completes the prompts instead of the policy; raises InputError if none accepts weights.
 
-    The server holds the frozen weights as the checkpoint has them, so a policy that holds them in 4-bit differs
-    from it a little.
-
-    Args:
-        folder: gets the trained blocks; the server reads it under the same path.
-
-    Raises:
-        InputError: there is no server at `url`, or one that cannot be sent weights.
+    The server's frozen weights are the checkpoint's, so a policy in 4-bit differs a little. The trained blocks go to
+    `folder`, which the server reads under the same path.
     """
 
     def __init__(self, url: str, policy: Policy, limits: SamplingLimits, folder: Path) -> None:
@@ -67,11 +57,11 @@ class VLLMSampler(TextSampler):
         self.url = url.rstrip("/")
         self.folder = folder.absolute()
         self.model = require_server(self.url, policy.source.folder)
-        # An earlier run may have left its blocks there.
+        # An earlier run may have left its blocks in the server.
         self._load(policy.source.folder)
 
     def sync_weights(self) -> None:
-        """Send the trained blocks as they are now."""
+        """Send the current trained blocks."""
         self.folder.mkdir(parents=True, exist_ok=True)
         save_file(self.policy.deployed_blocks(), self.folder / "model.safetensors")
         self._load(self.folder)
@@ -79,7 +69,7 @@ class VLLMSampler(TextSampler):
     def sample(
         self, prompts: Sequence[Any], sampling: Sampling, *, boundary_block: int | None = None
     ) -> Rollout:
-        """Completions by the blocks as they were sent last; entropies are not known, and zero."""
+        """Complete with the blocks last sent; entropies are unknown, and zero."""
         asked = [prompt_ids(self.policy.tokenizer, prompt) for prompt in prompts[:: sampling.group_size]]
         answer = self._post(
             "/v1/completions",
@@ -111,7 +101,7 @@ class VLLMSampler(TextSampler):
 
     def _load(self, folder: Path) -> None:
         self._post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
-        # What it remembers of prompts was computed with other weights.
+        # Cached prompts were computed with the old weights.
         self._post("/reset_prefix_cache", {})
 
     def _post(self, path: str, body: dict[str, Any]) -> Any:
