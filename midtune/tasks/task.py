@@ -32,7 +32,7 @@ from midtune.tasks.sources.own import (
 )
 from midtune.tasks.split import Row, Sizes, Split, given_split, split_rows
 
-# From the name and the class of an environment: from a policy, how it calls the environment's methods.
+# From an environment's name and class, what makes of a policy its way to call the environment's methods.
 Tools = Callable[[str, Callable[[], Any]], Callable[[Any], Any]]
 
 
@@ -40,8 +40,7 @@ Tools = Callable[[str, Callable[[], Any]], Callable[[Any], Any]]
 class Task:
     """Problems to learn from, problems held out, and the functions that score completions.
 
-    Rows have `prompt` (chat messages, or a text to continue), `question` and `answer` (text); what else they have is
-    for the rewards.
+    Rows have `prompt` (chat messages, or a text to continue), `question`, `answer` (text), and keys for the rewards.
     """
 
     name: str
@@ -56,18 +55,14 @@ class Task:
     note: str | None = None  # a remark for the person, such as fewer problems than asked for
 
     def require_one_turn(self, what: str) -> None:
-        """Check that the task is answered in one turn, since `what` (a command or option) knows no others.
-
-        Raises:
-            InputError: it is played in turns.
-        """
+        """Raise InputError if the task is played in turns, which `what` (a command or option) does not support."""
         if self.game is not None:
             raise InputError(f"{self.name} is played in turns, and {what} knows tasks of one turn only.")
 
 
 @dataclass(frozen=True)
 class _Problems:
-    """What a source gives: its split, its own reward, the one to use by default, and what identifies it."""
+    """What a source gives; `verifier` is its own reward, `default` names the one to use by default."""
 
     split: Split
     verifier: Reward | None
@@ -88,18 +83,17 @@ def load_task(
     shaping: Callable[[str], Reward] | None = None,
     tools: Tools | None = None,
 ) -> Task:
-    """The task called `name`, split into training and held-out problems.
+    """Load the task called `name`, split into training and held-out problems.
 
     Args:
-        settings: how it is read, put and scored; `TaskConfig.name` says what a name can be, and is not read here.
-        seed: fixes the problems and the split.
+        settings: `TaskConfig.name` says what a name can be, and is not read here.
         sandbox: opens where programs run; the rewards `code` and `code-all` need it.
-        shaping: from the name of a reward that shapes completions, that reward.
+        shaping: makes a shaping reward from its name.
         tools: how a policy calls the methods of an environment; None: it acts by text.
 
     Raises:
-        InputError: the task, an argument, a column or the reward does not exist, rows cannot be used, questions
-            are in training and evaluation, there are too few problems, or programs cannot be run here.
+        InputError: a name, argument, column or reward is unknown, rows are unusable, in both splits or too few,
+            or programs cannot run here.
     """
     weights = _asked_rewards(settings.reward or [])
     judges = [text for text in weights if text not in SHAPING]
@@ -177,7 +171,7 @@ def _asked_rewards(texts: Sequence[str]) -> dict[str, float]:
 
 
 def _columns(name: str, settings: TaskConfig, judges: Sequence[str]) -> Columns:
-    """Which columns of a file to read for the rewards asked for."""
+    """Choose the columns to read for the rewards asked for."""
     if not any(text in CODE for text in judges):
         return Columns(settings, needs_answer=not (judges and is_own(judges[0])))
     if name.startswith(gym.PREFIX):
@@ -198,7 +192,7 @@ def _problems(
     *,
     tools: bool,
 ) -> _Problems:
-    """The problems of a task, by the kind that its name says."""
+    """Load the problems of a task by the kind of its name."""
     args, eval_file = settings.args, settings.eval_file
     is_gym = name.startswith(gym.PREFIX)
     if eval_file is not None and (is_gym or name in GAMES or name == programs.NAME):
@@ -271,7 +265,7 @@ def _of_source(
 def _identity(
     settings: TaskConfig, found: _Problems, game: Game | None, judge: str, digests: Mapping[str, str]
 ) -> dict[str, Any]:
-    """What makes two tasks the same one; `digests` are those of a person's own rewards."""
+    """What the fingerprint covers; `digests` are those of a person's own rewards."""
     identity = {
         "system": settings.system_prompt,
         "format": settings.prompt_format,
@@ -279,7 +273,7 @@ def _identity(
         **found.identity,
         "reward": "own" if judge in digests else judge,
     }
-    # Said only where it is so, that other tasks keep their fingerprints.
+    # Added only when set, so that other tasks keep their fingerprints.
     if settings.template != "none":
         identity["template"] = settings.template
     if settings.last_turn == "cut":
@@ -290,7 +284,7 @@ def _identity(
 
 
 def _shadowed(names: Mapping[str, None]) -> str | None:
-    """Which columns a person's own reward does not get, if any."""
+    """Warn of columns that a person's own reward does not get, if any."""
     taken = ", ".join(f"the column `{name}`" for name in names if name in TRL_NAMES)
     if not taken:
         return None
@@ -298,7 +292,7 @@ def _shadowed(names: Mapping[str, None]) -> str | None:
 
 
 def _note(split: Split, sizes: Sizes) -> str | None:
-    """That there are fewer problems than were asked for, if so."""
+    """Warn if there are fewer problems than were asked for."""
     short = len(split.train) < sizes.train or len(split.held_out) < sizes.held_out
     if split.distinct is None or not short:
         return None

@@ -1,4 +1,4 @@
-"""The text games that come from packages: what each is played with, and how its problems are drawn."""
+"""The text games from packages: what plays each, and how its problems are drawn."""
 
 from __future__ import annotations
 
@@ -45,12 +45,10 @@ GAMES = {
 
 
 def draw_games(name: str, args: Mapping[str, Any], sizes: Sizes) -> tuple[Split, dict[str, int]]:
-    """Rows with what a game begins with, such as a `seed`, and its complete arguments.
-
-    Games that begin alike are one problem.
+    """Rows with what a game begins with, such as a `seed`, and its arguments; equal beginnings are one problem.
 
     Raises:
-        InputError: its package or data is missing, or an argument is none of its own or no whole number from 0 on.
+        InputError: its package or data is missing, or an argument is unknown or not a whole number from 0 on.
     """
     kind = GAMES[name]
     arguments = _complete(name, kind, args)

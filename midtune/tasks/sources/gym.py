@@ -20,7 +20,7 @@ _OURS = {"seed": "--seed", "size": "task.train_size and task.eval_size"}
 
 
 def list_tasks() -> list[str]:
-    """The names of reasoning-gym's datasets, in alphabetical order, without the prefix."""
+    """Names of reasoning-gym's datasets, sorted, without the prefix."""
     return sorted(_datasets())
 
 
@@ -42,7 +42,7 @@ def task_arguments(name: str) -> dict[str, Any]:
 
 
 def draw_problems(name: str, args: Mapping[str, Any], sizes: Sizes) -> tuple[Split, Reward, dict[str, Any]]:
-    """Problems of a reasoning-gym dataset (without prefix), its verifier as a reward, and its complete arguments.
+    """Draw from a reasoning-gym dataset: problems, its verifier as a reward, and its complete arguments.
 
     Raises:
         InputError: there is no such dataset, an argument is wrong, or it has too few different problems.
