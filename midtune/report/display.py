@@ -108,7 +108,6 @@ class TrainingDisplay:
         return f"{whole_seconds_text(remaining * sum(self._step_s) / len(self._step_s))} left"
 
     def _figures(self) -> Iterator[tuple[str, str]]:
-        """Names and texts of what is known of the last step."""
         known = self._known
         if "reward" in known:
             yield "reward", f"{known['reward']:.3f}"
@@ -136,10 +135,7 @@ class TrainingDisplay:
 
 
 class WorkDisplay:
-    """Shows progress while entered as a context; `total` None: unknown; `done` counts finished units.
-
-    On a terminal it is a bar that disappears at the end; elsewhere a line after two seconds, then every ten.
-    """
+    """Shows progress while entered: a bar on a terminal, elsewhere a line after two seconds, then every ten."""
 
     def __init__(
         self, description: str, total: float | None, console: Console, *, clock: Clock = time.monotonic

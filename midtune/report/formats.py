@@ -104,10 +104,7 @@ def with_interval(value: str, interval: str) -> str:
 
 
 def interval_texts(figures: Mapping[str, Any], fractions: bool) -> tuple[str, str]:
-    """A score or gain and its 95% interval, such as `45.0%` and `39 to 51`.
-
-    `figures` has `low`, `high`, and `score` or, for a gain, `value`. `fractions` gives percents, for gains points.
-    """
+    """A `score` or a gain's `value`, and its interval: `45.0%` and `39 to 51`; `fractions` gives percents or points."""
     signed = "value" in figures
     value, sign = finite(figures["value" if signed else "score"]), "+" if signed else ""
     if value is None:

@@ -117,7 +117,6 @@ def total_text(metrics: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def _asked(run: Run) -> dict[str, str]:
-    """The main settings by name; unknown ones are left out."""
     report = run.report
 
     def get(key: str) -> Any:
@@ -175,7 +174,6 @@ def _gains(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _scale(report: Mapping[str, Any]) -> tuple[float, float]:
-    """The scores at the ends of the common scale."""
     kinds = score_kinds(report)
     if are_fractions(kinds):
         return 0.0, 1.0
@@ -199,7 +197,6 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _ranking(probe: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """Figures of the ranking that chose the blocks; none if unknown."""
     if probe is None or not (shown := points(probe)):
         return []
     best = max(shown, key=lambda point: point.value)
@@ -224,7 +221,6 @@ def _times(time: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _memories(memory: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Bars of peak bytes."""
     peaks = {f"midtune ({MEMORY_SOURCES[memory['source']]})": ("measured", memory["peak"])}
     for key, name in OTHERS.items():
         if (peak := finite(memory.get(f"{key}_peak"))) is not None:

@@ -60,7 +60,6 @@ def _row(arm: Mapping[str, Any], label: str) -> tuple[str, ...]:
 
 
 def _parts(phases: Mapping[str, Mapping[str, int]]) -> Table:
-    """GiB of each part in each phase."""
     names = dict.fromkeys(name for parts in phases.values() for name, size in parts.items() if size)
 
     def row(name: str, sizes: Iterable[int]) -> list[str]:

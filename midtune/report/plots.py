@@ -157,7 +157,6 @@ def _draw_depth(probe: Mapping[str, Any], axes: Any) -> None:
 
 
 def _draw_prices(probe: Mapping[str, Any], axes: Any) -> None:
-    """Draw each block's gain against its price, and the frontier."""
     selected, best, blocks = set(probe.get("selected") or []), frontier(probe), priced(probe)
     for block, (gain, cost) in blocks.items():
         marker, color = BLOCK_KINDS["selected" if block in selected else "block"]

@@ -195,7 +195,6 @@ def _correlation(found: Mapping[str, float | None] | None) -> str:
 
 
 def _compared(pairs: Sequence[Mapping[str, Any]]) -> str:
-    """Which values the pairs were compared by."""
     by_share = [_pair(pair) for pair in pairs if pair["compared"] == "contribution"]
     if len(by_share) in (0, len(pairs)):
         return f"Compared: {'C(k)' if by_share else 'scores'}."

@@ -70,10 +70,9 @@ def paired_gain(before: ArrayLike, after: ArrayLike) -> Estimate:
 
 
 def pass_at_k(samples: int, correct: ArrayLike, k: int) -> NDArray[np.float64]:
-    """Unbiased probability that at least one of k samples is correct, 1 - C(n-c, k) / C(n, k).
+    """Unbiased probability that at least one of k samples is correct: 1 - C(n-c, k) / C(n, k), c = `correct` [problems].
 
-    A product of factors up to 1 avoids overflow (Chen et al. 2021, arXiv 2107.03374). `samples` is n, `correct`
-    [problems] is c.
+    A product of factors up to 1, so that nothing overflows (Chen et al. 2021, arXiv 2107.03374).
 
     Raises:
         ValueError: k is not between 1 and n.

@@ -112,10 +112,7 @@ def step_times(steps: Sequence[Mapping[str, Any]], repeated: int = 0) -> dict[st
 
 
 def phase_peaks(steps: Sequence[Mapping[str, Any]], kind: str = "peak_bytes") -> dict[str, int]:
-    """The most bytes of each of `PHASES` in any step; phases without figures are left out.
-
-    `kind` is `peak_bytes`, all memory held, or `reserved_bytes`, what CUDA's allocator has taken.
-    """
+    """The most bytes per phase in any step; `kind`: `peak_bytes` (all held) or `reserved_bytes` (CUDA's allocator)."""
     known = {name: [step[key] for step in steps if (key := f"{name}_{kind}") in step] for name in PHASES}
     return {name: max(counts) for name, counts in known.items() if counts}
 

@@ -98,10 +98,9 @@ def marked_answer(text: str) -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-    """The content of the last complete `\\boxed{…}`, nested braces included, or None.
+    """The content of the last complete `\\boxed{…}`, nested braces and a minus before it included, or None.
 
-    It includes a minus before the box. Boxes joined by a comma, `and` or `or` are one answer: `\\boxed{2}$ or
-    $x = \\boxed{3}` gives `2, 3`.
+    Boxes joined by a comma, `and` or `or` are one answer: `\\boxed{2}$ or $x = \\boxed{3}` gives `2, 3`.
     """
     open_braces: list[re.Match[str]] = []
     boxes: list[tuple[int, str, int]] = []

@@ -10,12 +10,11 @@ Expected results never enter the program's sandbox:
   passes arguments and results between the sandboxes as values. So the tests compare plain numbers, texts and
   containers, by Python's own `==` and out of the program's reach.
 
-So a test passes only if the right values came back in time. Ending early, printing the result, patching
-modules, overriding `==` and writing to any channel only loses values. A program can still return a result
-that the prompt shows; of MBPP's tests the prompt shows only the first. The price: tests cannot pass that hand
-functions to the program, look into its objects or expect arguments changed in place, and the program has only
-the standard library. Under weak isolation (`sandbox/sandbox.py`) the program can reach other processes, so
-none of this is guaranteed.
+So a test passes only if the right values came back in time. Ending early, printing the result, patching modules,
+overriding `==` and writing to any channel only loses values. A program can still return a result that the prompt
+shows; of MBPP's tests the prompt shows only the first. The price: tests cannot pass that hand functions to the
+program, look into its objects or expect arguments changed in place, and the program has only the standard library.
+Under weak isolation (`sandbox/sandbox.py`) the program can reach other processes, so none of this is guaranteed.
 """
 
 from __future__ import annotations
@@ -151,11 +150,8 @@ def code_reward(name: str, sandbox: Sandbox) -> Reward:
 def fraction_passed(sandbox: Sandbox, program: str, tests: str) -> float:
     """The fraction of its tests (the `tests` column of a row) that a program passes.
 
-    Functions are called in one process, so all calls after an exit fail; each input/output pair is a new run. After an
-    endless loop nothing more is tried.
-
-    Raises:
-        RunStopped: the sandbox no longer works.
+    Functions share one process, so calls after an exit fail; each input/output pair is a new run. After an endless
+    loop nothing more is tried.
     """
     read: dict[str, Any] = json.loads(tests)
     if not program.strip():
@@ -249,7 +245,6 @@ def _texts(value: Any) -> list[str]:
 
 
 def _reference(row: Row) -> str:
-    """A right program, if the row has one."""
     known = next((row[name] for name in ("answer", *_REFERENCES) if row.get(name)), "")
     if isinstance(known, str) and known.lstrip().startswith("["):
         try:

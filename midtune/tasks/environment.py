@@ -154,11 +154,7 @@ def tools_of(environment: Any) -> dict[str, Callable[..., Any]]:
 
 
 def check_environment(kind: Any, name: str, *, tools: bool) -> None:
-    """Check that a task file's `Environment` can be played: by text, or by calls of its methods (`tools`).
-
-    Raises:
-        InputError: it cannot; what is missing is named.
-    """
+    """Raise InputError unless a task file's `Environment` can be played by text, or by calls of its methods (`tools`)."""
     asked = f"`{CLASS}` of {name}"
     if not inspect.isclass(kind):
         raise InputError(f"{asked} is not a class; write `class {CLASS}:`.")
@@ -173,11 +169,7 @@ def check_environment(kind: Any, name: str, *, tools: bool) -> None:
 
 
 def check_game(game: Game, rows: Sequence[Row]) -> None:
-    """Begin an episode of each row twice, and act once if actions are text.
-
-    Raises:
-        InputError: the environment raises, returns wrong types, or begins differently each time.
-    """
+    """Begin an episode of each row twice, and act once by text; raise InputError if that fails or beginnings differ."""
     for row in rows:
         matches = game.matches(2)
         first, second = (match.reset(row)["prompt"] for match in matches)

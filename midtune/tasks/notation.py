@@ -127,10 +127,7 @@ class Number:
 
 
 def read_number(text: str, *, lead: bool = False) -> Number | None:
-    """Read a text that is one number, unit or not (`-5`, `1,234.50`, `$3`, `5\\frac{1}{8}`, `45^\\circ`); else None.
-
-    With `lead`, words, a choice letter or `x =` may stand before it.
-    """
+    """Read a number, with a unit or not (`-5`, `1,234.50`, `$3`, `45^\\circ`); `lead` allows words or `x =` before it."""
     if len(text) > _LONGEST:
         return None
     text = _bare(undressed(text))

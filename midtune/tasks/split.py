@@ -92,8 +92,8 @@ def given_split(train: Sequence[Row], held_out: Sequence[Row], sizes: Sizes, *, 
 def draw_split(draw: Callable[[int, int], Sequence[Row]], sizes: Sizes) -> Split:
     """Split the problems of an endless or unknown source, whose items `draw(start, stop)` gives.
 
-    A hash puts each question on its side. So both sides have the source's own mix, and the held-out problems do not
-    depend on how many there are to train on. A source that brings no new questions counts as finite.
+    A hash puts each question on its side, so both have the source's own mix, and the number of training problems does
+    not change the held-out ones. A source that brings no new questions counts as finite.
 
     Raises:
         InputError: fewer than six different questions.
@@ -123,7 +123,6 @@ def draw_split(draw: Callable[[int, int], Sequence[Row]], sizes: Sizes) -> Split
 
 
 def _drawn(draw: Callable[[int, int], Sequence[Row]], sizes: Sizes) -> Iterator[Row]:
-    """Draw items in batches, up to many times what is asked for."""
     start = 0
     batch = int(max(sizes.train / (1 - _HELD_OUT_SHARE), sizes.held_out / _HELD_OUT_SHARE) * 1.02) + 16
     while start < 20 * (sizes.train + sizes.held_out) + 1000:
@@ -144,7 +143,6 @@ def _in_order(different: dict[str, Row], seed: int) -> list[Row]:
 
 
 def _held_out_count(distinct: int, sizes: Sizes) -> int:
-    """How many questions of a finite task to hold out."""
     if distinct < FEWEST_QUESTIONS:
         noun = "question" if distinct == 1 else "questions"
         raise InputError(

@@ -32,7 +32,7 @@ from midtune.tasks.sources.own import (
 )
 from midtune.tasks.split import Row, Sizes, Split, given_split, split_rows
 
-# From an environment's name and class, what makes of a policy its way to call the environment's methods.
+# (environment's name, its class) → (policy → how it calls the environment's methods).
 Tools = Callable[[str, Callable[[], Any]], Callable[[Any], Any]]
 
 
@@ -171,7 +171,6 @@ def _asked_rewards(texts: Sequence[str]) -> dict[str, float]:
 
 
 def _columns(name: str, settings: TaskConfig, judges: Sequence[str]) -> Columns:
-    """Choose the columns to read for the rewards asked for."""
     if not any(text in CODE for text in judges):
         return Columns(settings, needs_answer=not (judges and is_own(judges[0])))
     if name.startswith(gym.PREFIX):
@@ -192,7 +191,6 @@ def _problems(
     *,
     tools: bool,
 ) -> _Problems:
-    """Load the problems of a task by the kind of its name."""
     args, eval_file = settings.args, settings.eval_file
     is_gym = name.startswith(gym.PREFIX)
     if eval_file is not None and (is_gym or name in GAMES or name == programs.NAME):
@@ -292,7 +290,6 @@ def _shadowed(names: Mapping[str, None]) -> str | None:
 
 
 def _note(split: Split, sizes: Sizes) -> str | None:
-    """Warn if there are fewer problems than were asked for."""
     short = len(split.train) < sizes.train or len(split.held_out) < sizes.held_out
     if split.distinct is None or not short:
         return None

@@ -47,7 +47,7 @@ class ALFWorld:
         self._game = AlfredDemangler(PddlEnv(textworld.EnvInfos(won=True, admissible_commands=True)))
 
     def reset(self, game: str, **row: Any) -> str:
-        """Begin a game, by its folder under that of the data."""
+        """Begin a game, given its folder within the data."""
         self._game.load(str(data_folder() / game / GAME))
         self._now = self._game.reset()
         return self._shown(self._now.feedback.partition("\n\n")[2])
@@ -96,11 +96,7 @@ def data_folder() -> Path:
 
 
 def draw_households(arguments: Mapping[str, int], sizes: Sizes) -> Split:
-    """Rows with the folder of a `game`: training ones from `train`, held-out ones from seen or unseen rooms.
-
-    Raises:
-        InputError: the data is not there.
-    """
+    """Rows with a `game`'s folder, from `train` and, held out, seen or `unseen` rooms; InputError without the data."""
     held_out = FOLDERS[2 if arguments["unseen"] else 1]
     train = _rows(FOLDERS[0], sizes.train, sizes.seed)
     return given_split(train, _rows(held_out, sizes.held_out, sizes.seed), sizes)

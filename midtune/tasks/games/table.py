@@ -68,7 +68,6 @@ def draw_games(name: str, args: Mapping[str, Any], sizes: Sizes) -> tuple[Split,
 
 
 def _complete(name: str, kind: GameKind, args: Mapping[str, Any]) -> dict[str, int]:
-    """The arguments of a game with its defaults."""
     if any(importlib.util.find_spec(package) is None for package in kind.packages):
         extra = kind.packages[0]
         raise InputError(

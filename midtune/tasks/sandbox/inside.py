@@ -140,10 +140,7 @@ class Opaque:
 
 
 def encode(value: Any, opaque: Callable[[Any], str]) -> str:
-    """A value as a Python literal; subclasses (named tuple, Counter) as their plain class.
-
-    `opaque` writes what has no literal, or raises.
-    """
+    """A value as a Python literal, subclasses (named tuple, Counter) as the plain class; `opaque` writes the rest."""
     if value is None or isinstance(value, bool):
         return repr(value)
     if isinstance(value, int):

@@ -9,9 +9,8 @@ kernel limits CPU time, address space, processes, open files, file size and outp
 and the number of files. When a program ends, so do all processes of its namespace. The programs of a job
 share one CPU (`Sandbox.each`), so one that starts many processes delays only its own tests.
 
-Not guaranteed: a hole in the kernel is a way out. Memory and CPU limits hold per process, so they multiply
-by `processes`. Files are counted every 50 ms, so a program can make some ten thousand, 1 KiB each, before
-it is killed.
+Not guaranteed: a hole in the kernel is a way out. Memory and CPU limits hold per process, so they multiply by
+`processes`. Files are counted every 50 ms, so a program can make some ten thousand, 1 KiB each, before it is killed.
 
 Without bubblewrap isolation is *weak*: the same limits, an empty environment and an empty start folder, but
 the program can read and write what its user can, use the network, and leave processes behind. There is
@@ -101,10 +100,7 @@ class Running:
     _folder: int | None = None
 
     def wait(self, most_s: float | None = None, *, beside: Sequence[Running] = ()) -> Result:
-        """Wait for the program's end, its deadline or `most_s` seconds, then kill it.
-
-        A program, this one or one `beside` it, that makes too many files is killed meanwhile.
-        """
+        """Run to the end, the deadline or `most_s`, then kill; too many files kill it, or one `beside` it, early."""
         deadline = self._deadline if most_s is None else time.monotonic() + most_s
         ended = False
         while self._process.returncode is None and not ended:
@@ -221,11 +217,7 @@ class Sandbox:
             return Running(process, output, said, deadline, files.pop_all(), bool(self.isolation))
 
     def run(self, source: str, stdin: bytes = b"") -> Result:
-        """Run a program to its end.
-
-        Raises:
-            RunStopped: the sandbox no longer works.
-        """
+        """Run a program to its end; raise RunStopped if the sandbox no longer works."""
         with self.start("run", sources=[source], stdin=stdin) as running:
             return checked(running.wait())
 
@@ -239,11 +231,7 @@ class Sandbox:
 
 
 def checked(result: Result) -> Result:
-    """Return the result if the program started.
-
-    Raises:
-        RunStopped: the sandbox ended before that.
-    """
+    """Return the result; raise RunStopped if the sandbox ended before it started a program."""
     if result.broken:
         raise RunStopped(
             f"a sandbox did not start its program ({result.broken}); fix that and resume the run."
@@ -293,9 +281,9 @@ def open_sandbox(settings: SandboxConfig) -> Sandbox:
 
 
 def bubblewrap(bwrap: str, *, as_root: bool) -> tuple[str, ...]:
-    """The bubblewrap command (0.8 or later) that isolates the command after it.
+    """The bubblewrap command (0.8 or later) that isolates the next one.
 
-    Root gets no user namespace, but the right to take on another user id.
+    Root gets no user namespace, but may take on another user id.
     """
     python = _INTERPRETER[0]
     shown = [python, str(Path(os.__file__).parents[1]), *_SHARED_LIBRARIES]

@@ -86,7 +86,6 @@ def problems_of(source: str, lines: Sequence[Line], columns: Columns, first: int
         _refuse(source, faults, len(read))
     own = []
     if columns.carried is None:
-        # Episodes with one prompt differ by the other columns, such as a seed.
         rows = [told_apart(row) for row in rows]
     else:
         rows = [{**row, PLACE: place} for place, row in enumerate(rows, start=first)]

@@ -25,11 +25,7 @@ def list_tasks() -> list[str]:
 
 
 def task_arguments(name: str) -> dict[str, Any]:
-    """The arguments of a reasoning-gym dataset and their defaults (None: no default).
-
-    Raises:
-        InputError: there is no such dataset.
-    """
+    """A reasoning-gym dataset's arguments and their defaults (None: no default); InputError if it does not exist."""
     known = _datasets()
     if name not in known:
         near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.3) or sorted(known)[:3]

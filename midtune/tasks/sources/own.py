@@ -155,10 +155,7 @@ def _unavailable(name: str, parameter: str, columns: Mapping[str, Any]) -> str:
 
 
 def with_own_columns(reward: Reward, rows: Sequence[Row]) -> Reward:
-    """Pass a person's reward the columns of their rows as these stand in the file, if there are any.
-
-    A problem names its row by `row`: trainers' tables change types, and their `question` and `answer` are midtune's.
-    """
+    """Give a reward the rows' columns as the file has them, found by `row`, because trainers' tables change types."""
     if not rows:
         return reward
     names = [name for name in dict.fromkeys(key for row in rows for key in row) if name not in TRL_NAMES]
