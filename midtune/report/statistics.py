@@ -70,7 +70,7 @@ def paired_gain(before: ArrayLike, after: ArrayLike) -> Estimate:
 
 
 def pass_at_k(samples: int, correct: ArrayLike, k: int) -> NDArray[np.float64]:
-    """Unbiased probability that at least one of k samples is correct: 1 - C(n-c, k) / C(n, k), c = `correct` [problems].
+    """The unbiased probability that at least one of k samples is correct: 1 - C(n-c, k) / C(n, k), c is `correct`.
 
     A product of factors up to 1, so that nothing overflows (Chen et al. 2021, arXiv 2107.03374).
 

@@ -154,7 +154,7 @@ def tools_of(environment: Any) -> dict[str, Callable[..., Any]]:
 
 
 def check_environment(kind: Any, name: str, *, tools: bool) -> None:
-    """Raise InputError unless a task file's `Environment` can be played by text, or by calls of its methods (`tools`)."""
+    """Raise InputError unless a task file's `Environment` can be played by text, or by calling its methods (`tools`)."""
     asked = f"`{CLASS}` of {name}"
     if not inspect.isclass(kind):
         raise InputError(f"{asked} is not a class; write `class {CLASS}:`.")

@@ -127,7 +127,7 @@ class Number:
 
 
 def read_number(text: str, *, lead: bool = False) -> Number | None:
-    """Read a number, with a unit or not (`-5`, `1,234.50`, `$3`, `45^\\circ`); `lead` allows words or `x =` before it."""
+    """Read a number, with or without a unit (`-5`, `1,234.50`, `$3`, `45^\\circ`); `lead` allows words before it."""
     if len(text) > _LONGEST:
         return None
     text = _bare(undressed(text))

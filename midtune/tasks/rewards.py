@@ -59,10 +59,10 @@ def completion_of(prompt: Any, text: str) -> Any:
 
 
 def per_completion(name: str, score_one: Callable[[str, str, str], float]) -> Reward:
-    """Make a reward from a function of (answer, reference answer, question); its errors and NaN count as 0.
+    """Make a reward from a function of (answer, reference answer, question); errors and non-finite scores count as 0.
 
     `math` gets the completion after its reasoning; a `verifier`, which may not read LaTeX, `answers.extract`; others
-    `answers.final_answer`. Errors of midtune itself are raised.
+    `answers.final_answer`. midtune's own errors are raised.
     """
 
     def guarded(found: str, reference: str, question: str) -> float:

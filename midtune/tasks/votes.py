@@ -10,7 +10,7 @@ from midtune.tasks.notation import normalise, same_number
 def majority(answers: Sequence[str]) -> int | None:
     """The index of the first answer (`answers.extract`) that agrees with the most others; None if there are none.
 
-    Answers agree as the same number, or the same text up to case and whitespace. A blank one votes only if all are blank.
+    Answers agree as the same number, or the same text up to case and whitespace. Blank ones vote only if all are blank.
     """
     groups: list[list[int]] = []
     for index, answer in enumerate(answers):
