@@ -38,7 +38,7 @@ class Game:
     make: Callable[[], Any]
     max_turns: int  # actions after which an episode ends
     turn_tokens: int | None = None  # most tokens of an action; None: as many as the episode has left
-    speech: Callable[[Any], Any] | None = None  # from the policy, how they speak; None: by text
+    speech: Callable[[Any], Any] | None = None  # policy → how it calls the environment; None: by text
     _pool: list[Match] = field(default_factory=list, repr=False, compare=False)
 
     def matches(self, count: int) -> list[Match]:
@@ -154,7 +154,7 @@ def tools_of(environment: Any) -> dict[str, Callable[..., Any]]:
 
 
 def check_environment(kind: Any, name: str, *, tools: bool) -> None:
-    """Raise InputError unless a task file's `Environment` can be played by text, or by calling its methods (`tools`)."""
+    """Raise InputError unless a task file's `Environment` can be played: by text, or by calls of methods (`tools`)."""
     asked = f"`{CLASS}` of {name}"
     if not inspect.isclass(kind):
         raise InputError(f"{asked} is not a class; write `class {CLASS}:`.")

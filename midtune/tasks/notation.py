@@ -121,7 +121,7 @@ class Number:
 
     value: Fraction  # exactly, without the percent sign
     text: str  # in plain digits
-    decimals: int | None  # digits after the point, where that many may be a rounding
+    decimals: int | None  # digits after the point, if enough for a rounded number
     percent: bool  # whether a percent sign follows
     unit: str  # what follows, such as `cm^2`
 

@@ -31,7 +31,7 @@ class Split:
     train: list[Row]
     held_out: list[Row]
     distinct: int | None  # None: the source was not drawn to its end
-    left_out: int = 0  # questions that were to train on, and are held out too
+    left_out: int = 0  # shared questions, dropped from training
 
 
 def problem(prompt: str, question: str, answer: str = "", **columns: Any) -> Row:

@@ -44,13 +44,13 @@ class Task:
     """
 
     name: str
-    fingerprint: str  # the same for the same problems and reward, whatever seed and sizes
+    fingerprint: str  # equal for equal problems and reward, whatever the seed and sizes
     train: list[Row]
     held_out: list[Row]
     reward: Reward  # what training maximises
-    score: Reward  # what evaluation reports, in [0, 1]; a person's own reward as it is
+    score: Reward  # what evaluation reports, in [0, 1]; a person's own reward unchanged
     own_reward: bool = False
-    columns: tuple[str, ...] = ()  # of the file, which a person's own reward gets
+    columns: tuple[str, ...] = ()  # file columns that a person's own reward gets
     game: Game | None = None  # how it is played, if in turns
     note: str | None = None  # a remark for the person, such as fewer problems than asked for
 
@@ -69,7 +69,7 @@ class _Problems:
     default: str
     identity: dict[str, Any]
     notes: Sequence[str] = ()
-    own: Sequence[Row] = ()  # the rows as they stand in the file
+    own: Sequence[Row] = ()  # the rows as in the file
     environment: Any = None
     max_turns: int = MAX_TURNS
 
@@ -86,14 +86,13 @@ def load_task(
     """Load the task called `name`, split into training and held-out problems.
 
     Args:
-        settings: `TaskConfig.name` says what a name can be, and is not read here.
+        settings: all but `TaskConfig.name`, whose docs say what a name can be.
         sandbox: opens where programs run; the rewards `code` and `code-all` need it.
         shaping: makes a shaping reward from its name.
         tools: how a policy calls the methods of an environment; None: it acts by text.
 
     Raises:
-        InputError: a name, argument, column or reward is unknown, rows are unusable, in both splits or too few,
-            or programs cannot run here.
+        InputError: an unknown name, argument, column or reward, unusable, shared or too few rows, or no sandbox.
     """
     weights = _asked_rewards(settings.reward or [])
     judges = [text for text in weights if text not in SHAPING]

@@ -21,8 +21,8 @@ class GameKind:
     environment: Callable[[], Any]  # the class that plays it (`environment.py`)
     prompt: str
     arguments: Mapping[str, int]  # whole numbers that `reset` gets, and their defaults
-    packages: tuple[str, ...]  # what it needs; the first is midtune's extra too
-    draw: Callable[[Mapping[str, int], Sizes], Split] | None = None  # where a game is no matter of a seed
+    packages: tuple[str, ...]  # required; the first is also midtune's extra
+    draw: Callable[[Mapping[str, int], Sizes], Split] | None = None  # for games that no seed determines
     max_turns: int = MAX_TURNS
 
 
@@ -39,7 +39,7 @@ GAMES = {
         {"unseen": 0},
         ("alfworld", "fast_downward"),
         alfworld.draw_households,
-        max_turns=50,  # as GiGPO's authors have it
+        max_turns=50,  # as in GiGPO
     ),
 }
 

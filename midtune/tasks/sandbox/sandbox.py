@@ -3,11 +3,11 @@
 With bubblewrap (https://github.com/containers/bubblewrap) a program has its own process, network, IPC, host
 name and mount namespaces. It sees the standard library and the shared libraries, read-only, and an empty
 `/tmp` in memory: no other file or process, no network, no `/proc`. A user's programs also get a user
-namespace that forbids further ones. Root's programs get another user id, because the kernel does not count
-root's processes. A filter closes system calls that reach further (`syscalls.py`; x86_64 and aarch64). The
-kernel limits CPU time, address space, processes, open files, file size and output; midtune limits wall time
-and the number of files. When a program ends, so do all processes of its namespace. The programs of a job
-share one CPU (`Sandbox.each`), so one that starts many processes delays only its own tests.
+namespace that forbids further ones. Each of root's programs gets a user id of its own, because the kernel does
+not count root's processes. A filter closes system calls that reach further (`syscalls.py`; x86_64 and aarch64).
+The kernel limits CPU time, address space, processes, open files, file size and output; midtune limits wall time
+and the number of files. When a program ends, so do all processes of its namespace. The programs of a job stay on
+one CPU (`Sandbox.each`), so one that takes all it can get does not slow those on other CPUs.
 
 Not guaranteed: a hole in the kernel is a way out. Memory and CPU limits hold per process, so they multiply by
 `processes`. Files are counted every 50 ms, so a program can make some ten thousand, 1 KiB each, before it is killed.
@@ -75,9 +75,9 @@ space["main"](job)
 class Result:
     """How a program ended."""
 
-    output: bytes  # what it wrote to standard output, of which 4 MiB are kept
-    exit_code: int  # 0 where it ended well
-    broken: str  # what the sandbox said where it ended without starting the program; else empty
+    output: bytes  # the first 4 MiB of standard output
+    exit_code: int  # 0: success
+    broken: str  # the sandbox's message if it never started the program; else empty
 
     @property
     def killed(self) -> bool:
@@ -91,8 +91,8 @@ class Running:
     """A program in its sandbox; leaving the `with` block ends it and all its processes."""
 
     _process: subprocess.Popen[bytes]
-    _output: int  # of what it prints, the file descriptor
-    _socket: socket.socket  # for what `inside.py` says
+    _output: int  # file descriptor of standard output
+    _socket: socket.socket  # messages of `inside.py`
     _deadline: float
     _files: ExitStack
     _isolated: bool
@@ -160,8 +160,8 @@ class Sandbox:
     """Starts programs within limits."""
 
     limits: SandboxConfig
-    isolation: tuple[str, ...]  # the command that a program is started with; empty for weak isolation
-    workers: int = 1  # how many programs to run at a time
+    isolation: tuple[str, ...]  # command that starts a program; empty: weak isolation
+    workers: int = 1  # programs to run at a time
 
     @property
     def warning(self) -> str | None:

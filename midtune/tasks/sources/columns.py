@@ -40,7 +40,7 @@ class Columns:
 
     settings: TaskConfig  # the columns' names, and what to do with bad rows and last turns
     needs_answer: bool = True  # False for rewards that do not compare
-    prepare: Callable[[Row], Row] | None = None  # from a row as it stands, the row to read; raises BadRow
+    prepare: Callable[[Row], Row] | None = None  # raw row → the row to read; raises BadRow
     carried: Sequence[str] | None = ()  # other columns that a problem keeps; None: all, for an environment
 
 
@@ -48,9 +48,9 @@ class Columns:
 class Problems:
     """Problems from rows: each has `prompt`, `question`, `answer`, and `row`, its index in `own`."""
 
-    rows: list[Row]  # where all columns are carried, without `row` and with all of them in `question`
-    columns: list[str]  # those that the prompt and the answer came from
-    own: list[Row]  # the rows with all their columns as they stand in the file; none where all are carried
+    rows: list[Row]  # if all columns are carried, without `row` and with all of them in `question`
+    columns: list[str]  # of the prompt and the answer
+    own: list[Row]  # the rows as in the file; empty if all columns are carried
     note: str  # a remark for the person
 
 
