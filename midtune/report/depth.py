@@ -1,4 +1,4 @@
-"""A ranking by depth: its figures, which blocks pay best for their price, and a drawing in characters."""
+"""A ranking by depth: its figures, the blocks that pay best for their price, and a text drawing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.text import Text
 from midtune.report.formats import finite
 
 ROWS, COLUMNS = 12, 80
-# What a row may stand for, times a power of ten.
+# Values per row, times a power of ten.
 STEPS = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.5, 10.0, 15.0, 20.0)
 # What `score` is, by the method of a probe.
 SCORES = {"gradient": "signal", "race": "gain", "sweep": "gain", "trial": "gain"}
@@ -26,7 +26,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Point:
-    """A block's value and its 95% interval; no bounds: nobody measured them."""
+    """A block's value and its 95% interval; bounds are None if not measured."""
 
     block: int
     value: float
@@ -35,22 +35,22 @@ class Point:
 
 
 def unit_of(largest: float) -> float:
-    """The power of ten to divide by so that three decimals say something about values up to `largest`."""
+    """The power of ten to divide by so that values up to `largest` are readable with three decimals."""
     return 1.0 if largest == 0 or 0.1 <= largest < 100 else 10.0 ** math.floor(math.log10(largest))
 
 
 def score_name(probe: Mapping[str, Any]) -> str:
-    """What the scores of a probe.json are: `gain` or `signal`."""
+    """What a probe.json's scores are: `gain` or `signal`."""
     return SCORES.get(probe["method"], "score")
 
 
 def value_name(probe: Mapping[str, Any]) -> str:
-    """What `points` are: `C(k)` where full training was measured, else the name of the score."""
+    """What `points` hold: `C(k)` if full training was measured, else the score's name."""
     return "C(k)" if _has_contributions(probe) else score_name(probe)
 
 
 def points(probe: Mapping[str, Any]) -> list[Point]:
-    """The blocks of a probe.json by depth, with C(k) where it is known, else the score; others are left out."""
+    """The blocks of a probe.json by depth, with C(k) if known, else the score; blocks with neither are left out."""
     value, low, high = "score", "low", "high"
     if _has_contributions(probe):
         value, low, high = "contribution", "contribution_low", "contribution_high"
@@ -63,7 +63,7 @@ def points(probe: Mapping[str, Any]) -> list[Point]:
 
 
 def full_training(probe: Mapping[str, Any]) -> tuple[float, float | None, float | None] | None:
-    """What training every block reached, on the scale of `points`, and its 95% interval; None: not measured."""
+    """What training every block reached, on the scale of `points`, and its 95% interval; None if not measured."""
     if _has_contributions(probe):
         return 1.0, None, None
     full = probe.get("full") or {}
@@ -72,25 +72,25 @@ def full_training(probe: Mapping[str, Any]) -> tuple[float, float | None, float 
 
 
 def middle_block(probe: Mapping[str, Any]) -> int | None:
-    """The geometric middle: the block to take without any ranking."""
+    """The geometric middle: the block to choose without a ranking."""
     block: int | None = (probe.get("depth_baseline") or {}).get("block")
     return block
 
 
 def plateau_of(probe: Mapping[str, Any]) -> range:
-    """The stretch of blocks at or above half of the curve's height; empty where no sweep measured it."""
+    """The blocks at or above half of the curve's height; empty unless a sweep measured them."""
     found = probe.get("plateau")
     return range(found["first"], found["last"] + 1) if found else range(0)
 
 
 def depth_of(probe: Mapping[str, Any]) -> int:
-    """Blocks of the model; where the file does not say, as many as reach its deepest block."""
+    """The number of blocks; if the file does not say, up to the deepest one listed."""
     count: int | None = probe.get("num_blocks")
     return count or 1 + max(row["block"] for row in probe["blocks"])
 
 
 def priced(probe: Mapping[str, Any]) -> dict[int, tuple[float, float]]:
-    """Block → its gain and the seconds of its step, where both are known; signals have no price."""
+    """Block → its gain and the seconds of its step, if both are known; signals have no price."""
     return {
         row["block"]: (gain, cost)
         for row in (probe["blocks"] if score_name(probe) == "gain" else ())
@@ -100,7 +100,7 @@ def priced(probe: Mapping[str, Any]) -> dict[int, tuple[float, float]]:
 
 
 def frontier(probe: Mapping[str, Any]) -> set[int]:
-    """Blocks whose gain no other block reaches for a lower price, nor exceeds for the same."""
+    """Blocks whose gain no other block reaches at a lower price, nor exceeds at the same."""
     found = priced(probe)
 
     def beaten(gain: float, cost: float) -> bool:
@@ -127,13 +127,10 @@ MARKS = {
 
 @dataclass(frozen=True)
 class DepthCurve:
-    """The value of every block by depth with its 95% interval, zero, full training, the middle and the plateau.
+    """Each block's value by depth with its 95% interval, zero, full training, the middle and the plateau.
 
-    It takes 80 columns at most. Where there are more blocks, a column stands for several and shows the selected
-    one or else the best of them.
-
-    Args:
-        probe: a probe.json with at least one finite value.
+    At most 80 columns wide. With more blocks, a column stands for several and shows the selected or else the best
+    one. The probe.json needs at least one finite value.
     """
 
     probe: Mapping[str, Any]
@@ -142,11 +139,11 @@ class DepthCurve:
         yield from self.lines(min(options.max_width, COLUMNS), ascii_only=options.ascii_only)
 
     def lines(self, width: int, *, ascii_only: bool) -> list[Text]:
-        """The drawing, line by line; selected blocks are bold."""
+        """The drawing line by line; selected blocks are bold."""
         marks = {part: characters[ascii_only] for part, characters in MARKS.items()}
         selected, num_blocks = set(self.probe.get("selected") or []), depth_of(self.probe)
         middle, stretch, full = middle_block(self.probe), plateau_of(self.probe), full_training(self.probe)
-        # Where blocks share a column the last of this order is shown.
+        # If blocks share a column, the last in this order is shown.
         shown = sorted(points(self.probe), key=lambda point: (point.block in selected, point.value))
         known = [0.0] if full is None else [0.0, full[0]]
         known += [end for point in shown for end in (point.low, point.value, point.high) if end is not None]
@@ -213,7 +210,7 @@ def _has_contributions(probe: Mapping[str, Any]) -> bool:
 
 
 def _step(least: float, greatest: float) -> float:
-    """The round number that a row stands for, so that the values fit into the rows."""
+    """The smallest round number per row with which the values fit into the rows."""
     if least == greatest:
         return 1.0
     power = 10.0 ** math.floor(math.log10((greatest - least) / ROWS))
@@ -222,7 +219,7 @@ def _step(least: float, greatest: float) -> float:
 
 
 def _numbers(num_blocks: int, spacing: int, per_column: int) -> str:
-    """Block numbers under their columns, as many as leave a space between them."""
+    """Block numbers under their columns, spaced apart."""
     room = (len(str(num_blocks - 1)) + 1) * per_column
     every = next(step for step in (1, 5, 10, 20, 50, 100, 200, 500, num_blocks) if step * spacing >= room)
     line = ""

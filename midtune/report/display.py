@@ -1,4 +1,4 @@
-"""What a person sees while a run works: a live display on a terminal, plain lines elsewhere."""
+"""Progress while a run works: a live display on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from midtune.report.tables import labelled
 
 SPARKS, ASCII_SPARKS = "▁▂▃▄▅▆▇█", "_.-~=+*#"
 SPARKLINE_WIDTH = 32
-# The time left follows the last steps: completions grow shorter or longer as training goes on.
+# The time left follows recent steps, because completion lengths change during training.
 STEPS_FOR_TIME_LEFT = 10
 LINE_EVERY_S = 10.0
 SHORT_WORK_S = 2.0
@@ -28,19 +28,12 @@ Clock = Callable[[], float]
 
 
 def say(console: Console, text: str) -> None:
-    """Print a text as it is; what reads a pipe wraps it as it likes."""
+    """Print a text as it is; without a terminal it is not wrapped."""
     console.print(Text(text), soft_wrap=not console.is_terminal)
 
 
 class TrainingDisplay:
-    """Shows how training goes, step by step, while it is entered as a context.
-
-    On a terminal it redraws itself in place; elsewhere it prints one line per step.
-
-    Args:
-        total_steps: steps the run will have done at its end.
-        title: what is trained, one line.
-    """
+    """Shows training while entered as a context: redrawn in place on a terminal, elsewhere one line per step."""
 
     def __init__(
         self, total_steps: int, console: Console, title: str = "", *, clock: Clock = time.monotonic
@@ -64,15 +57,10 @@ class TrainingDisplay:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leave the last state on the screen."""
         self._live.stop()
 
     def update(self, metrics: Mapping[str, Any]) -> None:
-        """Show a finished step.
-
-        Args:
-            metrics: a line of metrics.jsonl; only `step` is required.
-        """
+        """Show a finished step, a line of metrics.jsonl; only its `step` is required."""
         self._step = metrics["step"]
         self._known = {
             key: figure
@@ -99,7 +87,7 @@ class TrainingDisplay:
         step = self._step
         bar = ProgressBar(total=max(self._total, 1), completed=step, width=30)
         head = Table.grid(padding=(0, 2, 0, 0))
-        # How long the step now running has taken is the sign of life during a long rollout.
+        # The running step's time is the sign of life during a long rollout.
         running = self._live.is_started and step < self._total
         took = f"step {step + 1} for {whole_seconds_text(self._clock() - self._updated)}" if running else ""
         head.add_row(self._step_text(), bar, self._left_text(), took)
@@ -120,7 +108,6 @@ class TrainingDisplay:
         return f"{whole_seconds_text(remaining * sum(self._step_s) / len(self._step_s))} left"
 
     def _figures(self) -> Iterator[tuple[str, str]]:
-        """What is known of the last step: names and texts."""
         known = self._known
         if "reward" in known:
             yield "reward", f"{known['reward']:.3f}"
@@ -148,17 +135,7 @@ class TrainingDisplay:
 
 
 class WorkDisplay:
-    """Shows how work proceeds that may take longer than two seconds, while it is entered as a context.
-
-    On a terminal it is a bar that disappears at the end; elsewhere a line after two seconds and then every ten.
-
-    Args:
-        description: what is being done, such as `scoring before training`.
-        total: units of work, or None when nobody knows.
-
-    Attributes:
-        done: units of work that are done.
-    """
+    """Shows progress while entered: a bar on a terminal, elsewhere a line after two seconds, then every ten."""
 
     def __init__(
         self, description: str, total: float | None, console: Console, *, clock: Clock = time.monotonic
@@ -177,7 +154,7 @@ class WorkDisplay:
         self._live.stop()
 
     def __call__(self, amount: float = 1, *, tokens: int = 0) -> None:
-        """Show that `amount` more units are done, and `tokens` more tokens made."""
+        """Show that `amount` more units and `tokens` more tokens are done."""
         self.done += amount
         self._tokens += tokens
         if not self._live.is_started and self._clock() >= self._next_line:
@@ -202,7 +179,7 @@ class WorkDisplay:
 
 
 def sparkline(values: Sequence[float], *, ascii_only: bool = False) -> str:
-    """Recent values as a row of bars between their least and greatest."""
+    """Values as a row of bars between their minimum and maximum."""
     levels = ASCII_SPARKS if ascii_only else SPARKS
     least, greatest = min(values, default=0.0), max(values, default=0.0)
     scale = (len(levels) - 1) / (greatest - least) if greatest > least else 0.0

@@ -1,4 +1,4 @@
-"""The figures of the report page: SVG that takes its colours and its font from the page around it."""
+"""Figures of the report page: SVG that takes its colours and font from the page."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from midtune.report.depth import points
 from midtune.report.plots import over_steps, panels, smoothed
 
-# What matplotlib writes, and the variable of the page's style sheet that takes its place.
+# matplotlib's colours, and the page's style variables that replace them.
 COLOURS = {
     "#000000": "ink",
     "#595959": "ink",
@@ -26,14 +26,14 @@ COLOURS = {
     "#17becf": "cyan",
 }
 LINE_COLOURS = ("blue", "orange", "green", "purple", "pink", "cyan")
-# Dashes tell lines of one colour apart; the pattern is in units of the line's width.
+# Dashes tell lines of one colour apart; in units of the line width.
 DASHES = ("", "4 2", "1 2")
-# Inches; a figure is about as wide as a phone, so that its text is as large as the page's.
+# Inches; about as wide as a phone, so that its text is as large as the page's.
 SIZE = (4.6, 2.7)
 
 
 def metric_curve(metrics: Sequence[Mapping[str, Any]], key: str) -> str:
-    """A figure of one metric over the steps that have it: each step's own value and the mean of the last few."""
+    """A figure of one metric: each step's value and the running mean."""
 
     def draw(axes: Any) -> None:
         steps, values, means = smoothed(metrics, key)
@@ -45,7 +45,7 @@ def metric_curve(metrics: Sequence[Mapping[str, Any]], key: str) -> str:
 
 
 def reward_curves(runs: Sequence[Sequence[Mapping[str, Any]]]) -> str:
-    """A figure of the smoothed rewards of several runs over their steps; see `line_style`."""
+    """A figure of the smoothed rewards of several runs, in the styles of `line_style`."""
 
     def draw(axes: Any) -> None:
         hex_of = {name: colour for colour, name in COLOURS.items()}
@@ -60,23 +60,18 @@ def reward_curves(runs: Sequence[Sequence[Mapping[str, Any]]]) -> str:
 
 
 def ranking_curves(probe: Mapping[str, Any]) -> list[str]:
-    """Figures of the `panels` of a probe.json; without finite values there are none."""
+    """Figures of the `panels` of a probe.json; none without finite values."""
     drawn = panels(probe) if points(probe) else {}
     return [_embedded(name, draw, taller=0.7) for name, draw in drawn.items()]
 
 
 def line_style(number: int) -> tuple[str, str]:
-    """Colour and dash pattern of the line with this number, from 0."""
+    """Colour and dash pattern of a line by its number, from 0."""
     return LINE_COLOURS[number % len(LINE_COLOURS)], DASHES[number // len(LINE_COLOURS) % len(DASHES)]
 
 
 def _embedded(name: str, draw: Callable[[Any], None], *, taller: float = 0.0) -> str:
-    """What `draw` draws, as an SVG element to put into a page.
-
-    Args:
-        name: distinguishes the figure's ids from those of others in the page.
-        taller: inches.
-    """
+    """Draw an SVG element for a page; `name` makes its ids unique there, `taller` is in inches."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -90,7 +85,7 @@ def _embedded(name: str, draw: Callable[[Any], None], *, taller: float = 0.0) ->
     drawn = file.getvalue()
     box = re.search(r'viewBox="[^"]*"', drawn)
     assert box is not None
-    # In a page the namespaces are known, and a style for all elements would be one for the page's too.
+    # A page knows the namespaces, and a style for all elements would apply to the whole page.
     inner = drawn[drawn.index("<g ") : drawn.rindex("</svg>")]
     inner = re.sub(r'\bid="|url\(#|href="#', lambda match: f"{match[0]}{name}-", inner)
     inner = re.sub(r" font-family: [^;\"]*;", "", inner)

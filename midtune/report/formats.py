@@ -1,4 +1,4 @@
-"""How figures are written for people: bytes, seconds, shares, scores with their intervals."""
+"""Figures as text for people: bytes, seconds, shares, scores with intervals."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from midtune.measure.cards import Card, CardProcess
 
 
 def finite(value: Any) -> float | None:
-    """A number, or None for what is missing, infinite or NaN."""
+    """A finite number, or None."""
     return None if value is None or not math.isfinite(value) else float(value)
 
 
@@ -32,28 +32,28 @@ def seconds_text(seconds: float) -> str:
 
 
 def whole_seconds_text(seconds: float) -> str:
-    """A duration that is still running or guessed, without false precision: `8 s`, `1 min 20 s`."""
+    """A running or estimated duration, without false precision: `8 s`, `1 min 20 s`."""
     return f"{math.ceil(seconds)} s" if math.ceil(seconds) < 60 else _minutes_text(seconds)
 
 
 def percent_text(fraction: float) -> str:
-    """A fraction in percent, with a decimal where it is small."""
+    """A fraction in percent, with one decimal if small."""
     return f"{fraction:.{1 if abs(fraction) < 0.1 else 0}%}"
 
 
 def share_text(part: float | None, whole: float = 1.0) -> str:
-    """A part of a whole in percent, or `-` where it is not known."""
+    """A part of a whole in percent, or `-` if unknown."""
     found = finite(part)
     return "-" if found is None or not whole else f"{found / whole:.0%}"
 
 
 def speed_text(speedup: float) -> str:
-    """How many times faster, or slower where `speedup` is below 1."""
+    """How many times faster, or slower if `speedup` is below 1."""
     return f"{speedup:.1f}x faster" if speedup >= 1 else f"{1 / speedup:.1f}x slower"
 
 
 def saving_text(saving: float) -> str:
-    """How much less, or more where the fraction `saving` is negative."""
+    """How much less, or more if the fraction `saving` is negative."""
     return f"{percent_text(abs(saving))} {'less' if saving >= 0 else 'more'}"
 
 
@@ -68,18 +68,18 @@ def blocks_text(blocks: Sequence[int]) -> str:
 
 
 def sentence(text: str) -> str:
-    """The text with a capital letter."""
+    """Capitalize the first letter."""
     return f"{text[:1].upper()}{text[1:]}"
 
 
 def card_text(card: Card) -> str:
-    """How much of a card is free, and what else uses it."""
+    """A card's free memory, and what else uses it."""
     free = f"{card.name}, {bytes_text(card.free_bytes)} of {bytes_text(card.total_bytes)} free"
     return free + (f"; also in use by {processes_text(card.others)}" if card.others else "")
 
 
 def processes_text(processes: Sequence[CardProcess]) -> str:
-    """Processes and what they hold of a card: `ollama (7) 18.00 GiB, process (9)`."""
+    """Processes and their memory on a card: `ollama (7) 18.00 GiB, process (9)`."""
     return ", ".join(
         f"{process.name} ({process.pid})"
         + ("" if process.held_bytes is None else f" {bytes_text(process.held_bytes)}")
@@ -88,28 +88,23 @@ def processes_text(processes: Sequence[CardProcess]) -> str:
 
 
 def known(rows: Iterable[Mapping[str, Any]], key: str) -> list[float]:
-    """The finite numbers that rows have under a key."""
+    """The finite numbers under a key of rows."""
     return [value for row in rows if (value := finite(row.get(key))) is not None]
 
 
 def interval_text(figures: Mapping[str, Any], spec: str = ".3f", unit: float = 1.0) -> str:
-    """The interval from `low` to `high`, in units of `unit`, such as `0.391 to 0.508`; empty where it is unknown."""
+    """The interval `low` to `high` in units of `unit`, such as `0.391 to 0.508`; empty if unknown."""
     low, high = finite(figures.get("low")), finite(figures.get("high"))
     return "" if low is None or high is None else f"{low / unit:{spec}} to {high / unit:{spec}}"
 
 
 def with_interval(value: str, interval: str) -> str:
-    """A figure with its interval in brackets, if there is one."""
+    """A figure with its interval in brackets, if known."""
     return f"{value} ({interval})" if interval else value
 
 
 def interval_texts(figures: Mapping[str, Any], fractions: bool) -> tuple[str, str]:
-    """A score or gain and its 95% interval, such as `45.0%` and `39 to 51`.
-
-    Args:
-        figures: `low`, `high`, and the `score` or, of a gain, the `value`.
-        fractions: give percents, of a gain points.
-    """
+    """A `score` or a gain's `value`, and its interval: `45.0%` and `39 to 51`; `fractions` gives percents or points."""
     signed = "value" in figures
     value, sign = finite(figures["value" if signed else "score"]), "+" if signed else ""
     if value is None:

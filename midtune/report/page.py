@@ -1,4 +1,4 @@
-"""The report of a run as one HTML file, and of several side by side: everything in it, nothing fetched."""
+"""A run's report as one HTML file, and a page that compares several runs; self-contained, nothing is fetched."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from midtune.report.summary import COMPARED, PHASES, are_fractions, score_kinds
 from midtune.report.tables import MEMORY_SOURCES
 
 GENERATOR = '<meta name="generator" content="midtune">'
-# What report.json may compare midtune with, by the prefix of its keys.
+# Prefixes of report.json's keys for what midtune is compared with.
 OTHERS = {"full": "full training", "qlora": "QLoRA"}
 RATES = {
     "Learning rate": "training.lr",
@@ -35,32 +35,26 @@ RATES = {
     "Temperature": "training.temperature",
 }
 CURVES = {"reward": "Reward", "completion_length": "Completion length, tokens"}
-# Where capital letters are not enough.
+# Names that are more than capital letters.
 ALGORITHM_NAMES = {"dr_grpo": "Dr. GRPO", "gigpo": "GiGPO"}
 QUANTIZED = {"nf4": "linear layers in 4-bit NF4", "none": "unquantized"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run has left, as the files of these names hold it.
+    """The content of a run's files; `probe` is the one that chose the blocks."""
 
-    Args:
-        path: the run's folder as a person types it.
-        problems: those of before_after.json.
-        probe: the one that chose the blocks.
-    """
-
-    path: str
+    path: str  # the run's folder as a person types it
     config: Mapping[str, Any]
     report: Mapping[str, Any]
     metrics: Sequence[Mapping[str, Any]] = ()
     environment: Mapping[str, Any] = field(default_factory=dict)
-    problems: Sequence[Mapping[str, Any]] = ()
+    problems: Sequence[Mapping[str, Any]] = ()  # of before_after.json
     probe: Mapping[str, Any] | None = None
 
 
 def run_page(run: Run) -> str:
-    """The page of one run; what it has not left has no section."""
+    """The page of one run; missing files leave out their sections."""
     report = run.report
     in_points = are_fractions(score_kinds(report))
     return _rendered(
@@ -117,13 +111,12 @@ def _rendered(template: str, **values: Any) -> str:
 
 
 def total_text(metrics: Sequence[Mapping[str, Any]]) -> str | None:
-    """How long all steps took; None where no step says."""
+    """The time of all steps; None if no step has it."""
     seconds = known(metrics, "step_s")
     return seconds_text(sum(seconds)) if seconds else None
 
 
 def _asked(run: Run) -> dict[str, str]:
-    """The settings that matter most, by what they are called; those that are not known are left out."""
     report = run.report
 
     def get(key: str) -> Any:
@@ -131,7 +124,7 @@ def _asked(run: Run) -> dict[str, str]:
         return (run.config.get(part) or {}).get(name)
 
     args = ", ".join(f"{key}={value}" for key, value in (get("task.args") or {}).items())
-    # Runs from before there could be several have a text.
+    # Older runs have one reward, as text.
     rewards = get("task.reward")
     lora = f"LoRA of rank {get('model.lora_rank')} on " if get("model.adapter") == "lora" else ""
     trained, parameters = report["trainable_parameters"], report["total_parameters"]
@@ -159,7 +152,7 @@ def _asked(run: Run) -> dict[str, str]:
 
 
 def _gains(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row for each way of scoring: what was scored, as text and as places in percent of a common scale."""
+    """A row per way of scoring: scores as text, and as positions in percent of a common scale."""
     kinds = score_kinds(report)
     fractions = are_fractions(kinds)
     low, high = _scale(report)
@@ -181,7 +174,6 @@ def _gains(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _scale(report: Mapping[str, Any]) -> tuple[float, float]:
-    """The scores that the ends of the common scale stand for."""
     kinds = score_kinds(report)
     if are_fractions(kinds):
         return 0.0, 1.0
@@ -205,7 +197,6 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _ranking(probe: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """Figures of the ranking that chose the blocks; none where it is not known."""
     if probe is None or not (shown := points(probe)):
         return []
     best = max(shown, key=lambda point: point.value)
@@ -217,7 +208,7 @@ def _ranking(probe: Mapping[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _times(time: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Bars of a step's seconds: those that compare equal prompts, then the mean over the run."""
+    """Bars of a step's seconds: first those on equal prompts, then the mean of the run."""
     which = "" if finite(time.get("compared_step")) is None else ", first prompts"
     bars = []
     for key, name in {"compared": "midtune", **OTHERS}.items():
@@ -230,7 +221,6 @@ def _times(time: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _memories(memory: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Bars of peak bytes."""
     peaks = {f"midtune ({MEMORY_SOURCES[memory['source']]})": ("measured", memory["peak"])}
     for key, name in OTHERS.items():
         if (peak := finite(memory.get(f"{key}_peak"))) is not None:

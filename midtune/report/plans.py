@@ -1,4 +1,4 @@
-"""What training would hold and take, for a terminal of 80 columns, a pipe or a log."""
+"""Memory and time that training would take, for a terminal of 80 columns, a pipe or a log."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BAR = 30
 
 
 def plan_table(plan: Mapping[str, Any]) -> RenderableType:
-    """What `midtune plan` worked out: the peak of each way to train, where it goes, and what fits."""
+    """Show `midtune plan`: the peak of each way to train, where it goes, and what fits."""
     work, arms, fitted = plan["work"], plan["arms"], plan["fitted"]
     asked = (
         f"{plan['parameters'] / 1e9:.2f} billion parameters in {plan['num_blocks']} blocks; midtune trains "
@@ -60,7 +60,6 @@ def _row(arm: Mapping[str, Any], label: str) -> tuple[str, ...]:
 
 
 def _parts(phases: Mapping[str, Mapping[str, int]]) -> Table:
-    """GiB of each part in each phase."""
     names = dict.fromkeys(name for parts in phases.values() for name, size in parts.items() if size)
 
     def row(name: str, sizes: Iterable[int]) -> list[str]:
@@ -73,7 +72,7 @@ def _parts(phases: Mapping[str, Mapping[str, int]]) -> Table:
 
 
 def _by_block(plan: Mapping[str, Any]) -> Table:
-    """Peaks of about seven blocks, the lowest and the highest among them, as bars."""
+    """Peaks of about seven blocks as bars, the lowest and highest block included."""
     rows = plan["by_block"]
     highest = max(row["peak"] for row in rows)
     shown = rows[:: max(1, len(rows) // 6)]
@@ -118,7 +117,7 @@ def _value(value: Any) -> str:
 
 
 def dry_run_text(found: Mapping[str, Any]) -> RenderableType:
-    """What `midtune train --dry-run` found, a line for each thing that a run would do."""
+    """Show `midtune train --dry-run`: a line for each thing that a run would do."""
     step, plan, scored = found["step"], found["plan"], found["evaluation"]
     downloads = list(found["downloads"])
     if found["weights_bytes"] is not None:

@@ -1,4 +1,4 @@
-"""Pictures of a run and of rankings, as SVG."""
+"""Plots of runs and rankings; the suffix of a `file` says the format."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from midtune.report.formats import blocks_text, finite
 from midtune.report.summary import score_kinds
 from midtune.whole import write_bytes
 
-# The mean over this share of a run smooths the reward of single steps, which is mostly the luck of its prompts.
+# Average over this share of a run: the reward of a single step is mostly the luck of its prompts.
 SMOOTHED_SHARE = 0.1
 KINDS = {"greedy": ("o", "tab:blue"), "sampled": ("s", "tab:orange")}
 # Marker and colour, the later on top.
@@ -34,10 +34,7 @@ BLOCK_KINDS = {
 
 
 def learning_curve(metrics: Sequence[Mapping[str, Any]], report: Mapping[str, Any], file: Path) -> None:
-    """Draw the reward of every step, and the held-out scores before and after with their 95% intervals.
-
-    The suffix of `file` says the format, as for the other pictures here.
-    """
+    """Draw the reward of every step, and the held-out scores before and after with their 95% intervals."""
     from matplotlib.figure import Figure
 
     steps, rewards, means = smoothed(metrics, "reward")
@@ -64,12 +61,12 @@ def learning_curve(metrics: Sequence[Mapping[str, Any]], report: Mapping[str, An
 
 
 def smoothing_width(steps: int) -> int:
-    """Over how many steps the mean is taken."""
+    """How many steps to average over."""
     return max(1, round(steps * SMOOTHED_SHARE))
 
 
 def smoothed(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float], list[float]]:
-    """Steps, their values, and at each step the mean of the last few values; steps without one are left out."""
+    """Steps, their values and running means of the values; steps without a value are left out."""
     known = [(line["step"], value) for line in metrics if (value := finite(line.get(key))) is not None]
     values = [value for _, value in known]
     width = smoothing_width(len(known))
@@ -78,7 +75,7 @@ def smoothed(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float
 
 
 def over_steps(axes: Any) -> None:
-    """Set up the axes of a curve over the steps of a run."""
+    """Set up the axes of a curve over steps."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel("step")
@@ -123,7 +120,7 @@ def rankings_curve(rankings: Mapping[str, Mapping[str, Any]], file: Path) -> Non
 
 
 def panels(probe: Mapping[str, Any]) -> dict[str, Callable[[Any], None]]:
-    """What draws a ranking on axes: its values by depth and, where gains were measured, what each gain costs."""
+    """Functions that draw a ranking: values by depth and, if gains were measured, gains against costs."""
     drawn: dict[str, Callable[[Any], None]] = {"depth": partial(_draw_depth, probe)}
     return {**drawn, "prices": partial(_draw_prices, probe)} if priced(probe) else drawn
 
@@ -160,7 +157,6 @@ def _draw_depth(probe: Mapping[str, Any], axes: Any) -> None:
 
 
 def _draw_prices(probe: Mapping[str, Any], axes: Any) -> None:
-    """Draw the gain of every block against its price, and the frontier."""
     selected, best, blocks = set(probe.get("selected") or []), frontier(probe), priced(probe)
     for block, (gain, cost) in blocks.items():
         marker, color = BLOCK_KINDS["selected" if block in selected else "block"]
@@ -183,7 +179,7 @@ def _draw_prices(probe: Mapping[str, Any], axes: Any) -> None:
 
 
 def _finish(axes: Any, columns: int = 3) -> None:
-    """Take away what says nothing, and put the legend below, where it hides no block."""
+    """Remove the frame's top and right, and put the legend below, where it hides no block."""
     axes.legend(frameon=False, fontsize=8, ncols=columns, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -197,17 +193,17 @@ def _intervals(
     label: str,
     **style: Any,
 ) -> None:
-    """Draw at each place a value with its interval, given as value, low and high."""
+    """Draw (value, low, high) at each place."""
     import numpy as np
 
     value, low, high = np.array(values, dtype=float).T
-    # A bootstrap's interval need not hold the value itself.
+    # A bootstrap interval need not contain the value.
     reach = np.maximum([value - low, high - value], 0)
     axes.errorbar(places, value, yerr=reach, fmt=marker, color=color, label=label, **style)
 
 
 def _save(figure: Any, file: Path) -> None:
-    """Write a figure; the same figure is the same bytes."""
+    """Write a figure; equal figures give equal bytes."""
     import matplotlib
 
     date = "CreationDate" if file.suffix.lower() == ".pdf" else "Date"

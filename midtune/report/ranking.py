@@ -1,4 +1,4 @@
-"""The ranking of the blocks for a terminal of 80 columns, a pipe or a log."""
+"""The ranking of blocks for a terminal of 80 columns, a pipe or a log."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from midtune.report.formats import finite, interval_text, known, seconds_text, s
 from midtune.report.tables import plain_table, titled
 
 BAR_WIDTH = 22
-# Of a longer ranking only the best are listed.
+# A longer ranking lists only the best.
 MOST_ROWS, BEST_ROWS = 40, 15
 
 
 def probe_table(probe: Mapping[str, Any]) -> RenderableType:
-    """The ranking of the blocks: drawn by depth, then the best first with intervals on a common scale."""
+    """Show the ranking: drawn by depth, then best first with intervals on a common scale."""
     rows = sorted(probe["blocks"], key=lambda row: row["rank"])
     selected = set(probe.get("selected") or [])
     shown = rows
@@ -63,7 +63,7 @@ def probe_table(probe: Mapping[str, Any]) -> RenderableType:
     table = plain_table()
     for name in columns:
         heading = "" if name in ("mark", "bar", "frontier") else name
-        # The bar gives way where the others need the room.
+        # Only the bar may shrink.
         table.add_column(heading, justify="right", no_wrap=name != "bar")
     for row in shown:
         cells = [cell(row) for cell in columns.values()]
@@ -76,12 +76,7 @@ def probe_table(probe: Mapping[str, Any]) -> RenderableType:
 
 @dataclass(frozen=True)
 class IntervalBar:
-    """An interval with its value on a common scale, up to `BAR_WIDTH` characters wide.
-
-    Args:
-        value, low, high: what to draw; without finite bounds only the value.
-        scale_low, scale_high: what the ends of the bar stand for.
-    """
+    """A value and its interval (if its bounds are finite) on a common scale, up to `BAR_WIDTH` characters wide."""
 
     value: float | None
     low: float | None
@@ -90,7 +85,7 @@ class IntervalBar:
     scale_high: float
 
     def text(self, width: int = BAR_WIDTH, *, ascii_only: bool) -> str:
-        """The bar as `width` characters."""
+        """The bar, `width` characters wide."""
         line, point = ("-", "o") if ascii_only else ("─", "●")
         span = self.scale_high - self.scale_low
 
@@ -151,7 +146,7 @@ def _notes(probe: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], left_out
 
 
 def _ranges(numbers: Iterable[int]) -> str:
-    """Sorted block numbers as --layers takes them: `3, 7-9`."""
+    """Sorted block numbers in the form of --layers: `3, 7-9`."""
     found: list[list[int]] = []
     for number in numbers:
         if found and number == found[-1][-1] + 1:

@@ -1,4 +1,4 @@
-"""The results of the smaller commands as a person reads them."""
+"""Results of the smaller commands, for people."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ POSITIONS = {"depth": "position: minus depth", "middle": "position: closeness to
 
 
 def score_table(result: Mapping[str, Any]) -> RenderableType:
-    """What `midtune eval` found: scores with 95% intervals, beside those of the base where there are any."""
+    """Show `midtune eval`: scores with 95% intervals, beside the base model's if known."""
     compared = result["worse"] is not None
     names = ("base", "trained", "gain") if compared else ("score",)
     table = plain_table("task", "", numbers=(*names, "95% interval", "problems"))
@@ -49,7 +49,7 @@ def _worse_text(worse: Sequence[str]) -> str:
 
 
 def vote_table(result: Mapping[str, Any]) -> RenderableType:
-    """What `midtune vote` found: each run alone, their vote, and how far they solve the same problems."""
+    """Show `midtune vote`: each run alone, their vote, and how far they solve the same problems."""
     runs, vote, gain = result["runs"], result["vote"], result["gain_over_best"]
     sampled = ["sampled"] if any(run["sampled"] for run in runs) else []
     best = max(range(len(runs)), key=lambda index: runs[index]["score"]["score"])
@@ -83,17 +83,17 @@ def vote_table(result: Mapping[str, Any]) -> RenderableType:
 
 
 def merge_text(result: Mapping[str, Any]) -> RenderableType:
-    """What `midtune merge` wrote: `folder`, `tensors`, `bytes`."""
+    """Show `midtune merge`: `folder`, `tensors`, `bytes`."""
     return Text(f"{result['folder']}: {result['tensors']} tensors replaced, {bytes_text(result['bytes'])}.")
 
 
 def page_text(result: Mapping[str, Any]) -> RenderableType:
-    """The file that `midtune report` wrote: `page`."""
+    """Show the file that `midtune report` wrote: `page`."""
     return Text(result["page"], overflow="fold")
 
 
 def bench_table(result: Mapping[str, Any]) -> RenderableType:
-    """What `midtune bench` measured: seconds and bytes of each arm, and how many times the first arm's."""
+    """Show `midtune bench`: seconds and bytes of each arm, and ratios to the first arm's."""
 
     def cells(arm: Mapping[str, Any]) -> Iterable[str]:
         yield arm["arm"]
@@ -119,7 +119,7 @@ def bench_table(result: Mapping[str, Any]) -> RenderableType:
 
 
 def _profile_text(phase: str, seconds: Mapping[str, float], result: Mapping[str, Any]) -> str:
-    """Shares of a phase by kind of work, the largest first, and what the machine's peak would make of it."""
+    """A phase's shares by kind of work, largest first, and its lower bound at the machine's peak."""
     total = sum(seconds.values())
     ordered = sorted(seconds.items(), key=lambda item: -item[1])
     shares = ", ".join(f"{kind} {part / total:.0%}" for kind, part in ordered if part >= 0.005 * total)
@@ -133,7 +133,7 @@ def _profile_text(phase: str, seconds: Mapping[str, float], result: Mapping[str,
 
 
 def compare_table(result: Mapping[str, Any]) -> RenderableType:
-    """What `midtune compare` found: how far rankings agree, and how far position explains each."""
+    """Show `midtune compare`: how far rankings agree, and how far position explains each."""
     rankings, pairs = result["rankings"], result["pairs"]
     top = f"top {pairs[0]['top_k']}"
     names = [
@@ -195,7 +195,6 @@ def _correlation(found: Mapping[str, float | None] | None) -> str:
 
 
 def _compared(pairs: Sequence[Mapping[str, Any]]) -> str:
-    """Which values the pairs were compared by."""
     by_share = [_pair(pair) for pair in pairs if pair["compared"] == "contribution"]
     if len(by_share) in (0, len(pairs)):
         return f"Compared: {'C(k)' if by_share else 'scores'}."
@@ -203,7 +202,7 @@ def _compared(pairs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def tasks_text(result: Mapping[str, Any]) -> RenderableType:
-    """What `midtune tasks` found: names, one a line; a problem and what answers score; or the findings of a check."""
+    """Show `midtune tasks`: names, one a line; a problem and what answers score; or the findings of a check."""
     if "tasks" in result:
         return Text("\n".join(result["tasks"]))
     if "checked" in result:
@@ -225,7 +224,7 @@ def tasks_text(result: Mapping[str, Any]) -> RenderableType:
 
 
 def doctor_table(result: Mapping[str, Any]) -> RenderableType:
-    """What `midtune doctor` found: a line for each check, and below it what to do where there is something."""
+    """Show `midtune doctor`: a line per check, with what to do below it if needed."""
     rows = [
         (
             Text(check["status"], style=STATUS_STYLES[check["status"]]),

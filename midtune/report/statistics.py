@@ -10,13 +10,13 @@ from numpy.typing import ArrayLike, NDArray
 
 CONFIDENCE = 0.95
 RESAMPLES = 9999
-# Below this many problems a bootstrap sees too few different samples, and Student's t is used.
+# Fewer problems give a bootstrap too few different samples; Student's t is used instead.
 FEWEST_FOR_BOOTSTRAP = 8
 
 
 @dataclass(frozen=True)
 class Score:
-    """A mean over `n` problems and its 95% interval; NaN bounds: the scores do not say."""
+    """A mean over `n` problems and its 95% interval; NaN bounds if the scores do not determine it."""
 
     score: float
     low: float
@@ -26,7 +26,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value, such as a gain, and its 95% interval; NaN bounds: the scores do not say."""
+    """A value, such as a gain, and its 95% interval; NaN bounds if the scores do not determine it."""
 
     value: float
     low: float
@@ -34,17 +34,13 @@ class Estimate:
 
 
 def score_interval(per_problem: ArrayLike) -> Score:
-    """The mean of one score per problem, with its 95% interval.
+    """The mean of [n] scores and its 95% interval: Wilson for scores of 0 and 1, else a BCa bootstrap over problems.
 
-    Scores of 0 and 1 get Wilson's interval, others a BCa bootstrap over problems. When all scores are
-    one fractional value, the interval covers what problems like none of these could do to the mean.
-
-    Args:
-        per_problem: [n] scores; several samples of a problem are averaged first, since they are not
-            independent.
+    If all scores are one fractional value, the interval covers what problems unlike these could do to the mean.
+    Average several samples of a problem first, since they are not independent.
 
     Raises:
-        ValueError: no scores, or scores that are no numbers.
+        ValueError: no scores, or scores that are not finite.
     """
     scores = _checked(per_problem)
     mean, n = float(scores.mean()), scores.size
@@ -59,13 +55,10 @@ def score_interval(per_problem: ArrayLike) -> Score:
 
 
 def paired_gain(before: ArrayLike, after: ArrayLike) -> Estimate:
-    """The mean of `after - before` over problems, with its 95% interval (BCa bootstrap).
-
-    Args:
-        before, after: [n] scores of the same problems in the same order.
+    """The mean of `after - before`, each [n] in the same order, with its 95% interval (BCa bootstrap over problems).
 
     Raises:
-        ValueError: different lengths, no scores, or scores that are no numbers.
+        ValueError: different lengths, no scores, or scores that are not finite.
     """
     first, second = _checked(before), _checked(after)
     if first.size != second.size:
@@ -77,15 +70,9 @@ def paired_gain(before: ArrayLike, after: ArrayLike) -> Estimate:
 
 
 def pass_at_k(samples: int, correct: ArrayLike, k: int) -> NDArray[np.float64]:
-    """The probability that at least one of k samples is correct, 1 - C(n-c, k) / C(n, k), without bias.
+    """The unbiased probability that at least one of k samples is correct: 1 - C(n-c, k) / C(n, k), c is `correct`.
 
-    The quotient is taken as a product of factors no greater than 1, so that nothing overflows (Chen et al. 2021,
-    arXiv 2107.03374).
-
-    Args:
-        samples: n, drawn for each problem.
-        correct: [problems] c, how many of them are correct.
-        k: at most n.
+    A product of factors up to 1, so that nothing overflows (Chen et al. 2021, arXiv 2107.03374).
 
     Raises:
         ValueError: k is not between 1 and n.
@@ -94,24 +81,20 @@ def pass_at_k(samples: int, correct: ArrayLike, k: int) -> NDArray[np.float64]:
         raise ValueError(f"pass@{k} cannot be estimated from {samples} samples")
     counts = np.asarray(correct, dtype=np.int64)
     drawn = np.arange(k)
-    # Each of the k draws finds one wrong sample fewer among those left; none once they run out.
+    # Each draw leaves one wrong sample fewer, until none is left.
     factors = np.maximum(samples - counts[:, None] - drawn, 0) / (samples - drawn)
     return np.asarray(1 - factors.prod(axis=1), dtype=np.float64)
 
 
 def t_quantile(freedom: float) -> float:
-    """How many standard errors a 95% interval reaches to each side, by Student's t."""
+    """Half the width of a 95% interval in standard errors, by Student's t."""
     from scipy.stats import t
 
     return float(t.ppf((1 + CONFIDENCE) / 2, freedom))
 
 
 def jaccard(first: ArrayLike, second: ArrayLike) -> float | None:
-    """Of the problems that either solves, the share that both solve; None if neither solves any.
-
-    Args:
-        first, second: [n] whether the same problems are solved.
-    """
+    """Of the problems that either solves ([n] booleans each), the share that both solve; None if there are none."""
     one, other = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
     either = int((one | other).sum())
     return int((one & other).sum()) / either if either else None
@@ -132,8 +115,8 @@ def _mean_interval(values: NDArray[np.float64], *, smallest: float, largest: flo
 
     n, mean = values.size, float(values.mean())
     if np.ptp(values) < 1e-12:
-        # No spread was seen. With 97.5% confidence at most this share of all problems differs
-        # (Clopper-Pearson for 0 of n), each by as much as the range allows.
+        # No spread seen: with 97.5% confidence at most this share of all problems differs (Clopper-Pearson for
+        # 0 of n), each by as much as the range allows.
         unseen = 1 - ((1 - CONFIDENCE) / 2) ** (1 / n)
         low, high = mean - unseen * (mean - smallest), mean + unseen * (largest - mean)
         return (low, high) if math.isfinite(low) and math.isfinite(high) else (math.nan, math.nan)

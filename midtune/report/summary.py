@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 PHASES = ("rollout", "reward", "update")
-# What there is of each way of scoring.
 COMPARED = ("before", "after", "gain")
 # [n] scores of the same problems in the same order, before and after training.
 BeforeAfter: TypeAlias = "tuple[ArrayLike, ArrayLike]"
@@ -40,20 +39,18 @@ def build(
     seed: int,
     notes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """What a run gained and what it saved, as report.json holds it: bytes, seconds and fractions.
+    """Build report.json: what a run gained and saved, in bytes, seconds and fractions.
 
     Args:
         quality: scores of greedy completions, on the model as it trains.
         sampled: means over samples at the training temperature.
         deployed: scores of greedy completions on the unquantized model.
-        steps: lines of metrics.jsonl.
+        steps: lines of metrics.jsonl, which also hold peaks from before a resume.
         time: see `step_times`.
-        peak_bytes: of training; a resumed run knows those of earlier processes from `steps`.
         memory_source: what peaks count, tensors on the CUDA device or the process's physical memory.
-        full, qlora: `step` and `phases` in seconds and `peak` in bytes, None if unknown, of full training and of
-            QLoRA; where full training was measured, also its mean `completion_length` in tokens.
+        full, qlora: `step` and `phases` in seconds and `peak` in bytes (None: unknown); `full` also has the mean
+            `completion_length` in tokens, if measured.
         probe: how the blocks were chosen, for people.
-        notes: sentences beside the figures.
     """
     compared_step = time["step"] if time["compared_step"] is None else time["compared_step"]
     phases = phase_peaks(steps)
@@ -100,14 +97,9 @@ def build(
 def step_times(steps: Sequence[Mapping[str, Any]], repeated: int = 0) -> dict[str, Any]:
     """Mean seconds of a `step` and of each of `PHASES`, and those to compare with full training.
 
-    Completions grow or shrink while a model learns, so full training is measured on the prompts of the first steps,
-    and compared with those: the seconds of the fastest, since the first also warms up, as `compared_step` and
-    `compared_phases`, and the mean tokens of a completion as `compared_tokens`.
-
-    Args:
-        steps: lines of metrics.jsonl.
-        repeated: how many of the first steps full training was measured on; 0: it was not measured, and these
-            are None.
+    Completion lengths change as a model learns, so full training is measured on the prompts of the first `repeated`
+    steps (0: not at all) and compared with those: `compared_step` and `compared_phases` are seconds of the fastest,
+    since the first also warms up; `compared_tokens` are mean tokens of a completion. All are None if not measured.
     """
     means: dict[str, Any] = {name: fmean(step[f"{name}_s"] for step in steps) for name in ("step", *PHASES)}
     means |= dict.fromkeys(("compared_step", "compared_phases", "compared_tokens"))
@@ -120,22 +112,19 @@ def step_times(steps: Sequence[Mapping[str, Any]], repeated: int = 0) -> dict[st
 
 
 def phase_peaks(steps: Sequence[Mapping[str, Any]], kind: str = "peak_bytes") -> dict[str, int]:
-    """The most bytes of each of `PHASES` in any step; a phase that no step has them of is left out.
-
-    `kind` is `peak_bytes`, all that is held meanwhile, or `reserved_bytes`, what CUDA's allocator has taken.
-    """
+    """The most bytes per phase in any step; `kind`: `peak_bytes` (all held) or `reserved_bytes` (CUDA's allocator)."""
     known = {name: [step[key] for step in steps if (key := f"{name}_{kind}") in step] for name in PHASES}
     return {name: max(counts) for name, counts in known.items() if counts}
 
 
 def score_kinds(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """What was scored before and after, by name: `greedy` and, where they were taken, `sampled`, `unquantized`."""
+    """Scores before and after by name: `greedy` and, if taken, `sampled` and `unquantized`."""
     kinds = {"greedy": report["quality"], "sampled": report["sampled"], "unquantized": report.get("deployed")}
     return {name: quality for name, quality in kinds.items() if quality}
 
 
 def are_fractions(kinds: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether all scores lie between 0 and 1, so that they can be given in percent."""
+    """Whether all scores lie between 0 and 1, so that percents make sense."""
     scores = [quality[when]["score"] for quality in kinds.values() for when in ("before", "after")]
     return all(0 <= score <= 1 for score in scores)
 

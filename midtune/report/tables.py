@@ -27,13 +27,7 @@ MEMORY_SOURCES = {"cuda_allocated": "CUDA tensors", "resident": "process"}
 
 
 def plain_table(*texts: str, numbers: Sequence[str] = (), rows: Iterable[Sequence[str]] = ()) -> Table:
-    """A table without a frame; where it is too wide, its widest cells fold, and nothing is cut off.
-
-    Args:
-        texts: names of columns that begin at the left.
-        numbers: names of columns that end at the right; they come after `texts`.
-        rows: cells, shown as they are; brackets in them are no markup.
-    """
+    """A frameless table: `texts` columns left-aligned, then `numbers` right-aligned; cells fold and hold no markup."""
     columns = [Column(name, overflow="fold") for name in texts]
     columns += [Column(name, overflow="fold", justify="right") for name in numbers]
     table = Table(*columns, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
@@ -43,14 +37,14 @@ def plain_table(*texts: str, numbers: Sequence[str] = (), rows: Iterable[Sequenc
 
 
 def titled(title: str, *parts: RenderableType) -> Group:
-    """A bold title, and tables and texts below it; brackets in the texts are no markup."""
+    """A bold title, and tables and texts below it; brackets in texts are no markup."""
     return Group(
         Text(title, style="bold"), *(Text(part) if isinstance(part, str) else part for part in parts)
     )
 
 
 def labelled(rows: Iterable[Sequence[RenderableType]], labels: int = 1) -> Table:
-    """Rows of that many short labels, and a text at the end of each that may take several lines."""
+    """Rows of `labels` short labels each, and a text at the end that may take several lines."""
     columns = [*(Column(no_wrap=True) for _ in range(labels)), Column(overflow="fold")]
     table = Table.grid(*columns, padding=(0, 2, 0, 0))
     for row in rows:
@@ -59,7 +53,7 @@ def labelled(rows: Iterable[Sequence[RenderableType]], labels: int = 1) -> Table
 
 
 def report_table(report: Mapping[str, Any]) -> RenderableType:
-    """A report.json: what a run gained and saved."""
+    """Show a report.json: what a run gained and saved."""
     title = f"{report['model']} on {report['task']}: {blocks_text(report['blocks'])} trained"
     trained, total = report["trainable_parameters"], report["total_parameters"]
     notes = [
@@ -100,7 +94,7 @@ def _savings(report: Mapping[str, Any]) -> Iterable[RenderableType]:
     rows = [("time per step", seconds_text(time["step"]), *(versus_full if compared is None else ("", "")))]
     rows += [(f"  {phase}", seconds_text(time[phase]), "", "") for phase in PHASES]
     if compared is not None:
-        # Completions grow or shrink as a model learns, so only steps on the same prompts compare.
+        # Completion lengths change as a model learns, so only steps on the same prompts compare.
         rows.append(("  on the first prompts", seconds_text(compared), *versus_full))
     full_peak = memory["full_peak"]
     rows.append(

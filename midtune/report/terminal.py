@@ -1,4 +1,4 @@
-"""Where a stage reports to the person who watches: stderr, or nowhere; and consoles that obey no text."""
+"""Where a stage reports to a person: stderr, or nowhere; and consoles that no text can control."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from midtune.report.display import TrainingDisplay, WorkDisplay, say
 
 
 class PlainConsole(Console):
-    """A console on which text of any origin only appears: colours and movements are Rich's own."""
+    """A console that shows text from anywhere without its control characters; colours and movements are Rich's own."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """The segments of what is shown, their text without controls."""
+        """Render segments, their text without control characters."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=plain(segment.text))
 
 
 class PlainStream(io.TextIOBase):
-    """A stream that takes the controls out of what is written to another one."""
+    """A stream that strips control characters from what it writes to another one."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -45,12 +45,7 @@ class PlainStream(io.TextIOBase):
 
 @dataclass
 class Terminal:
-    """Messages and progress on stderr; results are not its business.
-
-    Args:
-        console: where to show.
-        quiet: show nothing at all.
-    """
+    """Messages and progress on stderr, or nothing if `quiet`; results go elsewhere."""
 
     console: Console = field(default_factory=lambda: PlainConsole(stderr=True))
     quiet: bool = False
@@ -63,9 +58,9 @@ class Terminal:
         say(self.console, text)
 
     def progress(self, description: str, total: float | None) -> WorkDisplay:
-        """A display of other work, to be used as a context; it is called as units of work get done."""
+        """A display of other work, a context to call as units of work get done."""
         return WorkDisplay(description, total, self.console)
 
     def training(self, total_steps: int, title: str) -> TrainingDisplay:
-        """A display of training, to be used as a context."""
+        """A display of training, a context."""
         return TrainingDisplay(total_steps, self.console, title)

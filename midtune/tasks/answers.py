@@ -1,4 +1,4 @@
-"""Where the final answer of a completion stands, and whether it is the right one: pure functions on text."""
+"""Find the final answer of a completion and compare it: pure functions on text."""
 
 from __future__ import annotations
 
@@ -38,12 +38,11 @@ _NEXT_CHOICE = re.compile(r"(?<!\w)[A-Z][).:]")
 
 
 def final_answer(text: str, reference: str = "") -> str:
-    """The final answer in a completion, as it is written there.
+    """The final answer in a completion, as written there; text before `</think>` is ignored.
 
     In order: the last `<answer>…</answer>`, the last `\\boxed{…}`, what follows a `####` that ends the text, what
-    follows the last `answer is`; then, if `reference` is a number, the last number in the text, else the last
-    non-empty line (as many lines as `reference` has). Of the reference only this form is used. Reasoning that has
-    ended is not read.
+    follows the last `answer is`; then the last number if `reference` is one, else the last non-empty line (or as many
+    as `reference` has). Only this form of the reference is used.
     """
     text = after_thinking(text)
     marked = marked_answer(text)
@@ -63,13 +62,13 @@ def final_answer(text: str, reference: str = "") -> str:
 
 
 def given_answer(text: str) -> str | None:
-    """The answer that a completion marks, or states as `the answer is …`, or None."""
+    """The answer that a completion marks or states (`the answer is …`), or None."""
     marked = marked_answer(text)
     return marked if marked is not None else (_stated(text) or (None,))[0]
 
 
 def extract(text: str, reference: str = "") -> str:
-    """`final_answer`; where `reference` is a number, the answer's number in plain digits."""
+    """`final_answer`; if `reference` is a number, the answer's number in plain digits."""
     found = final_answer(text, reference)
     number = read_number(reference)
     if number is None or number.unit:
@@ -78,7 +77,7 @@ def extract(text: str, reference: str = "") -> str:
 
 
 def after_thinking(text: str) -> str:
-    """What follows the last `</think>`, or all where there is none; `<think>` itself is often in the prompt."""
+    """The text after the last `</think>`, or all of it; `<think>` itself is often in the prompt."""
     return text.rpartition("</think>")[2]
 
 
@@ -99,10 +98,9 @@ def marked_answer(text: str) -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-    """The content of the last complete `\\boxed{…}`, nested braces included, or None.
+    """The content of the last complete `\\boxed{…}`, nested braces and a minus before it included, or None.
 
-    A minus before the box is part of the answer. Boxes that a comma, `and` or `or` joins are one answer:
-    `\\boxed{2}$ or $x = \\boxed{3}` gives `2, 3`.
+    Boxes joined by a comma, `and` or `or` are one answer: `\\boxed{2}$ or $x = \\boxed{3}` gives `2, 3`.
     """
     open_braces: list[re.Match[str]] = []
     boxes: list[tuple[int, str, int]] = []
@@ -125,7 +123,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def reference_answer(answer: str) -> str:
-    """The final answer in a data set's answer column: what it marks (`… #### 42`), else all of it."""
+    """The final answer in a dataset's answer column: what it marks (`… #### 42`), else all of it."""
     marked = marked_answer(answer)
     if marked is None:
         return answer.strip("\n")
@@ -136,10 +134,10 @@ def reference_answer(answer: str) -> str:
 
 
 def same_answer(found: str, reference: str, same: Callable[[str, str], bool]) -> bool:
-    """Whether two answers are the same, where each may be a choice, its letter or both.
+    """Whether two answers agree, where each may be a choice, its letter or both.
 
-    `(B) 42` and `B` are compared by their letters, `(B) 42` and `42` by the rest, `(B) 42` and `(C) 42` by both. What
-    is no choice is compared by `same`, a completion's answer first.
+    `(B) 42` and `B` compare letters, `(B) 42` and `42` the rest, `(B) 42` and `(C) 42` both. `same` compares the rest,
+    a completion's answer first.
     """
     if normalise(found) == normalise(reference):
         return bool(normalise(reference))
@@ -161,7 +159,7 @@ def _choice(text: str) -> tuple[str, str]:
 
 
 def _stated(text: str) -> tuple[str, str] | None:
-    """What the last `answer is` states, or bold type at the end, and the text after that line."""
+    """What the last `answer is`, or bold type at the end, states, and the text after that line."""
     plain = without_emphasis(text)
     stated = list(_STATED.finditer(plain))
     if not stated:

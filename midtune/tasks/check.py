@@ -1,4 +1,4 @@
-"""Trying a task's rewards on real rows before anything is trained."""
+"""Try a task's rewards on real rows before training."""
 
 from __future__ import annotations
 
@@ -19,26 +19,24 @@ _ROWS = 4
 _ROWS_IN_DOUBT = 32
 _SHOWN = 200
 _WRONG = "I do not know."
-# How an answer may have to be marked for a person's own reward to find it.
+# Marks that a person's own reward may look for.
 _TAGGED = "<answer>{}</answer>"
 _FORMS = ("{}", "\\boxed{{{}}}", _TAGGED, f"<think>\n…\n</think>\n{_TAGGED}", "#### {}")
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A completion that was tried, and what it scored."""
+    """A completion that was tried, and its score."""
 
     completion: str
     score: float
 
 
 def check_reward(task: Task) -> None:
-    """Calls the task's rewards and score on its first rows with right, wrong and empty completions.
+    """Call the task's rewards and score on its first rows with right, wrong and empty completions.
 
     Raises:
-        InputError: one of them raises, returns anything but one number (or None) per completion, or gives right
-            answers no more than wrong ones, where it should: a built-in reward, or that of a task file whose rows
-            have answers. Or the environment of a task that is played in turns cannot be used (`check_game`).
+        InputError: one raises, returns no number, or scores known answers no higher; or `check_game` finds a fault.
     """
     rows = task.train[:_ROWS]
     if task.game is not None:
@@ -69,7 +67,7 @@ def check_reward(task: Task) -> None:
 
 
 def doubts(task: Task) -> list[str]:
-    """What speaks against a person's own rewards: completions of many kinds, none of which scores above 0.
+    """Report a person's own rewards that never score above 0 on completions of many kinds.
 
     Raises:
         InputError: one gives None for all of them.
@@ -102,10 +100,7 @@ def doubts(task: Task) -> list[str]:
 
 
 def scored_samples(task: Task, row: Row) -> tuple[Scored, Scored]:
-    """A right and a wrong completion of a row, each with what the task's score gives it.
-
-    The right one is the answer, written in the first of the usual ways that scores most.
-    """
+    """A right completion, in the first usual form that scores most, and a wrong one, each with its score."""
     right = [form.format(reference_answer(row["answer"])) for form in _FORMS]
     tried = [Scored(text, _score(task, row, text)) for text in (row["answer"], *right)]
     wrong = wrong_answer(reference_answer(row["answer"]))
@@ -113,7 +108,7 @@ def scored_samples(task: Task, row: Row) -> tuple[Scored, Scored]:
 
 
 def wrong_answer(answer: str) -> str:
-    """Another number where the answer is one, else a text that answers nothing."""
+    """The answer plus 1 if it is a number, else a text that answers nothing."""
     value = parse_number(answer)
     return _WRONG if value is None else f"{value + 1:.15g}"
 

@@ -1,21 +1,20 @@
-"""The reward `code`: programs that a model writes, run against tests in a sandbox.
+"""The reward `code`: run a model's programs against tests in a sandbox.
 
 Rows have the form of MBPP (`test_list` or `tests`), HumanEval (`test` and `entry_point`), APPS
 (`input_output`) or DeepCoder (`tests` as JSON).
 
-Expected results never enter the sandbox of the program:
+Expected results never enter the program's sandbox:
 
-- Pairs of input and output: the program runs once for each input, and its output is compared here.
-- Tests that call functions run in a sandbox of their own. They see each function of the program as one that
-  passes arguments and results between the two sandboxes as values; so what is compared is plain numbers,
-  texts and containers, by Python's own `==` and out of the program's reach.
+- Pairs of input and output: the program runs once per input, and its output is compared here.
+- Tests that call functions run in a second sandbox. Each function of the program is a proxy there, which
+  passes arguments and results between the sandboxes as values. So the tests compare plain numbers, texts and
+  containers, by Python's own `==` and out of the program's reach.
 
-So a test passes only if the right values came back in time. Ending early, printing the result, patching
-modules, overriding `==` and writing to any channel only loses values. A program can still return a result
-that the prompt shows without computing it; of MBPP's tests the prompt shows the first alone. The price:
-tests that pass functions to the program, look into its objects or expect arguments to be changed in place
-cannot pass, and the program has the standard library only. Under weak isolation (`sandbox/sandbox.py`) the
-program can reach other processes, so none of this is sure.
+So a test passes only if the right values came back in time. Ending early, printing the result, patching modules,
+overriding `==` and writing to any channel only loses values. A program can still return a result that the prompt
+shows; of MBPP's tests the prompt shows only the first. The price: tests cannot pass that hand functions to the
+program, look into its objects or expect arguments changed in place, and the program has only the standard library.
+Under weak isolation (`sandbox/sandbox.py`) the program can reach other processes, so none of this is guaranteed.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ _APPS_PREFIX = "from typing import *\n"
 def extract_code(completion: str, *, in_block: bool = False) -> str:
     """The program in a completion: its last fenced block, closed or not, or what comes before any fence.
 
-    Where the prompt has opened a block already (`in_block`), it is what comes before that block's end.
+    If the prompt opened a block (`in_block`), it is what comes before that block's end.
     """
     completion = after_thinking(completion)
     blocks = [] if in_block else _FENCED.findall(completion)
@@ -57,9 +56,9 @@ def extract_code(completion: str, *, in_block: bool = False) -> str:
 
 
 def code_row(row: Row, prompt_column: str) -> Row:
-    """The `prompt`, `answer` (a right program, if known) and `tests` of a row of MBPP, HumanEval, APPS or DeepCoder.
+    """Make `prompt`, `answer` (a right program, if known) and `tests` of a row of a known form.
 
-    The prompt is in the column of that name, else in `text` (MBPP), `question` (APPS) or `problem` (DeepCoder).
+    The prompt is in `prompt_column`, else in `text` (MBPP), `question` (APPS) or `problem` (DeepCoder).
 
     Raises:
         BadRow: the row has no prompt, no tests, or tests that cannot be read.
@@ -102,14 +101,13 @@ def call_tests(
     entry_point: str | None = None,
     prefix: str = "",
 ) -> dict[str, Any]:
-    """Tests that call functions of a program, as a reward reads them.
+    """Make tests that call functions of a program.
 
     Args:
-        setup: what runs before the tests.
         sources: tests, each with an `assert`; with an entry point, modules with `check(candidate)` (HumanEval).
-        reference: a right program; what it defines is the program's also where it has a built-in's name.
+        reference: a right program; names that it defines are the program's even if they are built-in names.
         entry_point: the function that `check` gets.
-        prefix: what a completion continues, where it is not a program of its own.
+        prefix: what a completion continues, if it is not a program of its own.
     """
     steps: list[list[Any]] = [[source, False] for source in setup if source.strip()]
     for source in sources:
@@ -130,7 +128,7 @@ def call_tests(
 
 
 def code_reward(name: str, sandbox: Sandbox) -> Reward:
-    """The reward `code`, the fraction of tests passed, or `code-all`, 1 where all are and else 0."""
+    """The reward `code`, the fraction of tests passed, or `code-all`, 1 if all pass and else 0."""
     all_or_nothing = name == "code-all"
 
     def reward(
@@ -152,11 +150,8 @@ def code_reward(name: str, sandbox: Sandbox) -> Reward:
 def fraction_passed(sandbox: Sandbox, program: str, tests: str) -> float:
     """The fraction of its tests (the `tests` column of a row) that a program passes.
 
-    The functions of one program are called in one process, so that what follows an exit fails with it; for
-    each pair of input and output the program runs anew. After an endless loop nothing more is tried.
-
-    Raises:
-        RunStopped: the sandbox does not work any more.
+    Functions share one process, so calls after an exit fail; each input/output pair is a new run. After an endless
+    loop nothing more is tried.
     """
     read: dict[str, Any] = json.loads(tests)
     if not program.strip():
@@ -171,7 +166,7 @@ def _pairs_passed(sandbox: Sandbox, program: str, tests: dict[str, Any]) -> int:
         result = sandbox.run(program, given.encode())
         if result.killed:
             break
-        # As contests' checkers do: words are compared, whatever whitespace is between them.
+        # Compare words and ignore whitespace, as contests' checkers do.
         passed += result.exit_code == 0 and result.output.split() == expected.encode().split()
     return passed
 
@@ -198,10 +193,9 @@ def _count(tests: dict[str, Any]) -> int:
 
 
 def _input_output(row: Row) -> dict[str, Any] | None:
-    """The inputs, outputs and function name (APPS's keys) of a row of APPS or DeepCoder, or None of another.
+    """Inputs, outputs and function name (APPS's keys) of a row of APPS or DeepCoder; None for other rows.
 
-    DeepCoder's `tests` are JSON: an object with APPS's keys where they come from TACO, a list with one object for
-    each test where they come from elsewhere.
+    DeepCoder's `tests` are JSON: APPS's object where they come from TACO, elsewhere a list with an object per test.
     """
     given = row.get("input_output") or row.get("tests")
     if isinstance(given, str):
@@ -220,7 +214,7 @@ def _input_output(row: Row) -> dict[str, Any] | None:
         metadata = row["metadata"]
         known = json.loads(metadata) if isinstance(metadata, str) else metadata
         data["inputs"] = [[json.loads(line) for line in text.splitlines()] for text in data["inputs"]]
-        # In a list of one, as APPS has it, since otherwise a list's first element would be right too.
+        # In a list of one, as in APPS: otherwise a list's first element would be accepted too.
         data["outputs"] = [[json.loads(text)] for text in data["outputs"]]
         return {**data, "fn_name": known["func_name"]}
     return {**data, "fn_name": given[0].get("fn_name")}
@@ -251,7 +245,6 @@ def _texts(value: Any) -> list[str]:
 
 
 def _reference(row: Row) -> str:
-    """A right program, where the row has one."""
     known = next((row[name] for name in ("answer", *_REFERENCES) if row.get(name)), "")
     if isinstance(known, str) and known.lstrip().startswith("["):
         try:
@@ -263,7 +256,7 @@ def _reference(row: Row) -> str:
 
 
 def _check_steps(source: str, entry_point: str, prefix: str) -> list[list[Any]]:
-    """HumanEval's `check(candidate)`: each statement of it is a step, or all of it where it returns.
+    """Split HumanEval's `check(candidate)` into its statements, or keep it whole if it returns.
 
     The tests can use what the prompt imports and defines; of the program they see `entry_point` alone.
     """
@@ -287,13 +280,13 @@ def _check_steps(source: str, entry_point: str, prefix: str) -> list[list[Any]]:
 
 
 def _asserts(tree: ast.AST) -> bool:
-    """Whether a statement tests something; `assert True` is in many of HumanEval's tests."""
+    """Whether a statement tests something; many of HumanEval's tests have `assert True`."""
     found = (node for node in ast.walk(tree) if isinstance(node, ast.Assert))
     return any(not (isinstance(node.test, ast.Constant) and node.test.value) for node in found)
 
 
 def _defined(source: str) -> set[str]:
-    """The functions and classes of a program; none of a text that is no program."""
+    """Functions and classes of a program; none if the text is not a program."""
     try:
         body = ast.parse(source).body
     except (SyntaxError, ValueError):

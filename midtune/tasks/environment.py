@@ -1,19 +1,16 @@
-"""Tasks that are played in turns, with an environment in the form that TRL has for them.
+"""Tasks played in turns, in environments with TRL's interface: a class made without arguments, with
 
-A class that is made without arguments, with
-
-- `reset(**row) -> str | None`: begins an episode; the text it returns is put behind the row's prompt. Episodes of
-  one row have to begin alike.
-- `step(action: str) -> str`: what the model wrote → what it is shown next. A ValueError is shown to the model, as
-  TRL does with what a tool raises.
-- `get_reward() -> float`: the reward of the episode so far. It may be left out where the task file has a `reward`,
-  which gets the objects as `environments`.
+- `reset(**row) -> str | None`: begins an episode; the text it returns is appended to the row's prompt. Episodes
+  of one row must begin alike.
+- `step(action: str) -> str`: what the model wrote → what it is shown next. A ValueError is shown to the model,
+  as TRL does with errors of tools.
+- `get_reward() -> float`: the reward of the episode so far. Optional if the task file has a `reward`, which gets
+  the objects as `environments`.
 - `done`: True once the episode is over. Without it, an episode ends with its last turn.
-- `state`: what makes two situations the same one (hashable), for algorithms that compare turns. Without it, that
-  is the text shown last.
+- `state`: equal for equal situations (hashable), for algorithms that compare turns. Default: the text shown last.
 
-The same object plays one episode after the other. With `task.actions=tools` the class is TRL's in full: instead of
-`step`, every public method is a tool for the model to call, described by its types and docstring.
+One object plays one episode after another. With `task.actions=tools` the class is TRL's in full: instead of
+`step`, every public method is a tool for the model, described by its types and docstring.
 """
 
 from __future__ import annotations
@@ -41,22 +38,22 @@ class Game:
     make: Callable[[], Any]
     max_turns: int  # actions after which an episode ends
     turn_tokens: int | None = None  # most tokens of an action; None: as many as the episode has left
-    speech: Callable[[Any], Any] | None = None  # from the policy, how they speak; None: by text
+    speech: Callable[[Any], Any] | None = None  # policy → how it calls the environment; None: by text
     _pool: list[Match] = field(default_factory=list, repr=False, compare=False)
 
     def matches(self, count: int) -> list[Match]:
-        """So many environments, constructed once and used again."""
+        """Get `count` environments, made once and reused."""
         while len(self._pool) < count:
             self._pool.append(Match(self.name, self.make()))
         return self._pool[:count]
 
     def begin(self, rows: Sequence[Row]) -> list[Row]:
-        """Begin an episode of each row in a match of its own; returns the rows as `Match.reset` does."""
+        """Begin an episode of each row in its own match; return the rows as `Match.reset` does."""
         return [match.reset(row) for match, row in zip(self.matches(len(rows)), rows, strict=True)]
 
 
 class Match:
-    """An environment while an episode is played in it; what its class leaves out is filled in."""
+    """An environment during an episode; fills in what its class leaves out."""
 
     def __init__(self, name: str, environment: Any) -> None:
         self.name = name
@@ -67,7 +64,7 @@ class Match:
         self._acted = False
 
     def reset(self, row: Row) -> Row:
-        """Begin an episode; returns the row with what is shown first behind its prompt."""
+        """Begin an episode; return the row with the first text shown appended to its prompt."""
         self._row = row
         shown = self._call("reset", **row)
         self._shown = "" if shown is None else str(shown)
@@ -80,12 +77,12 @@ class Match:
         return {**row, "prompt": [*before, {**last, "content": last["content"] + self._shown}]}
 
     def rewind(self) -> None:
-        """Begin the same episode again, if anything was done in it."""
+        """Begin the same episode again, if an action was taken."""
         if self._acted:
             self.reset(self._row)
 
     def step(self, action: str) -> tuple[str, float]:
-        """Act; returns what is shown next, and the reward of this action."""
+        """Act; return what is shown next, and the reward of this action."""
         self._acted = True
         shown = self._call("step", action)
         if not isinstance(shown, str | None):
@@ -96,7 +93,7 @@ class Match:
         return self._show(shown)
 
     def call(self, tool: str, arguments: dict[str, Any]) -> tuple[str, float]:
-        """Call a tool, as TRL does; returns what is shown next, and the reward of this call."""
+        """Call a tool, as TRL does; return what is shown next, and the reward of this call."""
         self._acted = True
         try:
             found = tools_of(self.environment)[tool](**arguments)
@@ -147,7 +144,7 @@ class Match:
 
 
 def tools_of(environment: Any) -> dict[str, Callable[..., Any]]:
-    """The public methods of an environment but for `reset` and `get_reward`: what TRL takes for tools."""
+    """TRL's tools: an environment's public methods except `reset` and `get_reward`."""
     names = [name for name, _ in inspect.getmembers(type(environment), inspect.isfunction)]
     return {
         name: getattr(environment, name)
@@ -157,11 +154,7 @@ def tools_of(environment: Any) -> dict[str, Callable[..., Any]]:
 
 
 def check_environment(kind: Any, name: str, *, tools: bool) -> None:
-    """Check that what a task file calls `Environment` can be played in: by text, or by calls of its methods (`tools`).
-
-    Raises:
-        InputError: it cannot; what is missing is named.
-    """
+    """Raise InputError unless a task file's `Environment` can be played: by text, or by calls of methods (`tools`)."""
     asked = f"`{CLASS}` of {name}"
     if not inspect.isclass(kind):
         raise InputError(f"{asked} is not a class; write `class {CLASS}:`.")
@@ -176,11 +169,7 @@ def check_environment(kind: Any, name: str, *, tools: bool) -> None:
 
 
 def check_game(game: Game, rows: Sequence[Row]) -> None:
-    """Begin an episode of each row twice, and act in it where that is done by text.
-
-    Raises:
-        InputError: its environment raises, answers something else than it has to, or begins differently each time.
-    """
+    """Begin an episode of each row twice, and act once by text; raise InputError if that fails or beginnings differ."""
     for row in rows:
         matches = game.matches(2)
         first, second = (match.reset(row)["prompt"] for match in matches)
@@ -194,7 +183,7 @@ def check_game(game: Game, rows: Sequence[Row]) -> None:
 
 
 def reward_of(kind: Any, name: str, judges: Sequence[str], reward: Reward | None = None) -> Reward:
-    """The reward of a task that is played in turns: its file's own `reward`, else what the environment says.
+    """The reward of a task played in turns: its file's own `reward`, else the environment's.
 
     Raises:
         InputError: other rewards (`judges`) were asked for, or there is none.
@@ -218,6 +207,6 @@ def reward_of(kind: Any, name: str, judges: Sequence[str], reward: Reward | None
 
 
 def told_apart(row: Row) -> Row:
-    """The row with all its columns in its question: episodes with one prompt differ by a seed or the like."""
+    """Put the row's other columns into its question: episodes with one prompt differ by a seed or the like."""
     others = {key: value for key, value in row.items() if key not in ("prompt", "question", "answer")}
     return {**row, "question": f"{row['question']} {others}"} if others else row

@@ -1,8 +1,8 @@
-"""Whether two answers are equal in mathematics, by math-verify, in a process that can be ended.
+"""Compare answers mathematically with math-verify, in a process that can be killed.
 
 math-verify's own timeouts are signals: they need the main thread, and do not interrupt arithmetic on huge
-integers (`9**9**9`). So this file also runs as a program of its own, which reads a question a line and
-answers it. One that takes too long, or too much memory, is killed, and the next question starts another.
+integers (`9**9**9`). So this file also runs as a program that answers one question per line. One that takes
+too long or too much memory is killed; the next question starts another.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ LIMIT_S = 3.0
 # Importing SymPy takes a second or two, on a busy machine more.
 START_S = 60.0
 MEMORY_BYTES = 2 * 2**30
-# A text of this many characters is no answer alone.
+# A text longer than this, in characters, is more than an answer.
 _LONGEST = 200
 # Variants of an equation that are compared, each in up to 0.1 s.
 _TRIED = 2
-# Numbers, signs and bare letters, but not those of commands and of words in LaTeX.
+# Numbers, signs and bare letters, but not those in LaTeX commands and words.
 _PARTS = re.compile(
     r"(?<!\\)(?<![a-zA-Z])[0-9]+|[-+<>|]|\\(?:[lg]eq?|n)(?![a-zA-Z])|(?<![a-zA-Z\\{])[a-zA-Z](?![a-zA-Z])"
 )
@@ -37,7 +37,7 @@ _UNIT = re.compile(r"\\(?:text|mathrm|mbox)[a-z]*\s*\{[^{}]*\}(?:\^\{?[0-9]\}?)?
 
 
 class Comparer:
-    """Compares answers, each within `limit_s` seconds; the process runs `program`, and starts with the first one."""
+    """Compares answers, each within `limit_s` seconds, in a process of `program` that the first question starts."""
 
     def __init__(self, limit_s: float = LIMIT_S, program: str = __file__) -> None:
         self.limit_s = limit_s
@@ -47,9 +47,9 @@ class Comparer:
         atexit.register(self.close)
 
     def equal(self, references: Sequence[str], candidates: Sequence[str]) -> bool:
-        """Whether a completion's answer equals the reference; False if that cannot be said in time.
+        """Whether a completion's answer equals the reference; False on a timeout.
 
-        Both are given in several ways to write them, of which the first that can be read counts.
+        Each comes in several notations; the first that can be read counts.
 
         Raises:
             MidtuneError: the process does not work at all.
@@ -71,7 +71,7 @@ class Comparer:
             self._process = None
 
     def _start(self) -> subprocess.Popen[str]:
-        # -P: this folder has modules with the names of others'.
+        # -P: modules of this folder would shadow others.
         process = subprocess.Popen(
             [sys.executable, "-P", self._program],
             stdin=subprocess.PIPE,
@@ -93,7 +93,7 @@ class Comparer:
 
 
 def _asked(process: subprocess.Popen[str], line: str, limit_s: float) -> str:
-    """What the process answers, or nothing if it ended or had to be ended."""
+    """The process's answer, or nothing if it ended or was killed."""
     assert process.stdin is not None and process.stdout is not None
     timer = threading.Timer(limit_s, process.kill)
     timer.start()
@@ -130,7 +130,7 @@ def _equal(references: tuple[str, ...], candidates: Sequence[str]) -> bool:
     places = max(map(len, re.findall(r"\.([0-9]+)", f"{text} {said}")), default=0)
     if not _verified(gold, found, places) or not (_is_read_whole(text) and _is_read_whole(said)):
         return False
-    # Two equations that it cannot solve are equal to it.
+    # It calls two equations equal if it cannot solve them.
     others = islice(_others(said), _TRIED) if "=" in text and "=" in said else ()
     return not any(_verified(gold, _parsed(other), places) for other in others)
 
@@ -151,7 +151,7 @@ def _verified(gold: Sequence[Any], found: Sequence[Any], places: int) -> bool:
 
 @lru_cache(maxsize=4096)
 def _read(texts: tuple[str, ...]) -> tuple[str, tuple[Any, ...]]:
-    """The first text that can be read, and what it says."""
+    """The first text that can be read, and how math-verify reads it."""
     return next(((text, found) for text in texts if (found := _parsed(text))), ("", ()))
 
 
@@ -166,7 +166,7 @@ def _parsed(text: str) -> tuple[Any, ...]:
 def _is_read_whole(text: str) -> bool:
     """Whether each number, sign and name in an answer matters to how math-verify reads it.
 
-    It leaves out what it does not know: of `0.\\overline{3}` it reads 0, of `120_5` 120 and of `3c` 3.
+    It drops what it does not know: it reads `0.\\overline{3}` as 0, `120_5` as 120 and `3c` as 3.
     """
     if len(text) > _LONGEST:
         return True

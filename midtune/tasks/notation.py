@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 
-# Characters that NFKC leaves, or turns into something else than what they mean in an answer.
+# Characters that NFKC leaves alone, or maps to something with another meaning.
 _CHARACTERS = str.maketrans(
     {
         **dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d", "-"),
@@ -32,7 +32,7 @@ _CHARACTERS = str.maketrans(
     }
 )
 _EMPHASIS = re.compile(r"(?<![\w*)\]}])(\*{1,3}|_{1,3}|`)(?=\S)(.{1,300}?)(?<=\S)\1(?![\w*(])")
-# What separates thousands in LaTeX and nothing else: `1{,}234`, `1,\!234`, `1\,234`.
+# LaTeX's thousands separators: `1{,}234`, `1,\!234`, `1\,234`.
 _THOUSANDS = re.compile(r"(?<=[0-9])(?:\s?\{\s?,\s?\}|,?\\!|\\,)\s*(?=[0-9]{3}(?![0-9]))")
 _DEGREE = re.compile(r"\s?(?:\^\s?\{?\s?\\circ\s?\}?|\\degrees?(?![a-z])|\\textdegree)")
 _SPACING = re.compile(
@@ -64,7 +64,7 @@ _NUMBER = re.compile(rf"(?P<sign>[-+]\s*)?{_CURRENCY}{_UNSIGNED}")
 # A minus after a digit, letter or closing bracket is a subtraction, and one before a space may start a list.
 _IN_TEXT = re.compile(rf"(?P<sign>(?<![\w)\]}}%])[-+]|(?<==)\s*[-+]\s*)?{_CURRENCY}(?<![0-9.]){_UNSIGNED}")
 _POWER = re.compile(r"\s*(?:\\times|\\cdot|\*|x)\s*10\s*(?:\^|\*\*)")
-# Neighbours that make a number part of an expression, in which it is no answer.
+# Neighbours that make a number part of an expression, so not an answer.
 _BEFORE = re.compile(r"[\^_*/+{]\s?$|\\[a-zA-Z]+\s?$|\b(?:minus|negative|not)\s$", re.IGNORECASE)
 _AFTER = re.compile(r"\s?(?:[\^*+_!]|\\(?!end\b|\\))|[a-zA-Z](?![a-zA-Z])")
 # What may stand before the number in a marked answer: a choice letter, `x =`, `The answer is`.
@@ -80,7 +80,7 @@ _UNIT = re.compile(rf"°\s?[CF]?|(?=(?P<word>[^\W\d_]+)){_UNIT_WORD}(?:\s*[/ ]\s
 _ATTACHED = re.compile(
     r"(?:[cdkm]?m|[km]?g|m?[lL]|lbs?|oz|ft|in|yd|mi|mph|kph|hrs?|h|mins?|secs?|s|am|pm|th|st|nd|rd)\b"
 )
-# Units of one letter, which no variable is called as often.
+# One-letter units that are rarely variables.
 _SINGLE = "mgshlLNJWV"
 # Words that change a number, or begin another answer.
 _NO_UNITS = re.compile(
@@ -88,7 +88,7 @@ _NO_UNITS = re.compile(
     r"|not|if|but|the|an?|at|on|of|for|with|from|as|so|because|since|which|that|when|factorial|squared|cubed|sin|cos|tan|log|ln)s?\b",
     re.IGNORECASE,
 )
-# Two groups of three digits may be one number or two, unless they are money.
+# Two groups of three digits may be two numbers, unless they are money.
 _MONEY = re.compile(r"\\\$|^\s*-?\$[^$]*$")
 _TWO_NUMBERS = re.compile(r"[-+]?[1-9][0-9]{2},[1-9][0-9]{2}")
 
@@ -108,7 +108,7 @@ _FUNCTIONS = frozenset(
 
 _INSIDE = re.compile(r"\(([^()\[\],]*)\)|\{([^{},:]*)\}|'([^']*)'|\"([^\"]*)\"")
 
-# Fonts within fonts; characters of an answer that is a number; characters searched for the last number.
+# Nested fonts; characters of a numeric answer; characters at the end searched for the last number.
 _DEEPEST = 3
 _LATEX = frozenset("\\{~")
 _LONGEST = 300
@@ -121,16 +121,13 @@ class Number:
 
     value: Fraction  # exactly, without the percent sign
     text: str  # in plain digits
-    decimals: int | None  # digits after the point, where that many may be a rounding
+    decimals: int | None  # digits after the point, if enough for a rounded number
     percent: bool  # whether a percent sign follows
     unit: str  # what follows, such as `cm^2`
 
 
 def read_number(text: str, *, lead: bool = False) -> Number | None:
-    """The number that a text is, with or without a unit (`-5`, `1,234.50`, `$3`, `5\\frac{1}{8}`, `45^\\circ`).
-
-    With `lead`, words, a choice letter or `x =` may stand before it.
-    """
+    """Read a number, with or without a unit (`-5`, `1,234.50`, `$3`, `45^\\circ`); `lead` allows words before it."""
     if len(text) > _LONGEST:
         return None
     text = _bare(undressed(text))
@@ -143,13 +140,13 @@ def read_number(text: str, *, lead: bool = False) -> Number | None:
 
 
 def without_lead(text: str) -> str:
-    """An answer without what may stand before it: a choice letter, `x =`, `so it is`."""
+    """Strip what may stand before an answer: a choice letter, `x =`, `so it is`."""
     start = _LEAD.match(text) if len(text) <= _LONGEST else None
     return text[start.end() :] if start is not None else text
 
 
 def parse_number(text: str) -> float | None:
-    """The value of a text that is nothing but a number (`-5`, `1,234.50`, `$3`, `50%`, `3/4`), or None."""
+    """The value of a text that is only a number (`-5`, `1,234.50`, `$3`, `50%`, `3/4`), or None."""
     number = read_number(text)
     if number is None or number.unit not in ("", "°"):
         return None
@@ -160,10 +157,10 @@ def parse_number(text: str) -> float | None:
 
 
 def same_number(found: str, reference: str) -> bool:
-    """Whether two texts are one number, where a lead may stand before the number of a completion.
+    """Whether two texts are the same number; words may stand before `found`.
 
-    They are equal exactly, or one rounds the other to six digits or more. A percent sign or a unit that only one of
-    them has is left out. `100,400` may be one number or two, so it is only equal to itself.
+    They are equal exactly, or one rounds the other to six digits or more. A unit or percent sign that only one has is
+    ignored. `100,400` may be two numbers, so it equals only itself.
     """
     if is_two_numbers(reference):
         return normalise(found) == normalise(reference)
@@ -181,12 +178,12 @@ def same_number(found: str, reference: str) -> bool:
 
 
 def is_two_numbers(text: str) -> bool:
-    """Whether a text such as `100,400` may as well be two numbers; `$100,400` is not."""
+    """Whether a text such as `100,400` could be two numbers; `$100,400` could not."""
     return not _MONEY.search(text) and _TWO_NUMBERS.fullmatch(_bare(undressed(text))) is not None
 
 
 def last_number(text: str) -> str | None:
-    """The last number in a text, in plain digits, or None; one that is part of an expression is none.
+    """The last number in a text, in plain digits; None if there is none or it is part of an expression.
 
     `3-5` reads `5`, `= -5` reads `-5`, `3/4` and `\\frac{3}{4}` read `3/4`, `2^5` reads nothing.
     """
@@ -204,13 +201,13 @@ def last_number(text: str) -> str | None:
 
 
 def written_number(text: str) -> str | None:
-    """The number in an answer in plain digits (`x = 1{,}234` gives `1234`), or None where it has none."""
+    """The number in an answer, in plain digits (`x = 1{,}234` gives `1234`), or None."""
     number = read_number(text, lead=True)
     return number.text if number is not None else None
 
 
 def normalise(text: str) -> str:
-    """The text without case, and without what only dresses it: spaces, emphasis, dollar signs, fonts."""
+    """Remove case, spaces, emphasis, dollar signs and fonts."""
     text = _bare(undressed(text)).replace('"', "'")
     text = re.sub(r"([\^_])\{(\w)\}", r"\1\2", text)
     text = re.sub(r"\b([ap])\.\s?m\b\.?", r"\1m", text)
@@ -218,7 +215,7 @@ def normalise(text: str) -> str:
 
 
 def is_text(text: str) -> bool:
-    """Whether an answer is words, a date, a time or the like, which are no expression to calculate with."""
+    """Whether an answer is words, a date, a time or the like, not an expression to calculate with."""
     if is_two_numbers(text) or _NO_EXPRESSION.search(undressed(text)):
         return True
     unit = _TRAILING_UNIT.search(text)
@@ -237,19 +234,19 @@ def is_text(text: str) -> bool:
 
 
 def units_differ(left: str, right: str) -> bool:
-    """Whether both answers end in a unit in LaTeX, `\\text{ cm}^2`, and the two are different ones."""
+    """Whether both answers end in a LaTeX unit, `\\text{ cm}^2`, and the units differ."""
     ends = [_TRAILING_UNIT.search(text) for text in (left, right)]
     one, other = (undressed(end[0].strip()) if end is not None else "" for end in ends)
     return bool(one and other) and not _same_unit(one, other)
 
 
 def without_emphasis(text: str) -> str:
-    """The text without the marks of Markdown around words: `**42**` gives `42`."""
+    """Remove Markdown emphasis: `**42**` gives `42`."""
     return _EMPHASIS.sub(r"\2", text)
 
 
 def undressed(text: str) -> str:
-    """The text in plain characters, without the LaTeX and Markdown that only set it."""
+    """Convert to plain characters, without LaTeX and Markdown markup."""
     text = unicodedata.normalize("NFKC", text.translate(_CHARACTERS))
     text = without_emphasis(text)
     if not _LATEX.isdisjoint(text):
@@ -264,7 +261,7 @@ def undressed(text: str) -> str:
 
 
 def _bare(text: str) -> str:
-    """The text without what may stand around an answer: spaces, quotes, a full stop, brackets around a word."""
+    """Strip spaces, quotes, a full stop and brackets from around an answer."""
     text = text.strip().rstrip(".,;:").strip()
     while (inside := _INSIDE.fullmatch(text)) is not None:
         text = next(part for part in inside.groups() if part is not None).strip().rstrip(".")
@@ -272,7 +269,7 @@ def _bare(text: str) -> str:
 
 
 def _unit(text: str, start: int) -> str | None:
-    """The unit after a number, nothing if the text ends there, or None where something else follows."""
+    """The unit after a number, empty at the end of the text, None where something else follows."""
     rest = text[start:].strip()
     if not rest:
         return ""
@@ -308,7 +305,7 @@ def _plain_unit(unit: str) -> str:
 def _close(left: Number, right: Number) -> bool:
     gap = abs(left.value - right.value)
     rounded = [number.decimals for number in (left, right) if number.decimals is not None]
-    # One part in 10^15 is what floats lose when they are printed.
+    # Printing a float can lose one part in 10^15.
     whole = left.value.denominator == right.value.denominator == 1
     noise = bool(rounded) and not whole and gap * 10**15 <= abs(right.value)
     return not gap or noise or any(gap * 2 * 10**decimals <= 1 for decimals in rounded)
@@ -326,7 +323,7 @@ def _number(found: re.Match[str], unit: str = "") -> Number | None:
             return None
         value += int(found["whole"])
     if found["repeated"]:
-        # With a power of ten it is no decimal that repeats.
+        # A number with a power of ten cannot repeat.
         fixed = re.fullmatch(r"[0-9,]*\.([0-9]*)", found["number"] + found["point"])
         if fixed is None or found["whole"]:
             return None

@@ -1,4 +1,4 @@
-"""How a question is put to a model: the usual templates, as a chat or as plain text."""
+"""Put questions to a model: the usual templates, as a chat or as plain text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _HERE = "{question}"
 
 @dataclass(frozen=True)
 class Template:
-    """A system message for chats, what a user says, and the same as plain text; `{question}` marks its place."""
+    """A system message for chats, the user's message, and both as plain text; `{question}` marks its place."""
 
     system: str | None
     user: str
@@ -35,7 +35,7 @@ TEMPLATES = {
 
 
 def prompted(row: Row, settings: TaskConfig) -> Row:
-    """The row with its chat messages put as the template, system prompt and format of the settings ask."""
+    """Apply the template, system prompt and format of the settings to a row's chat messages."""
     messages = row["prompt"]
     is_chat = settings.prompt_format == "chat"
     template = TEMPLATES.get(settings.template)

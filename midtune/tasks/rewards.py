@@ -36,7 +36,7 @@ Reward = Callable[..., list[float]]
 BUILT_IN = (*JUDGES, *SHAPING)
 SOLVED = 1 - 1e-6
 _COMPARER = Comparer()
-# Characters of an answer that math-verify reads, and of an end in which it looks for one.
+# The most characters of an answer that math-verify reads, and of a text's end that it searches.
 _LONGEST = 1000
 _SEARCHED = 4000
 _HUGE = re.compile(
@@ -47,23 +47,22 @@ _HUGE = re.compile(
 
 
 def completion_text(completion: Any) -> str:
-    """The text of a completion as TRL passes it: a string, or a list of chat messages."""
+    """The text of a completion in TRL's form: a string, or a list of chat messages."""
     if isinstance(completion, str):
         return completion
     return str(completion[-1].get("content") or "") if completion else ""
 
 
 def completion_of(prompt: Any, text: str) -> Any:
-    """A completion in the form TRL gives it: a text for a text prompt, messages for chat messages."""
+    """A completion in TRL's form: a text for a text prompt, messages for chat messages."""
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
 def per_completion(name: str, score_one: Callable[[str, str, str], float]) -> Reward:
-    """A reward called `name` from a function of (answer, reference answer, question).
+    """Make a reward from a function of (answer, reference answer, question); errors and non-finite scores count as 0.
 
-    `math` gets the whole completion after its reasoning, a `verifier`, which may not read LaTeX, what
-    `answers.extract` finds, and others what `answers.final_answer` finds. A score that is not a finite number counts
-    as 0, and so does whatever `score_one` raises, but for midtune's own errors.
+    `math` gets the completion after its reasoning; a `verifier`, which may not read LaTeX, `answers.extract`; others
+    `answers.final_answer`. midtune's own errors are raised.
     """
 
     def guarded(found: str, reference: str, question: str) -> float:
@@ -92,7 +91,7 @@ def per_completion(name: str, score_one: Callable[[str, str, str], float]) -> Re
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value, which may be numpy's or torch's, is one finite number; a text is none."""
+    """Whether a value, also numpy's or torch's, is one finite number, not a text."""
     try:
         return hasattr(value, "__float__") and math.isfinite(value)
     except (TypeError, ValueError, OverflowError):
@@ -100,12 +99,12 @@ def is_number(value: Any) -> bool:
 
 
 def is_huge(text: str) -> bool:
-    """Whether evaluating a text may not end: a tower of powers, or a power or factorial of many digits."""
+    """Whether evaluating a text may never end: a tower of powers, or a power or factorial of many digits."""
     return _HUGE.search(text) is not None
 
 
 def solved(reward: Reward) -> Reward:
-    """The same reward as 1 where it is full and 0 elsewhere."""
+    """Turn a reward into 1 where it is full and 0 elsewhere."""
 
     def score(**columns: Any) -> list[float]:
         return [1.0 if value >= SOLVED else 0.0 for value in reward(**columns)]
@@ -126,11 +125,7 @@ def default_reward(answers: Sequence[str]) -> str:
 
 
 class Weighted:
-    """The weighted sum of several rewards; a reward of None counts as 0, as it does in TRL.
-
-    Raises:
-        InputError: two have the same name.
-    """
+    """The weighted sum of several rewards with different names; None counts as 0, as in TRL."""
 
     def __init__(self, parts: Iterable[Reward], weights: Iterable[float]) -> None:
         self.parts, self.weights = list(parts), list(weights)
@@ -150,12 +145,12 @@ class Weighted:
 
 
 def parts_of(reward: Reward) -> tuple[list[Reward], list[float]]:
-    """The rewards that one consists of, and their weights."""
+    """A reward's parts and their weights."""
     return (reward.parts, reward.weights) if isinstance(reward, Weighted) else ([reward], [1.0])
 
 
 def with_weight(text: str) -> tuple[str, float]:
-    """`format=0.2` → `("format", 0.2)`; without a weight, 1."""
+    """Parse a weight: `format=0.2` → `("format", 0.2)`; default 1."""
     name, _, weight = text.rpartition("=")
     try:
         return (name, float(weight)) if name and math.isfinite(float(weight)) else (text, 1.0)
@@ -164,7 +159,7 @@ def with_weight(text: str) -> tuple[str, float]:
 
 
 def named(reward: Reward, name: str) -> Reward:
-    """The reward with `__name__` set, which TRL logs it under."""
+    """Set `__name__`, under which TRL logs the reward."""
     reward.__name__ = reward.__qualname__ = name
     return reward
 
@@ -181,7 +176,7 @@ def _math(text: str, reference: str) -> bool:
     found = final_answer(text, reference)
     if same_answer(found, reference, _same_in_math):
         return True
-    # An expression may end a text in LaTeX where no number does.
+    # In LaTeX an expression may end the text even if no number does.
     is_found = bool(found) or "$" not in text and "\\" not in text
     is_settled = given_answer(text) is not None or (read_number(reference) is not None and is_found)
     if is_settled or is_text(reference):
@@ -200,20 +195,19 @@ def _same_in_math(found: str, reference: str) -> bool:
         return same_number(found, reference)
     if len(found) > _LONGEST:
         return False
-    # Of these math-verify makes sums, products and fractions that others have too.
+    # math-verify would misread these as sums, products or fractions.
     if is_text(found) or is_text(reference) or units_differ(found, reference) or is_huge(found):
         return False
     return _COMPARER.equal(_in_latex(reference), _in_latex(found))
 
 
 def _in_latex(answer: str) -> list[str]:
-    """Ways in which math-verify may read an answer."""
+    """Notations that math-verify may be able to read."""
     answer = " ".join(answer.split()).rstrip(".,;: ")
     answer = answer if answer.isascii() else undressed(answer)
     return [f"${answer.strip('$')}$", answer, undressed(answer)]
 
 
-# Each compares what is found in a completion with the right answer.
 _COMPARISONS: dict[str, Callable[[str, str, str], float]] = {
     "exact": lambda found, reference, _: same_answer(found, reference, _same_text),
     "numeric": lambda found, reference, _: same_number(found, reference),

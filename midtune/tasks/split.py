@@ -26,35 +26,33 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Split:
-    """Two lists of problems, and how many different questions there were to share."""
+    """Training and held-out problems, and how many different questions there were."""
 
     train: list[Row]
     held_out: list[Row]
     distinct: int | None  # None: the source was not drawn to its end
-    left_out: int = 0  # questions that were to train on, and are held out too
+    left_out: int = 0  # shared questions, dropped from training
 
 
 def problem(prompt: str, question: str, answer: str = "", **columns: Any) -> Row:
-    """A problem whose prompt is one message of the user."""
+    """A problem whose prompt is one user message."""
     messages = [{"role": "user", "content": prompt}]
     return {"prompt": messages, "question": question, "answer": answer, **columns}
 
 
 def question_key(question: str) -> str:
-    """What makes two questions the same one: the text without differences in whitespace."""
+    """The text without differences in whitespace; questions with one key are the same."""
     return " ".join(question.split())
 
 
 def rank(key: str, seed: int) -> float:
-    """A number in [0, 1) fixed by question and seed alone, whatever the process."""
+    """A number in [0, 1) fixed by question and seed alone, in any process."""
     digest = hashlib.sha256(f"{seed}\n{key}".encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
 def split_rows(rows: Sequence[Row], sizes: Sizes) -> Split:
-    """Rows of a file as training and held-out problems, in an order that the seed fixes.
-
-    At most a third is held out. Of equal questions the first row is kept.
+    """Split rows in an order that the seed fixes; hold out at most a third; keep the first row of equal questions.
 
     Raises:
         InputError: fewer than six different questions.
@@ -66,12 +64,10 @@ def split_rows(rows: Sequence[Row], sizes: Sizes) -> Split:
 
 
 def given_split(train: Sequence[Row], held_out: Sequence[Row], sizes: Sizes, *, drop: bool = False) -> Split:
-    """Two lists of problems as they were given, each in an order that the seed fixes.
-
-    With `drop`, questions that are in both are left out of training.
+    """Keep a given split, in an order that the seed fixes; `drop` takes shared questions out of training.
 
     Raises:
-        InputError: questions are in both lists and not to be dropped, or a list has too few.
+        InputError: questions are in both lists without `drop`, or a list has too few.
     """
     of_train, of_held_out = _different(train), _different(held_out)
     shared = [key for key in of_train if key in of_held_out]
@@ -94,10 +90,10 @@ def given_split(train: Sequence[Row], held_out: Sequence[Row], sizes: Sizes, *, 
 
 
 def draw_split(draw: Callable[[int, int], Sequence[Row]], sizes: Sizes) -> Split:
-    """Problems of an endless or unknown source, whose items `draw(start, stop)` gives, as training and held-out ones.
+    """Split the problems of an endless or unknown source, whose items `draw(start, stop)` gives.
 
-    A hash puts each question on its side. So both sides have the source's own mix, and the held-out problems do not
-    depend on how many there are to train on. A source that brings no new questions any more is taken as it is.
+    A hash puts each question on its side, so both have the source's own mix, and the number of training problems does
+    not change the held-out ones. A source that brings no new questions counts as finite.
 
     Raises:
         InputError: fewer than six different questions.
@@ -127,7 +123,6 @@ def draw_split(draw: Callable[[int, int], Sequence[Row]], sizes: Sizes) -> Split
 
 
 def _drawn(draw: Callable[[int, int], Sequence[Row]], sizes: Sizes) -> Iterator[Row]:
-    """The items of a source, batch by batch, up to many times what is asked for."""
     start = 0
     batch = int(max(sizes.train / (1 - _HELD_OUT_SHARE), sizes.held_out / _HELD_OUT_SHARE) * 1.02) + 16
     while start < 20 * (sizes.train + sizes.held_out) + 1000:
@@ -148,7 +143,6 @@ def _in_order(different: dict[str, Row], seed: int) -> list[Row]:
 
 
 def _held_out_count(distinct: int, sizes: Sizes) -> int:
-    """How many of a finite task's questions to hold out."""
     if distinct < FEWEST_QUESTIONS:
         noun = "question" if distinct == 1 else "questions"
         raise InputError(

@@ -32,7 +32,7 @@ from midtune.tasks.sources.own import (
 )
 from midtune.tasks.split import Row, Sizes, Split, given_split, split_rows
 
-# From the name and the class of an environment: from a policy, how it calls the environment's methods.
+# (environment's name, its class) → (policy → how it calls the environment's methods).
 Tools = Callable[[str, Callable[[], Any]], Callable[[Any], Any]]
 
 
@@ -40,41 +40,36 @@ Tools = Callable[[str, Callable[[], Any]], Callable[[Any], Any]]
 class Task:
     """Problems to learn from, problems held out, and the functions that score completions.
 
-    Rows have `prompt` (chat messages, or a text to continue), `question` and `answer` (text); what else they have is
-    for the rewards.
+    Rows have `prompt` (chat messages, or a text to continue), `question`, `answer` (text), and keys for the rewards.
     """
 
     name: str
-    fingerprint: str  # the same for the same problems and reward, whatever seed and sizes
+    fingerprint: str  # equal for equal problems and reward, whatever the seed and sizes
     train: list[Row]
     held_out: list[Row]
     reward: Reward  # what training maximises
-    score: Reward  # what evaluation reports, in [0, 1]; a person's own reward as it is
+    score: Reward  # what evaluation reports, in [0, 1]; a person's own reward unchanged
     own_reward: bool = False
-    columns: tuple[str, ...] = ()  # of the file, which a person's own reward gets
+    columns: tuple[str, ...] = ()  # file columns that a person's own reward gets
     game: Game | None = None  # how it is played, if in turns
     note: str | None = None  # a remark for the person, such as fewer problems than asked for
 
     def require_one_turn(self, what: str) -> None:
-        """Check that the task is answered in one turn, since `what` (a command or option) knows no others.
-
-        Raises:
-            InputError: it is played in turns.
-        """
+        """Raise InputError if the task is played in turns, which `what` (a command or option) does not support."""
         if self.game is not None:
             raise InputError(f"{self.name} is played in turns, and {what} knows tasks of one turn only.")
 
 
 @dataclass(frozen=True)
 class _Problems:
-    """What a source gives: its split, its own reward, the one to use by default, and what identifies it."""
+    """What a source gives; `verifier` is its own reward, `default` names the one to use by default."""
 
     split: Split
     verifier: Reward | None
     default: str
     identity: dict[str, Any]
     notes: Sequence[str] = ()
-    own: Sequence[Row] = ()  # the rows as they stand in the file
+    own: Sequence[Row] = ()  # the rows as in the file
     environment: Any = None
     max_turns: int = MAX_TURNS
 
@@ -88,18 +83,16 @@ def load_task(
     shaping: Callable[[str], Reward] | None = None,
     tools: Tools | None = None,
 ) -> Task:
-    """The task called `name`, split into training and held-out problems.
+    """Load the task called `name`, split into training and held-out problems.
 
     Args:
-        settings: how it is read, put and scored; `TaskConfig.name` says what a name can be, and is not read here.
-        seed: fixes the problems and the split.
+        settings: all but `TaskConfig.name`, whose docs say what a name can be.
         sandbox: opens where programs run; the rewards `code` and `code-all` need it.
-        shaping: from the name of a reward that shapes completions, that reward.
+        shaping: makes a shaping reward from its name.
         tools: how a policy calls the methods of an environment; None: it acts by text.
 
     Raises:
-        InputError: the task, an argument, a column or the reward does not exist, rows cannot be used, questions
-            are in training and evaluation, there are too few problems, or programs cannot be run here.
+        InputError: an unknown name, argument, column or reward, unusable, shared or too few rows, or no sandbox.
     """
     weights = _asked_rewards(settings.reward or [])
     judges = [text for text in weights if text not in SHAPING]
@@ -177,7 +170,6 @@ def _asked_rewards(texts: Sequence[str]) -> dict[str, float]:
 
 
 def _columns(name: str, settings: TaskConfig, judges: Sequence[str]) -> Columns:
-    """Which columns of a file to read for the rewards asked for."""
     if not any(text in CODE for text in judges):
         return Columns(settings, needs_answer=not (judges and is_own(judges[0])))
     if name.startswith(gym.PREFIX):
@@ -198,7 +190,6 @@ def _problems(
     *,
     tools: bool,
 ) -> _Problems:
-    """The problems of a task, by the kind that its name says."""
     args, eval_file = settings.args, settings.eval_file
     is_gym = name.startswith(gym.PREFIX)
     if eval_file is not None and (is_gym or name in GAMES or name == programs.NAME):
@@ -271,7 +262,7 @@ def _of_source(
 def _identity(
     settings: TaskConfig, found: _Problems, game: Game | None, judge: str, digests: Mapping[str, str]
 ) -> dict[str, Any]:
-    """What makes two tasks the same one; `digests` are those of a person's own rewards."""
+    """What the fingerprint covers; `digests` are those of a person's own rewards."""
     identity = {
         "system": settings.system_prompt,
         "format": settings.prompt_format,
@@ -279,7 +270,7 @@ def _identity(
         **found.identity,
         "reward": "own" if judge in digests else judge,
     }
-    # Said only where it is so, that other tasks keep their fingerprints.
+    # Added only when set, so that other tasks keep their fingerprints.
     if settings.template != "none":
         identity["template"] = settings.template
     if settings.last_turn == "cut":
@@ -290,7 +281,7 @@ def _identity(
 
 
 def _shadowed(names: Mapping[str, None]) -> str | None:
-    """Which columns a person's own reward does not get, if any."""
+    """Warn of columns that a person's own reward does not get, if any."""
     taken = ", ".join(f"the column `{name}`" for name in names if name in TRL_NAMES)
     if not taken:
         return None
@@ -298,7 +289,6 @@ def _shadowed(names: Mapping[str, None]) -> str | None:
 
 
 def _note(split: Split, sizes: Sizes) -> str | None:
-    """That there are fewer problems than were asked for, if so."""
     short = len(split.train) < sizes.train or len(split.held_out) < sizes.held_out
     if split.distinct is None or not short:
         return None

@@ -1,4 +1,4 @@
-"""A majority vote among the answers to one problem: a pure function on text."""
+"""Majority vote among the answers to one problem: a pure function on text."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from midtune.tasks.notation import normalise, same_number
 def majority(answers: Sequence[str]) -> int | None:
     """The index of the first answer (`answers.extract`) that agrees with the most others; None if there are none.
 
-    Answers agree that are the same number, or the same text but for case and whitespace. Of answers with equally many
-    votes the first wins. A blank answer has no vote, unless all are blank.
+    Answers agree as the same number, or the same text up to case and whitespace. Blank ones vote only if all are blank.
     """
     groups: list[list[int]] = []
     for index, answer in enumerate(answers):

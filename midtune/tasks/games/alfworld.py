@@ -1,6 +1,6 @@
-"""ALFWorld: household tasks in text, played in the alfworld package's data, where a person has it.
+"""ALFWorld: household tasks in text, played in the alfworld package's data.
 
-The package evaluates expressions that a game holds: a game is to be trusted like a program.
+The package evaluates expressions that a game holds: trust a game as you would a program.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from midtune.errors import WHY, InputError, explained
 from midtune.tasks.split import Row, Sizes, Split, given_split, problem
 
-# Of GiGPO's authors (arXiv 2505.10978), said once, since an episode is one conversation here.
+# From GiGPO's authors (arXiv 2505.10978); given once, because an episode is one conversation here.
 PROMPT = (
     "You are an expert agent operating in the ALFRED Embodied Environment. At every step, first reason step-by-step "
     "about the current situation, within <think> </think> tags. Then choose one admissible action and present it "
@@ -47,7 +47,7 @@ class ALFWorld:
         self._game = AlfredDemangler(PddlEnv(textworld.EnvInfos(won=True, admissible_commands=True)))
 
     def reset(self, game: str, **row: Any) -> str:
-        """Begin a game, by its folder under that of the data."""
+        """Begin a game, given its folder within the data."""
         self._game.load(str(data_folder() / game / GAME))
         self._now = self._game.reset()
         return self._shown(self._now.feedback.partition("\n\n")[2])
@@ -79,28 +79,24 @@ class ALFWorld:
 
 @lru_cache(maxsize=64)
 def _translated(domain: str, problem: str, verbose: bool = False, optimize: bool = False) -> Any:
-    """A game as the planner reads it: that takes seconds in a large room, and all episodes of a group ask for it."""
+    """Translate a game for the planner; cached: it takes seconds in a large room, and a whole group asks for it."""
     from fast_downward.interface import pddl2sas
 
     arguments = sys.argv
     try:
         return pddl2sas(domain, problem, verbose, optimize)
     finally:
-        # The translator leaves its own there.
+        # The translator overwrites it.
         sys.argv = arguments
 
 
 def data_folder() -> Path:
-    """Where `alfworld-download` puts its games, whether they are there or not."""
+    """Where `alfworld-download` puts its games, whether or not they are there."""
     return Path(os.environ.get("ALFWORLD_DATA", "~/.cache/alfworld")).expanduser() / "json_2.1.1"
 
 
 def draw_households(arguments: Mapping[str, int], sizes: Sizes) -> Split:
-    """Rows with the folder of a `game`: training ones from `train`, held-out ones from rooms seen there or not.
-
-    Raises:
-        InputError: the data is not there.
-    """
+    """Rows with a `game`'s folder, from `train` and, held out, seen or `unseen` rooms; InputError without the data."""
     held_out = FOLDERS[2 if arguments["unseen"] else 1]
     train = _rows(FOLDERS[0], sizes.train, sizes.seed)
     return given_split(train, _rows(held_out, sizes.held_out, sizes.seed), sizes)
@@ -120,7 +116,7 @@ def _rows(part: str, count: int, seed: int) -> list[Row]:
 
 
 def _row(file: Path, game: str) -> Row | None:
-    """The problem of a game; as in the package, None of one that nobody can win or that it does not play."""
+    """The problem of a game; None for one that cannot be won or that the package does not play."""
     if any(word in game for word in _NOT_PLAYED):
         return None
     with explained(f"{file} is no game of ALFWorld ({WHY}); download it again."):

@@ -56,11 +56,10 @@ Move: down
 
 
 class FrozenLake:
-    """Walk to the goal, in the last corner, and keep off the holes; the reward is 1 at the goal.
+    """Walk to the goal, in the last corner, and avoid the holes; the reward is 1 at the goal.
 
-    Boards and rules are textarena's, but for the start, which is any field that the goal can be reached from. The
-    board is shown in one letter a field: P the player, G the goal, H a hole. A move into a wall, and what is no move,
-    leave everything as it was.
+    Boards and rules are textarena's, but the start is any field from which the goal can be reached. P is the player, G
+    the goal, H a hole. A move into a wall, or text without a move, changes nothing.
     """
 
     def reset(self, seed: int, size: int, holes: int, **row: Any) -> str:

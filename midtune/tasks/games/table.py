@@ -1,4 +1,4 @@
-"""The text games that come from packages: what each is played with, and how its problems are drawn."""
+"""The text games from packages: what plays each, and how its problems are drawn."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class GameKind:
     environment: Callable[[], Any]  # the class that plays it (`environment.py`)
     prompt: str
     arguments: Mapping[str, int]  # whole numbers that `reset` gets, and their defaults
-    packages: tuple[str, ...]  # what it needs; the first is midtune's extra too
-    draw: Callable[[Mapping[str, int], Sizes], Split] | None = None  # where a game is no matter of a seed
+    packages: tuple[str, ...]  # required; the first is also midtune's extra
+    draw: Callable[[Mapping[str, int], Sizes], Split] | None = None  # for games that no seed determines
     max_turns: int = MAX_TURNS
 
 
@@ -39,18 +39,16 @@ GAMES = {
         {"unseen": 0},
         ("alfworld", "fast_downward"),
         alfworld.draw_households,
-        max_turns=50,  # as GiGPO's authors have it
+        max_turns=50,  # as in GiGPO
     ),
 }
 
 
 def draw_games(name: str, args: Mapping[str, Any], sizes: Sizes) -> tuple[Split, dict[str, int]]:
-    """Rows with what a game begins with, such as a `seed`, and its complete arguments.
-
-    Games that begin alike are one problem.
+    """Rows with what a game begins with, such as a `seed`, and its arguments; equal beginnings are one problem.
 
     Raises:
-        InputError: its package or data is missing, or an argument is none of its own or no whole number from 0 on.
+        InputError: its package or data is missing, or an argument is unknown or not a whole number from 0 on.
     """
     kind = GAMES[name]
     arguments = _complete(name, kind, args)
@@ -70,7 +68,6 @@ def draw_games(name: str, args: Mapping[str, Any], sizes: Sizes) -> tuple[Split,
 
 
 def _complete(name: str, kind: GameKind, args: Mapping[str, Any]) -> dict[str, int]:
-    """The arguments of a game with its defaults."""
     if any(importlib.util.find_spec(package) is None for package in kind.packages):
         extra = kind.packages[0]
         raise InputError(

@@ -1,4 +1,4 @@
-"""Quests that textworld makes up."""
+"""Quests that textworld generates."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ PROMPT = "You play a text adventure. Answer with one command.\n\n"
 
 
 class TextWorld:
-    """A quest in a house that textworld makes up; the reward is the share of its points."""
+    """A quest in a generated house; the reward is the share of its points."""
 
     def reset(self, seed: int, rooms: int, objects: int, quest: int, **row: Any) -> str:
-        """Begin the game of a seed, which is made once."""
+        """Begin the game of a seed, which is generated once."""
         import textworld
 
         wanted = "description inventory admissible_commands objective score max_score".split()
@@ -40,7 +40,7 @@ class TextWorld:
         return self._shown()
 
     def get_reward(self) -> float:
-        """The points so far, of those there are."""
+        """The share of the points so far."""
         return float(self._now.score or 0) / max(self._now.max_score or 1, 1)
 
     @property
@@ -60,7 +60,7 @@ def _folder() -> Any:
 
 @cache
 def _made(seed: int, rooms: int, objects: int, quest: int) -> str:
-    """The file of a game, which lasts as long as the process."""
+    """The file of a game, kept until the process ends."""
     import textworld
 
     options = textworld.GameOptions()

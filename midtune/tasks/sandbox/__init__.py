@@ -1,1 +1,1 @@
-"""Runs programs that a model wrote: isolated, within limits, and gone afterwards."""
+"""Run programs that a model wrote: isolated, within limits, with no processes left behind."""

@@ -1,11 +1,11 @@
-"""What runs within a sandbox: the limits first, then a program, its functions on call, or the tests.
+"""What runs inside a sandbox: set the limits, then run a program, serve its functions or run the tests.
 
-The compiled module is handed to a new interpreter (`sandbox.py`), so it imports only what that interpreter
-has loaded: `json` or `typing` alone would double the time it takes to start.
+`sandbox.py` hands the compiled module to a new interpreter. It imports only what that interpreter has
+loaded: `json` or `typing` alone would double the start time.
 
-Tests and the program that they test run in two sandboxes, and only values pass between them, as Python
-literals. What the tests see is built from these by `decode`: plain numbers, texts and containers, whose
-`==` is Python's own, or an `Opaque`, which equals nothing but itself.
+Tests and the program they test run in two sandboxes; only values pass between them, as Python literals.
+`decode` turns these into plain numbers, texts and containers, whose `==` is Python's own, or into an
+`Opaque`, which equals only itself.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ _ONLY_AST = 0x400  # ast.PyCF_ONLY_AST, without the time that importing ast take
 
 
 def main(job: dict[str, Any]) -> None:
-    """Set the limits, say so on standard error, and do the job."""
-    # Before the limits, since another user may not be able to read it. socket itself takes longer to import.
+    """Set the limits, report the start on standard error, and do the job."""
+    # Imported before the limits: the new user may be unable to read it. `socket` itself imports more slowly.
     import _socket
 
     _limit(job["limits"], job["uid"])
     _say_started(_socket)
     null = os.open("/dev/null", os.O_WRONLY)
-    # It is not read from here on, and a full pipe would stop the program.
+    # Nobody reads it from here on, and a full pipe would block the program.
     os.dup2(null, 2)
     sys.argv = ["program.py"]
     {"run": run, "serve": serve, "grade": grade}[job["role"]](job)
 
 
 def _say_started(sockets: Any) -> None:
-    """With the word goes the folder that programs write to, so that its files can be counted from outside."""
+    """Report the start, with the folder's descriptor, so that the parent can count the program's files."""
     folder = os.open(".", os.O_RDONLY)
     said = sockets.socket(fileno=2)
     rights = (sockets.SOL_SOCKET, sockets.SCM_RIGHTS, folder.to_bytes(4, sys.byteorder))
@@ -68,7 +68,7 @@ def run(job: dict[str, Any]) -> None:
 
 
 def serve(job: dict[str, Any]) -> None:
-    """Run a program, then answer calls of what it defines until there are no more."""
+    """Run a program, then answer calls of its functions until there are no more."""
     calls, replies = os.fdopen(job["calls"], "rb"), os.fdopen(job["replies"], "wb")
     objects: list[Any] = []
 
@@ -94,7 +94,7 @@ def serve(job: dict[str, Any]) -> None:
 
 
 def grade(job: dict[str, Any]) -> None:
-    """Run tests against a program in another sandbox; writes `1` or `0` to standard output for each."""
+    """Run tests against a program in another sandbox; write `1` or `0` to standard output for each."""
     calls, replies = os.fdopen(job["calls"], "wb"), os.fdopen(job["replies"], "rb")
     verdicts = os.dup(1)
     os.dup2(2, 1)  # what tests print is not a verdict
@@ -140,10 +140,7 @@ class Opaque:
 
 
 def encode(value: Any, opaque: Callable[[Any], str]) -> str:
-    """A value as a Python literal; of a subclass (a named tuple, a Counter) what the plain class holds.
-
-    `opaque` writes what has no literal, or raises.
-    """
+    """A value as a Python literal, subclasses (named tuple, Counter) as the plain class; `opaque` writes the rest."""
     if value is None or isinstance(value, bool):
         return repr(value)
     if isinstance(value, int):
@@ -168,7 +165,7 @@ def encode(value: Any, opaque: Callable[[Any], str]) -> str:
 
 
 def decode(text: str, opaque: Callable[[int], Any]) -> Any:
-    """The value that `encode` wrote; whatever else stands there raises, and nothing of it is run."""
+    """Read what `encode` wrote; raise on anything else, and run none of it."""
     made: dict[str, Callable[[Any], Any]] = {"float": float, "complex": complex, "set": set, "opaque": opaque}
 
     def value(node: Any) -> Any:
@@ -214,7 +211,7 @@ def _named(space: dict[str, Any], name: str) -> Any:
 
 
 def _execute(sources: list[str], name: str) -> dict[str, Any]:
-    """Run the first source that compiles, or raise what the last one's compilation did."""
+    """Run the first source that compiles; if none does, raise the last one's error."""
     module = type(sys)(name)
     sys.modules[name] = module  # dataclasses and pickle look it up
     for place, source in enumerate(sources, start=1):

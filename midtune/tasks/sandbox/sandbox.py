@@ -1,23 +1,20 @@
-"""Runs untrusted programs: apart from everything else, within limits, gone afterwards.
+"""Run untrusted programs: isolated, within limits, with no processes left behind.
 
-With bubblewrap (https://github.com/containers/bubblewrap) a program has process, network, IPC, host name
-and mount namespaces of its own. It sees the standard library and the shared libraries, read-only, and an
-empty `/tmp` in memory. No other file, process or network exists for it, and no `/proc`. An ordinary user's
-programs also get a user namespace, in which no further one can be made. Those of root get a user id of their
-own, since the kernel does not count the processes of root. A filter closes the system calls that reach
-further (`syscalls.py`; on x86_64 and aarch64). The kernel limits CPU time, address space, processes, open
-files and the size of files and output; midtune limits wall time and the number of files. When a program
-ends, so do all processes of its namespace. The programs of a job stay on one CPU (`Sandbox.each`), so that
-one which takes all it can get slows down none on the other CPUs.
+With bubblewrap (https://github.com/containers/bubblewrap) a program has its own process, network, IPC, host
+name and mount namespaces. It sees the standard library and the shared libraries, read-only, and an empty
+`/tmp` in memory: no other file or process, no network, no `/proc`. A user's programs also get a user
+namespace that forbids further ones. Each of root's programs gets a user id of its own, because the kernel does
+not count root's processes. A filter closes system calls that reach further (`syscalls.py`; x86_64 and aarch64).
+The kernel limits CPU time, address space, processes, open files, file size and output; midtune limits wall time
+and the number of files. When a program ends, so do all processes of its namespace. The programs of a job stay on
+one CPU (`Sandbox.each`), so one that takes all it can get does not slow those on other CPUs.
 
-What is not guaranteed: a hole in the kernel is a way out. Limits of memory and CPU time hold for each
-process, so that they multiply by `processes`. Files are counted every 50 ms, so that a program can make
-some ten thousand of them, at 1 KiB each, before it is ended.
+Not guaranteed: a hole in the kernel is a way out. Memory and CPU limits hold per process, so they multiply by
+`processes`. Files are counted every 50 ms, so a program can make some ten thousand, 1 KiB each, before it is killed.
 
-Without bubblewrap isolation is *weak*: the same limits, an empty environment and an empty folder to begin
-in, but the program can read and write what its user can, use the network, and leave processes behind.
-There is nothing in between: landlock is a development release that leaves processes alone, and sandlock
-wants Linux 6.7.
+Without bubblewrap isolation is *weak*: the same limits, an empty environment and an empty start folder, but
+the program can read and write what its user can, use the network, and leave processes behind. There is
+nothing in between: landlock is a development release that leaves processes alone; sandlock needs Linux 6.7.
 """
 
 from __future__ import annotations
@@ -53,12 +50,12 @@ _FOLDER_BYTES = 16 * 2**20
 _OPEN_FILES = 32
 # Files in /tmp, and how often they are counted: bubblewrap sets no limit on them.
 _FILES, _COUNT_EVERY_S = 4096, 0.05
-# The ids that systemd keeps for services without a user; no person and no file has one of them. In turn, from
-# anywhere, so that two programs at a time do not have the same one: the kernel would count them together.
+# User ids that systemd keeps for services without a user; no person and no file has one. Taken in turn from a
+# random start: the kernel would count two programs with one id together.
 _FIRST_PASSING_UID, _PASSING_UIDS = 61184, 4336
 _uids = itertools.count(secrets.randbelow(_PASSING_UIDS))
 _SHARED_LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache")
-# Sets are in the same order every time, so that a resumed run gives the rewards that it would have given.
+# A fixed hash seed keeps sets in order, so that a resumed run gives the same rewards.
 _ENVIRONMENT = {"LANG": "C.UTF-8", "PYTHONUTF8": "1", "PYTHONHASHSEED": "0"}
 # No site-packages, nothing from the folder, no caches to write.
 _INTERPRETER = (os.path.realpath(sys.executable), "-S", "-s", "-P", "-B")
@@ -76,16 +73,16 @@ space["main"](job)
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a program."""
+    """How a program ended."""
 
-    output: bytes  # what it wrote to standard output, of which 4 MiB are kept
-    exit_code: int  # 0 where it ended well
-    broken: str  # what the sandbox said where it ended without starting the program; else empty
+    output: bytes  # the first 4 MiB of standard output
+    exit_code: int  # 0: success
+    broken: str  # the sandbox's message if it never started the program; else empty
 
     @property
     def killed(self) -> bool:
-        """Whether it was ended from outside, as when its time was over."""
-        # bubblewrap gives the signals of its programs as shells do.
+        """Whether it was killed from outside, as at a timeout."""
+        # bubblewrap reports signals as shells do.
         return self.exit_code in (-signal.SIGKILL, 128 + signal.SIGKILL)
 
 
@@ -94,8 +91,8 @@ class Running:
     """A program in its sandbox; leaving the `with` block ends it and all its processes."""
 
     _process: subprocess.Popen[bytes]
-    _output: int  # of what it prints, the file descriptor
-    _socket: socket.socket  # for what `inside.py` says
+    _output: int  # file descriptor of standard output
+    _socket: socket.socket  # messages of `inside.py`
     _deadline: float
     _files: ExitStack
     _isolated: bool
@@ -103,10 +100,7 @@ class Running:
     _folder: int | None = None
 
     def wait(self, most_s: float | None = None, *, beside: Sequence[Running] = ()) -> Result:
-        """Let the program go on to its end or its deadline, or for `most_s` seconds, and no longer.
-
-        Programs `beside` it are ended where they make too many files meanwhile.
-        """
+        """Run to the end, the deadline or `most_s`, then kill; too many files kill it, or one `beside` it, early."""
         deadline = self._deadline if most_s is None else time.monotonic() + most_s
         ended = False
         while self._process.returncode is None and not ended:
@@ -133,7 +127,7 @@ class Running:
         return counted.f_files - counted.f_ffree > _FILES
 
     def _listen(self) -> None:
-        """Take what was said so far, and the folder that comes with the word that the program starts."""
+        """Read new messages, and the folder's descriptor that comes with the start message."""
         while True:
             try:
                 said, fds, _, _ = socket.recv_fds(self._socket, 2**16, 1, socket.MSG_CMSG_CLOEXEC)
@@ -147,8 +141,8 @@ class Running:
             self._said += said
 
     def _end(self) -> None:
-        # Before the process is reaped its id cannot be another's. Its group is bubblewrap, with which all of
-        # its namespace ends, or what a weakly isolated program has started.
+        # Until it is reaped no other process can have its id. The group is bubblewrap, whose end ends its
+        # namespace, or what a weakly isolated program started.
         if self._process.returncode is None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
@@ -166,12 +160,12 @@ class Sandbox:
     """Starts programs within limits."""
 
     limits: SandboxConfig
-    isolation: tuple[str, ...]  # the command that a program is started with; empty for weak isolation
-    workers: int = 1  # how many programs to run at a time
+    isolation: tuple[str, ...]  # command that starts a program; empty: weak isolation
+    workers: int = 1  # programs to run at a time
 
     @property
     def warning(self) -> str | None:
-        """What a person should know before programs run here."""
+        """What to tell a person before programs run here."""
         if self.isolation:
             return None
         return (
@@ -182,7 +176,7 @@ class Sandbox:
     def start(
         self, role: str, *, stdin: bytes = b"", fds: Mapping[str, int] | None = None, **job: Any
     ) -> Running:
-        """Start one of the roles of `inside.py`, with what it needs: `job`, and file descriptors by name."""
+        """Start one of the roles of `inside.py` with its `job` and file descriptors by name."""
         fds = fds or {}
         uid = _FIRST_PASSING_UID + next(_uids) % _PASSING_UIDS if os.geteuid() == 0 else None
         job |= {**fds, "role": role, "limits": kernel_limits(self.limits), "uid": uid}
@@ -193,7 +187,7 @@ class Sandbox:
                 os.chmod(folder, 0o777)
 
             def holding(content: bytes) -> int:
-                """A file, not a pipe: it need not be read along, and the kernel's limit on files limits output."""
+                """Use a file, not a pipe: nobody has to drain it, and the kernel's file limit also limits output."""
                 file = files.enter_context(tempfile.TemporaryFile())
                 file.write(content)
                 file.seek(0)
@@ -223,19 +217,12 @@ class Sandbox:
             return Running(process, output, said, deadline, files.pop_all(), bool(self.isolation))
 
     def run(self, source: str, stdin: bytes = b"") -> Result:
-        """Run a program to its end.
-
-        Raises:
-            RunStopped: the sandbox does not work any more.
-        """
+        """Run a program to its end; raise RunStopped if the sandbox no longer works."""
         with self.start("run", sources=[source], stdin=stdin) as running:
             return checked(running.wait())
 
     def each(self, work: Callable[[_Job], _Found], jobs: Iterable[_Job]) -> list[_Found]:
-        """What `work` gives for each job, `workers` of them at a time; the programs of each run on one CPU.
-
-        A program cannot leave its CPU, so that one that starts many processes keeps only its own tests waiting.
-        """
+        """Map `work` over the jobs, `workers` at a time; the programs of a job share one CPU."""
         cpus = itertools.cycle(sorted(os.sched_getaffinity(0)))
         with ThreadPoolExecutor(
             self.workers, initializer=lambda: os.sched_setaffinity(0, {next(cpus)})
@@ -244,11 +231,7 @@ class Sandbox:
 
 
 def checked(result: Result) -> Result:
-    """The result, if there was a program.
-
-    Raises:
-        RunStopped: the sandbox ended before it started one.
-    """
+    """Return the result; raise RunStopped if the sandbox ended before it started a program."""
     if result.broken:
         raise RunStopped(
             f"a sandbox did not start its program ({result.broken}); fix that and resume the run."
@@ -257,7 +240,7 @@ def checked(result: Result) -> Result:
 
 
 def kernel_limits(settings: SandboxConfig) -> dict[str, int]:
-    """Resource limits by name, as `setrlimit` knows them."""
+    """Resource limits by `setrlimit`'s names."""
     return {
         "AS": settings.memory_mib * 2**20,
         "CORE": 0,
@@ -269,10 +252,10 @@ def kernel_limits(settings: SandboxConfig) -> dict[str, int]:
 
 
 def open_sandbox(settings: SandboxConfig) -> Sandbox:
-    """A sandbox that has been tried: with bubblewrap, or with limits alone where that is allowed.
+    """Open and try a sandbox: bubblewrap, or limits alone if `allow_weak` is set.
 
     Raises:
-        InputError: bubblewrap is missing or does not work and weak isolation is not allowed, or nothing works.
+        InputError: bubblewrap is missing or broken and weak isolation is not allowed, or nothing works.
     """
     if sys.platform != "linux":
         raise InputError("programs that a model wrote run on Linux only; use another reward than code.")
@@ -298,9 +281,9 @@ def open_sandbox(settings: SandboxConfig) -> Sandbox:
 
 
 def bubblewrap(bwrap: str, *, as_root: bool) -> tuple[str, ...]:
-    """The command of bubblewrap (0.8 or later, at the path `bwrap`) that isolates the command after it.
+    """The bubblewrap command (0.8 or later) that isolates the next one.
 
-    Root gets no user namespace, but the right to take on another user id.
+    Root gets no user namespace, but may take on another user id.
     """
     python = _INTERPRETER[0]
     shown = [python, str(Path(os.__file__).parents[1]), *_SHARED_LIBRARIES]
@@ -309,11 +292,11 @@ def bubblewrap(bwrap: str, *, as_root: bool) -> tuple[str, ...]:
         if as_root
         else ["--unshare-user", "--disable-userns"]
     )
-    # By name, since --unshare-all goes on without what it cannot have.
+    # By name: --unshare-all silently skips what it cannot have.
     kinds = ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
     return (
         *(bwrap, *user, *kinds, "--die-with-parent", "--new-session"),
-        # Made as the parent of a file, a folder is closed to all but its owner.
+        # A folder created as the parent of a file would be closed to all but its owner.
         *("--dir", "/dev", "--dir", os.path.dirname(python)),
         *(word for path in shown for word in ("--ro-bind-try", path, path)),
         *(word for path in ("/dev/null", "/dev/urandom") for word in ("--dev-bind", path, path)),
@@ -340,6 +323,6 @@ def _ends(pid: int, most_s: float) -> bool:
 
 @cache
 def _code() -> CodeType:
-    # Compiled here once: as source it would be compiled again in every sandbox.
+    # Compiled once here instead of in every sandbox.
     path = Path(inside.__file__)
     return compile(path.read_text(encoding="utf-8"), path.name, "exec")

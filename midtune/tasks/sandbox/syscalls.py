@@ -1,11 +1,11 @@
-"""Which system calls a program in a sandbox may make, as a filter that the kernel applies (seccomp).
+"""The seccomp filter: which system calls a sandboxed program may make.
 
-A program sees a kernel of 2019 (Linux 5.0), without the calls below. Calls that came later have the same
-numbers on every architecture, and libraries do without them where the kernel says that it has none: so
-io_uring, `clone3` and whatever a newer kernel brings are closed by one rule.
+A program sees a kernel of 2019 (Linux 5.0), without the calls below. Later calls have the same numbers on
+every architecture, and libraries do without them on ENOSYS. So one rule closes io_uring, `clone3` and
+whatever newer kernels bring.
 
-Written by hand, since a filter of these rules is 8 bytes a line and the packages that make one are not
-maintained (pyseccomp is of 2021) or need a library that is not everywhere.
+Written by hand: a rule is 8 bytes a line, and the packages that make filters are unmaintained (pyseccomp is
+of 2021) or need a library that is not everywhere.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import struct
 
 # The first call of Linux 5.1.
 _FIRST_LATER = 424
-# Where the kernel keeps more than limits on a process count, or reaches beyond its namespaces:
-# name: (number on x86_64, number on aarch64), of <asm/unistd.h>.
+# Calls that hold memory no process limit counts, or that reach beyond the namespaces:
+# name: (number on x86_64, number on aarch64), from <asm/unistd.h>.
 CLOSED = {
     # System V and POSIX queues, and memory outside of any address space.
     "shmget": (29, 194),
@@ -79,7 +79,7 @@ CLOSED = {
 _SOCKET, _SOCKETPAIR, _CLONE = (41, 198), (53, 199), (56, 220)
 # AUDIT_ARCH_… of <linux/audit.h>; all of them little-endian.
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
-# AF_UNIX, AF_INET and AF_INET6: a network of its own has nobody in it.
+# AF_UNIX, AF_INET and AF_INET6: harmless, because the program's network is empty.
 _FAMILIES = (1, 2, 10)
 # CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID and NEWNET.
 _NEW_NAMESPACE = 0x7E020000
@@ -91,7 +91,7 @@ _ALLOW, _KILL, _ERROR = 0x7FFF0000, 0x80000000, 0x00050000
 
 
 def program_filter(machine: str | None = None) -> bytes | None:
-    """The filter for a `platform.machine()`, by default this one, as `bwrap --seccomp` reads it; None if unknown."""
+    """The filter for a `platform.machine()` (default: this one), as `bwrap --seccomp` reads it; None if unknown."""
     known = _ARCHITECTURES.get(machine or platform.machine())
     if known is None:
         return None
@@ -104,12 +104,12 @@ def program_filter(machine: str | None = None) -> bytes | None:
         return line(_RETURN, _ERROR | error)
 
     lines = [
-        # A 32-bit program would make other calls by the same numbers.
+        # In a 32-bit program the same numbers are other calls.
         line(_LOAD, _ARCHITECTURE),
         line(_IF_EQUAL, architecture, 1, 0),
         line(_RETURN, _KILL),
         line(_LOAD, _NUMBER),
-        # Those of x32 too, whose numbers have the highest bit but one.
+        # x32 calls too, whose numbers have the second-highest bit set.
         line(_IF_AT_LEAST, _FIRST_LATER, 0, 1),
         refuse(errno.ENOSYS),
     ]

@@ -1,4 +1,4 @@
-"""Problems from rows: which columns are the prompt and the answer, and which rows cannot be used."""
+"""From rows to problems: which columns are the prompt and the answer, and which rows are unusable."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from midtune.tasks.split import Row
 DROP = "--set task.bad_rows=drop"
 CUT = "--set task.last_turn=cut"
 _SHOWN_FAULTS = 3
-# Of a problem, the place of its row among the file's own.
+# The key of a problem that holds its row's index in `Problems.own`.
 PLACE = "row"
 # ShareGPT's names for roles.
 _ROLES = {"human": "user", "gpt": "assistant"}
@@ -36,30 +36,29 @@ _ROLES = {"human": "user", "gpt": "assistant"}
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns to read, and what to do with rows that cannot be used."""
+    """Which columns to read, and what to do with unusable rows."""
 
     settings: TaskConfig  # the columns' names, and what to do with bad rows and last turns
     needs_answer: bool = True  # False for rewards that do not compare
-    prepare: Callable[[Row], Row] | None = None  # from a row as it stands, the row to read; raises BadRow
+    prepare: Callable[[Row], Row] | None = None  # raw row → the row to read; raises BadRow
     carried: Sequence[str] | None = ()  # other columns that a problem keeps; None: all, for an environment
 
 
 @dataclass(frozen=True)
 class Problems:
-    """Problems from rows: each has `prompt`, `question`, `answer`, and `row`, its place in `own`."""
+    """Problems from rows: each has `prompt`, `question`, `answer`, and `row`, its index in `own`."""
 
-    rows: list[Row]  # where all columns are carried, without `row` and with all of them in `question`
-    columns: list[str]  # those that the prompt and the answer came from
-    own: list[Row]  # the rows with all their columns as they stand in the file; none where all are carried
+    rows: list[Row]  # if all columns are carried, without `row` and with all of them in `question`
+    columns: list[str]  # of the prompt and the answer
+    own: list[Row]  # the rows as in the file; empty if all columns are carried
     note: str  # a remark for the person
 
 
 def problems_of(source: str, lines: Sequence[Line], columns: Columns, first: int = 0) -> Problems:
-    """The problems in rows of a source, in their order; they are counted from `first` on.
+    """Read the problems in rows of a source, in order; `first` is the index of the first.
 
     Raises:
-        InputError: a column is missing, a carried one mixes kinds of value, rows cannot be used and are not to be
-            left out, or none can.
+        InputError: a column is missing or mixes kinds of value, or rows are unusable and not to be left out.
     """
     settings = columns.settings
     prepared = [_read(line, columns.prepare) for line in lines] if columns.prepare else lines
@@ -87,7 +86,6 @@ def problems_of(source: str, lines: Sequence[Line], columns: Columns, first: int
         _refuse(source, faults, len(read))
     own = []
     if columns.carried is None:
-        # Episodes with one prompt differ by the other columns, such as a seed.
         rows = [told_apart(row) for row in rows]
     else:
         rows = [{**row, PLACE: place} for place, row in enumerate(rows, start=first)]
@@ -98,7 +96,7 @@ def problems_of(source: str, lines: Sequence[Line], columns: Columns, first: int
 
 
 def _read(line: Line, make: Callable[[Row], Row]) -> Line:
-    """The line with the row that `make` gives, or with the fault that it finds."""
+    """Apply `make` to the line's row, or record the fault that it finds."""
     if line.row is None:
         return line
     try:
@@ -143,7 +141,7 @@ def _column(
 
 
 def _found(column: str, rows: Sequence[Row], names: Sequence[str]) -> str | None:
-    """The column as the file writes it: headers in any case, and `a.b` for the key `b` of an object in `a`."""
+    """The column's name in the file: headers match in any case, and `a.b` is the key `b` of an object in `a`."""
     same = [name for name in names if _plain(name) == _plain(column)]
     if same:
         return column if column in same else same[0]
@@ -168,7 +166,7 @@ def _value(row: Row, column: str) -> Any:
 
 
 def _problem(row: Row, prompt_column: str, answer_column: str | None, columns: Columns) -> Row:
-    """A row as a problem; raises BadRow."""
+    """Make a problem of a row, or raise BadRow."""
     messages = _messages(_value(row, prompt_column))
     if messages is None:
         raise BadRow(
@@ -204,7 +202,7 @@ def _problem(row: Row, prompt_column: str, answer_column: str | None, columns: C
 
 
 def _messages(prompt: Any) -> list[dict[str, str]] | None:
-    """A prompt as chat messages: a text, messages as TRL or as ShareGPT writes them; else None."""
+    """A prompt as chat messages: from a text, or messages in TRL's or ShareGPT's form; else None."""
     prompt = _scalar(prompt)
     if not isinstance(prompt, list):
         plain = prompt is None or isinstance(prompt, str | numbers.Number)
@@ -228,7 +226,7 @@ def _message(message: Any) -> dict[str, str] | None:
 
 
 def _answer(value: Any, column: str) -> tuple[str, str]:
-    """The text of an answer, and what is wrong with it: one value, in whatever a file or Python keeps it."""
+    """The text of an answer, and what is wrong with it, if anything."""
     value = _bare(value)
     if _is_missing(value) or value == []:
         return "", ""
@@ -259,13 +257,13 @@ def _answer(value: Any, column: str) -> tuple[str, str]:
 
 
 def _bare(value: Any) -> Any:
-    """The item of a list of one, whatever wraps it."""
+    """Unwrap lists of one item."""
     value = _scalar(value)
     return _bare(value[0]) if isinstance(value, list) and len(value) == 1 else value
 
 
 def _scalar(value: Any) -> Any:
-    """Plain Python for what numpy, pandas and torch keep: `tolist` of an array of no axes gives its one value."""
+    """Convert values of numpy, pandas and torch to plain Python; `tolist` of a 0-d array gives its one value."""
     if type(value).__name__ == "datetime64":
         value = value.astype("datetime64[us]")
     if hasattr(value, "tolist"):
@@ -278,7 +276,7 @@ def _scalar(value: Any) -> Any:
 
 
 def _is_missing(value: Any) -> bool:
-    """None, and what pandas puts where there is no value."""
+    """Whether a value is None or one of pandas' missing values."""
     if value is None or type(value).__name__ in ("NAType", "NaTType"):
         return True
     if isinstance(value, str):

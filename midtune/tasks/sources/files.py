@@ -1,4 +1,4 @@
-"""Rows as they stand in data files, in folders of them and in what `datasets` saved."""
+"""Rows of data files, of folders of them and of what `datasets` saved."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ _JSONL = (".jsonl", ".jsonlines", ".json-lines", ".ndjson", ".json")
 _DELIMITED = {".csv": None, ".tsv": "\t", ".tab": "\t"}
 SUFFIXES = (*_JSONL, *_DELIMITED, ".parquet", ".arrow")
 _UNPACK = {".gz": gzip, ".bz2": bz2, ".xz": lzma}
-# Of evaluation splits the first that is there counts.
+# The first of these that a source has is its evaluation split.
 EVALUATION = ("test", "validation", "valid", "val", "eval", "dev")
 _ALSO = {"training": "train", "testing": "test", "evaluation": "eval"}
 _PART = re.compile(rf"(?:^|[/._\- ])({'|'.join(['train', *EVALUATION, *_ALSO])})(?=[/._\- 0-9]|$)")
 # What `datasets` and pandas take for a missing value in csv.
 _MISSING = {"nan", "NaN", "-nan", "-NaN", "<NA>", "null", "NULL", "None"}
-# Of a longer split, evenly spaced rows are read: no run uses more, and all in memory take gigabytes.
+# Longer splits are thinned evenly: no run uses more, and all rows in memory would take gigabytes.
 MOST_ROWS = 100_000
 _SHOWN_FILES = 5
 
 
 class BadRow(Exception):
-    """What is wrong with a row, as the end of a sentence that its place begins."""
+    """A row cannot be used; the message ends a sentence that begins with the row's place."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Source:
 
 
 def data_suffix(name: str) -> str:
-    """The format that a file's name says, such as `.jsonl` of `train.jsonl.gz`; empty where it is none."""
+    """The format in a file's name, such as `.jsonl` for `train.jsonl.gz`; empty if unknown."""
     path = Path(name.lower())
     if path.suffix in _UNPACK:
         path = path.with_suffix("")
@@ -71,10 +71,9 @@ def data_suffix(name: str) -> str:
 
 
 def read_path(name: str) -> Source:
-    """The rows of a data file, or of a folder of them, in their order.
+    """Read a data file, a folder of them or one that `datasets` saved; rows keep their order.
 
-    A folder whose files are called `train` and `test` (or `validation` or `eval`) keeps these apart, and so does one
-    that `datasets` saved.
+    Files in a folder called `train` and `test` (or `validation` or `eval`) stay apart, as do the splits of `datasets`.
 
     Raises:
         InputError: it is missing, empty, or of another format.
@@ -99,7 +98,7 @@ def _saved(folder: Path) -> Source:
 
 
 def of_splits(name: str, parts: Mapping[str, Any], most_rows: int = MOST_ROWS) -> Source:
-    """A source from the splits of a dataset as `datasets` has them in memory, of each at most `most_rows` rows."""
+    """A source from the splits of a dataset in memory, at most `most_rows` rows of each."""
     lines: dict[str, list[Line]] = {}
     thinned = []
     digest = hashlib.sha256()
@@ -147,7 +146,7 @@ def _folder(folder: Path) -> Source:
 
 
 def _describes(name: str, content: bytes) -> bool:
-    """Whether a file holds one JSON object that is no problem: a folder from the hub also has descriptions."""
+    """Whether a file is one JSON object that is no problem: folders from the hub hold descriptions, too."""
     document = _loaded(content) if data_suffix(name) == ".json" else None
     return (
         isinstance(document, dict)
@@ -168,10 +167,7 @@ def by_part(
     note: str = "",
     files: Mapping[str, Sequence[str]] | None = None,
 ) -> Source:
-    """A source whose rows have the names of splits; without a `train` and an evaluation split all are one.
-
-    Messages list the files that each split came from, where they are given.
-    """
+    """A source from rows by split; all are one without `train` and an evaluation split. Messages list `files`."""
 
     def listed(parts: Sequence[str]) -> str:
         return " and ".join(
@@ -191,7 +187,7 @@ def by_part(
 
 
 def _parts(path: Path, content: bytes) -> dict[str, list[Line]]:
-    """The rows of a file by the names of splits within it; nearly all have none."""
+    """Read a file's rows by split; nearly all files have none."""
     suffix = data_suffix(path.name)
     if not suffix:
         raise InputError(f"task file {path} is not a {FORMATS} file; give one.")
@@ -220,7 +216,7 @@ def _parts(path: Path, content: bytes) -> dict[str, list[Line]]:
 
 
 def _json(path: Path, text: str) -> dict[str, list[Line]]:
-    """JSON lines, or a document: an array of rows, or in a `.json` file an object that has them."""
+    """Read JSON lines, an array of rows, or, in a `.json` file, an object that has them."""
     is_array = text.lstrip().startswith("[")
     document = _loaded(text) if is_array or data_suffix(path.name) == ".json" else ValueError()
     if isinstance(document, Exception):
@@ -241,7 +237,7 @@ def _json(path: Path, text: str) -> dict[str, list[Line]]:
 
 
 def _loaded(text: str | bytes) -> Any:
-    """What JSON says, or the error of what is none."""
+    """Parsed JSON, or the error."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -249,7 +245,7 @@ def _loaded(text: str | bytes) -> Any:
 
 
 def _document(document: Any) -> dict[str, list[Any]]:
-    """The rows of a JSON document by split: an array of them, columns as pandas writes them, or a key with rows."""
+    """The rows of a JSON document by split: from an array, pandas' columns, or a key with rows."""
     if not isinstance(document, dict):
         return {"": document if isinstance(document, list) else [document]}
     columns = [
@@ -273,7 +269,7 @@ def _document(document: Any) -> dict[str, list[Any]]:
 
 
 def line_of(place: str, row: Any, wanted: str = "a JSON object") -> Line:
-    """What was read at a place as a row, if it is one."""
+    """A line from what was read at a place, with its fault if it is no row."""
     if isinstance(row, dict):
         return Line(place, dict(row))
     is_broken = isinstance(row, Exception)
@@ -329,6 +325,6 @@ def _table(path: Path, content: bytes, suffix: str) -> list[Line]:
 
 
 def kind(value: object) -> str:
-    """What a value is, in words."""
+    """A value's type in words."""
     kinds = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
     return kinds.get(type(value), "a number")

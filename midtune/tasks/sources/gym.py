@@ -20,16 +20,12 @@ _OURS = {"seed": "--seed", "size": "task.train_size and task.eval_size"}
 
 
 def list_tasks() -> list[str]:
-    """The names of reasoning-gym's datasets, in alphabetical order, without the prefix."""
+    """Names of reasoning-gym's datasets, sorted, without the prefix."""
     return sorted(_datasets())
 
 
 def task_arguments(name: str) -> dict[str, Any]:
-    """The arguments of a reasoning-gym dataset and their defaults (None: no default).
-
-    Raises:
-        InputError: there is no such dataset.
-    """
+    """A reasoning-gym dataset's arguments and their defaults (None: no default); InputError if it does not exist."""
     known = _datasets()
     if name not in known:
         near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.3) or sorted(known)[:3]
@@ -42,7 +38,7 @@ def task_arguments(name: str) -> dict[str, Any]:
 
 
 def draw_problems(name: str, args: Mapping[str, Any], sizes: Sizes) -> tuple[Split, Reward, dict[str, Any]]:
-    """Problems of a reasoning-gym dataset (without prefix), its verifier as a reward, and its complete arguments.
+    """Draw from a reasoning-gym dataset: problems, its verifier as a reward, and its complete arguments.
 
     Raises:
         InputError: there is no such dataset, an argument is wrong, or it has too few different problems.

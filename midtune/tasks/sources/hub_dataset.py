@@ -1,4 +1,4 @@
-"""Datasets of the Hugging Face hub, through the `datasets` library, which runs no code of theirs."""
+"""Datasets of the Hugging Face hub, read with the `datasets` library, which runs no code of theirs."""
 
 from __future__ import annotations
 
@@ -24,11 +24,10 @@ def is_dataset(name: str) -> bool:
 
 
 def read_dataset(name: str) -> Source:
-    """The rows of a hub dataset, downloaded if need be, with its training and evaluation splits apart.
+    """Read a hub dataset, downloaded if needed, with its training and evaluation splits apart.
 
     Raises:
-        InputError: there is no such dataset or configuration, it is gated, or it is not on this machine and cannot be
-            fetched.
+        InputError: the dataset or configuration is unknown or gated, or neither cached nor reachable.
     """
     import datasets
 
@@ -47,7 +46,7 @@ def read_dataset(name: str) -> Source:
             f"or give a {FORMATS} file or a folder of them."
         )
     known = datasets.config.HF_HUB_OFFLINE
-    # Else it would ask the hub again, several times.
+    # Otherwise `datasets` would ask the hub again, several times.
     datasets.config.HF_HUB_OFFLINE = why is not None
     try:
         with explained(unread):

@@ -2,13 +2,12 @@
 
 A task file defines:
 
-- `rows()`, a list of dicts with `prompt` (a text or chat messages) and, where there is one, `answer`; midtune
-  holds some of them out. Or `train_rows()` and `eval_rows()`, which it takes as they are. Other keys are
-  passed on to the reward. They have to be the same at each call, or a run cannot be resumed.
-- a class `Environment`, where the task is played in turns (`environment.py`).
-- `reward(prompts, completions, **columns) -> list[float]`, TRL's signature: `columns` has a list for each key
-  of the rows, whose values are as the rows have them. It may be left out; then answers are compared as those of a
-  data file are.
+- `rows()`, a list of dicts with `prompt` (a text or chat messages) and, if known, `answer`; midtune holds some
+  out. Or `train_rows()` and `eval_rows()`, taken as they are. Other keys go to the reward. Each call must return
+  the same rows, or a run cannot be resumed.
+- a class `Environment`, if the task is played in turns (`environment.py`).
+- `reward(prompts, completions, **columns) -> list[float]`, TRL's signature: `columns` has a list for each key of
+  the rows, with values unchanged. Optional; without it answers are compared as for a data file.
 
     def rows():
         return [{"prompt": f"What is {a} + {b}?", "answer": str(a + b)} for a in range(30) for b in range(30)]
@@ -16,8 +15,8 @@ A task file defines:
     def reward(prompts, completions, answer, **columns):
         return [float(c[-1]["content"].strip() == a) for c, a in zip(completions, answer)]
 
-A reward beside a data file gets the file's columns alike. Where these have no `question` or `answer`, it gets what
-midtune read from the row under these names, as text.
+A reward for a data file gets the file's columns the same way. If they lack `question` or `answer`, it gets the ones
+that midtune read from the row, as text.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ ROWS = "`rows()`, or `train_rows()` and `eval_rows()`"
 
 @dataclass(frozen=True)
 class OwnTask:
-    """What a task file defines; the source's digest is that of the file and its rows."""
+    """What a task file defines; the source's digest covers the file and its rows."""
 
     source: Source
     reward: Reward | None
@@ -62,7 +61,7 @@ def is_own(reward: str) -> bool:
 
 
 def load_reward(reward: str) -> tuple[Reward, str]:
-    """The reward `path/to/file.py:function`, and a digest of the file and the function's name.
+    """Load the reward `path/to/file.py:function`; also return a digest of the file and the function's name.
 
     Raises:
         InputError: no such file or function, or the file does not import.
@@ -85,7 +84,7 @@ def is_task_file(name: str) -> bool:
 
 
 def load_own_task(name: str) -> OwnTask:
-    """The rows and the reward of a task file.
+    """Load the rows, the reward and the environment of a task file.
 
     Raises:
         InputError: no such file, it does not import, or its rows are missing or no list of dicts.
@@ -120,10 +119,7 @@ def _lines(path: Path, module: ModuleType, function: str) -> list[Line]:
 
 
 def accepting(function: Callable[..., Any], name: str) -> Reward:
-    """The function, given only those keyword arguments that it takes.
-
-    Outside training there are stand-ins for `completion_ids`, `trainer_state`, `log_extra` and `log_metric`.
-    """
+    """Pass the function only keyword arguments that it takes; stand-ins replace TRL's own outside training."""
     taken = inspect.signature(function).parameters
     takes_all = any(it.kind is it.VAR_KEYWORD for it in taken.values())
     open_ended = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
@@ -159,11 +155,7 @@ def _unavailable(name: str, parameter: str, columns: Mapping[str, Any]) -> str:
 
 
 def with_own_columns(reward: Reward, rows: Sequence[Row]) -> Reward:
-    """A person's reward, which gets the columns of their rows as these stand in the file, if there are any.
-
-    A problem says by `row` which row it came from: what trainers keep in tables changes types, and
-    `question` and `answer` are midtune's there.
-    """
+    """Give a reward the rows' columns as the file has them, found by `row`, because trainers' tables change types."""
     if not rows:
         return reward
     names = [name for name in dict.fromkeys(key for row in rows for key in row) if name not in TRL_NAMES]
@@ -177,7 +169,7 @@ def with_own_columns(reward: Reward, rows: Sequence[Row]) -> Reward:
 
 
 def _imported(file: str, what: str, hint: str) -> tuple[Path, bytes, ModuleType]:
-    """A Python file's path, content and module."""
+    """Import a Python file; return its path, content and module."""
     path = Path(file).expanduser()
     if not path.is_file():
         raise InputError(f"{what} file {path} does not exist; {hint}.")

@@ -11,9 +11,9 @@ from midtune.tasks.split import Row, Sizes, Split, draw_split, problem
 
 NAME = "tiny-programs"
 _TESTS = 5
-# Where the prompt ends after the first line, SmolLM2-135M-Instruct mostly closes the block there.
+# If the prompt ended after the first line, SmolLM2-135M-Instruct would mostly close the block there.
 _HEAD = "def f(x):\n    return"
-# What is asked for, with the number n, and the expression that gives it.
+# What is asked for, and the expression that computes it.
 _NUMBERS = (
     ("x plus {n}", "x + {n}"),
     ("x minus {n}", "x - {n}"),
@@ -39,12 +39,12 @@ _LISTS = (
 
 
 def draw_programs(sizes: Sizes) -> Split:
-    """Problems with the `tests` that the reward `code` reads, and a right program as the answer."""
+    """Draw problems with the `tests` that the reward `code` reads, and a right program as the answer."""
     return draw_split(lambda start, stop: [example(sizes.seed, n) for n in range(start, stop)], sizes)
 
 
 def example(seed: int, index: int) -> Row:
-    """The problem that a seed has at an index; the prompt begins the fenced block that a completion ends."""
+    """The problem at an index; its prompt opens the fenced block that a completion ends."""
     rng = random.Random(f"{NAME} {seed} {index}")
     of_list = rng.random() < 1 / 3
     text, expression = rng.choice(_LISTS if of_list else _NUMBERS)
