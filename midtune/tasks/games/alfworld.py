@@ -25,7 +25,6 @@ PROMPT = (
     "about the current situation, within <think> </think> tags. Then choose one admissible action and present it "
     "within <action> </action> tags.\n\n"
 )
-FOLDERS = ("train", "valid_seen", "valid_unseen")
 GAME = "game.tw-pddl"
 # What the package leaves out.
 _NOT_PLAYED = ("movable", "Sliced")
@@ -97,9 +96,9 @@ def data_folder() -> Path:
 
 def draw_households(arguments: Mapping[str, int], sizes: Sizes) -> Split:
     """Rows with a `game`'s folder, from `train` and, held out, seen or `unseen` rooms; InputError without the data."""
-    held_out = FOLDERS[2 if arguments["unseen"] else 1]
-    train = _rows(FOLDERS[0], sizes.train, sizes.seed)
-    return given_split(train, _rows(held_out, sizes.held_out, sizes.seed), sizes)
+    train = _rows("train", sizes.train, sizes.seed)
+    held_out = _rows("valid_unseen" if arguments["unseen"] else "valid_seen", sizes.held_out, sizes.seed)
+    return given_split(train, held_out, sizes)
 
 
 def _rows(part: str, count: int, seed: int) -> list[Row]:

@@ -32,22 +32,18 @@ def main(job: dict[str, Any]) -> None:
     import _socket
 
     _limit(job["limits"], job["uid"])
-    _say_started(_socket)
+    # With the folder's descriptor, so that the parent can count the program's files.
+    folder = os.open(".", os.O_RDONLY)
+    said = _socket.socket(fileno=2)
+    rights = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS, folder.to_bytes(4, sys.byteorder))
+    said.sendmsg([STARTED], [rights])
+    said.detach()
+    os.close(folder)
     null = os.open("/dev/null", os.O_WRONLY)
     # Nobody reads it from here on, and a full pipe would block the program.
     os.dup2(null, 2)
     sys.argv = ["program.py"]
     {"run": run, "serve": serve, "grade": grade}[job["role"]](job)
-
-
-def _say_started(sockets: Any) -> None:
-    """Report the start, with the folder's descriptor, so that the parent can count the program's files."""
-    folder = os.open(".", os.O_RDONLY)
-    said = sockets.socket(fileno=2)
-    rights = (sockets.SOL_SOCKET, sockets.SCM_RIGHTS, folder.to_bytes(4, sys.byteorder))
-    said.sendmsg([STARTED], [rights])
-    said.detach()
-    os.close(folder)
 
 
 def _limit(limits: dict[str, int], uid: int | None) -> None:

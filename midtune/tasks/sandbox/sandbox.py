@@ -31,9 +31,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -88,7 +88,7 @@ class Result:
 
 @dataclass(eq=False)
 class Running:
-    """A program in its sandbox; leaving the `with` block ends it and all its processes."""
+    """A program in its sandbox."""
 
     _process: subprocess.Popen[bytes]
     _output: int  # file descriptor of standard output
@@ -147,13 +147,6 @@ class Running:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
 
-    def __enter__(self) -> Running:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end()
-        self._files.close()
-
 
 @dataclass(frozen=True)
 class Sandbox:
@@ -173,10 +166,11 @@ class Sandbox:
             "the network."
         )
 
+    @contextmanager
     def start(
         self, role: str, *, stdin: bytes = b"", fds: Mapping[str, int] | None = None, **job: Any
-    ) -> Running:
-        """Start one of the roles of `inside.py` with its `job` and file descriptors by name."""
+    ) -> Iterator[Running]:
+        """Start a role of `inside.py` with its `job` and file descriptors by name; leaving ends all its processes."""
         fds = fds or {}
         uid = _FIRST_PASSING_UID + next(_uids) % _PASSING_UIDS if os.geteuid() == 0 else None
         job |= {**fds, "role": role, "limits": kernel_limits(self.limits), "uid": uid}
@@ -214,7 +208,9 @@ class Sandbox:
                     start_new_session=True,
                 )
             deadline = time.monotonic() + self.limits.wall_s
-            return Running(process, output, said, deadline, files.pop_all(), bool(self.isolation))
+            running = Running(process, output, said, deadline, files, bool(self.isolation))
+            files.callback(running._end)
+            yield running
 
     def run(self, source: str, stdin: bytes = b"") -> Result:
         """Run a program to its end; raise RunStopped if the sandbox no longer works."""

@@ -16,17 +16,10 @@ from midtune.config import TaskConfig
 from midtune.errors import InputError
 from midtune.tasks.answers import marked_answer, reference_answer
 from midtune.tasks.environment import told_apart
-from midtune.tasks.sources.files import (
-    ANSWER_COLUMNS,
-    PROMPT_COLUMNS,
-    BadRow,
-    Line,
-    kind,
-)
+from midtune.tasks.sources.files import ANSWER_COLUMNS, PROMPT_COLUMNS, BadRow, Line, kind
 from midtune.tasks.split import Row
 
-DROP = "--set task.bad_rows=drop"
-CUT = "--set task.last_turn=cut"
+_DROP = "--set task.bad_rows=drop"
 _SHOWN_FAULTS = 3
 # The key of a problem that holds its row's index in `Problems.own`.
 PLACE = "row"
@@ -111,7 +104,7 @@ def _refuse(name: str, faults: Sequence[Line], total: int) -> None:
         raise InputError(f"no row of {name} can be used: {_listed(faults)}; fix them.")
     if len(faults) == 1:
         found, them = "", "it"
-    raise InputError(f"{found}{_listed(faults)}; fix {them}, or leave {them} out with {DROP}.")
+    raise InputError(f"{found}{_listed(faults)}; fix {them}, or leave {them} out with {_DROP}.")
 
 
 def _listed(faults: Sequence[Line]) -> str:
@@ -145,12 +138,10 @@ def _found(column: str, rows: Sequence[Row], names: Sequence[str]) -> str | None
     same = [name for name in names if _plain(name) == _plain(column)]
     if same:
         return column if column in same else same[0]
-    head, dot, _ = column.rpartition(".")
+    head, dot, key = column.rpartition(".")
     outer = _found(head, rows, names) if dot else None
-    if outer is None:
-        return None
-    path = f"{outer}.{column.rpartition('.')[2]}"
-    return path if any(_value(row, path) is not None for row in rows) else None
+    path = f"{outer}.{key}"
+    return path if outer is not None and any(_value(row, path) is not None for row in rows) else None
 
 
 def _plain(name: str) -> str:
@@ -179,7 +170,7 @@ def _problem(row: Row, prompt_column: str, answer_column: str | None, columns: C
     if last_turn is not None and columns.settings.last_turn == "stop":
         raise BadRow(
             f"has a conversation in column `{prompt_column}` that ends in the assistant's answer, which the model "
-            f"would be shown (leave such turns out with {CUT})"
+            "would be shown (leave such turns out with --set task.last_turn=cut)"
         )
     question = "\n".join(message["content"] for message in messages if message["role"] != "system").strip()
     if not question:

@@ -23,9 +23,8 @@ FORMATS = "jsonl, json, csv, tsv, parquet or arrow"
 # verl (prompt, reward_model); the first that is there counts.
 PROMPT_COLUMNS = ("prompt", "question", "problem", "messages", "conversations")
 ANSWER_COLUMNS = ("answer", "solution", "ground_truth", "reward_model.ground_truth")
-_JSONL = (".jsonl", ".jsonlines", ".json-lines", ".ndjson", ".json")
 _DELIMITED = {".csv": None, ".tsv": "\t", ".tab": "\t"}
-SUFFIXES = (*_JSONL, *_DELIMITED, ".parquet", ".arrow")
+_SUFFIXES = (".jsonl", ".jsonlines", ".json-lines", ".ndjson", ".json", *_DELIMITED, ".parquet", ".arrow")
 _UNPACK = {".gz": gzip, ".bz2": bz2, ".xz": lzma}
 # The first of these that a source has is its evaluation split.
 EVALUATION = ("test", "validation", "valid", "val", "eval", "dev")
@@ -67,16 +66,14 @@ def data_suffix(name: str) -> str:
     path = Path(name.lower())
     if path.suffix in _UNPACK:
         path = path.with_suffix("")
-    return path.suffix if path.suffix in SUFFIXES else ""
+    return path.suffix if path.suffix in _SUFFIXES else ""
 
 
 def read_path(name: str) -> Source:
     """Read a data file, a folder of them or one that `datasets` saved; rows keep their order.
 
     Files in a folder called `train` and `test` (or `validation` or `eval`) stay apart, as do the splits of `datasets`.
-
-    Raises:
-        InputError: it is missing, empty, or of another format.
+    InputError if it is missing, empty, or of another format.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -193,8 +190,7 @@ def _parts(path: Path, content: bytes) -> dict[str, list[Line]]:
         raise InputError(f"task file {path} is not a {FORMATS} file; give one.")
     packed = path.suffix.lower()
     if packed in _UNPACK:
-        unread = f"task file {path} is not a {packed} file that can be read"
-        with explained(f"{unread} ({WHY}); get it again."):
+        with explained(f"task file {path} is not a {packed} file that can be read ({WHY}); get it again."):
             content = _UNPACK[packed].decompress(content)
     if suffix in (".parquet", ".arrow"):
         return {"": _table(path, content, suffix)}
@@ -292,13 +288,11 @@ def _csv(path: Path, text: str, delimiter: str | None) -> list[Line]:
         reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=chosen)
         for row in reader:
             place = f"line {reader.line_num + before} of {path}"
-            if None in row:
+            if row.pop(None, None):
                 fault = "has more fields than the header (fields with commas need double quotes)"
                 lines.append(Line(place, None, fault))
-            else:
-                lines.append(
-                    Line(place, {key: None if cell in _MISSING else cell for key, cell in row.items()})
-                )
+                continue
+            lines.append(Line(place, {key: None if cell in _MISSING else cell for key, cell in row.items()}))
     except csv.Error as error:
         number = reader.line_num + before if reader is not None else 1
         raise InputError(f"line {number} of {path} is not valid csv ({error}); fix that line.") from None

@@ -33,7 +33,7 @@ def task_arguments(name: str) -> dict[str, Any]:
             f"reasoning-gym has no dataset `{name}`; the nearest names are {', '.join(near)}, "
             "and `midtune tasks` lists them all."
         )
-    fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(known[name][1])
+    fields = dataclasses.fields(known[name][1])
     return {field.name: _default(field) for field in fields if field.name not in _OURS}
 
 
@@ -46,13 +46,15 @@ def draw_problems(name: str, args: Mapping[str, Any], sizes: Sizes) -> tuple[Spl
     import reasoning_gym
 
     valid = task_arguments(name)
+    defaults = ", ".join(f"{key} ({value!r})" for key, value in valid.items())
+    listed = defaults if len(defaults) < 800 else ", ".join(valid)
     for key in args:
         if key in _OURS:
             raise InputError(
                 f"`{key}` is not an argument of `{PREFIX}{name}` here; use {_OURS[key]} instead."
             )
         if key not in valid:
-            raise InputError(f"`{PREFIX}{name}` has no argument `{key}`; it has {_listed(name)}.")
+            raise InputError(f"`{PREFIX}{name}` has no argument `{key}`; it has {listed}.")
     # reasoning-gym seeds item i with seed + i, so neighbouring seeds would give the same problems.
     spread = int.from_bytes(hashlib.sha256(f"{name} {sizes.seed}".encode()).digest()[:4], "big") // 4
     no_problems = f"`{PREFIX}{name}` gives no problems with {dict(args) or 'its default arguments'}"
@@ -63,12 +65,15 @@ def draw_problems(name: str, args: Mapping[str, Any], sizes: Sizes) -> tuple[Spl
     def draw(start: int, stop: int) -> list[Row]:
         nonlocal latest
         # Their checks raise errors of any kind, even at the first problem.
-        with explained(f"{no_problems}: {WHY}; change the arguments ({_listed(name)})."):
+        with explained(f"{no_problems}: {WHY}; change the arguments ({listed})."):
             latest = reasoning_gym.create_dataset(name, size=stop, seed=spread, **_typed(name, args))
             items = [latest[index] for index in range(start, stop)]
+        rows = []
         for item in items:
-            entries.setdefault(question_key(item["question"]), item)
-        return [_row(item) for item in items]
+            question, answer = item["question"], item["answer"]
+            entries.setdefault(question_key(question), item)
+            rows.append(problem(question, question, "" if answer is None else str(answer)))
+        return rows
 
     split = draw_split(draw, sizes)
 
@@ -86,11 +91,6 @@ def draw_problems(name: str, args: Mapping[str, Any], sizes: Sizes) -> tuple[Spl
     return split, per_completion("verifier", score_one), complete
 
 
-def _row(item: Row) -> Row:
-    question, answer = item["question"], item["answer"]
-    return problem(question, question, "" if answer is None else str(answer))
-
-
 def _typed(name: str, args: Mapping[str, Any]) -> Mapping[str, Any]:
     if name != "composite" or not isinstance(args.get("datasets"), list):
         return args
@@ -100,17 +100,11 @@ def _typed(name: str, args: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**args, "datasets": [DatasetSpec(**part) for part in parts]}
 
 
-def _listed(name: str) -> str:
-    valid = ", ".join(f"{key} ({value!r})" for key, value in task_arguments(name).items())
-    return valid if len(valid) < 800 else ", ".join(task_arguments(name))
-
-
 def _datasets() -> dict[str, tuple[type, Any]]:
     import reasoning_gym  # noqa: F401 (fills the registry)
     from reasoning_gym.factory import DATASETS
 
-    found: dict[str, tuple[type, Any]] = DATASETS
-    return found
+    return dict(DATASETS)
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

@@ -61,11 +61,7 @@ def is_own(reward: str) -> bool:
 
 
 def load_reward(reward: str) -> tuple[Reward, str]:
-    """Load the reward `path/to/file.py:function`; also return a digest of the file and the function's name.
-
-    Raises:
-        InputError: no such file or function, or the file does not import.
-    """
+    """Load the reward `path/to/file.py:function`, with a digest of both; InputError if there is none to import."""
     file, _, function = reward.rpartition(":") if not reward.endswith(".py") else (reward, "", "")
     path, content, module = _imported(file, "reward", "write the reward as path/to/file.py:function")
     found = getattr(module, function, None) if function else None
@@ -84,11 +80,7 @@ def is_task_file(name: str) -> bool:
 
 
 def load_own_task(name: str) -> OwnTask:
-    """Load the rows, the reward and the environment of a task file.
-
-    Raises:
-        InputError: no such file, it does not import, or its rows are missing or no list of dicts.
-    """
+    """Load the rows, the reward and the environment of a task file; InputError if it or its rows cannot be read."""
     path, content, module = _imported(name, "task", f"give the path of a Python file that defines {ROWS}")
     together = callable(getattr(module, "rows", None))
     apart = all(callable(getattr(module, name, None)) for name in ("train_rows", "eval_rows"))
