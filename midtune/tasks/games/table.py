@@ -45,13 +45,25 @@ GAMES = {
 
 
 def draw_games(name: str, args: Mapping[str, Any], sizes: Sizes) -> tuple[Split, dict[str, int]]:
-    """Rows with what a game begins with, such as a `seed`, and its arguments; equal beginnings are one problem.
-
-    Raises:
-        InputError: its package or data is missing, or an argument is unknown or not a whole number from 0 on.
-    """
+    """Rows with what a game begins with, and its arguments; InputError for wrong ones or a missing package or data."""
     kind = GAMES[name]
-    arguments = _complete(name, kind, args)
+    if any(importlib.util.find_spec(package) is None for package in kind.packages):
+        extra = kind.packages[0]
+        raise InputError(
+            f"{name} needs the package {extra}; install it with `pip install 'midtune[{extra}]'`."
+        )
+    for key, value in args.items():
+        if key not in kind.arguments:
+            known = ", ".join(f"{key} ({default})" for key, default in kind.arguments.items())
+            raise InputError(f"`{name}` has no argument `{key}`; it has {known}.")
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise InputError(f"`{key}` of {name} is {value!r}; give a whole number from 0 on.")
+    arguments = {**kind.arguments, **args}
+    if name == "frozen-lake" and not arguments["size"] > max(arguments["holes"], 1):
+        raise InputError(
+            f"a lake of size {arguments['size']} may have no way around {arguments['holes']} holes; give a "
+            "size from 2 on, and fewer holes than that."
+        )
     if kind.draw is not None:
         return kind.draw(arguments, sizes), arguments
     environment = kind.environment()
@@ -65,24 +77,3 @@ def draw_games(name: str, args: Mapping[str, Any], sizes: Sizes) -> tuple[Split,
         return rows
 
     return draw_split(draw, sizes), arguments
-
-
-def _complete(name: str, kind: GameKind, args: Mapping[str, Any]) -> dict[str, int]:
-    if any(importlib.util.find_spec(package) is None for package in kind.packages):
-        extra = kind.packages[0]
-        raise InputError(
-            f"{name} needs the package {extra}; install it with `pip install 'midtune[{extra}]'`."
-        )
-    for key, value in args.items():
-        if key not in kind.arguments:
-            known = ", ".join(f"{key} ({default})" for key, default in kind.arguments.items())
-            raise InputError(f"`{name}` has no argument `{key}`; it has {known}.")
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise InputError(f"`{key}` of {name} is {value!r}; give a whole number from 0 on.")
-    found = {**kind.arguments, **args}
-    if name == "frozen-lake" and not found["size"] > max(found["holes"], 1):
-        raise InputError(
-            f"a lake of size {found['size']} may have no way around {found['holes']} holes; give a size from 2 on, and "
-            "fewer holes than that."
-        )
-    return found

@@ -19,12 +19,10 @@ class TextWorld:
         import textworld
 
         wanted = "description inventory admissible_commands objective score max_score".split()
-        with warnings.catch_warnings():
-            # The interpreter does not know the game; textworld keeps its state itself.
-            warnings.simplefilter("ignore")
-            self._game = textworld.start(
-                _made(seed, rooms, objects, quest), textworld.EnvInfos(**dict.fromkeys(wanted, True))
-            )
+        infos = textworld.EnvInfos(**dict.fromkeys(wanted, True))
+        # The interpreter does not know the game; textworld keeps its state itself.
+        with warnings.catch_warnings(action="ignore"):
+            self._game = textworld.start(_made(seed, rooms, objects, quest), infos)
         self._now = self._game.reset()
         self._over = False
         return f"{self._now.objective.strip()}\n{self._shown()}"

@@ -103,7 +103,10 @@ def grade(job: dict[str, Any]) -> None:
             raise ConnectionError("the program has ended or answers without end")
         good, value = decode(line.decode(), lambda number: Opaque(number, call))
         if good is not True:
-            raise _error(value)
+            kind = vars(builtins).get(value)
+            if isinstance(kind, type) and issubclass(kind, Exception):
+                raise kind.__new__(kind)
+            raise RuntimeError(value)
         return value
 
     def function(name: str) -> Any:
@@ -188,13 +191,6 @@ def _reference(value: Any) -> str:
     if isinstance(value, Opaque):
         return f"opaque({value.number})"
     raise TypeError(f"a {type(value).__name__} cannot be passed to a program in a sandbox")
-
-
-def _error(name: Any) -> Exception:
-    kind = vars(builtins).get(name)
-    if isinstance(kind, type) and issubclass(kind, Exception):
-        return kind.__new__(kind)
-    return RuntimeError(name)
 
 
 def _named(space: dict[str, Any], name: str) -> Any:

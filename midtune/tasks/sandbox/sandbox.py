@@ -23,7 +23,6 @@ import itertools
 import marshal
 import os
 import secrets
-import select
 import shutil
 import signal
 import socket
@@ -36,6 +35,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
+from multiprocessing import connection
 from pathlib import Path
 from types import CodeType
 from typing import Any, TypeVar
@@ -105,7 +105,9 @@ class Running:
         ended = False
         while self._process.returncode is None and not ended:
             left_s = max(deadline - time.monotonic(), 0.0)
-            ended = _ends(self._process.pid, min(left_s, _COUNT_EVERY_S))
+            # This does not reap it: `_end` needs its id.
+            with os.fdopen(os.pidfd_open(self._process.pid)) as handle:
+                ended = bool(connection.wait([handle.fileno()], min(left_s, _COUNT_EVERY_S)))
             for running in (self, *beside):
                 if running._has_many_files():
                     running._end()
@@ -248,11 +250,7 @@ def kernel_limits(settings: SandboxConfig) -> dict[str, int]:
 
 
 def open_sandbox(settings: SandboxConfig) -> Sandbox:
-    """Open and try a sandbox: bubblewrap, or limits alone if `allow_weak` is set.
-
-    Raises:
-        InputError: bubblewrap is missing or broken and weak isolation is not allowed, or nothing works.
-    """
+    """Open and try a sandbox: bubblewrap, or limits alone if `allow_weak` is set; InputError if none works."""
     if sys.platform != "linux":
         raise InputError("programs that a model wrote run on Linux only; use another reward than code.")
     workers = settings.workers or len(os.sched_getaffinity(0))
@@ -307,14 +305,6 @@ def _failure(sandbox: Sandbox) -> str:
     if result.broken or result.output == b"ready\n":
         return result.broken
     return f"a program that prints one word ended with exit code {result.exit_code}"
-
-
-def _ends(pid: int, most_s: float) -> bool:
-    """Whether a child process ends within `most_s` seconds; it is not reaped."""
-    with os.fdopen(os.pidfd_open(pid)) as handle:
-        poll = select.poll()
-        poll.register(handle, select.POLLIN)
-        return bool(poll.poll(most_s * 1000))
 
 
 @cache

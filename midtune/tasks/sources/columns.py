@@ -48,11 +48,7 @@ class Problems:
 
 
 def problems_of(source: str, lines: Sequence[Line], columns: Columns, first: int = 0) -> Problems:
-    """Read the problems in rows of a source, in order; `first` is the index of the first.
-
-    Raises:
-        InputError: a column is missing or mixes kinds of value, or rows are unusable and not to be left out.
-    """
+    """Read the problems in rows, in order, the first at index `first`; InputError for unusable columns or rows."""
     settings = columns.settings
     prepared = [_read(line, columns.prepare) for line in lines] if columns.prepare else lines
     known = [line.row for line in prepared if line.row is not None]

@@ -76,22 +76,19 @@ def read_path(name: str) -> Source:
     InputError if it is missing, empty, or of another format.
     """
     path = Path(name).expanduser()
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        import datasets
+
+        unread = f"the folder {path}, which `save_to_disk` wrote, cannot be read"
+        with explained(f"{unread} ({WHY}); save it again."):
+            loaded = datasets.load_from_disk(str(path))
+        return of_splits(str(path), loaded if isinstance(loaded, dict) else {"": loaded})
     if path.is_dir():
-        saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
-        return _saved(path) if saved else _folder(path)
+        return _folder(path)
     if not path.is_file():
         raise InputError(f"task file {path} does not exist; give the path of a {FORMATS} file.")
     content = path.read_bytes()
     return by_part(str(path), _parts(path, content), hashlib.sha256(content).hexdigest())
-
-
-def _saved(folder: Path) -> Source:
-    import datasets
-
-    unread = f"the folder {folder}, which `save_to_disk` wrote, cannot be read"
-    with explained(f"{unread} ({WHY}); save it again."):
-        loaded = datasets.load_from_disk(str(folder))
-    return of_splits(str(folder), loaded if isinstance(loaded, dict) else {"": loaded})
 
 
 def of_splits(name: str, parts: Mapping[str, Any], most_rows: int = MOST_ROWS) -> Source:

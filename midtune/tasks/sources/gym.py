@@ -38,11 +38,7 @@ def task_arguments(name: str) -> dict[str, Any]:
 
 
 def draw_problems(name: str, args: Mapping[str, Any], sizes: Sizes) -> tuple[Split, Reward, dict[str, Any]]:
-    """Draw from a reasoning-gym dataset: problems, its verifier as a reward, and its complete arguments.
-
-    Raises:
-        InputError: there is no such dataset, an argument is wrong, or it has too few different problems.
-    """
+    """Problems of a dataset, its verifier and complete arguments; InputError for wrong ones or too few problems."""
     import reasoning_gym
 
     valid = task_arguments(name)
@@ -82,8 +78,8 @@ def draw_problems(name: str, args: Mapping[str, Any], sizes: Sizes) -> tuple[Spl
         # Some verifiers evaluate what the model wrote.
         if entry is None or (is_huge(answer) and answer != reference):
             return 0.0
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # verifiers warn about answers that they cannot read
+        # Verifiers warn about answers that they cannot read.
+        with warnings.catch_warnings(action="ignore"):
             return float(latest.score_answer(answer=answer, entry=entry))
 
     arguments = json.loads(json.dumps(dataclasses.asdict(latest.config), default=_plain))

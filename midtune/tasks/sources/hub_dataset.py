@@ -24,11 +24,7 @@ def is_dataset(name: str) -> bool:
 
 
 def read_dataset(name: str) -> Source:
-    """Read a hub dataset, downloaded if needed, with its training and evaluation splits apart.
-
-    Raises:
-        InputError: the dataset or configuration is unknown or gated, or neither cached nor reachable.
-    """
+    """Read a hub dataset with its splits apart; InputError if it is unknown, gated, or neither cached nor reachable."""
     import datasets
 
     repository, _, configuration = name.partition(":")

@@ -26,7 +26,7 @@ import hashlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -126,24 +126,20 @@ def accepting(function: Callable[..., Any], name: str) -> Reward:
         }
         available = stand_ins | columns
         if missing := [key for key in needed if key not in available]:
-            raise InputError(_unavailable(name, missing[0], columns))
+            known = ", ".join(f"`{column}`" for column in columns if column not in TRL_NAMES) or "none"
+            hint = "take one of these, or give it a default"
+            if missing[0] in ("tokenizer", "processing_class", "model", "processor"):
+                hint = "load it in the reward's own file, such as with transformers' AutoTokenizer.from_pretrained"
+            raise InputError(
+                f"the reward `{name}` asks for `{missing[0]}`, which is no column of the data (they are {known}), and "
+                f"TRL passes only {', '.join(f'`{passed}`' for passed in TRL_NAMES[:-1])} besides; {hint}."
+            )
         values = function(**{key: available[key] for key in available if takes_all or key in taken})
         if inspect.iscoroutine(values):
             values = asyncio.run(values)
         return values.tolist() if hasattr(values, "tolist") else values
 
     return named(reward, name)
-
-
-def _unavailable(name: str, parameter: str, columns: Mapping[str, Any]) -> str:
-    known = ", ".join(f"`{column}`" for column in columns if column not in TRL_NAMES) or "none"
-    hint = "take one of these, or give it a default"
-    if parameter in ("tokenizer", "processing_class", "model", "processor"):
-        hint = "load it in the reward's own file, such as with transformers' AutoTokenizer.from_pretrained"
-    return (
-        f"the reward `{name}` asks for `{parameter}`, which is no column of the data (they are {known}), and TRL "
-        f"passes only {', '.join(f'`{passed}`' for passed in TRL_NAMES[:-1])} besides; {hint}."
-    )
 
 
 def with_own_columns(reward: Reward, rows: Sequence[Row]) -> Reward:

@@ -50,11 +50,10 @@ def example(seed: int, index: int) -> Row:
     text, expression = rng.choice(_LISTS if of_list else _NUMBERS)
     n = rng.randint(2, 99)
     near = [n, n + 1, n * rng.randint(2, 9)]
-    given: list[Any] = (
-        [_numbers(rng, n) for _ in range(_TESTS)]
-        if of_list
-        else near + rng.sample(range(-99, 200), _TESTS - 3)
-    )
+    if of_list:
+        given: list[Any] = [_numbers(rng, n) for _ in range(_TESTS)]
+    else:
+        given = near + rng.sample(range(-99, 200), _TESTS - 3)
     question = f"A Python function that returns {text.format(n=n)}:\n\n```python\n{_HEAD}"
     right = f"def right(x): return {expression.format(n=n)}"
     tests = [f"assert f({x!r}) == right({x!r})" for x in given]
