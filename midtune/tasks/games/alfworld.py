@@ -10,7 +10,7 @@ import os
 import random
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -96,12 +96,15 @@ def data_folder() -> Path:
 
 def draw_households(arguments: Mapping[str, int], sizes: Sizes) -> Split:
     """Rows with a `game`'s folder, from `train` and, held out, seen or `unseen` rooms; InputError without the data."""
-    train = _rows("train", sizes.train, sizes.seed)
-    held_out = _rows("valid_unseen" if arguments["unseen"] else "valid_seen", sizes.held_out, sizes.seed)
-    return given_split(train, held_out, sizes)
+    train = islice(_games("train", sizes.seed), sizes.train)
+    held_out = islice(
+        _games("valid_unseen" if arguments["unseen"] else "valid_seen", sizes.seed), sizes.held_out
+    )
+    return given_split([*train], [*held_out], sizes)
 
 
-def _rows(part: str, count: int, seed: int) -> list[Row]:
+def _games(part: str, seed: int) -> Iterator[Row]:
+    """The problems of games that can be won and that the package plays."""
     folder = data_folder()
     files = sorted((folder / part).glob(f"*/*/{GAME}"))
     if not files:
@@ -110,17 +113,12 @@ def _rows(part: str, count: int, seed: int) -> list[Row]:
             "ALFWORLD_DATA where they are."
         )
     random.Random(seed).shuffle(files)
-    rows = (_row(file, file.parent.relative_to(folder).as_posix()) for file in files)
-    return list(islice(filter(None, rows), count))
-
-
-def _row(file: Path, game: str) -> Row | None:
-    """The problem of a game; None for one that cannot be won or that the package does not play."""
-    if any(word in game for word in _NOT_PLAYED):
-        return None
-    with explained(f"{file} is no game of ALFWorld ({WHY}); download it again."):
-        told = json.loads(file.read_text(encoding="utf-8"))
-        task = _TASK.search(told["grammar"])
-    if not told.get("solvable") or task is None:
-        return None
-    return problem(PROMPT, f"{PROMPT}Your task is to: {task[1]} ({game})", game=game)
+    for file in files:
+        game = file.parent.relative_to(folder).as_posix()
+        if any(word in game for word in _NOT_PLAYED):
+            continue
+        with explained(f"{file} is no game of ALFWorld ({WHY}); download it again."):
+            told = json.loads(file.read_text(encoding="utf-8"))
+            task = _TASK.search(told["grammar"])
+        if told.get("solvable") and task is not None:
+            yield problem(PROMPT, f"{PROMPT}Your task is to: {task[1]} ({game})", game=game)

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    Call = Callable[[Any, Any, Any], Any]
-
 STARTED = b"started"
 _MOST_REPLY_BYTES = 4 * 2**20
 _ONLY_AST = 0x400  # ast.PyCF_ONLY_AST, without the time that importing ast takes
@@ -127,7 +125,7 @@ def grade(job: dict[str, Any]) -> None:
 class Opaque:
     """A value that stays with the program: the tests can hand it back, call it and iterate over it."""
 
-    def __init__(self, number: int, call: Call) -> None:
+    def __init__(self, number: int, call: Callable[[Any, Any, Any], Any]) -> None:
         self.number = number
         self._call = call
 

@@ -275,10 +275,7 @@ def open_sandbox(settings: SandboxConfig) -> Sandbox:
 
 
 def bubblewrap(bwrap: str, *, as_root: bool) -> tuple[str, ...]:
-    """The bubblewrap command (0.8 or later) that isolates the next one.
-
-    Root gets no user namespace, but may take on another user id.
-    """
+    """The bubblewrap (0.8+) command that isolates the next; root gets no user namespace, but may change its user id."""
     python = _INTERPRETER[0]
     shown = [python, str(Path(os.__file__).parents[1]), *_SHARED_LIBRARIES]
     user = (

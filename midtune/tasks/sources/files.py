@@ -193,12 +193,10 @@ def _parts(path: Path, content: bytes) -> dict[str, list[Line]]:
         return {"": _table(path, content, suffix)}
     # Excel's "Unicode text" is UTF-16.
     encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    try:
+    with explained(
+        f"task file {path} is not UTF-8 text; save it as UTF-8 (in Excel `CSV UTF-8`), or give a parquet file."
+    ):
         text = content.decode(encoding)
-    except UnicodeDecodeError:
-        raise InputError(
-            f"task file {path} is not UTF-8 text; save it as UTF-8 (in Excel `CSV UTF-8`), or give a parquet file."
-        ) from None
     if not text.strip():
         raise InputError(f"task file {path} is empty; it needs a problem on each line.")
     parts = {"": _csv(path, text, _DELIMITED[suffix])} if suffix in _DELIMITED else _json(path, text)
@@ -303,12 +301,8 @@ def _table(path: Path, content: bytes, suffix: str) -> list[Line]:
     named = "a parquet" if suffix == ".parquet" else "an arrow"
     with explained(f"task file {path} is not {named} file that can be read ({WHY})."):
         buffer = arrow.BufferReader(content)
-        if suffix == ".parquet":
-            table = parquet.read_table(buffer)
-        elif content.startswith(b"ARROW1"):
-            table = ipc.open_file(buffer).read_all()
-        else:
-            table = ipc.open_stream(buffer).read_all()
+        opened = ipc.open_file if content.startswith(b"ARROW1") else ipc.open_stream
+        table = parquet.read_table(buffer) if suffix == ".parquet" else opened(buffer).read_all()
         rows = table.to_pylist()
     if not rows:
         raise InputError(f"task file {path} has columns but no rows; it needs a problem in each row.")

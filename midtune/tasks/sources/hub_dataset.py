@@ -15,12 +15,7 @@ _ID = re.compile(r"[\w.-]+/[\w.-]+(?::[\w.-]+)?")
 def is_dataset(name: str) -> bool:
     """Whether a task's name has the form `org/name` or `org/name:CONFIGURATION` of a hub dataset."""
     path = Path(name).expanduser()
-    return (
-        _ID.fullmatch(name) is not None
-        and not name.endswith(".py")
-        and not data_suffix(name)
-        and not path.exists()
-    )
+    return bool(_ID.fullmatch(name)) and not (name.endswith(".py") or data_suffix(name) or path.exists())
 
 
 def read_dataset(name: str) -> Source:
