@@ -96,10 +96,9 @@ def data_folder() -> Path:
 
 def draw_households(arguments: Mapping[str, int], sizes: Sizes) -> Split:
     """Rows with a `game`'s folder, from `train` and, held out, seen or `unseen` rooms; InputError without the data."""
+    rooms = "valid_unseen" if arguments["unseen"] else "valid_seen"
     train = islice(_games("train", sizes.seed), sizes.train)
-    held_out = islice(
-        _games("valid_unseen" if arguments["unseen"] else "valid_seen", sizes.seed), sizes.held_out
-    )
+    held_out = islice(_games(rooms, sizes.seed), sizes.held_out)
     return given_split([*train], [*held_out], sizes)
 
 

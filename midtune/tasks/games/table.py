@@ -68,12 +68,9 @@ def draw_games(name: str, args: Mapping[str, Any], sizes: Sizes) -> tuple[Split,
         return kind.draw(arguments, sizes), arguments
     environment = kind.environment()
 
-    def draw(start: int, stop: int) -> list[Row]:
-        rows = []
-        for index in range(start, stop):
-            columns = {"seed": random.Random(f"{name} {sizes.seed} {index}").randrange(2**31), **arguments}
-            question = kind.prompt + environment.reset(**columns)
-            rows.append(problem(kind.prompt, question, "", **columns))
-        return rows
+    def row(index: int) -> Row:
+        columns = {"seed": random.Random(f"{name} {sizes.seed} {index}").randrange(2**31), **arguments}
+        question = kind.prompt + environment.reset(**columns)
+        return problem(kind.prompt, question, **columns)
 
-    return draw_split(draw, sizes), arguments
+    return draw_split(lambda start, stop: [row(n) for n in range(start, stop)], sizes), arguments

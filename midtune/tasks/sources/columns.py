@@ -177,10 +177,8 @@ def _problem(row: Row, prompt_column: str, answer_column: str | None, columns: C
         if fault or not answer.strip():
             raise BadRow(fault or f"has no answer in column `{answer_column}`")
         # A worked solution, such as NuminaMath's proofs, need not end in an answer.
-        worked = _plain(answer_column or "") == "solution" or (
-            answer_column == prompt_column and "\n" in answer
-        )
-        if worked and marked_answer(answer) is None:
+        long_turn = answer_column == prompt_column and "\n" in answer
+        if (long_turn or _plain(answer_column or "") == "solution") and marked_answer(answer) is None:
             raise BadRow(f"has no final answer (`\\boxed{{}}` or `####`) in column `{answer_column}`")
         if not reference_answer(answer).strip():
             raise BadRow(f"marks a blank answer in column `{answer_column}`")
@@ -228,10 +226,8 @@ def _answer(value: Any, column: str) -> tuple[str, str]:
     if isinstance(value, bool):
         return json.dumps(value), ""
     if isinstance(value, (float, Decimal)):
-        if not math.isfinite(value):
-            return str(value), ""
         # 2.0, as pandas keeps whole numbers beside missing ones, and the decimal 2.00 are the number 2.
-        whole = abs(float(value)) < 1e15 and value == int(value)
+        whole = math.isfinite(value) and abs(float(value)) < 1e15 and value == int(value)
         return str(int(value)) if whole else str(value) if isinstance(value, float) else f"{value:f}", ""
     if isinstance(value, datetime.datetime) and value.time() == datetime.time() and value.tzinfo is None:
         value = value.date()

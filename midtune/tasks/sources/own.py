@@ -40,9 +40,7 @@ from midtune.tasks.sources.files import Line, Source, line_of
 from midtune.tasks.split import Row
 
 # What TRL passes to a reward besides the columns of the data.
-TRL_NAMES = tuple(
-    "prompts completions completion_ids trainer_state log_extra log_metric environments".split()
-)
+TRL_NAMES = "prompts completions completion_ids trainer_state log_extra log_metric environments".split()
 ROWS = "`rows()`, or `train_rows()` and `eval_rows()`"
 
 
@@ -70,8 +68,7 @@ def load_reward(reward: str) -> tuple[Reward, str]:
         raise InputError(
             f"reward file {path} has {asked}; its functions are {_functions(module)}: write {path}:FUNCTION."
         )
-    digest = hashlib.sha256(content + function.encode()).hexdigest()
-    return accepting(found, function), digest
+    return accepting(found, function), hashlib.sha256(content + function.encode()).hexdigest()
 
 
 def is_task_file(name: str) -> bool:
