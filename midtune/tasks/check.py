@@ -101,20 +101,16 @@ def doubts(task: Task) -> list[str]:
 
 def scored_samples(task: Task, row: Row) -> tuple[Scored, Scored]:
     """A right completion, in the first usual form that scores most, and a wrong one, each with its score."""
-    right = [form.format(reference_answer(row["answer"])) for form in _FORMS]
-    tried = [Scored(text, _score(task, row, text)) for text in (row["answer"], *right)]
-    wrong = wrong_answer(reference_answer(row["answer"]))
-    return max(tried, key=lambda sample: sample.score), Scored(wrong, _score(task, row, wrong))
+    answer = reference_answer(row["answer"])
+    texts = [row["answer"], *(form.format(answer) for form in _FORMS), wrong_answer(answer)]
+    *right, wrong = [Scored(text, _call(task.score, [row], [text], task)[0] or 0.0) for text in texts]
+    return max(right, key=lambda sample: sample.score), wrong
 
 
 def wrong_answer(answer: str) -> str:
     """The answer plus 1 if it is a number, else a text that answers nothing."""
     value = parse_number(answer)
     return _WRONG if value is None else f"{value + 1:.15g}"
-
-
-def _score(task: Task, row: Row, text: str) -> float:
-    return _call(task.score, [row], [text], task)[0] or 0.0
 
 
 def _call(reward: Reward, rows: Sequence[Row], texts: Sequence[str], task: Task) -> list[float | None]:

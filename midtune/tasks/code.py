@@ -26,7 +26,7 @@ import os
 import re
 import symtable
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from midtune.tasks.answers import after_thinking
@@ -247,10 +247,8 @@ def _texts(value: Any) -> list[str]:
 def _reference(row: Row) -> str:
     known = next((row[name] for name in ("answer", *_REFERENCES) if row.get(name)), "")
     if isinstance(known, str) and known.lstrip().startswith("["):
-        try:
+        with suppress(ValueError):
             known = json.loads(known)
-        except ValueError:
-            pass
     known = known[0] if isinstance(known, list) and known else known
     return known if isinstance(known, str) else ""
 

@@ -19,16 +19,10 @@ _CHARACTERS = str.maketrans(
         },
         "²": "^2",
         "³": "^3",
-        "×": "\\times ",
-        "·": "\\cdot ",
-        "π": "\\pi ",
-        "√": "\\sqrt ",
-        "∞": "\\infty ",
-        "≤": "\\le ",
-        "≥": "\\ge ",
-        "≈": "\\approx ",
-        "∈": "\\in ",
-        "∪": "\\cup ",
+        **{
+            pair[0]: f"\\{pair[1:]} "
+            for pair in "×times ·cdot πpi √sqrt ∞infty ≤le ≥ge ≈approx ∈in ∪cup".split()
+        },
     }
 )
 _EMPHASIS = re.compile(r"(?<![\w*)\]}])(\*{1,3}|_{1,3}|`)(?=\S)(.{1,300}?)(?<=\S)\1(?![\w*(])")

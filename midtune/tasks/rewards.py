@@ -65,15 +65,6 @@ def per_completion(name: str, score_one: Callable[[str, str, str], float]) -> Re
     `answers.final_answer`. midtune's own errors are raised.
     """
 
-    def guarded(found: str, reference: str, question: str) -> float:
-        try:
-            value = score_one(found, reference, question)
-        except MidtuneError:
-            raise
-        except Exception:  # noqa: BLE001 (a verifier that cannot read an answer rejects it)
-            return 0.0
-        return float(value) if is_number(value) else 0.0
-
     def reward(
         prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[str], **columns: Any
     ) -> list[float]:
@@ -84,7 +75,13 @@ def per_completion(name: str, score_one: Callable[[str, str, str], float]) -> Re
             text = after_thinking(completion_text(completion))
             if name != "math":
                 text = (extract if name == "verifier" else final_answer)(text, reference)
-            scores.append(guarded(text, reference, question))
+            try:
+                score = score_one(text, reference, question)
+            except MidtuneError:
+                raise
+            except Exception:  # noqa: BLE001 (a verifier that cannot read an answer rejects it)
+                score = 0.0
+            scores.append(float(score) if is_number(score) else 0.0)
         return scores
 
     return named(reward, name)

@@ -182,13 +182,7 @@ def _columns(name: str, settings: TaskConfig, judges: Sequence[str]) -> Columns:
 
 
 def _problems(
-    name: str,
-    settings: TaskConfig,
-    sizes: Sizes,
-    columns: Columns,
-    judges: Sequence[str],
-    *,
-    tools: bool,
+    name: str, settings: TaskConfig, sizes: Sizes, columns: Columns, judges: Sequence[str], *, tools: bool
 ) -> _Problems:
     args, eval_file = settings.args, settings.eval_file
     is_gym = name.startswith(gym.PREFIX)
