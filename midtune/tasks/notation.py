@@ -218,13 +218,10 @@ def is_text(text: str) -> bool:
     bare = _TRAILING_UNIT.sub(r"\1", text)
     fonts = [found[1] for found in _FONT.finditer(bare)]
     rest = re.sub(r"\\(?:begin|end)\s*\{[^{}]*\}|\\[a-zA-Z]+", " ", _FONT.sub(" ", bare))
-    words = _WORD.findall(_CONNECTIVE.sub(" ", " ".join(fonts)))
-    if any(len(word) > 1 for word in words):
-        return True
-    words = _WORD.findall(_CONNECTIVE.sub(" ", rest))
-    names = [word for word in words if word.casefold() not in _FUNCTIONS]
-    is_formula = re.search(r"[0-9=+*/^\\]", bare) is not None
-    return any(len(word) > (3 if is_formula else 1) for word in names)
+    words, names = (_WORD.findall(_CONNECTIVE.sub(" ", part)) for part in (" ".join(fonts), rest))
+    longest_name = 3 if re.search(r"[0-9=+*/^\\]", bare) else 1
+    is_word = any(len(name) > longest_name and name.casefold() not in _FUNCTIONS for name in names)
+    return is_word or any(len(word) > 1 for word in words)
 
 
 def units_differ(left: str, right: str) -> bool:
