@@ -129,7 +129,6 @@ def call_tests(
 
 def code_reward(name: str, sandbox: Sandbox) -> Reward:
     """The reward `code`, the fraction of tests passed, or `code-all`, 1 if all pass and else 0."""
-    all_or_nothing = name == "code-all"
 
     def reward(
         prompts: Sequence[Any], completions: Sequence[Any], tests: Sequence[str], **columns: Any
@@ -142,7 +141,7 @@ def code_reward(name: str, sandbox: Sandbox) -> Reward:
         different = list(dict.fromkeys(jobs))
         scores = sandbox.each(lambda job: fraction_passed(sandbox, *job), different)
         found = dict(zip(different, scores, strict=True))
-        return [float(found[job] == 1) if all_or_nothing else found[job] for job in jobs]
+        return [float(found[job] == 1) if name == "code-all" else found[job] for job in jobs]
 
     return named(reward, name)
 

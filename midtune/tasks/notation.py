@@ -194,12 +194,6 @@ def last_number(text: str) -> str | None:
     return number.text if number is not None else None
 
 
-def written_number(text: str) -> str | None:
-    """The number in an answer, in plain digits (`x = 1{,}234` gives `1234`), or None."""
-    number = read_number(text, lead=True)
-    return number.text if number is not None else None
-
-
 def normalise(text: str) -> str:
     """Remove case, spaces, emphasis, dollar signs and fonts."""
     text = _bare(undressed(text)).replace('"', "'")

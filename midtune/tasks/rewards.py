@@ -28,7 +28,6 @@ from midtune.tasks.notation import (
     undressed,
     units_differ,
     without_lead,
-    written_number,
 )
 
 Reward = Callable[..., list[float]]
@@ -166,7 +165,8 @@ def _same_text(found: str, reference: str) -> bool:
         return True
     if parse_number(reference) is None or is_two_numbers(reference):
         return False
-    return written_number(found) == written_number(reference)
+    given, wanted = read_number(found, lead=True), read_number(reference)
+    return given is not None and wanted is not None and given.text == wanted.text
 
 
 def _math(text: str, reference: str) -> bool:
