@@ -35,8 +35,7 @@ class Scored:
 def check_reward(task: Task) -> None:
     """Call the task's rewards and score on its first rows with right, wrong and empty completions.
 
-    Raises:
-        InputError: one raises, returns no number, or scores known answers no higher; or `check_game` finds a fault.
+    Raises InputError if one raises, returns no number, or scores known answers no higher; or as `check_game`.
     """
     rows = task.train[:_ROWS]
     if task.game is not None:
@@ -69,8 +68,7 @@ def check_reward(task: Task) -> None:
 def doubts(task: Task) -> list[str]:
     """Report a person's own rewards that never score above 0 on completions of many kinds.
 
-    Raises:
-        InputError: one gives None for all of them.
+    Raises InputError if one gives None for all of them.
     """
     rows = task.train[:: max(1, len(task.train) // _ROWS_IN_DOUBT)][:_ROWS_IN_DOUBT]
     kinds = [[_WRONG] * len(rows), [""] * len(rows)]

@@ -58,10 +58,8 @@ def extract_code(completion: str, *, in_block: bool = False) -> str:
 def code_row(row: Row, prompt_column: str) -> Row:
     """Make `prompt`, `answer` (a right program, if known) and `tests` of a row of a known form.
 
-    The prompt is in `prompt_column`, else in `text` (MBPP), `question` (APPS) or `problem` (DeepCoder).
-
-    Raises:
-        BadRow: the row has no prompt, no tests, or tests that cannot be read.
+    The prompt is in `prompt_column`, else in `text` (MBPP), `question` (APPS) or `problem` (DeepCoder). Raises BadRow
+    if the row has no prompt, no tests, or tests that cannot be read.
     """
     column = next((name for name in (prompt_column, "text", "question", "problem") if row.get(name)), None)
     if column is None:

@@ -181,8 +181,7 @@ def check_game(game: Game, rows: Sequence[Row]) -> None:
 def reward_of(kind: Any, name: str, judges: Sequence[str], reward: Reward | None = None) -> Reward:
     """The reward of a task played in turns: its file's own `reward`, else the environment's.
 
-    Raises:
-        InputError: other rewards (`judges`) were asked for, or there is none.
+    Raises InputError if other rewards (`judges`) were asked for, or there is none.
     """
     if judges and [*judges] != ["verifier"]:
         raise InputError(

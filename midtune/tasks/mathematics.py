@@ -49,10 +49,8 @@ class Comparer:
     def equal(self, references: Sequence[str], candidates: Sequence[str]) -> bool:
         """Whether a completion's answer equals the reference; False on a timeout.
 
-        Each comes in several notations; the first that can be read counts.
-
-        Raises:
-            MidtuneError: the process does not work at all.
+        Each comes in several notations; the first that can be read counts. Raises MidtuneError if the process does
+        not work at all.
         """
         with self._lock:
             process = self._process
