@@ -37,7 +37,7 @@ from midtune.tasks.split import Row
 
 CODE = ("code", "code-all")
 _FENCED = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
-_REFERENCES = ("code", "canonical_solution", "solutions")
+_REFERENCES = ("answer", "code", "canonical_solution", "solutions")
 # APPS compares tuples as lists, and writes some expected results in a list of one.
 _APPS_SETUP = "def listed(v): return [listed(i) for i in v] if isinstance(v, (list, tuple)) else v"
 
@@ -242,7 +242,7 @@ def _texts(value: Any) -> list[str]:
 
 
 def _reference(row: Row) -> str:
-    known = next((row[name] for name in ("answer", *_REFERENCES) if row.get(name)), "")
+    known = next((row[name] for name in _REFERENCES if row.get(name)), "")
     if isinstance(known, str) and known.lstrip().startswith("["):
         with suppress(ValueError):
             known = json.loads(known)
