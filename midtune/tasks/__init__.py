@@ -1,7 +1,6 @@
 """What to learn: prompts, rewards and splits."""
 
 from midtune.tasks.check import check_reward, doubts, scored_samples
-from midtune.tasks.environment import Game
 from midtune.tasks.games.table import GAMES
 from midtune.tasks.rewards import Reward, completion_of, parts_of
 from midtune.tasks.sandbox.sandbox import open_sandbox
@@ -12,7 +11,6 @@ from midtune.tasks.task import Task, load_task
 
 __all__ = [
     "GAMES",
-    "Game",
     "Reward",
     "Row",
     "Task",

@@ -5,15 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from midtune.tasks.notation import (
-    last_number,
-    normalise,
-    parse_number,
-    read_number,
-    undressed,
-    without_emphasis,
-    written_number,
-)
+from midtune.tasks.notation import last_number, normalise, read_number, undressed, without_emphasis
 
 _BRACE = re.compile(r"\\f?box(?:ed)?\s*\{|\\?[{}]")
 _JOINED = re.compile(
@@ -70,10 +62,8 @@ def given_answer(text: str) -> str | None:
 def extract(text: str, reference: str = "") -> str:
     """`final_answer`; if `reference` is a number, the answer's number in plain digits."""
     found = final_answer(text, reference)
-    number = read_number(reference)
-    if number is None or number.unit:
-        return found
-    return written_number(found) or found
+    wanted, given = read_number(reference), read_number(found, lead=True)
+    return found if wanted is None or wanted.unit or given is None else given.text
 
 
 def after_thinking(text: str) -> str:
@@ -128,7 +118,7 @@ def reference_answer(answer: str) -> str:
     if marked is None:
         return answer.strip("\n")
     # GSM8K marks one number, so that its commas are those of thousands.
-    if "####" in answer and re.fullmatch(r"-?[0-9,.]+", marked) and parse_number(marked) is not None:
+    if "####" in answer and re.fullmatch(r"-?[0-9,.]+", marked) and read_number(marked) is not None:
         return marked.replace(",", "")
     return marked
 

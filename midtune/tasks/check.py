@@ -35,8 +35,7 @@ class Scored:
 def check_reward(task: Task) -> None:
     """Call the task's rewards and score on its first rows with right, wrong and empty completions.
 
-    Raises:
-        InputError: one raises, returns no number, or scores known answers no higher; or `check_game` finds a fault.
+    Raises InputError if one raises, returns no number, or scores known answers no higher; or as `check_game`.
     """
     rows = task.train[:_ROWS]
     if task.game is not None:
@@ -69,8 +68,7 @@ def check_reward(task: Task) -> None:
 def doubts(task: Task) -> list[str]:
     """Report a person's own rewards that never score above 0 on completions of many kinds.
 
-    Raises:
-        InputError: one gives None for all of them.
+    Raises InputError if one gives None for all of them.
     """
     rows = task.train[:: max(1, len(task.train) // _ROWS_IN_DOUBT)][:_ROWS_IN_DOUBT]
     kinds = [[_WRONG] * len(rows), [""] * len(rows)]
@@ -101,20 +99,16 @@ def doubts(task: Task) -> list[str]:
 
 def scored_samples(task: Task, row: Row) -> tuple[Scored, Scored]:
     """A right completion, in the first usual form that scores most, and a wrong one, each with its score."""
-    right = [form.format(reference_answer(row["answer"])) for form in _FORMS]
-    tried = [Scored(text, _score(task, row, text)) for text in (row["answer"], *right)]
-    wrong = wrong_answer(reference_answer(row["answer"]))
-    return max(tried, key=lambda sample: sample.score), Scored(wrong, _score(task, row, wrong))
+    answer = reference_answer(row["answer"])
+    texts = [row["answer"], *(form.format(answer) for form in _FORMS), wrong_answer(answer)]
+    *right, wrong = [Scored(text, _call(task.score, [row], [text], task)[0] or 0.0) for text in texts]
+    return max(right, key=lambda sample: sample.score), wrong
 
 
 def wrong_answer(answer: str) -> str:
     """The answer plus 1 if it is a number, else a text that answers nothing."""
     value = parse_number(answer)
     return _WRONG if value is None else f"{value + 1:.15g}"
-
-
-def _score(task: Task, row: Row, text: str) -> float:
-    return _call(task.score, [row], [text], task)[0] or 0.0
 
 
 def _call(reward: Reward, rows: Sequence[Row], texts: Sequence[str], task: Task) -> list[float | None]:

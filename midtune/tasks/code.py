@@ -26,7 +26,7 @@ import os
 import re
 import symtable
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from midtune.tasks.answers import after_thinking
@@ -37,7 +37,7 @@ from midtune.tasks.split import Row
 
 CODE = ("code", "code-all")
 _FENCED = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
-_REFERENCES = ("code", "canonical_solution", "solutions")
+_REFERENCES = ("answer", "code", "canonical_solution", "solutions")
 # APPS compares tuples as lists, and writes some expected results in a list of one.
 _APPS_SETUP = "def listed(v): return [listed(i) for i in v] if isinstance(v, (list, tuple)) else v"
 
@@ -58,10 +58,8 @@ def extract_code(completion: str, *, in_block: bool = False) -> str:
 def code_row(row: Row, prompt_column: str) -> Row:
     """Make `prompt`, `answer` (a right program, if known) and `tests` of a row of a known form.
 
-    The prompt is in `prompt_column`, else in `text` (MBPP), `question` (APPS) or `problem` (DeepCoder).
-
-    Raises:
-        BadRow: the row has no prompt, no tests, or tests that cannot be read.
+    The prompt is in `prompt_column`, else in `text` (MBPP), `question` (APPS) or `problem` (DeepCoder). Raises BadRow
+    if the row has no prompt, no tests, or tests that cannot be read.
     """
     column = next((name for name in (prompt_column, "text", "question", "problem") if row.get(name)), None)
     if column is None:
@@ -129,7 +127,6 @@ def call_tests(
 
 def code_reward(name: str, sandbox: Sandbox) -> Reward:
     """The reward `code`, the fraction of tests passed, or `code-all`, 1 if all pass and else 0."""
-    all_or_nothing = name == "code-all"
 
     def reward(
         prompts: Sequence[Any], completions: Sequence[Any], tests: Sequence[str], **columns: Any
@@ -142,7 +139,7 @@ def code_reward(name: str, sandbox: Sandbox) -> Reward:
         different = list(dict.fromkeys(jobs))
         scores = sandbox.each(lambda job: fraction_passed(sandbox, *job), different)
         found = dict(zip(different, scores, strict=True))
-        return [float(found[job] == 1) if all_or_nothing else found[job] for job in jobs]
+        return [float(found[job] == 1) if name == "code-all" else found[job] for job in jobs]
 
     return named(reward, name)
 
@@ -245,12 +242,10 @@ def _texts(value: Any) -> list[str]:
 
 
 def _reference(row: Row) -> str:
-    known = next((row[name] for name in ("answer", *_REFERENCES) if row.get(name)), "")
+    known = next((row[name] for name in _REFERENCES if row.get(name)), "")
     if isinstance(known, str) and known.lstrip().startswith("["):
-        try:
+        with suppress(ValueError):
             known = json.loads(known)
-        except ValueError:
-            pass
     known = known[0] if isinstance(known, list) and known else known
     return known if isinstance(known, str) else ""
 

@@ -66,9 +66,7 @@ class Match:
     def reset(self, row: Row) -> Row:
         """Begin an episode; return the row with the first text shown appended to its prompt."""
         self._row = row
-        shown = self._call("reset", **row)
-        self._shown = "" if shown is None else str(shown)
-        self._reward = self._reward_so_far()
+        self._show(self._call("reset", **row))
         self._acted = False
         prompt = row["prompt"]
         if isinstance(prompt, str):
@@ -145,10 +143,9 @@ class Match:
 
 def tools_of(environment: Any) -> dict[str, Callable[..., Any]]:
     """TRL's tools: an environment's public methods except `reset` and `get_reward`."""
-    names = [name for name, _ in inspect.getmembers(type(environment), inspect.isfunction)]
     return {
         name: getattr(environment, name)
-        for name in names
+        for name, _ in inspect.getmembers(type(environment), inspect.isfunction)
         if name not in ("reset", "get_reward") and not name.startswith("_")
     }
 
@@ -161,8 +158,7 @@ def check_environment(kind: Any, name: str, *, tools: bool) -> None:
     for method, form in [("reset", "**row"), *([] if tools else [("step", "action")])]:
         if not callable(getattr(kind, method, None)):
             raise InputError(f"{asked} has no `{method}`; write `def {method}(self, {form})`.")
-    unmade = f"{asked} cannot be made without arguments"
-    with explained(f"{unmade}: it raised {WHY}; fix it.", with_kind=True):
+    with explained(f"{asked} cannot be made without arguments: it raised {WHY}; fix it.", with_kind=True):
         made = kind()
     if tools and not tools_of(made):
         raise InputError(f"{asked} has no public method but `reset`, so there is no tool to call; write one.")
@@ -185,8 +181,7 @@ def check_game(game: Game, rows: Sequence[Row]) -> None:
 def reward_of(kind: Any, name: str, judges: Sequence[str], reward: Reward | None = None) -> Reward:
     """The reward of a task played in turns: its file's own `reward`, else the environment's.
 
-    Raises:
-        InputError: other rewards (`judges`) were asked for, or there is none.
+    Raises InputError if other rewards (`judges`) were asked for, or there is none.
     """
     if judges and [*judges] != ["verifier"]:
         raise InputError(

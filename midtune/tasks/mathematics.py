@@ -49,10 +49,8 @@ class Comparer:
     def equal(self, references: Sequence[str], candidates: Sequence[str]) -> bool:
         """Whether a completion's answer equals the reference; False on a timeout.
 
-        Each comes in several notations; the first that can be read counts.
-
-        Raises:
-            MidtuneError: the process does not work at all.
+        Each comes in several notations; the first that can be read counts. Raises MidtuneError if the process does
+        not work at all.
         """
         with self._lock:
             process = self._process
@@ -127,7 +125,7 @@ def _serve(questions: IO[str], answers: IO[str]) -> None:
 def _equal(references: tuple[str, ...], candidates: Sequence[str]) -> bool:
     text, gold = _read(references)
     said, found = _read(tuple(candidates))
-    places = max(map(len, re.findall(r"\.([0-9]+)", f"{text} {said}")), default=0)
+    places = max([6, *map(len, re.findall(r"\.([0-9]+)", f"{text} {said}"))])
     if not _verified(gold, found, places) or not (_is_read_whole(text) and _is_read_whole(said)):
         return False
     # It calls two equations equal if it cannot solve them.
@@ -138,15 +136,10 @@ def _equal(references: tuple[str, ...], candidates: Sequence[str]) -> bool:
 def _verified(gold: Sequence[Any], found: Sequence[Any], places: int) -> bool:
     from math_verify import verify
 
-    return bool(
-        verify(
-            list(gold),
-            list(found),
-            float_rounding=max(6, places),
-            allow_set_relation_comp=True,
-            timeout_seconds=None,
-        )
+    equal: bool = verify(
+        list(gold), list(found), float_rounding=places, allow_set_relation_comp=True, timeout_seconds=None
     )
+    return equal
 
 
 @lru_cache(maxsize=4096)

@@ -19,16 +19,10 @@ _CHARACTERS = str.maketrans(
         },
         "²": "^2",
         "³": "^3",
-        "×": "\\times ",
-        "·": "\\cdot ",
-        "π": "\\pi ",
-        "√": "\\sqrt ",
-        "∞": "\\infty ",
-        "≤": "\\le ",
-        "≥": "\\ge ",
-        "≈": "\\approx ",
-        "∈": "\\in ",
-        "∪": "\\cup ",
+        **{
+            pair[0]: f"\\{pair[1:]} "
+            for pair in "×times ·cdot πpi √sqrt ∞infty ≤le ≥ge ≈approx ∈in ∪cup".split()
+        },
     }
 )
 _EMPHASIS = re.compile(r"(?<![\w*)\]}])(\*{1,3}|_{1,3}|`)(?=\S)(.{1,300}?)(?<=\S)\1(?![\w*(])")
@@ -200,12 +194,6 @@ def last_number(text: str) -> str | None:
     return number.text if number is not None else None
 
 
-def written_number(text: str) -> str | None:
-    """The number in an answer, in plain digits (`x = 1{,}234` gives `1234`), or None."""
-    number = read_number(text, lead=True)
-    return number.text if number is not None else None
-
-
 def normalise(text: str) -> str:
     """Remove case, spaces, emphasis, dollar signs and fonts."""
     text = _bare(undressed(text)).replace('"', "'")
@@ -224,13 +212,10 @@ def is_text(text: str) -> bool:
     bare = _TRAILING_UNIT.sub(r"\1", text)
     fonts = [found[1] for found in _FONT.finditer(bare)]
     rest = re.sub(r"\\(?:begin|end)\s*\{[^{}]*\}|\\[a-zA-Z]+", " ", _FONT.sub(" ", bare))
-    words = _WORD.findall(_CONNECTIVE.sub(" ", " ".join(fonts)))
-    if any(len(word) > 1 for word in words):
-        return True
-    words = _WORD.findall(_CONNECTIVE.sub(" ", rest))
-    names = [word for word in words if word.casefold() not in _FUNCTIONS]
-    is_formula = re.search(r"[0-9=+*/^\\]", bare) is not None
-    return any(len(word) > (3 if is_formula else 1) for word in names)
+    words, names = (_WORD.findall(_CONNECTIVE.sub(" ", part)) for part in (" ".join(fonts), rest))
+    longest_name = 3 if re.search(r"[0-9=+*/^\\]", bare) else 1
+    is_word = any(len(name) > longest_name and name.casefold() not in _FUNCTIONS for name in names)
+    return is_word or any(len(word) > 1 for word in words)
 
 
 def units_differ(left: str, right: str) -> bool:

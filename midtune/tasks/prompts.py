@@ -28,6 +28,7 @@ class Template:
 
 
 TEMPLATES = {
+    "none": Template(None, _HERE, _HERE),
     "boxed": Template(BOXED, _HERE, f"{_HERE}\n{BOXED}\n"),
     "r1": Template(THINK, _HERE, f"{THINK}\nUser: {_HERE}\nAssistant:"),
     "question": Template(None, f"Question: {_HERE}\nAnswer:", f"Question: {_HERE}\nAnswer:"),
@@ -38,16 +39,14 @@ def prompted(row: Row, settings: TaskConfig) -> Row:
     """Apply the template, system prompt and format of the settings to a row's chat messages."""
     messages = row["prompt"]
     is_chat = settings.prompt_format == "chat"
-    template = TEMPLATES.get(settings.template)
-    system = settings.system_prompt or (template.system if template is not None and is_chat else None)
+    template = TEMPLATES[settings.template]
+    system = settings.system_prompt or (template.system if is_chat else None)
     if system is not None:
-        messages = [message for message in messages if message["role"] != "system"]
-    if template is not None:
-        text = template.user if is_chat else template.plain
-        *before, last = messages
-        messages = [*before, {**last, "content": text.replace(_HERE, last["content"])}]
-    if system is not None:
-        messages = [{"role": "system", "content": system}, *messages]
+        others = [message for message in messages if message["role"] != "system"]
+        messages = [{"role": "system", "content": system}, *others]
+    text = template.user if is_chat else template.plain
+    *before, last = messages
+    messages = [*before, {**last, "content": text.replace(_HERE, last["content"])}]
     if is_chat:
         return {**row, "prompt": messages}
     return {**row, "prompt": "\n".join(message["content"] for message in messages)}

@@ -28,7 +28,6 @@ from midtune.tasks.notation import (
     undressed,
     units_differ,
     without_lead,
-    written_number,
 )
 
 Reward = Callable[..., list[float]]
@@ -65,15 +64,6 @@ def per_completion(name: str, score_one: Callable[[str, str, str], float]) -> Re
     `answers.final_answer`. midtune's own errors are raised.
     """
 
-    def guarded(found: str, reference: str, question: str) -> float:
-        try:
-            value = score_one(found, reference, question)
-        except MidtuneError:
-            raise
-        except Exception:  # noqa: BLE001 (a verifier that cannot read an answer rejects it)
-            return 0.0
-        return float(value) if is_number(value) else 0.0
-
     def reward(
         prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[str], **columns: Any
     ) -> list[float]:
@@ -84,7 +74,13 @@ def per_completion(name: str, score_one: Callable[[str, str, str], float]) -> Re
             text = after_thinking(completion_text(completion))
             if name != "math":
                 text = (extract if name == "verifier" else final_answer)(text, reference)
-            scores.append(guarded(text, reference, question))
+            try:
+                score = score_one(text, reference, question)
+            except MidtuneError:
+                raise
+            except Exception:  # noqa: BLE001 (a verifier that cannot read an answer rejects it)
+                score = 0.0
+            scores.append(float(score) if is_number(score) else 0.0)
         return scores
 
     return named(reward, name)
@@ -169,7 +165,8 @@ def _same_text(found: str, reference: str) -> bool:
         return True
     if parse_number(reference) is None or is_two_numbers(reference):
         return False
-    return written_number(found) == written_number(reference)
+    given, wanted = read_number(found, lead=True), read_number(reference)
+    return given is not None and wanted is not None and given.text == wanted.text
 
 
 def _math(text: str, reference: str) -> bool:

@@ -54,8 +54,7 @@ def rank(key: str, seed: int) -> float:
 def split_rows(rows: Sequence[Row], sizes: Sizes) -> Split:
     """Split rows in an order that the seed fixes; hold out at most a third; keep the first row of equal questions.
 
-    Raises:
-        InputError: fewer than six different questions.
+    Raises InputError for fewer than six different questions.
     """
     different = _different(rows)
     held_out = _held_out_count(len(different), sizes)
@@ -66,8 +65,7 @@ def split_rows(rows: Sequence[Row], sizes: Sizes) -> Split:
 def given_split(train: Sequence[Row], held_out: Sequence[Row], sizes: Sizes, *, drop: bool = False) -> Split:
     """Keep a given split, in an order that the seed fixes; `drop` takes shared questions out of training.
 
-    Raises:
-        InputError: questions are in both lists without `drop`, or a list has too few.
+    Raises InputError if questions are in both lists without `drop`, or a list has too few.
     """
     of_train, of_held_out = _different(train), _different(held_out)
     shared = [key for key in of_train if key in of_held_out]
@@ -95,8 +93,7 @@ def draw_split(draw: Callable[[int, int], Sequence[Row]], sizes: Sizes) -> Split
     A hash puts each question on its side, so both have the source's own mix, and the number of training problems does
     not change the held-out ones. A source that brings no new questions counts as finite.
 
-    Raises:
-        InputError: fewer than six different questions.
+    Raises InputError for fewer than six different questions.
     """
     rows: dict[str, Row] = {}
     held_out: dict[str, None] = {}  # a set in order
@@ -104,9 +101,8 @@ def draw_split(draw: Callable[[int, int], Sequence[Row]], sizes: Sizes) -> Split
     is_full = False
     for row in _drawn(draw, sizes):
         key = question_key(row["question"])
-        stale += 1
+        stale = stale + 1 if key in rows else 0
         if key not in rows:
-            stale = 0
             rows[key] = row
             if rank(key, sizes.seed) < _HELD_OUT_SHARE:
                 held_out[key] = None

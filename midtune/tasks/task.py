@@ -131,12 +131,8 @@ def load_task(
     if is_sum:
         identity["rewards"] = [[digests.get(text, text), weight] for text, weight in weights.items()]
     own_names = dict.fromkeys(key for row in found.own for key in row) if own or is_own_reward else {}
-    notes = [
-        *found.notes,
-        _note(found.split, sizes),
-        _shadowed(own_names),
-        opened.warning if opened else None,
-    ]
+    warning = opened.warning if opened else None
+    notes = [*found.notes, _note(found.split, sizes), _shadowed(own_names), warning]
     return Task(
         name=name,
         fingerprint=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16],
@@ -182,13 +178,7 @@ def _columns(name: str, settings: TaskConfig, judges: Sequence[str]) -> Columns:
 
 
 def _problems(
-    name: str,
-    settings: TaskConfig,
-    sizes: Sizes,
-    columns: Columns,
-    judges: Sequence[str],
-    *,
-    tools: bool,
+    name: str, settings: TaskConfig, sizes: Sizes, columns: Columns, judges: Sequence[str], *, tools: bool
 ) -> _Problems:
     args, eval_file = settings.args, settings.eval_file
     is_gym = name.startswith(gym.PREFIX)

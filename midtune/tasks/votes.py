@@ -14,12 +14,10 @@ def majority(answers: Sequence[str]) -> int | None:
     """
     groups: list[list[int]] = []
     for index, answer in enumerate(answers):
-        for group in groups:
-            if _agree(answers[group[0]], answer):
-                group.append(index)
-                break
-        else:
-            groups.append([index])
+        group = next((group for group in groups if _agree(answers[group[0]], answer)), [])
+        if not group:
+            groups.append(group)
+        group.append(index)
     voting = [group for group in groups if answers[group[0]].strip()] or groups
     # Of equally long groups, max takes the first.
     return max(voting, key=len)[0] if voting else None
