@@ -327,14 +327,7 @@ class RunConfig(Part):
 
 @dataclass(frozen=True)
 class Setting:
-    """What this file says about one key.
-
-    Args:
-        description: what the key means; may be empty.
-        default: its value where nothing sets it.
-        choices: all valid values, where they are a closed list.
-        kind: its type, None aside.
-    """
+    """What this file says about one key: `choices` are its valid values if they are a closed list, `kind` its type."""
 
     description: str
     default: Any
@@ -361,14 +354,10 @@ KEYS = tuple(SETTINGS)
 
 
 def load_config(recipe: Path | None, overrides: Mapping[str, Any]) -> RunConfig:
-    """The configuration of a recipe with `overrides` applied.
+    """The configuration of a recipe, None for the defaults, with `overrides` (such as `training.lr`) applied.
 
     The bundled model's own recipe lies underneath where no recipe is given, or one that names no task.
     Naming another task drops the arguments that a recipe gives to its own.
-
-    Args:
-        recipe: a YAML file with the shape of `RunConfig`, or None for the defaults.
-        overrides: dotted key (`training.lr`) → value.
 
     Raises:
         InputError: no such file, an unknown key (the nearest valid key is named) or a wrong type.
@@ -408,11 +397,7 @@ def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
 
 
 def parse_budget(text: str) -> tuple[float, Literal["seconds", "steps"]]:
-    """`90s`, `20m` and `2h` as seconds, `400 steps` as steps.
-
-    Raises:
-        ValueError: it is none of these.
-    """
+    """`90s`, `20m` and `2h` as seconds, `400 steps` as steps; raises ValueError if it is none of these."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|m|h|steps?)\s*", text)
     amount = float(match[1]) if match is not None else 0.0
     if match is None or amount <= 0:
@@ -426,11 +411,7 @@ def parse_budget(text: str) -> tuple[float, Literal["seconds", "steps"]]:
 
 
 def require_task(config: RunConfig) -> str:
-    """The name of the task.
-
-    Raises:
-        InputError: there is none; the message says what a task can be.
-    """
+    """The name of the task; raises InputError, which says what a task can be, if there is none."""
     if config.task.name is None:
         raise InputError(
             f"no task was given for {config.model.name}; add --task reasoning-gym:NAME (`midtune tasks` has "
@@ -442,12 +423,7 @@ def require_task(config: RunConfig) -> str:
 def parse_assignment(text: str, option: str = "--set part.key=value") -> tuple[str, Any]:
     """`training.lr=1e-5` → `("training.lr", 1e-5)`; the value is read as YAML unless the key holds text.
 
-    Args:
-        text: what was typed.
-        option: the option it belongs to and the form it asks for, for the message.
-
-    Raises:
-        InputError: there is no `=` in `text`, or nothing before it.
+    Raises InputError, which names `option` and the form it asks for, if no key or no `=` was typed.
     """
     key, sign, value = text.partition("=")
     key = key.strip()
