@@ -16,7 +16,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from midtune.errors import InputError, RunStopped
+from midtune.errors import WHY, InputError, RunStopped, explained
 from midtune.whole import (
     damage,
     digest,
@@ -226,10 +226,8 @@ class RunFolder:
         name = path.relative_to(self.path) if path.is_relative_to(self.path) else path
         if not path.is_file():
             raise InputError(f"{self} has no {name}; the run has not come that far.")
-        try:
+        with explained(f"{name} in {self} is damaged: {WHY}; remove it and run again.", keep=(OSError,)):
             return unsealed(path.read_bytes())
-        except ValueError as error:
-            raise InputError(f"{name} in {self} is damaged: {error}; remove it and run again.") from None
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Read metrics.jsonl, one line a step, empty before the first; raises InputError if a line is damaged."""
@@ -239,18 +237,14 @@ class RunFolder:
             raise InputError(f"metrics.jsonl in {self} is damaged; remove it, and the page has no curves.")
         return whole
 
-    def latest_checkpoint(self, on_message: Callable[[str], None] | None = None) -> Path | None:
-        """The newest whole checkpoint, None if there are none; raises InputError if all are damaged.
-
-        Tells `on_message` which ones are damaged.
-        """
+    def latest_checkpoint(self, on_message: Callable[[str], None]) -> Path | None:
+        """The newest whole checkpoint, None if there are none; says which are damaged; raises InputError if all are."""
         wrong = None
         for _, checkpoint in sorted(checkpoints_in(self.checkpoints).items(), reverse=True):
             wrong = damage(checkpoint)
             if wrong is None:
                 return checkpoint
-            if on_message is not None:
-                on_message(f"{checkpoint.name} of {self} is damaged ({wrong}); looking for an older one")
+            on_message(f"{checkpoint.name} of {self} is damaged ({wrong}); looking for an older one")
         if wrong is not None:
             raise InputError(
                 f"{self} has no whole checkpoint to resume from: {wrong} in {checkpoint.name}; restore it, or "

@@ -16,14 +16,7 @@ from typing import TYPE_CHECKING, Any
 from midtune.config import BlocksConfig, RunConfig, require_task
 from midtune.device import dtype_named, resolve_device
 from midtune.errors import InputError
-from midtune.probe.selection import (
-    best,
-    matching_probe,
-    middle,
-    parse_layers,
-    ranking_of,
-    read_probe,
-)
+from midtune.probe.selection import best, matching_probe, middle, parse_layers, ranking_of, read_probe
 from midtune.report.display import WorkDisplay
 from midtune.report.formats import card_text, processes_text
 from midtune.report.terminal import Terminal

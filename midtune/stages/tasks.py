@@ -9,6 +9,8 @@ from typing import Any
 from midtune.config import RunConfig, require_task, with_settings
 from midtune.errors import InputError
 from midtune.report.terminal import Terminal
+from midtune.stages.opening import Opened, read_task
+from midtune.tasks import GAMES, doubts, list_tasks, programs, scored_samples, task_arguments
 
 PREFIX = "reasoning-gym:"
 # Enough problems to show one.
@@ -30,8 +32,6 @@ def run(config: RunConfig | None, terminal: Terminal, *, check: bool = False) ->
     Raises:
         InputError: there is no such task, an argument is wrong, or the check fails.
     """
-    from midtune.tasks import GAMES, list_tasks, programs
-
     if config is None:
         return {"tasks": sorted([*(PREFIX + known for known in list_tasks()), programs.NAME, *GAMES])}
     name = require_task(config)
@@ -41,9 +41,6 @@ def run(config: RunConfig | None, terminal: Terminal, *, check: bool = False) ->
 
 
 def _shown(config: RunConfig, terminal: Terminal) -> dict[str, Any]:
-    from midtune.stages.opening import read_task
-    from midtune.tasks import scored_samples, task_arguments
-
     name = require_task(config)
     task = read_task(with_settings(config, FEW))
     if task.note:
@@ -68,9 +65,6 @@ def _shown(config: RunConfig, terminal: Terminal) -> dict[str, Any]:
 
 
 def _checked(config: RunConfig, terminal: Terminal) -> dict[str, Any]:
-    from midtune.stages.opening import Opened, read_task
-    from midtune.tasks import doubts, scored_samples
-
     name = require_task(config)
     # Read all problems that a run of any length could use.
     config = with_settings(config, {"training.steps": config.task.train_size})

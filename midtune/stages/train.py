@@ -32,7 +32,7 @@ from midtune.runs import CHECKPOINT_BYTES_PER_PARAMETER, RunFolder, run_stem
 from midtune.stages.at_work import Stop, at_work
 from midtune.stages.opening import Choice, Opened, choose_blocks
 from midtune.stages.report import write_page
-from midtune.stages.subprocess_job import FULL_STEPS, measure_full_training
+from midtune.stages.subprocess_job import FULL_STEPS, in_own_process
 from midtune.tasks import Task
 from midtune.tasks.rewards import completion_text
 
@@ -149,7 +149,14 @@ def _open(config: RunConfig, folder: RunFolder, terminal: Terminal) -> Training:
     # On a CPU peaks count the whole process, so full training's estimate has to begin there too.
     process_bytes = meter.current_bytes()
     policy = opened.policy(embeddings="device")
-    _check_stored(policy, config, terminal)
+    if policy.stored_quantized:
+        name = source.name
+        terminal.message(f"{name} is stored in 4-bit: the trained block starts from dequantized weights.")
+        if config.training.vllm is not None:
+            raise InputError(
+                f"{name} is stored in 4-bit, so a vLLM server cannot be sent its trained block; leave training.vllm "
+                "out, or use the unquantized checkpoint."
+            )
     choice = choose_blocks(config.blocks, policy, task, terminal)
     # Named, so that the saved configuration repeats this run.
     layers = ",".join(map(str, choice.blocks))
@@ -167,18 +174,6 @@ def _open(config: RunConfig, folder: RunFolder, terminal: Terminal) -> Training:
     blocks = list(range(policy.num_blocks)) if config.blocks.select == "boost" else choice.blocks
     opened.config = config
     return Training(folder, opened, sampler, choice, blocks, meter, process_bytes)
-
-
-def _check_stored(policy: Policy, config: RunConfig, terminal: Terminal) -> None:
-    if not policy.stored_quantized:
-        return
-    name = policy.source.name
-    terminal.message(f"{name} is stored in 4-bit: the trained block starts from dequantized weights.")
-    if config.training.vllm is not None:
-        raise InputError(
-            f"{name} is stored in 4-bit, so a vLLM server cannot be sent its trained block; leave training.vllm "
-            "out, or use the unquantized checkpoint."
-        )
 
 
 def _begin(training: Training) -> None:
@@ -284,12 +279,16 @@ def _report(
     del policy, training.sampler
     give_back()
 
-    deployed = None
-    if config.evaluation.deployed and not stored_quantized:
-        deployed = _score_deployed(opened, folder)
+    scores_deployed = config.evaluation.deployed and not stored_quantized
+    deployed = _score_deployed(opened, folder) if scores_deployed else None
     if measured:
         terminal.message(f"measuring full training: {FULL_STEPS} steps in a process of its own")
-        full = measure_full_training(folder.config)
+        full = in_own_process(
+            "midtune.stages.subprocess_job:full_training_of",
+            {"config_file": str(folder.config)},
+            what="measuring full training",
+            instead="use --baseline estimated",
+        )
     else:
         full = estimates["trl-full"]
     unknown = [found["note"] for found in estimates.values() if found["note"]]
