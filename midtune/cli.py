@@ -206,9 +206,8 @@ class Given:
 
     def arguments(self) -> dict[str, Any]:
         """The same, and the configuration where the command has options that set it."""
-        configures = any(known.reader == "config" for known in self.parameters.values())
-        needs_task = any(known.key == "task.name" for known in self.parameters.values())
-        return self.own() | ({"config": self.config(needs_task=needs_task)} if configures else {})
+        keys = [known.key for known in self.parameters.values() if known.reader == "config"]
+        return self.own() | ({"config": self.config(needs_task="task.name" in keys)} if keys else {})
 
     def config(
         self, target: str | None = None, task: str | None = None, needs_task: bool = True

@@ -22,11 +22,9 @@ def run(folders: Sequence[Path], *, out: Path | None) -> dict[str, Any]:
 
     Without `out`: `report.html` in the folder of a single run, `comparison.html` here for several.
 
-    Returns:
-        `page`, the file written, and `runs`, the folders.
+    Returns `page`, the file written, and `runs`, the folders.
 
-    Raises:
-        InputError: a folder is no finished training run, or `out` is not writable or not a page of midtune's.
+    Raises InputError if a folder is no finished training run, or `out` is not writable or not a page of midtune's.
     """
     opened = [RunFolder.open(folder) for folder in folders]
     runs = [read_run(folder) for folder in opened]
@@ -40,16 +38,8 @@ def run(folders: Sequence[Path], *, out: Path | None) -> dict[str, Any]:
     return {"page": str(file), "runs": [str(folder) for folder in opened]}
 
 
-def write_page(folder: RunFolder) -> None:
-    folder.write_text(folder.page, run_page(read_run(folder)))
-
-
 def read_run(folder: RunFolder) -> Run:
-    """Read what the page needs from a finished run's folder.
-
-    Raises:
-        InputError: the run has not finished, is no training run, or a file is damaged.
-    """
+    """Read what the page needs; raises InputError if this is no finished training run, or a file is damaged."""
     if not folder.report.is_file():
         if folder.probe.is_file() and not folder.start.is_file():
             raise InputError(f"{folder} holds a ranking of blocks; give the folder of a training run.")

@@ -19,8 +19,7 @@ FULL_STEPS = 2
 def in_own_process(job: str, arguments: dict[str, Any], *, what: str, instead: str) -> dict[str, Any]:
     """Call the function `job` (`module:name`) in a fresh process; arguments and result must be JSON.
 
-    Raises:
-        MidtuneError: `what` failed; the message has the last line of output and suggests `instead`.
+    Raises MidtuneError if `what` failed, with the last line of output and the suggestion `instead`.
     """
     finished = subprocess.run(
         [sys.executable, "-P", "-W", "ignore", "-m", __name__, job],

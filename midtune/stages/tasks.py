@@ -18,19 +18,16 @@ FEW = {"task.train_size": 4, "task.eval_size": 2}
 
 
 def run(config: RunConfig | None, terminal: Terminal, *, check: bool = False) -> dict[str, Any]:
-    """List tasks, show one, or check one.
+    """List tasks if `config` is None; else show a problem of its task, or `check` the whole task.
 
-    Args:
-        config: names the task to show, a reasoning-gym dataset with or without `reasoning-gym:`; None lists all tasks.
-        check: read the whole task and report findings instead of showing a problem.
+    A reasoning-gym dataset may be named without `reasoning-gym:`.
 
     Returns:
         Without a configuration, `tasks`: names for --task. With one, `task`, `arguments` (key → value in force),
         `question`, `prompt` and `answer`, `reward`, and, if there is an answer, `right` and `wrong` (a completion and
         its score). When checking, `checked`, and lists of sentences, `findings` and `doubts`.
 
-    Raises:
-        InputError: there is no such task, an argument is wrong, or the check fails.
+    Raises InputError if there is no such task, an argument is wrong, or the check fails.
     """
     if config is None:
         return {"tasks": sorted([*(PREFIX + known for known in list_tasks()), programs.NAME, *GAMES])}

@@ -21,6 +21,7 @@ from midtune.model.patch import apply_patch, save_patch
 from midtune.model.policy import Policy, count_parameters
 from midtune.report import summary
 from midtune.report.formats import sentence
+from midtune.report.page import run_page
 from midtune.report.plots import learning_curve
 from midtune.report.terminal import Terminal
 from midtune.rl.collapse import collapse_in
@@ -31,7 +32,7 @@ from midtune.rollout.vllm import require_server
 from midtune.runs import CHECKPOINT_BYTES_PER_PARAMETER, RunFolder, run_stem
 from midtune.stages.at_work import Stop, at_work
 from midtune.stages.opening import Choice, Opened, choose_blocks
-from midtune.stages.report import write_page
+from midtune.stages.report import read_run
 from midtune.stages.subprocess_job import FULL_STEPS, in_own_process
 from midtune.tasks import Task
 from midtune.tasks.rewards import completion_text
@@ -350,7 +351,7 @@ def _write_before_after(folder: RunFolder, task: Task, before: Evaluation, after
 def _draw(folder: RunFolder, report: dict[str, Any], terminal: Terminal) -> None:
     try:
         learning_curve(folder.read_metrics(), report, folder.curve)
-        write_page(folder)
+        folder.write_text(folder.page, run_page(read_run(folder)))
         terminal.message(f"report page: {folder}/{folder.page.name}")
     except Exception as error:  # noqa: BLE001 (the run is complete without its pictures)
         terminal.message(
