@@ -253,13 +253,10 @@ def choose_blocks(wanted: BlocksConfig, policy: Policy, task: Task, terminal: Te
 
 def _ranking(wanted: BlocksConfig, policy: Policy, task: Task) -> tuple[Path, dict[str, Any]] | None:
     """The named probe.json and its data, or else the newest match under `runs`."""
-
-    def matches(probe: dict[str, Any]) -> bool:
-        return matching_probe(probe, policy.source.name, task.fingerprint, policy.source.revision)
-
+    about = policy.source.name, task.fingerprint, policy.source.revision
     if (file := wanted.probe) is not None:
         probe = read_probe(file)
-        if not matches(probe):
+        if not matching_probe(probe, *about):
             raise InputError(
                 f"{file} ranks the blocks of {probe.get('model')} on {probe.get('task')}, not those of "
                 f"{policy.source.name} on {task.name} as asked; probe again, or choose with --layers."
@@ -269,6 +266,6 @@ def _ranking(wanted: BlocksConfig, policy: Policy, task: Task) -> tuple[Path, di
     for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
         with contextlib.suppress(InputError):
             probe = read_probe(file)
-            if matches(probe) and len(ranking_of(probe)) >= wanted.top_k:
+            if matching_probe(probe, *about) and len(ranking_of(probe)) >= wanted.top_k:
                 return file, probe
     return None
