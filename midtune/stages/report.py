@@ -14,8 +14,6 @@ from midtune.report.summary import SCHEMA
 from midtune.runs import RunFolder
 from midtune.whole import require_writable, write_bytes
 
-COMPARISON = Path("comparison.html")
-
 
 def run(folders: Sequence[Path], *, out: Path | None) -> dict[str, Any]:
     """Write the page of one run, or one page that compares several.
@@ -29,7 +27,7 @@ def run(folders: Sequence[Path], *, out: Path | None) -> dict[str, Any]:
     opened = [RunFolder.open(folder) for folder in folders]
     runs = [read_run(folder) for folder in opened]
     alone = len(runs) == 1
-    file = out or (folders[0] / opened[0].page.name if alone else COMPARISON)
+    file = out or (folders[0] / opened[0].page.name if alone else Path("comparison.html"))
     require_writable(file)
     if file.is_file() and GENERATOR not in file.read_text(encoding="utf-8", errors="replace")[:1000]:
         raise InputError(f"{file} exists and is no page that midtune wrote; choose another name with --out.")

@@ -13,8 +13,6 @@ from midtune.stages.opening import Opened, read_task
 from midtune.tasks import GAMES, doubts, list_tasks, programs, scored_samples, task_arguments
 
 PREFIX = "reasoning-gym:"
-# Enough problems to show one.
-FEW = {"task.train_size": 4, "task.eval_size": 2}
 
 
 def run(config: RunConfig | None, terminal: Terminal, *, check: bool = False) -> dict[str, Any]:
@@ -39,7 +37,8 @@ def run(config: RunConfig | None, terminal: Terminal, *, check: bool = False) ->
 
 def _shown(config: RunConfig, terminal: Terminal) -> dict[str, Any]:
     name = require_task(config)
-    task = read_task(with_settings(config, FEW))
+    few = {"task.train_size": 4, "task.eval_size": 2}
+    task = read_task(with_settings(config, few))
     if task.note:
         terminal.message(task.note)
     row = task.train[0]
