@@ -54,12 +54,8 @@ REQUIRED = inspect.Parameter.empty
 class Parameter:
     """An argument or option of a command.
 
-    Args:
-        default: the help shows it; `REQUIRED` where there is none.
-        flag: the option; default: the parameter's name with dashes.
-        reader: who is given the value: the stage, the configuration or this file.
-        key: the setting that it sets, such as `training.lr`.
-        checks: further arguments of `typer.Option` or `typer.Argument`.
+    `flag` defaults to the parameter's name with dashes. `reader` is who is given the value: `stage`, `config` or
+    `cli`. `key` is the setting that it sets, such as `training.lr`. `checks` go to `typer.Option` or `typer.Argument`.
     """
 
     kind: Any
@@ -101,8 +97,8 @@ def _setting(key: str, flag: str | None = None, metavar: str | None = None) -> P
     return Parameter(kind, help, "|".join(known.choices) or metavar, flag=flag, reader="config", key=key)
 
 
-def _switch(help: str, reader: str = "cli", **checks: Any) -> Parameter:
-    return Parameter(bool, help, default=False, reader=reader, checks=checks)
+def _switch(help: str, reader: str = "cli") -> Parameter:
+    return Parameter(bool, help, default=False, reader=reader)
 
 
 def _count(help: str, default: int, least: int = 1) -> Parameter:
@@ -111,12 +107,6 @@ def _count(help: str, default: int, least: int = 1) -> Parameter:
 
 def _separated(text: str | None) -> list[str]:
     return [part.strip() for part in (text or "").split(",") if part.strip()]
-
-
-def _go_offline(offline: bool) -> bool:
-    if offline:
-        go_offline()
-    return offline
 
 
 _MODEL, _TASK_NAME = _setting("model.name", "--model", "MODEL"), _setting("task.name", "--task")
@@ -133,7 +123,7 @@ PARAMETERS = {
     "set": Parameter(
         list[str], "any key of a recipe, such as training.top_p=0.9; repeatable", "KEY=VALUE", reader="config"
     ),
-    "offline": _switch("download nothing, use what is on this machine", callback=_go_offline),
+    "offline": _switch("download nothing, use what is on this machine"),
     "dry_run": _switch("say what the run would do, and load and fetch nothing"),
     "out": Parameter(Path, "folder for what the command leaves (default: runs/NAME)"),
     "json": _switch("print the result as one JSON object"),
@@ -216,19 +206,15 @@ class Given:
 
     def arguments(self) -> dict[str, Any]:
         """The same, and the configuration where the command has options that set it."""
-        configures = any(known.reader == "config" for known in self.parameters.values())
-        needs_task = any(known.key == "task.name" for known in self.parameters.values())
-        return self.own() | ({"config": self.config(needs_task=needs_task)} if configures else {})
+        keys = [known.key for known in self.parameters.values() if known.reader == "config"]
+        return self.own() | ({"config": self.config(needs_task="task.name" in keys)} if keys else {})
 
     def config(
         self, target: str | None = None, task: str | None = None, needs_task: bool = True
     ) -> RunConfig:
         """The configuration that the options describe.
 
-        Args:
-            target: a model, or a run or patch, whose own settings lie underneath.
-            task: its name, where the command has no such option.
-            needs_task: refuse a configuration without a task.
+        The settings of `target` (a model, run or patch) lie underneath. `task` is for commands without such an option.
         """
         overrides = {} if task is None else {"task.name": task}
         for name, known in self.configuring().items():
@@ -267,9 +253,6 @@ def _underneath(target: str) -> tuple[Path | None, dict[str, str]]:
     from midtune.model.patch import read_patch
 
     return None, {"model.name": read_patch(folder).base_model}
-
-
-# These turn what was typed into arguments of a stage's `run`.
 
 
 def _for_a_run(given: Given) -> dict[str, Any]:
@@ -317,12 +300,11 @@ class Command:
     """A row of `COMMANDS`.
 
     Args:
-        summary: its line in `midtune --help`.
-        about: paragraphs of its own help, before the example.
+        summary: its line in `midtune --help`; `about` is its own help.
         printer: MODULE.FUNCTION in report/ that shows the stage's result.
         panels: title in the help → names of `PARAMETERS` and keys of settings; a key whose part is the title's goes
             without it. `Output` has those of `EVERY_COMMAND` besides.
-        arguments: from what was typed, the arguments of the stage's `run`.
+        arguments: turns what was typed into the arguments of the stage's `run`.
         stage: the file in stages/; default: the command's name.
         progress: what is shown meanwhile, where `run` takes no terminal.
     """
@@ -466,11 +448,7 @@ COMMANDS = {
         "List the tasks that need no file, show a problem of a task with a right and a wrong answer, or check one.",
         "midtune tasks chain_sum --task-arg max_terms=2\n  midtune tasks check my_task.py",
         "results.tasks_text",
-        {
-            ARGUMENTS: "task checked",
-            "Task": _TASK,
-            "Settings": "recipe set seed offline",
-        },
+        {ARGUMENTS: "task checked", "Task": _TASK, "Settings": "recipe set seed offline"},
         _for_tasks,
     ),
     "doctor": Command(
@@ -530,10 +508,8 @@ def _add(name: str, command: Command) -> None:
     """Make a row of the table a command of Typer's."""
     parameters: dict[str, Parameter] = {}
     declared = []
-    for panel, words in {
-        **command.panels,
-        "Output": f"{command.panels.get('Output', '')} {EVERY_COMMAND}",
-    }.items():
+    panels = {**command.panels, "Output": f"{command.panels.get('Output', '')} {EVERY_COMMAND}"}
+    for panel, words in panels.items():
         for word in words.split():
             known = PARAMETERS.get(f"{name}.{word}") or PARAMETERS.get(word)
             if known is None:
@@ -554,6 +530,8 @@ for _name, _command in COMMANDS.items():
 
 
 def _perform(command: Command, given: Given) -> None:
+    if given["offline"]:
+        go_offline()
     arguments = command.arguments(given)
     if given["dry_run"]:
         command = replace(COMMANDS["plan"], stage="dry_run", printer="plans.dry_run_text")
@@ -582,10 +560,9 @@ def _perform(command: Command, given: Given) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run midtune and exit: 0, 2 for bad input, 130 when interrupted, 1 for an error of its own or a problem found.
+    """Run midtune on `arguments` (default: the command line's) and exit.
 
-    Args:
-        arguments: the command line without the program's name; default: that of the process.
+    The code is 0, 2 for bad input, 130 when interrupted, 1 for an error of its own or a problem found.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     debug = "--debug" in arguments or os.environ.get("MIDTUNE_DEBUG", "") not in ("", "0")

@@ -12,6 +12,7 @@ comment says that one consumer card calls for something smaller.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -103,9 +104,7 @@ class TaskConfig(Part):
         "csv, tsv, parquet or arrow file, a folder of them, a hub dataset (`org/name` or `org/name:CONFIGURATION`), "
         "or a task file in Python",
     )
-    args: dict[str, Any] = Field(
-        default_factory=dict, description="parameters of a reasoning-gym dataset or a game"
-    )
+    args: dict[str, Any] = described({}, "parameters of a reasoning-gym dataset or a game")
     reward: list[str] | None = described(
         None,
         f"`{'`, `'.join(JUDGES)}`, or `path/to/file.py:function`; with others, and with "
@@ -220,9 +219,7 @@ class TrainingConfig(Part):
     min_p: float = described(
         0.0, "leave out tokens below this share of the likeliest one's probability", ge=0, le=1
     )
-    stop_strings: list[Annotated[str, Field(min_length=1)]] = Field(
-        default_factory=list, description="texts that end a completion"
-    )
+    stop_strings: list[Annotated[str, Field(min_length=1)]] = described([], "texts that end a completion")
     optimizer: Literal["adamw", "adamw_8bit"] = described(
         "adamw", "AdamW, or bitsandbytes' with 8-bit states: a quarter of their memory"
     )
@@ -327,14 +324,7 @@ class RunConfig(Part):
 
 @dataclass(frozen=True)
 class Setting:
-    """What this file says about one key.
-
-    Args:
-        description: what the key means; may be empty.
-        default: its value where nothing sets it.
-        choices: all valid values, where they are a closed list.
-        kind: its type, None aside.
-    """
+    """What this file says about one key: `choices` are its valid values if they are a closed list, `kind` its type."""
 
     description: str
     default: Any
@@ -361,21 +351,17 @@ KEYS = tuple(SETTINGS)
 
 
 def load_config(recipe: Path | None, overrides: Mapping[str, Any]) -> RunConfig:
-    """The configuration of a recipe with `overrides` applied.
+    """The configuration of a recipe, None for the defaults, with `overrides` (such as `training.lr`) applied.
 
     The bundled model's own recipe lies underneath where no recipe is given, or one that names no task.
     Naming another task drops the arguments that a recipe gives to its own.
 
-    Args:
-        recipe: a YAML file with the shape of `RunConfig`, or None for the defaults.
-        overrides: dotted key (`training.lr`) → value.
-
-    Raises:
-        InputError: no such file, an unknown key (the nearest valid key is named) or a wrong type.
+    Raises InputError for a missing file, an unknown key (the nearest valid key is named) or a wrong type.
     """
     data = _read_recipe(recipe) if recipe is not None else {}
-    model = overrides.get("model.name", _get(data, "model.name") or BUNDLED_MODEL)
-    if model == BUNDLED_MODEL and _get(data, "task.name") is None:
+    parts = {key: part for key, part in data.items() if isinstance(part, dict)}
+    model = overrides.get("model.name", parts.get("model", {}).get("name") or BUNDLED_MODEL)
+    if model == BUNDLED_MODEL and parts.get("task", {}).get("name") is None:
         data = _merge(_read_recipe(BUNDLED_RECIPE), data)
     task = data.get("task")
     if isinstance(task, dict) and overrides.get("task.name", task.get("name")) != task.get("name"):
@@ -408,11 +394,7 @@ def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
 
 
 def parse_budget(text: str) -> tuple[float, Literal["seconds", "steps"]]:
-    """`90s`, `20m` and `2h` as seconds, `400 steps` as steps.
-
-    Raises:
-        ValueError: it is none of these.
-    """
+    """`90s`, `20m` and `2h` as seconds, `400 steps` as steps; raises ValueError if it is none of these."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|m|h|steps?)\s*", text)
     amount = float(match[1]) if match is not None else 0.0
     if match is None or amount <= 0:
@@ -426,11 +408,7 @@ def parse_budget(text: str) -> tuple[float, Literal["seconds", "steps"]]:
 
 
 def require_task(config: RunConfig) -> str:
-    """The name of the task.
-
-    Raises:
-        InputError: there is none; the message says what a task can be.
-    """
+    """The name of the task; raises InputError, which says what a task can be, if there is none."""
     if config.task.name is None:
         raise InputError(
             f"no task was given for {config.model.name}; add --task reasoning-gym:NAME (`midtune tasks` has "
@@ -442,12 +420,7 @@ def require_task(config: RunConfig) -> str:
 def parse_assignment(text: str, option: str = "--set part.key=value") -> tuple[str, Any]:
     """`training.lr=1e-5` → `("training.lr", 1e-5)`; the value is read as YAML unless the key holds text.
 
-    Args:
-        text: what was typed.
-        option: the option it belongs to and the form it asks for, for the message.
-
-    Raises:
-        InputError: there is no `=` in `text`, or nothing before it.
+    Raises InputError, which names `option` and the form it asks for, if no key or no `=` was typed.
     """
     key, sign, value = text.partition("=")
     key = key.strip()
@@ -460,11 +433,9 @@ def parse_assignment(text: str, option: str = "--set part.key=value") -> tuple[s
 
 def parse_value(text: str) -> Any:
     """A command-line value as YAML reads it, with `1e-5` a number (YAML 1.1 wants `1.0e-5`)."""
-    import yaml
-
     try:
         value = _load_yaml(text)
-    except yaml.YAMLError:
+    except ValueError:
         return text
     with contextlib.suppress(ValueError):
         if isinstance(value, str) and math.isfinite(float(value)):
@@ -480,19 +451,16 @@ def dump_config(config: RunConfig) -> str:
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
-    import yaml
-
     if not path.is_file():
         raise InputError(f"recipe {path} does not exist; give the path of a YAML file.")
     try:
         with path.open(encoding="utf-8") as file:
             data = _load_yaml(file.read(_RECIPE_CHARACTERS + 1))
-    except yaml.YAMLError as error:
-        mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
-        where = f" (line {mark.line + 1})" if mark else f" ({error})" if type(error) is yaml.YAMLError else ""
-        raise InputError(f"recipe {path} is not valid YAML{bounded(where, 200)}; fix it.") from None
     except UnicodeDecodeError:
         raise InputError(f"recipe {path} is not text; give the path of a YAML file.") from None
+    except ValueError as error:
+        where = f" ({error})" if str(error) else ""
+        raise InputError(f"recipe {path} is not valid YAML{bounded(where, 200)}; fix it.") from None
     if not isinstance(data, dict):
         raise InputError(f"recipe {path} holds no settings; it needs keys such as `model:` and `training:`.")
     # A heading whose keys are all commented out has the value None.
@@ -500,24 +468,27 @@ def _read_recipe(path: Path) -> dict[str, Any]:
 
 
 def _load_yaml(text: str) -> Any:
-    """What a YAML text says; a YAMLError where it is not valid, nests too deep, or its aliases stand for too much."""
+    """What a YAML text says; a ValueError where it is not valid, nests too deep, or its aliases stand for too much."""
     import yaml
 
     if len(text) > _RECIPE_CHARACTERS:
-        raise yaml.YAMLError(f"it has {len(text):,} characters, and {_RECIPE_CHARACTERS:,} are read")
+        raise ValueError(f"it has {len(text):,} characters, and {_RECIPE_CHARACTERS:,} are read")
     try:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
             return None
         if _values_of(node, {}) > _RECIPE_VALUES:
-            raise yaml.YAMLError(f"its aliases stand for more than {_RECIPE_VALUES:,} values")
+            raise ValueError(f"its aliases stand for more than {_RECIPE_VALUES:,} values")
         return loader.construct_document(node)
+    except yaml.YAMLError as error:
+        mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
+        raise ValueError(f"line {mark.line + 1}" if mark else "") from None
     except RecursionError:
-        raise yaml.YAMLError("it nests too deep") from None
+        raise ValueError("it nests too deep") from None
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         # Constructors raise these, for an impossible date or a number with thousands of digits.
-        raise yaml.YAMLError(str(error)) from None
+        raise ValueError(str(error)) from None
 
 
 def _values_of(node: Any, known: dict[int, float]) -> float:
@@ -528,12 +499,6 @@ def _values_of(node: Any, known: dict[int, float]) -> float:
         inner = [part for child in children for part in (child if isinstance(child, tuple) else [child])]
         known[id(node)] = 1 + sum(_values_of(part, known) for part in inner)
     return known[id(node)]
-
-
-def _get(data: Mapping[str, Any], dotted: str) -> Any:
-    part, key = dotted.split(".")
-    inner = data.get(part)
-    return inner.get(key) if isinstance(inner, dict) else None
 
 
 def _merge(base: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
@@ -583,8 +548,6 @@ def _explain(error: ValidationError, recipe: Path | None, overrides: Mapping[str
 
 
 def _nearest(key: str) -> str:
-    import difflib
-
     key = key[:100]  # longer keys match nothing and are slow to compare
     parts = [*dict.fromkeys(k.split(".")[0] for k in KEYS), *KEYS]
     last = key.rpartition(".")[2]

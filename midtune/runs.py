@@ -11,12 +11,13 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import metadata
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from midtune.errors import InputError, RunStopped
+from midtune.errors import WHY, InputError, RunStopped, explained
 from midtune.whole import (
     damage,
     digest,
@@ -42,14 +43,9 @@ BEFORE_CONFIG = {LOCK, "start.json", "environment.json"}
 REPORTED_PACKAGES = ("midtune", "torch", "transformers", "trl", "peft", "bitsandbytes")
 
 
-class _Inside:
+def _inside(name: str) -> cached_property[Path]:
     """The path of this name in a run's folder."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __get__(self, run: RunFolder, owner: type[RunFolder]) -> Path:
-        return run.path / self.name
+    return cached_property(lambda run: run.path / name)
 
 
 @dataclass
@@ -60,20 +56,20 @@ class RunFolder:
     the methods below calls `make` first.
     """
 
-    config = _Inside("config.yaml")  # the resolved RunConfig
-    environment = _Inside("environment.json")  # versions, device, seed, git commit
-    probe = _Inside("probe.json")  # the ranking of the blocks
-    trials = _Inside("trials.jsonl")  # one line for each short run of a probe, with its scores
-    depth_curve = _Inside("probe.svg")  # the ranking by depth
-    start = _Inside("start.json")  # scores and completions before training, and how the blocks were chosen
-    metrics = _Inside("metrics.jsonl")  # one line a step
-    samples = _Inside("samples.jsonl")  # some completions with their rewards
-    before_after = _Inside("before_after.json")  # held-out completions before and after training, scored
-    checkpoints = _Inside("checkpoints")  # folder of `checkpoint-N` folders
-    patch = _Inside("patch")  # folder of the trained blocks
-    report = _Inside("report.json")  # quality, time and memory: the result
-    curve = _Inside("curve.svg")  # the reward over the steps, with the scores before and after
-    page = _Inside("report.html")  # the report for a browser
+    config = _inside("config.yaml")  # the resolved RunConfig
+    environment = _inside("environment.json")  # versions, device, seed, git commit
+    probe = _inside("probe.json")  # the ranking of the blocks
+    trials = _inside("trials.jsonl")  # one line for each short run of a probe, with its scores
+    depth_curve = _inside("probe.svg")  # the ranking by depth
+    start = _inside("start.json")  # scores and completions before training, and how the blocks were chosen
+    metrics = _inside("metrics.jsonl")  # one line a step
+    samples = _inside("samples.jsonl")  # some completions with their rewards
+    before_after = _inside("before_after.json")  # held-out completions before and after training, scored
+    checkpoints = _inside("checkpoints")  # folder of `checkpoint-N` folders
+    patch = _inside("patch")  # folder of the trained blocks
+    report = _inside("report.json")  # quality, time and memory: the result
+    curve = _inside("curve.svg")  # the reward over the steps, with the scores before and after
+    page = _inside("report.html")  # the report for a browser
 
     path: Path
     _unwritten: bool = field(default=False, repr=False, compare=False)
@@ -226,10 +222,8 @@ class RunFolder:
         name = path.relative_to(self.path) if path.is_relative_to(self.path) else path
         if not path.is_file():
             raise InputError(f"{self} has no {name}; the run has not come that far.")
-        try:
+        with explained(f"{name} in {self} is damaged: {WHY}; remove it and run again.", keep=(OSError,)):
             return unsealed(path.read_bytes())
-        except ValueError as error:
-            raise InputError(f"{name} in {self} is damaged: {error}; remove it and run again.") from None
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Read metrics.jsonl, one line a step, empty before the first; raises InputError if a line is damaged."""
@@ -239,18 +233,14 @@ class RunFolder:
             raise InputError(f"metrics.jsonl in {self} is damaged; remove it, and the page has no curves.")
         return whole
 
-    def latest_checkpoint(self, on_message: Callable[[str], None] | None = None) -> Path | None:
-        """The newest whole checkpoint, None if there are none; raises InputError if all are damaged.
-
-        Tells `on_message` which ones are damaged.
-        """
+    def latest_checkpoint(self, on_message: Callable[[str], None]) -> Path | None:
+        """The newest whole checkpoint, None if there are none; says which are damaged; raises InputError if all are."""
         wrong = None
         for _, checkpoint in sorted(checkpoints_in(self.checkpoints).items(), reverse=True):
             wrong = damage(checkpoint)
             if wrong is None:
                 return checkpoint
-            if on_message is not None:
-                on_message(f"{checkpoint.name} of {self} is damaged ({wrong}); looking for an older one")
+            on_message(f"{checkpoint.name} of {self} is damaged ({wrong}); looking for an older one")
         if wrong is not None:
             raise InputError(
                 f"{self} has no whole checkpoint to resume from: {wrong} in {checkpoint.name}; restore it, or "

@@ -132,11 +132,11 @@ def test_read_json_errors(here: Path) -> None:
 
 def test_latest_checkpoint_is_the_highest_complete_one(here: Path) -> None:
     run = started(here / "run")
-    assert run.latest_checkpoint() is None
+    assert run.latest_checkpoint(print) is None
     for step in (9, 50, 100):
         (run.checkpoints / f"checkpoint-{step}").mkdir(parents=True)
     with pytest.raises(InputError, match=r"no whole checkpoint to resume from: manifest\.json is missing"):
-        run.latest_checkpoint()
+        run.latest_checkpoint(print)
     for step in (9, 50):
         with written_whole(run.checkpoints / f"checkpoint-{step}") as folder:
             (folder / "a").write_text("1")

@@ -94,7 +94,6 @@ def run(
     with terminal.progress("arms", len(arms)) as advance:
         for arm in arms:
             terminal.message(f"{ARMS[arm].label}: {work.warmup} + {work.steps} steps")
-            own = asdict(replace(work, profile=profile and not first))
             try:
                 found = in_own_process(
                     f"{__name__}:{arm_alone.__name__}",
@@ -104,7 +103,7 @@ def run(
                         "revision": source.revision,
                         "device": device,
                         "dtype": config.model.dtype,
-                        "work": own,
+                        "work": asdict(replace(work, profile=profile and not first)),
                     },
                     what=f"the arm {arm}",
                     instead="leave it out with --arms, or lower --micro-batch-tokens",

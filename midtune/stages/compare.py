@@ -40,8 +40,7 @@ def run(files: Sequence[Path], *, top_k: int, out: Path | None, terminal: Termin
         (`middle`). `pairs`: `first` and `second` index the rankings from 0; if one of the two has `signals`, the
         Spearman correlation of each signal, and of position, with the other's values.
 
-    Raises:
-        InputError: a file is no probe.json, two rankings share too few blocks, or `out` cannot be drawn.
+    Raises InputError if a file is no probe.json, two rankings share too few blocks, or `out` cannot be drawn.
     """
     if len(files) < 2:
         raise InputError(

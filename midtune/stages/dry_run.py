@@ -27,8 +27,7 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None = None) -> d
         `phase`, whether it `fits`, and the least `seconds` of each phase; null, with a `note`, if the model's
         configuration is not at hand.
 
-    Raises:
-        InputError: there is no such model or block, or the run cannot be saved there.
+    Raises InputError if there is no such model or block, or the run cannot be saved there.
     """
     training, name = config.training, config.model.name
     completions = training.prompts_per_step * training.group_size

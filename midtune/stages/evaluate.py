@@ -51,8 +51,7 @@ def run(
         paired `gain` (both null for a model), by kind: `greedy`, `avg@n` and `pass@k`. `lm_eval`: the same, with the
         harness's metrics as kinds. `worse`: tasks with a gain whose interval lies below zero; null for a model.
 
-    Raises:
-        InputError: the target, a task or a package is missing.
+    Raises InputError if the target, a task or a package is missing.
     """
     if lm_eval:
         require_harness()
@@ -150,11 +149,8 @@ def _row(task: str, after: PerProblem, before: PerProblem | None) -> dict[str, A
     def scores(found: PerProblem) -> dict[str, Any]:
         return {kind: asdict(score_interval(own)) for kind, own in found.items()}
 
-    return {
-        "task": task,
-        "scores": scores(after),
-        "before": None if before is None else scores(before),
-        "gain": None
-        if before is None
-        else {kind: asdict(paired_gain(before[kind], own)) for kind, own in after.items()},
-    }
+    row = {"task": task, "scores": scores(after), "before": None, "gain": None}
+    if before is not None:
+        gain = {kind: asdict(paired_gain(before[kind], own)) for kind, own in after.items()}
+        row |= {"before": scores(before), "gain": gain}
+    return row

@@ -13,8 +13,7 @@ from midtune.report.terminal import Terminal
 def run(target: Path, *, out: Path, terminal: Terminal) -> dict[str, Any]:
     """Put the trained blocks of a run or patch folder into its base model's checkpoint; `out` appears once complete.
 
-    Returns:
-        `folder`, `tensors` (how many were replaced), `bytes`.
+    Returns `folder`, `tensors` (how many were replaced) and `bytes`.
     """
     patch_folder = require_patch(str(target))
     patch = read_patch(patch_folder)

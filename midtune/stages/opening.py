@@ -16,14 +16,10 @@ from typing import TYPE_CHECKING, Any
 from midtune.config import BlocksConfig, RunConfig, require_task
 from midtune.device import dtype_named, resolve_device
 from midtune.errors import InputError
-from midtune.probe.selection import (
-    best,
-    matching_probe,
-    middle,
-    parse_layers,
-    ranking_of,
-    read_probe,
-)
+from midtune.measure.cards import Card, other_processes
+from midtune.measure.meter import card_of
+from midtune.model.sources import Source, resolve
+from midtune.probe.selection import best, matching_probe, middle, parse_layers, ranking_of, read_probe
 from midtune.report.display import WorkDisplay
 from midtune.report.formats import card_text, processes_text
 from midtune.report.terminal import Terminal
@@ -31,9 +27,7 @@ from midtune.runs import RUNS
 from midtune.tasks import Reward, Task, check_reward, load_task, open_sandbox
 
 if TYPE_CHECKING:
-    from midtune.measure.cards import Card
     from midtune.model.policy import Policy
-    from midtune.model.sources import Source
     from midtune.rollout.evaluation import Evaluation
     from midtune.rollout.sampling import Sampler
 
@@ -67,8 +61,6 @@ class Opened:
     @cached_property
     def source(self) -> Source:
         """The model's files on this machine, downloaded or converted if needed."""
-        from midtune.model.sources import resolve
-
         resolve_device(self.config.model.device)
         bars: dict[str, WorkDisplay] = {}
         with contextlib.ExitStack() as shown:
@@ -142,8 +134,6 @@ class Opened:
 
     @cached_property
     def _card(self) -> Card | None:
-        from midtune.measure.meter import card_of
-
         device = resolve_device(self.config.model.device)
         return card_of(device) if device.type == "cuda" else None
 
@@ -177,8 +167,6 @@ class Opened:
 
 
 def _others_text(uuid: str) -> str:
-    from midtune.measure.cards import other_processes
-
     others = other_processes(uuid)
     return f"The card is also in use by {processes_text(others)}." if others else ""
 
@@ -226,8 +214,7 @@ class Choice:
 def choose_blocks(wanted: BlocksConfig, policy: Policy, task: Task, terminal: Terminal) -> Choice:
     """Choose the named blocks, those that a ranking selects, or else the geometric middle.
 
-    Raises:
-        InputError: there is no such block, or a needed ranking is missing or about something else.
+    Raises InputError if there is no such block, or a needed ranking is missing or about something else.
     """
     ranking = None
     if wanted.layers is not None:
@@ -266,13 +253,10 @@ def choose_blocks(wanted: BlocksConfig, policy: Policy, task: Task, terminal: Te
 
 def _ranking(wanted: BlocksConfig, policy: Policy, task: Task) -> tuple[Path, dict[str, Any]] | None:
     """The named probe.json and its data, or else the newest match under `runs`."""
-
-    def matches(probe: dict[str, Any]) -> bool:
-        return matching_probe(probe, policy.source.name, task.fingerprint, policy.source.revision)
-
+    about = policy.source.name, task.fingerprint, policy.source.revision
     if (file := wanted.probe) is not None:
         probe = read_probe(file)
-        if not matches(probe):
+        if not matching_probe(probe, *about):
             raise InputError(
                 f"{file} ranks the blocks of {probe.get('model')} on {probe.get('task')}, not those of "
                 f"{policy.source.name} on {task.name} as asked; probe again, or choose with --layers."
@@ -282,6 +266,6 @@ def _ranking(wanted: BlocksConfig, policy: Policy, task: Task) -> tuple[Path, di
     for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
         with contextlib.suppress(InputError):
             probe = read_probe(file)
-            if matches(probe) and len(ranking_of(probe)) >= wanted.top_k:
+            if matching_probe(probe, *about) and len(ranking_of(probe)) >= wanted.top_k:
                 return file, probe
     return None

@@ -14,24 +14,20 @@ from midtune.report.summary import SCHEMA
 from midtune.runs import RunFolder
 from midtune.whole import require_writable, write_bytes
 
-COMPARISON = Path("comparison.html")
-
 
 def run(folders: Sequence[Path], *, out: Path | None) -> dict[str, Any]:
     """Write the page of one run, or one page that compares several.
 
     Without `out`: `report.html` in the folder of a single run, `comparison.html` here for several.
 
-    Returns:
-        `page`, the file written, and `runs`, the folders.
+    Returns `page`, the file written, and `runs`, the folders.
 
-    Raises:
-        InputError: a folder is no finished training run, or `out` is not writable or not a page of midtune's.
+    Raises InputError if a folder is no finished training run, or `out` is not writable or not a page of midtune's.
     """
     opened = [RunFolder.open(folder) for folder in folders]
     runs = [read_run(folder) for folder in opened]
     alone = len(runs) == 1
-    file = out or (folders[0] / opened[0].page.name if alone else COMPARISON)
+    file = out or (folders[0] / opened[0].page.name if alone else Path("comparison.html"))
     require_writable(file)
     if file.is_file() and GENERATOR not in file.read_text(encoding="utf-8", errors="replace")[:1000]:
         raise InputError(f"{file} exists and is no page that midtune wrote; choose another name with --out.")
@@ -40,16 +36,8 @@ def run(folders: Sequence[Path], *, out: Path | None) -> dict[str, Any]:
     return {"page": str(file), "runs": [str(folder) for folder in opened]}
 
 
-def write_page(folder: RunFolder) -> None:
-    folder.write_text(folder.page, run_page(read_run(folder)))
-
-
 def read_run(folder: RunFolder) -> Run:
-    """Read what the page needs from a finished run's folder.
-
-    Raises:
-        InputError: the run has not finished, is no training run, or a file is damaged.
-    """
+    """Read what the page needs; raises InputError if this is no finished training run, or a file is damaged."""
     if not folder.report.is_file():
         if folder.probe.is_file() and not folder.start.is_file():
             raise InputError(f"{folder} holds a ranking of blocks; give the folder of a training run.")

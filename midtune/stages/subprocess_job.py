@@ -19,8 +19,7 @@ FULL_STEPS = 2
 def in_own_process(job: str, arguments: dict[str, Any], *, what: str, instead: str) -> dict[str, Any]:
     """Call the function `job` (`module:name`) in a fresh process; arguments and result must be JSON.
 
-    Raises:
-        MidtuneError: `what` failed; the message has the last line of output and suggests `instead`.
+    Raises MidtuneError if `what` failed, with the last line of output and the suggestion `instead`.
     """
     finished = subprocess.run(
         [sys.executable, "-P", "-W", "ignore", "-m", __name__, job],
@@ -37,17 +36,8 @@ def in_own_process(job: str, arguments: dict[str, Any], *, what: str, instead: s
     return result
 
 
-def measure_full_training(config_file: Path) -> dict[str, Any]:
-    """Measure a few steps of full training in a fresh process; see `bench.arms.full_training` and `in_own_process`."""
-    return in_own_process(
-        f"{__name__}:full_training_of",
-        {"config_file": str(config_file)},
-        what="measuring full training",
-        instead="use --baseline estimated",
-    )
-
-
 def full_training_of(config_file: str) -> dict[str, Any]:
+    """Measure a few steps of full training; see `bench.arms.full_training`."""
     from midtune.bench.arms import full_training
     from midtune.config import load_config
     from midtune.device import compute_dtype, resolve_device

@@ -9,29 +9,24 @@ from typing import Any
 from midtune.config import RunConfig, require_task, with_settings
 from midtune.errors import InputError
 from midtune.report.terminal import Terminal
+from midtune.stages.opening import Opened, read_task
+from midtune.tasks import GAMES, doubts, list_tasks, programs, scored_samples, task_arguments
 
 PREFIX = "reasoning-gym:"
-# Enough problems to show one.
-FEW = {"task.train_size": 4, "task.eval_size": 2}
 
 
 def run(config: RunConfig | None, terminal: Terminal, *, check: bool = False) -> dict[str, Any]:
-    """List tasks, show one, or check one.
+    """List tasks if `config` is None; else show a problem of its task, or `check` the whole task.
 
-    Args:
-        config: names the task to show, a reasoning-gym dataset with or without `reasoning-gym:`; None lists all tasks.
-        check: read the whole task and report findings instead of showing a problem.
+    A reasoning-gym dataset may be named without `reasoning-gym:`.
 
     Returns:
         Without a configuration, `tasks`: names for --task. With one, `task`, `arguments` (key → value in force),
         `question`, `prompt` and `answer`, `reward`, and, if there is an answer, `right` and `wrong` (a completion and
         its score). When checking, `checked`, and lists of sentences, `findings` and `doubts`.
 
-    Raises:
-        InputError: there is no such task, an argument is wrong, or the check fails.
+    Raises InputError if there is no such task, an argument is wrong, or the check fails.
     """
-    from midtune.tasks import GAMES, list_tasks, programs
-
     if config is None:
         return {"tasks": sorted([*(PREFIX + known for known in list_tasks()), programs.NAME, *GAMES])}
     name = require_task(config)
@@ -41,11 +36,9 @@ def run(config: RunConfig | None, terminal: Terminal, *, check: bool = False) ->
 
 
 def _shown(config: RunConfig, terminal: Terminal) -> dict[str, Any]:
-    from midtune.stages.opening import read_task
-    from midtune.tasks import scored_samples, task_arguments
-
     name = require_task(config)
-    task = read_task(with_settings(config, FEW))
+    few = {"task.train_size": 4, "task.eval_size": 2}
+    task = read_task(with_settings(config, few))
     if task.note:
         terminal.message(task.note)
     row = task.train[0]
@@ -68,9 +61,6 @@ def _shown(config: RunConfig, terminal: Terminal) -> dict[str, Any]:
 
 
 def _checked(config: RunConfig, terminal: Terminal) -> dict[str, Any]:
-    from midtune.stages.opening import Opened, read_task
-    from midtune.tasks import doubts, scored_samples
-
     name = require_task(config)
     # Read all problems that a run of any length could use.
     config = with_settings(config, {"training.steps": config.task.train_size})

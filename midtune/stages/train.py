@@ -21,6 +21,7 @@ from midtune.model.patch import apply_patch, save_patch
 from midtune.model.policy import Policy, count_parameters
 from midtune.report import summary
 from midtune.report.formats import sentence
+from midtune.report.page import run_page
 from midtune.report.plots import learning_curve
 from midtune.report.terminal import Terminal
 from midtune.rl.collapse import collapse_in
@@ -31,8 +32,8 @@ from midtune.rollout.vllm import require_server
 from midtune.runs import CHECKPOINT_BYTES_PER_PARAMETER, RunFolder, run_stem
 from midtune.stages.at_work import Stop, at_work
 from midtune.stages.opening import Choice, Opened, choose_blocks
-from midtune.stages.report import write_page
-from midtune.stages.subprocess_job import FULL_STEPS, measure_full_training
+from midtune.stages.report import read_run
+from midtune.stages.subprocess_job import FULL_STEPS, in_own_process
 from midtune.tasks import Task
 from midtune.tasks.rewards import completion_text
 
@@ -149,7 +150,14 @@ def _open(config: RunConfig, folder: RunFolder, terminal: Terminal) -> Training:
     # On a CPU peaks count the whole process, so full training's estimate has to begin there too.
     process_bytes = meter.current_bytes()
     policy = opened.policy(embeddings="device")
-    _check_stored(policy, config, terminal)
+    if policy.stored_quantized:
+        name = source.name
+        terminal.message(f"{name} is stored in 4-bit: the trained block starts from dequantized weights.")
+        if config.training.vllm is not None:
+            raise InputError(
+                f"{name} is stored in 4-bit, so a vLLM server cannot be sent its trained block; leave training.vllm "
+                "out, or use the unquantized checkpoint."
+            )
     choice = choose_blocks(config.blocks, policy, task, terminal)
     # Named, so that the saved configuration repeats this run.
     layers = ",".join(map(str, choice.blocks))
@@ -167,18 +175,6 @@ def _open(config: RunConfig, folder: RunFolder, terminal: Terminal) -> Training:
     blocks = list(range(policy.num_blocks)) if config.blocks.select == "boost" else choice.blocks
     opened.config = config
     return Training(folder, opened, sampler, choice, blocks, meter, process_bytes)
-
-
-def _check_stored(policy: Policy, config: RunConfig, terminal: Terminal) -> None:
-    if not policy.stored_quantized:
-        return
-    name = policy.source.name
-    terminal.message(f"{name} is stored in 4-bit: the trained block starts from dequantized weights.")
-    if config.training.vllm is not None:
-        raise InputError(
-            f"{name} is stored in 4-bit, so a vLLM server cannot be sent its trained block; leave training.vllm "
-            "out, or use the unquantized checkpoint."
-        )
 
 
 def _begin(training: Training) -> None:
@@ -284,12 +280,16 @@ def _report(
     del policy, training.sampler
     give_back()
 
-    deployed = None
-    if config.evaluation.deployed and not stored_quantized:
-        deployed = _score_deployed(opened, folder)
+    scores_deployed = config.evaluation.deployed and not stored_quantized
+    deployed = _score_deployed(opened, folder) if scores_deployed else None
     if measured:
         terminal.message(f"measuring full training: {FULL_STEPS} steps in a process of its own")
-        full = measure_full_training(folder.config)
+        full = in_own_process(
+            "midtune.stages.subprocess_job:full_training_of",
+            {"config_file": str(folder.config)},
+            what="measuring full training",
+            instead="use --baseline estimated",
+        )
     else:
         full = estimates["trl-full"]
     unknown = [found["note"] for found in estimates.values() if found["note"]]
@@ -351,7 +351,7 @@ def _write_before_after(folder: RunFolder, task: Task, before: Evaluation, after
 def _draw(folder: RunFolder, report: dict[str, Any], terminal: Terminal) -> None:
     try:
         learning_curve(folder.read_metrics(), report, folder.curve)
-        write_page(folder)
+        folder.write_text(folder.page, run_page(read_run(folder)))
         terminal.message(f"report page: {folder}/{folder.page.name}")
     except Exception as error:  # noqa: BLE001 (the run is complete without its pictures)
         terminal.message(

@@ -40,8 +40,7 @@ def run(targets: Sequence[str], config: RunConfig, *, terminal: Terminal) -> dic
         `solved_by_all`, fractions of the problems; `overlap`, for each two runs, problems both solve over problems
         either solves, null if neither solves any.
 
-    Raises:
-        InputError: fewer than two runs, a duplicate, an unfinished patch, or different base models.
+    Raises InputError for fewer than two runs, a duplicate, an unfinished patch, or different base models.
     """
     folders = _patch_folders(targets)
     patches = [read_patch(folder) for folder in folders]
@@ -60,14 +59,12 @@ def run(targets: Sequence[str], config: RunConfig, *, terminal: Terminal) -> dic
             apply_patch(policy, folder)
             policy.restore()
             advance()
-
     base = opened.score(sampler, "scoring the base model", samples=0)
     found = []
     for number, folder in enumerate(folders, start=1):
         apply_patch(policy, folder)
         found.append(opened.score(sampler, f"scoring run {number} of {len(folders)}"))
         policy.restore()
-
     vote = vote_scores(task.held_out, found)
     best = max((each.greedy for each in found), key=lambda scores: float(scores.mean()))
     solved = [each.greedy >= SOLVED for each in found]

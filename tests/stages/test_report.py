@@ -82,7 +82,7 @@ def test_the_ranking_that_chose_the_blocks_is_shown_while_it_can_be_read(copied:
     (copied / "start.json").write_text(json.dumps({**start, "ranking": "ranking/probe.json"}))
     folder = RunFolder.open(copied)
     assert report.read_run(folder).probe == ranking
-    report.write_page(folder)
+    report.run([copied], out=None)
     assert '<h2 id="ranking">' in (copied / "report.html").read_text()
     Path("ranking/probe.json").write_text(json.dumps({**ranking, "model": "another"}))
     assert report.read_run(folder).probe is None
@@ -155,7 +155,7 @@ def test_a_page_that_cannot_be_drawn_costs_no_run(
     def fail(*_: Any) -> None:
         raise RuntimeError("no fonts")
 
-    monkeypatch.setattr(train, "write_page", fail)
+    monkeypatch.setattr(train, "run_page", fail)
     found = train.run(configured(training__steps=1), out=tmp_path / "run", resume=None, terminal=terminal)
     assert found["blocks"] == [2]
     assert (tmp_path / "run/report.json").is_file()
