@@ -79,17 +79,14 @@ def explained(
 ) -> Iterator[None]:
     """Turn a failure in a library reading foreign files, or in a user's code, into an InputError of one sentence.
 
-    Args:
-        sentence: `WHY` in it becomes the reason.
-        keep: errors to pass unchanged, besides midtune's own and MemoryError.
-        with_kind: put the error's class before the reason.
+    `WHY` in the sentence becomes the reason, `with_kind` after the error's class. midtune's own errors, MemoryError and
+    those in `keep` pass unchanged.
     """
-    kept: tuple[type[Exception], ...] = (MidtuneError, MemoryError, *keep)
     try:
         yield
-    except kept:
-        raise
     except Exception as error:
+        if isinstance(error, (MidtuneError, MemoryError, *keep)):
+            raise
         why = f"{type(error).__name__}: {error}" if with_kind else reason(error)
         raise InputError(sentence.replace(WHY, why)) from error
 

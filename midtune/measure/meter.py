@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from midtune import device as devices
+from midtune.device import is_cuda
 from midtune.measure.cards import Card, other_processes
 
 STATUS = Path("/proc/self/status")
@@ -37,7 +37,7 @@ class Meter:
 
     def __init__(self, device: Any = "cpu", *, clock: Callable[[], float] = time.perf_counter) -> None:
         self._device = str(device)
-        self._cuda = devices.is_cuda(self._device)
+        self._cuda = is_cuda(self._device)
         self.clock = clock
         self._open: list[str] = []
         self._seconds: dict[str, float] = {}
@@ -101,13 +101,11 @@ class Meter:
             name = self._open[-1]
             self._seconds[name] = self._seconds.get(name, 0.0) + now - self._mark
         self._mark = now
-        if self._by_phase:
-            self._charge_peak(self._open[-1] if self._open else OUTSIDE)
-
-    def _charge_peak(self, name: str) -> None:
+        if not self._by_phase:
+            return
         counted = self._counted()
         self._peak_bytes = max(self._peak_bytes, counted.get("peak_bytes", 0))
-        peaks = self._step_peaks.setdefault(name, {})
+        peaks = self._step_peaks.setdefault(self._open[-1] if self._open else OUTSIDE, {})
         peaks |= {kind: max(count, peaks.get(kind, 0)) for kind, count in counted.items()}
         if not self._reset_counter():
             self._by_phase, self._step_peaks = False, {}
@@ -129,7 +127,8 @@ class Meter:
         if self._cuda:
             import torch
 
-            devices.start(self._device)
+            # The counters cannot be read before CUDA has started.
+            torch.cuda.init()
             torch.cuda.reset_peak_memory_stats(self._device)
             return True
         try:

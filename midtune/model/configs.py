@@ -37,8 +37,7 @@ def config_of(name: str, *, trust_remote_code: bool = False, network: bool = Tru
     if network and name.count("/") == 1 and not folder.exists():
         try:
             return within(
-                REACH_TIMEOUT_S,
-                lambda: AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code),
+                REACH_TIMEOUT_S, lambda: AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
             )
         except (OSError, ValueError) as error:
             raise InputError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,7 +25,6 @@ from midtune.whole import MANIFEST, damage, require_space, written_whole
 
 TENSORS = "patch.safetensors"
 DESCRIPTION = "patch.json"
-SCHEMA = 1
 RESTORE = "train again or restore the file"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
@@ -39,7 +38,7 @@ class Patch:
     blocks: list[int]
     adapter: str  # `full` or `lora`
     base_digest: str  # sha256 of the base's tensors that the patch replaces
-    schema: int = SCHEMA
+    schema: int = 1
 
 
 def save_patch(policy: Policy, folder: Path) -> int:
@@ -74,9 +73,8 @@ def base_digest(source: Source, names: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def check_base(source: Source, names: Iterable[str], patch: Patch, folder: Path) -> None:
+def check_base(source: Source, names: Collection[str], patch: Patch, folder: Path) -> None:
     """Raise InputError unless the patch was trained on this base: its tensors of these names are the same."""
-    names = list(names)
     missing = set(names) - checkpoint_files(source.folder).keys()
     if missing or base_digest(source, names) != patch.base_digest:
         raise InputError(
@@ -155,8 +153,7 @@ def merge_patch(source: Source, tensors: dict[str, torch.Tensor], out: Path) -> 
 
     Keeps one shard in memory at a time; `out` appears when complete.
 
-    Raises:
-        InputError: `out` is not empty, the disk is too full, or the base is stored in 4-bit.
+    Raises InputError if `out` is not empty, the disk is too full, or the base is stored in 4-bit.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} already exists and is not empty; choose another --out.")
