@@ -41,7 +41,7 @@ class Meter:
         self.clock = clock
         self._open: list[str] = []
         self._seconds: dict[str, float] = {}
-        self._mark = 0.0
+        self._mark = self._began = 0.0
         self.peaks: dict[str, dict[str, int]] = {}
         self._step_peaks: dict[str, dict[str, int]] = {}
         self._by_phase = False
@@ -70,6 +70,18 @@ class Meter:
         self.peaks, self._step_peaks = self._step_peaks, {}
         return seconds
 
+    def begin_step(self) -> None:
+        """Begin a step; drops what was charged before."""
+        self.step()
+        self._began = self.clock()
+
+    def end_step(self) -> dict[str, float]:
+        """Seconds of the step: `step`, `rollout` and `reward` as charged, and `update`, the rest."""
+        charged = self.step()
+        step = self.clock() - self._began
+        rollout, reward = charged.get("rollout", 0.0), charged.get("reward", 0.0)
+        return {"step": step, "rollout": rollout, "reward": reward, "update": step - rollout - reward}
+
     def reset_peak(self) -> bool:
         """Measure the peak from now on; False if the system cannot, and `peak_bytes` counts from process start."""
         self._peak_bytes, self._step_peaks = 0, {}
@@ -87,8 +99,7 @@ class Meter:
             import torch
 
             return int(torch.cuda.memory_allocated(self._device))
-        now = _status_bytes("VmRSS")
-        return now if now is not None else _process_peak_bytes()
+        return _status_bytes("VmRSS") or _process_peak_bytes()
 
     def _charge(self) -> None:
         """Charge time and peak since the last call to the innermost open phase."""
@@ -137,26 +148,6 @@ class Meter:
         except OSError:
             return False
         return True
-
-
-class StepClock:
-    """Seconds of one step after another: `step`, `rollout` and `reward` as charged, and `update`, the rest."""
-
-    def __init__(self, meter: Meter) -> None:
-        self._meter = meter
-        self._began = 0.0
-
-    def begin(self) -> None:
-        """Begin a step; drops what was charged before."""
-        self._meter.step()
-        self._began = self._meter.clock()
-
-    def end(self) -> dict[str, float]:
-        """End the step; returns its seconds and those of its phases, which add up to it."""
-        charged = self._meter.step()
-        step = self._meter.clock() - self._began
-        rollout, reward = charged.get("rollout", 0.0), charged.get("reward", 0.0)
-        return {"step": step, "rollout": rollout, "reward": reward, "update": step - rollout - reward}
 
 
 def card_of(device: Any) -> Card:

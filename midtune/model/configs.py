@@ -32,8 +32,7 @@ def config_of(name: str, *, trust_remote_code: bool = False, network: bool = Tru
     wanted = SMOLLM2_HUB_ID if name == "smollm2-135m" else name
     for known, sizes in shipped.items():
         if _plain(wanted) in (_plain(known), _plain(known.partition("/")[2])):
-            config = AutoConfig.for_model(**sizes)
-            return config
+            return AutoConfig.for_model(**sizes)
     if network and name.count("/") == 1 and not folder.exists():
         try:
             return within(

@@ -25,11 +25,8 @@ if TYPE_CHECKING:
 class Policy:
     """A causal language model, frozen except for the blocks in `trained`.
 
-    Args:
-        tokenizer: with a chat template.
-        source: where `thaw` reads a block's original tensors.
-        compute_dtype: dtype of activations; trained parameters are always fp32.
-        stored_quantized: the checkpoint itself is in 4-bit, so there are no original tensors to read.
+    The tokenizer has a chat template. `compute_dtype` is that of activations; trained parameters are always fp32.
+    `thaw` reads a block's original tensors from `source`, unless that is itself in 4-bit (`stored_quantized`).
     """
 
     def __init__(

@@ -38,8 +38,7 @@ def clear_quantized_markers(model: PreTrainedModel) -> None:
     """
     loaded = ("is_loaded_in_4bit", "is_loaded_in_8bit")
     for marker in (*loaded, "is_quantized", "hf_quantizer", "quantization_method"):
-        if marker in vars(model):
-            delattr(model, marker)
+        vars(model).pop(marker, None)
     if getattr(model.config, "quantization_config", None) is not None:
         del model.config.quantization_config
 
