@@ -23,16 +23,11 @@ class Meter:
 
     Every moment belongs to the innermost open phase: an outer phase gets neither the time nor the peak of an inner
     one. Peaks come from the process's only counter, which is reset at every boundary; so a meter leaves it alone until
-    `reset_peak`, and two meters that reset it are both wrong.
+    `reset_peak`, and two meters that reset it are both wrong. `clock` counts seconds from any origin; on CUDA it is
+    read only after the device has finished.
 
-    Args:
-        device: on CUDA the clock is read only after the device has finished.
-        clock: seconds from any origin.
-
-    Attributes:
-        peaks: phase → peaks of the step that `step` ended last: `peak_bytes` held and, on CUDA, `reserved_bytes` the
-            allocator took from the card; `OUTSIDE` is outside every phase. Empty before `reset_peak`, and if the
-            system cannot reset a peak.
+    `peaks` are those of the step that `step` ended last: phase → `peak_bytes` held and, on CUDA, `reserved_bytes` the
+    allocator took from the card. It is empty before `reset_peak`, and if the system cannot reset a peak.
     """
 
     def __init__(self, device: Any = "cpu", *, clock: Callable[[], float] = time.perf_counter) -> None:

@@ -58,8 +58,7 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
     path = folder / "config.json"
     check_config(path)
     with explained(f"{path} cannot be read ({WHY}); correct it or fetch it again."):
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    return config
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
 def _plain(name: str) -> str:

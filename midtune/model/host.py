@@ -16,10 +16,8 @@ def embed_on_host(model: PreTrainedModel, name: str) -> None:
     Its weight stops being a parameter, so moving the model leaves it there. Raises InputError if the embedding is also
     the output head, which must be on the card.
     """
-    if model.device.type == "cpu":
-        return
     embedding = model.get_input_embeddings()
-    if not is_here(embedding):
+    if model.device.type == "cpu" or not is_here(embedding):
         return
     if model.get_output_embeddings().weight is embedding.weight:
         raise InputError(

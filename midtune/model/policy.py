@@ -103,11 +103,10 @@ class Policy:
     def thaw(self, block: int) -> None:
         """Replace `block` by trainable fp32 masters from the checkpoint; raises InputError if it does not exist."""
         self.check_block(block)
-        if block in self._frozen:
-            return
-        frozen = self.blocks[block]
-        self.blocks[block] = thawed(frozen, self.original_tensors(block))
-        self._frozen[block] = frozen
+        if block not in self._frozen:
+            frozen = self.blocks[block]
+            self.blocks[block] = thawed(frozen, self.original_tensors(block))
+            self._frozen[block] = frozen
 
     def thaw_all(self) -> None:
         """Make every parameter trainable, embeddings, final norm and head too.

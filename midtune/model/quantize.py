@@ -121,13 +121,11 @@ def unpacked(model: nn.Module, dtype: torch.dtype, *, rows: int, most_bytes: int
     """Inside the context, hold linear weights in the layout that decodes fastest.
 
     4-bit weights are dequantized once instead of every step. On a CPU weights are also laid out for oneDNN, which
-    multiplies a few rows up to three times as fast. Results differ only by rounding.
+    multiplies a few rows up to three times as fast. Results differ only by rounding. Weights must not change inside the
+    context, and no gradient is taken.
 
-    Args:
-        model: its weights must not change inside the context, and no gradient is taken.
-        dtype: of inputs and of dequantized weights.
-        rows: about how many rows a step computes.
-        most_bytes: limit for the copies; layers beyond it stay as they are.
+    `dtype` is that of inputs and of dequantized weights, and `rows` about how many rows a step computes. Layers whose
+    copies would exceed `most_bytes` stay as they are.
     """
     changed = []
     try:

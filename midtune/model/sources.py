@@ -38,14 +38,10 @@ class Source:
 
 
 def resolve(name: str, revision: str | None = None, *, progress: Progress = silent) -> Source:
-    """Find a model, fetching or converting it if needed.
+    """Find `tiny`, `smollm2-135m`, a folder, a GGUF file or a hub id `org/name`; fetch or convert it if needed.
 
     A short name comes before a path of the same spelling (write `./tiny` for the folder), a path before a hub id.
-
-    Args:
-        name: `tiny`, `smollm2-135m`, a folder, a GGUF file or a hub id `org/name`.
-        revision: branch, tag or commit of a hub model; for `smollm2-135m` also the revision of an earlier `Source`.
-
+    `revision` is a branch, tag or commit of a hub model; for `smollm2-135m` also the revision of an earlier `Source`.
     Raises InputError if there is no such model, it cannot be reached, or its files cannot be used.
     """
     if name == "smollm2-135m":
