@@ -258,8 +258,4 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
 
 def count_parameters(module: nn.Module) -> int:
     """Number of parameters; 4-bit ones count as the weights they stand for, shared ones once."""
-    total = 0
-    for parameter in module.parameters():
-        state = getattr(parameter, "quant_state", None)
-        total += int(state.shape.numel()) if state is not None else parameter.numel()
-    return total
+    return sum((getattr(p, "quant_state", None) or p).shape.numel() for p in module.parameters())
