@@ -121,14 +121,6 @@ def is_cuda(device: Any) -> bool:
     return str(device).startswith("cuda")
 
 
-def start(device: Any) -> None:
-    """Start CUDA if the device is a card; its counters cannot be read before."""
-    if is_cuda(device):
-        import torch
-
-        torch.cuda.init()
-
-
 def random_state(device: torch.device) -> torch.Tensor:
     """State of the generator that draws on `device`."""
     import torch

@@ -16,7 +16,6 @@ LACKS = {
     errno.EPERM: ("access is denied", "allow it"),
     errno.EIO: ("the disk fails", "check it"),
 }
-MOST_CHARACTERS = 4000
 # In a sentence for `explained`: replaced by the library's reason.
 WHY = "‹why›"
 # Characters a terminal obeys or cannot show: escape sequences, controls except tab and line break, marks that change
@@ -36,7 +35,7 @@ def escaped(json_text: str) -> str:
     return _OBEYED.sub(lambda found: "".join(f"\\u{ord(letter):04x}" for letter in found[0]), json_text)
 
 
-def bounded(text: str, most: int = MOST_CHARACTERS) -> str:
+def bounded(text: str, most: int = 4000) -> str:
     """Cut a text to `most` characters, and say how much was left out."""
     return text if len(text) <= most else f"{text[:most]}… ({len(text) - most:,} characters left out)"
 
@@ -79,17 +78,14 @@ def explained(
 ) -> Iterator[None]:
     """Turn a failure in a library reading foreign files, or in a user's code, into an InputError of one sentence.
 
-    Args:
-        sentence: `WHY` in it becomes the reason.
-        keep: errors to pass unchanged, besides midtune's own and MemoryError.
-        with_kind: put the error's class before the reason.
+    `WHY` in the sentence becomes the reason, `with_kind` after the error's class. midtune's own errors, MemoryError and
+    those in `keep` pass unchanged.
     """
-    kept: tuple[type[Exception], ...] = (MidtuneError, MemoryError, *keep)
     try:
         yield
-    except kept:
-        raise
     except Exception as error:
+        if isinstance(error, (MidtuneError, MemoryError, *keep)):
+            raise
         why = f"{type(error).__name__}: {error}" if with_kind else reason(error)
         raise InputError(sentence.replace(WHY, why)) from error
 

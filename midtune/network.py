@@ -49,10 +49,8 @@ class Unreachable(Exception):
 def ask_hub(name: str, kind: str, call: Callable[[Any], T], revision: str | None = None) -> T:
     """The result of `call`, which gets the hub's `HfApi`; `kind` is `model` or `dataset`.
 
-    Raises:
-        Unreachable: work is offline, or no answer came within `REACH_TIMEOUT_S`.
-        Unavailable: there is no such repository.
-        InputError: it is gated or has no such revision, or the name is invalid.
+    Raises Unreachable if work is offline or no answer came within `REACH_TIMEOUT_S`, Unavailable if there is no such
+    repository, and InputError if it is gated or has no such revision, or the name is invalid.
     """
     from huggingface_hub import HfApi, errors
 

@@ -23,7 +23,7 @@ from midtune.bench.flops import Batch, rollout_flops, update_flops
 from midtune.bench.profile import BenchMeter, Profile, peak_flops_per_s
 from midtune.bench.workload import ARMS, Workload, qlora
 from midtune.config import TrainingConfig
-from midtune.measure.meter import Meter, StepClock
+from midtune.measure.meter import Meter
 from midtune.model.loading import load_policy, load_tokenizer
 from midtune.model.policy import Policy, count_parameters
 from midtune.model.quantize import forbid_cpu_packing, nf4_config
@@ -185,17 +185,17 @@ def stock_trainer(
 
 
 class _Clock(TrainerCallback):
-    """Seconds of each step, by phase; see `StepClock`."""
+    """Seconds of each step, by phase; see `Meter.end_step`."""
 
     def __init__(self, meter: Meter) -> None:
         self.steps: list[dict[str, float]] = []
-        self._clock = StepClock(meter)
+        self._meter = meter
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._clock.begin()
+        self._meter.begin_step()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.steps.append(self._clock.end())
+        self.steps.append(self._meter.end_step())
 
 
 class _Midtune(LayerGRPOTrainer):

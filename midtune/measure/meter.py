@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from midtune import device as devices
+from midtune.device import is_cuda
 from midtune.measure.cards import Card, other_processes
 
 STATUS = Path("/proc/self/status")
@@ -23,25 +23,20 @@ class Meter:
 
     Every moment belongs to the innermost open phase: an outer phase gets neither the time nor the peak of an inner
     one. Peaks come from the process's only counter, which is reset at every boundary; so a meter leaves it alone until
-    `reset_peak`, and two meters that reset it are both wrong.
+    `reset_peak`, and two meters that reset it are both wrong. `clock` counts seconds from any origin; on CUDA it is
+    read only after the device has finished.
 
-    Args:
-        device: on CUDA the clock is read only after the device has finished.
-        clock: seconds from any origin.
-
-    Attributes:
-        peaks: phase → peaks of the step that `step` ended last: `peak_bytes` held and, on CUDA, `reserved_bytes` the
-            allocator took from the card; `OUTSIDE` is outside every phase. Empty before `reset_peak`, and if the
-            system cannot reset a peak.
+    `peaks` are those of the step that `step` ended last: phase → `peak_bytes` held and, on CUDA, `reserved_bytes` the
+    allocator took from the card. It is empty before `reset_peak`, and if the system cannot reset a peak.
     """
 
     def __init__(self, device: Any = "cpu", *, clock: Callable[[], float] = time.perf_counter) -> None:
         self._device = str(device)
-        self._cuda = devices.is_cuda(self._device)
+        self._cuda = is_cuda(self._device)
         self.clock = clock
         self._open: list[str] = []
         self._seconds: dict[str, float] = {}
-        self._mark = 0.0
+        self._mark = self._began = 0.0
         self.peaks: dict[str, dict[str, int]] = {}
         self._step_peaks: dict[str, dict[str, int]] = {}
         self._by_phase = False
@@ -70,6 +65,18 @@ class Meter:
         self.peaks, self._step_peaks = self._step_peaks, {}
         return seconds
 
+    def begin_step(self) -> None:
+        """Begin a step; drops what was charged before."""
+        self.step()
+        self._began = self.clock()
+
+    def end_step(self) -> dict[str, float]:
+        """Seconds of the step: `step`, `rollout` and `reward` as charged, and `update`, the rest."""
+        charged = self.step()
+        step = self.clock() - self._began
+        rollout, reward = charged.get("rollout", 0.0), charged.get("reward", 0.0)
+        return {"step": step, "rollout": rollout, "reward": reward, "update": step - rollout - reward}
+
     def reset_peak(self) -> bool:
         """Measure the peak from now on; False if the system cannot, and `peak_bytes` counts from process start."""
         self._peak_bytes, self._step_peaks = 0, {}
@@ -87,8 +94,7 @@ class Meter:
             import torch
 
             return int(torch.cuda.memory_allocated(self._device))
-        now = _status_bytes("VmRSS")
-        return now if now is not None else _process_peak_bytes()
+        return _status_bytes("VmRSS") or _process_peak_bytes()
 
     def _charge(self) -> None:
         """Charge time and peak since the last call to the innermost open phase."""
@@ -101,13 +107,11 @@ class Meter:
             name = self._open[-1]
             self._seconds[name] = self._seconds.get(name, 0.0) + now - self._mark
         self._mark = now
-        if self._by_phase:
-            self._charge_peak(self._open[-1] if self._open else OUTSIDE)
-
-    def _charge_peak(self, name: str) -> None:
+        if not self._by_phase:
+            return
         counted = self._counted()
         self._peak_bytes = max(self._peak_bytes, counted.get("peak_bytes", 0))
-        peaks = self._step_peaks.setdefault(name, {})
+        peaks = self._step_peaks.setdefault(self._open[-1] if self._open else OUTSIDE, {})
         peaks |= {kind: max(count, peaks.get(kind, 0)) for kind, count in counted.items()}
         if not self._reset_counter():
             self._by_phase, self._step_peaks = False, {}
@@ -129,7 +133,8 @@ class Meter:
         if self._cuda:
             import torch
 
-            devices.start(self._device)
+            # The counters cannot be read before CUDA has started.
+            torch.cuda.init()
             torch.cuda.reset_peak_memory_stats(self._device)
             return True
         try:
@@ -138,26 +143,6 @@ class Meter:
         except OSError:
             return False
         return True
-
-
-class StepClock:
-    """Seconds of one step after another: `step`, `rollout` and `reward` as charged, and `update`, the rest."""
-
-    def __init__(self, meter: Meter) -> None:
-        self._meter = meter
-        self._began = 0.0
-
-    def begin(self) -> None:
-        """Begin a step; drops what was charged before."""
-        self._meter.step()
-        self._began = self._meter.clock()
-
-    def end(self) -> dict[str, float]:
-        """End the step; returns its seconds and those of its phases, which add up to it."""
-        charged = self._meter.step()
-        step = self._meter.clock() - self._began
-        rollout, reward = charged.get("rollout", 0.0), charged.get("reward", 0.0)
-        return {"step": step, "rollout": rollout, "reward": reward, "update": step - rollout - reward}
 
 
 def card_of(device: Any) -> Card:

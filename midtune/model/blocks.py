@@ -147,9 +147,8 @@ def check_tail(model: PreTrainedModel, stack_name: str) -> None:
 def config_from(config: Any, first: int, depth: int) -> Any:
     """Copy `config` for the blocks from `first` on, and cut its per-block lists to match."""
     cut = copy.copy(config)
-    cut.__dict__ = dict(config.__dict__)
-    for key, value in config.__dict__.items():
+    for key, value in vars(config).items():
         if isinstance(value, list) and len(value) == depth:
-            cut.__dict__[key] = value[first:]
-    cut.__dict__["num_hidden_layers"] = depth - first
+            vars(cut)[key] = value[first:]
+    vars(cut)["num_hidden_layers"] = depth - first
     return cut

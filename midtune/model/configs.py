@@ -32,13 +32,11 @@ def config_of(name: str, *, trust_remote_code: bool = False, network: bool = Tru
     wanted = SMOLLM2_HUB_ID if name == "smollm2-135m" else name
     for known, sizes in shipped.items():
         if _plain(wanted) in (_plain(known), _plain(known.partition("/")[2])):
-            config = AutoConfig.for_model(**sizes)
-            return config
+            return AutoConfig.for_model(**sizes)
     if network and name.count("/") == 1 and not folder.exists():
         try:
             return within(
-                REACH_TIMEOUT_S,
-                lambda: AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code),
+                REACH_TIMEOUT_S, lambda: AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
             )
         except (OSError, ValueError) as error:
             raise InputError(
@@ -60,8 +58,7 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
     path = folder / "config.json"
     check_config(path)
     with explained(f"{path} cannot be read ({WHY}); correct it or fetch it again."):
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    return config
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
 def _plain(name: str) -> str:

@@ -138,11 +138,9 @@ def convert(path: Path, out: Path, progress: Progress) -> Path:
 
     # Any: transformers' annotations do not know the pair that output_loading_info returns.
     auto: Any = transformers.AutoModelForCausalLM
-
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     metadata = read_header(path).metadata
     kind = metadata.get("general.architecture", "unknown")
-
     unread = (
         f"{path} holds a `{kind}` model that transformers cannot read from GGUF ({WHY}); "
         "use the safetensors of that model."

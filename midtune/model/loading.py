@@ -30,12 +30,8 @@ def load_policy(
 
     With `quantize="nf4"`, the blocks' linear layers are quantized one by one while the checkpoint is read, so a
     full-precision copy never exists. Embeddings, norms and head stay as stored.
-
-    Args:
-        dtype: of activations; None: see `compute_dtype_of`.
-
-    Raises:
-        InputError: not a decoder-only model, not one that can run from a middle block, or no such device.
+    `dtype` is that of activations (None: see `compute_dtype_of`). Raises InputError if there is no such device, or the
+    model is not decoder-only or cannot run from a middle block.
     """
     target = resolve_device(device)
     compute_dtype = dtype or compute_dtype_of(target)
@@ -71,13 +67,7 @@ def load_policy(
     clear_quantized_markers(model)
     forbid_cpu_packing(model)
     check_tail(model, stack_name)
-    return Policy(
-        model,
-        tokenizer,
-        source,
-        compute_dtype=compute_dtype,
-        stored_quantized=stored_quantized,
-    )
+    return Policy(model, tokenizer, source, compute_dtype=compute_dtype, stored_quantized=stored_quantized)
 
 
 def _is_in_4bit(config: Any, source: Source) -> bool:

@@ -8,7 +8,7 @@ import gc
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -89,8 +89,7 @@ def give_back() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    if (trim := _glibc("malloc_trim")) is not None:
-        trim(0)
+    _call_glibc("malloc_trim", 0)
 
 
 @contextlib.contextmanager
@@ -99,16 +98,14 @@ def freed_at_once() -> Iterator[None]:
 
     glibc would keep it: SmolLM2-135M loaded in NF4 held 556 MiB, as in fp32, instead of 169.
     """
-    if (mallopt := _glibc("mallopt")) is None:
-        yield
-        return
-    mallopt(M_MMAP_THRESHOLD, MAPPED_FOR_NOW)
+    _call_glibc("mallopt", M_MMAP_THRESHOLD, MAPPED_FOR_NOW)
     try:
         yield
     finally:
-        mallopt(M_MMAP_THRESHOLD, MAPPED_AT_MOST)
+        _call_glibc("mallopt", M_MMAP_THRESHOLD, MAPPED_AT_MOST)
 
 
-def _glibc(name: str) -> Any:
-    """A function of glibc, or None without glibc."""
-    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+def _call_glibc(name: str, *numbers: int) -> None:
+    """Call a function of glibc; does nothing without glibc."""
+    if sys.platform == "linux" and (function := getattr(ctypes.CDLL(None), name, None)):
+        function(*numbers)

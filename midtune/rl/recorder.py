@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from midtune.config import TrainingConfig
 from midtune.errors import RunStopped
-from midtune.measure.meter import OUTSIDE, Meter, StepClock
+from midtune.measure.meter import OUTSIDE, Meter
 from midtune.rl.collapse import find_collapse
 from midtune.tasks.rewards import completion_text
 
@@ -65,7 +65,6 @@ class StepRecorder(TrainerCallback):
     trainer: LayerGRPOTrainer = field(init=False)
 
     def __post_init__(self) -> None:
-        self._clock = StepClock(self.meter)
         self._started = self._saved = self.meter.clock()
         self._phases: dict[str, float] = {}
         self._peaks: dict[str, int] = {}
@@ -86,12 +85,12 @@ class StepRecorder(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._clock.begin()
+        self.meter.begin_step()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        seconds = self._clock.end()
+        seconds = self.meter.end_step()
         self._phases = {f"{name}_s": seconds[name] for name in ("rollout", "reward", "update", "step")}
         self._peaks = {
             f"{'update' if phase == OUTSIDE else phase}_{kind}": count

@@ -12,7 +12,7 @@ import pytest
 
 from midtune.measure import meter as meter_room
 from midtune.measure.cards import card_names
-from midtune.measure.meter import OUTSIDE, Meter, StepClock, card_of
+from midtune.measure.meter import OUTSIDE, Meter, card_of
 
 
 class Clock:
@@ -65,19 +65,18 @@ def test_an_error_closes_the_phase(clock: Clock) -> None:
 
 def test_the_phases_of_a_step_add_up_to_it(clock: Clock) -> None:
     meter = Meter(clock=clock)
-    steps = StepClock(meter)
     with meter.phase("rollout"):
         clock.now += 9
-    steps.begin()
+    meter.begin_step()
     with meter.phase("rollout"):
         clock.now += 3
         with meter.phase("reward"):
             clock.now += 2
     clock.now += 1.5
-    assert steps.end() == {"step": 6.5, "rollout": 3.0, "reward": 2.0, "update": 1.5}
-    steps.begin()
+    assert meter.end_step() == {"step": 6.5, "rollout": 3.0, "reward": 2.0, "update": 1.5}
+    meter.begin_step()
     clock.now += 1
-    assert steps.end() == {"step": 1.0, "rollout": 0.0, "reward": 0.0, "update": 1.0}
+    assert meter.end_step() == {"step": 1.0, "rollout": 0.0, "reward": 0.0, "update": 1.0}
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
