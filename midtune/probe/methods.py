@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, astuple
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -84,7 +85,10 @@ def rank_blocks(
     (baseline,) = middle(policy.num_blocks, 1)
     with torch.random.fork_rng(devices=cuda_devices(policy.device)):
         found, extra = (by_race if is_race else by_sweep)(trials, sorted({*blocks, baseline}))
+    scores = {row["block"]: row["score"] for row in found}
     ranked = [row for row in found if row["block"] in blocks]
+    base = trials.base()
+    untrained = {"greedy": base.greedy, "sampled": base.sampled}
     return {
         "schema": 1,
         "model": policy.source.name,
@@ -98,17 +102,14 @@ def rank_blocks(
         "settings": _settings(config, len(problems)),
         "cost_seconds": trials.spent_s,
         "cost_steps": trials.spent_steps,
-        "base": _base(trials.base()),
+        "base": {kind: asdict(score_interval(own)) for kind, own in untrained.items() if own is not None},
         **extra,
         "blocks": sorted(
-            ({**row, "rank": rank} for rank, row in enumerate(ranked, 1)), key=lambda row: row["block"]
+            ({**row, "rank": rank} for rank, row in enumerate(ranked, 1)), key=itemgetter("block")
         ),
         "among_best": sorted(row["block"] for row in ranked if row["among_best"]),
         "selected": best([row["block"] for row in ranked], policy.num_blocks, config.blocks.top_k),
-        "depth_baseline": {
-            "block": baseline,
-            "score": next(row["score"] for row in found if row["block"] == baseline),
-        },
+        "depth_baseline": {"block": baseline, "score": scores[baseline]},
     }
 
 
@@ -124,10 +125,7 @@ def by_race(trials: Trials, blocks: Sequence[int]) -> tuple[Rows, dict[str, Any]
     else:
         trials.run(order[0], min(FIRST_STEPS, most_steps), share=0)
         budget = Budget(
-            total,
-            lambda: trials.spent_s,
-            lambda: trials.seconds_per_step,
-            lambda: trials.seconds_per_score,
+            total, lambda: trials.spent_s, lambda: trials.seconds_per_step, lambda: trials.seconds_per_score
         )
     last: dict[int, Trial] = {}
 
@@ -219,11 +217,6 @@ def _greedy(trials: Sequence[Trial]) -> Scores:
 def _named(found: Estimate | None, names: tuple[str, str, str]) -> dict[str, float | None]:
     """A value and its bounds under the names of probe.json; all None if there is none."""
     return dict.fromkeys(names) if found is None else dict(zip(names, astuple(found), strict=True))
-
-
-def _base(base: Trial) -> dict[str, Any]:
-    kinds = {"greedy": base.greedy, "sampled": base.sampled}
-    return {kind: asdict(score_interval(scores)) for kind, scores in kinds.items() if scores is not None}
 
 
 def _settings(config: RunConfig, problems: int) -> dict[str, Any]:

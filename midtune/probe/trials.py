@@ -20,7 +20,6 @@ from midtune.config import RunConfig
 from midtune.errors import InputError
 from midtune.measure.meter import Meter
 from midtune.model.memory import give_back
-from midtune.model.policy import Policy
 from midtune.report.terminal import Terminal
 from midtune.rl.trainer import load_trained
 from midtune.rl.training import sampling_of, train_blocks
@@ -89,11 +88,9 @@ class Trials:
     total: int | None = None
     done: dict[Key, Trial] = field(init=False, default_factory=dict)
 
-    @property
-    def policy(self) -> Policy:
-        return self.sampler.policy
-
     def __post_init__(self) -> None:
+        self.policy = self.sampler.policy
+        self._checkpoints = self.folder.path / "trials"
         # Unquantized, a thawed block starts as it was frozen, so all runs of a seed share their first rollout.
         self._first: FirstRollouts = {}
         self._earlier, damaged = _recorded(self.folder.trials)
@@ -162,10 +159,6 @@ class Trials:
     def forget(self) -> None:
         """Remove the checkpoints of trials, which are large."""
         shutil.rmtree(self._checkpoints, ignore_errors=True)
-
-    @property
-    def _checkpoints(self) -> Path:
-        return self.folder.path / "trials"
 
     def _folder(self, trained: int | str, seed: int) -> RunFolder:
         return RunFolder(self._checkpoints / f"{trained}-{seed}")

@@ -74,12 +74,8 @@ class TrainingDisplay:
         if self._live.is_started:
             self._live.refresh()
         else:
-            parts = [
-                self._step_text(),
-                *(f"{name} {text}" for name, text in self._figures()),
-                self._left_text(),
-            ]
-            say(self._console, " | ".join(filter(None, parts)))
+            figures = (f"{name} {text}" for name, text in self._figures())
+            say(self._console, " | ".join(filter(None, [self._step_text(), *figures, self._left_text()])))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if self._title:

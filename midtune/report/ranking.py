@@ -10,15 +10,7 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.measure import Measurement
 from rich.segment import Segment
 
-from midtune.report.depth import (
-    DepthCurve,
-    frontier,
-    plateau_of,
-    points,
-    score_name,
-    unit_of,
-    value_name,
-)
+from midtune.report.depth import DepthCurve, frontier, plateau_of, points, score_name, unit_of, value_name
 from midtune.report.formats import finite, interval_text, known, seconds_text, share_text, with_interval
 from midtune.report.tables import plain_table, titled
 

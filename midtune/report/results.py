@@ -38,14 +38,17 @@ def score_table(result: Mapping[str, Any]) -> RenderableType:
             table.add_row(Text("" if place else row["task"]), kind, *cells, str(found["n"]))
         table.add_section()
     patch = f" with trained blocks {numbers_text(result['patch'])}" if result["patch"] else ""
-    notes = [_worse_text(result["worse"])] if compared else []
+    notes = []
+    if result["worse"]:
+        worse = ", ".join(result["worse"])
+        notes = [
+            f"Worse than the base: {worse}. Each interval holds 95% alone; of many, some miss by chance."
+        ]
+    elif compared:
+        notes = [
+            "Nothing was measurably worse than the base; a loss smaller than an interval would not show."
+        ]
     return titled(f"{result['model']}{patch} ({_quantized(result)})", "", table, *notes)
-
-
-def _worse_text(worse: Sequence[str]) -> str:
-    if worse:
-        return f"Worse than the base: {', '.join(worse)}. Each interval holds 95% alone; of many, some miss by chance."
-    return "Nothing was measurably worse than the base; a loss smaller than an interval would not show."
 
 
 def vote_table(result: Mapping[str, Any]) -> RenderableType:
