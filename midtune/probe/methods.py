@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, astuple
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -86,7 +85,8 @@ def rank_blocks(
     with torch.random.fork_rng(devices=cuda_devices(policy.device)):
         found, extra = (by_race if is_race else by_sweep)(trials, sorted({*blocks, baseline}))
     scores = {row["block"]: row["score"] for row in found}
-    ranked = [row for row in found if row["block"] in blocks]
+    asked = (row for row in found if row["block"] in blocks)
+    ranked = [{**row, "rank": rank} for rank, row in enumerate(asked, 1)]
     base = trials.base()
     untrained = {"greedy": base.greedy, "sampled": base.sampled}
     return {
@@ -104,9 +104,7 @@ def rank_blocks(
         "cost_steps": trials.spent_steps,
         "base": {kind: asdict(score_interval(own)) for kind, own in untrained.items() if own is not None},
         **extra,
-        "blocks": sorted(
-            ({**row, "rank": rank} for rank, row in enumerate(ranked, 1)), key=itemgetter("block")
-        ),
+        "blocks": sorted(ranked, key=lambda row: row["block"]),
         "among_best": sorted(row["block"] for row in ranked if row["among_best"]),
         "selected": best([row["block"] for row in ranked], policy.num_blocks, config.blocks.top_k),
         "depth_baseline": {"block": baseline, "score": scores[baseline]},
@@ -161,7 +159,6 @@ def by_sweep(trials: Trials, blocks: Sequence[int]) -> tuple[Rows, dict[str, Any
         full.append(trials.run("full", steps, seed=seed))
         for block, own in runs.items():
             own.append(trials.run(block, steps, seed=seed))
-
     standing = standings({block: _scores(own) for block, own in runs.items()})
     rows = {}
     for block, own in runs.items():

@@ -8,7 +8,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -86,10 +86,10 @@ class Trials:
     problems: Sequence[Row]
     continued: bool = False
     total: int | None = None
-    done: dict[Key, Trial] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.policy = self.sampler.policy
+        self.done: dict[Key, Trial] = {}
         self._checkpoints = self.folder.path / "trials"
         # Unquantized, a thawed block starts as it was frozen, so all runs of a seed share their first rollout.
         self._first: FirstRollouts = {}

@@ -38,16 +38,11 @@ def score_table(result: Mapping[str, Any]) -> RenderableType:
             table.add_row(Text("" if place else row["task"]), kind, *cells, str(found["n"]))
         table.add_section()
     patch = f" with trained blocks {numbers_text(result['patch'])}" if result["patch"] else ""
-    notes = []
+    note = "Nothing was measurably worse than the base; a loss smaller than an interval would not show."
     if result["worse"]:
         worse = ", ".join(result["worse"])
-        notes = [
-            f"Worse than the base: {worse}. Each interval holds 95% alone; of many, some miss by chance."
-        ]
-    elif compared:
-        notes = [
-            "Nothing was measurably worse than the base; a loss smaller than an interval would not show."
-        ]
+        note = f"Worse than the base: {worse}. Each interval holds 95% alone; of many, some miss by chance."
+    notes = [note] if compared else []
     return titled(f"{result['model']}{patch} ({_quantized(result)})", "", table, *notes)
 
 
