@@ -93,7 +93,15 @@ class Trials:
         self._checkpoints = self.folder.path / "trials"
         # Unquantized, a thawed block starts as it was frozen, so all runs of a seed share their first rollout.
         self._first: FirstRollouts = {}
-        self._earlier, damaged = _recorded(self.folder.trials)
+        self._earlier: dict[Key, Trial] = {}
+        # Such as a last line cut short by a crash.
+        damaged = 0
+        for _, data in read_jsonl(self.folder.trials):
+            try:
+                trial = Trial(**(data or {}))
+                self._earlier[trial.key] = trial
+            except TypeError:
+                damaged += 1
         if damaged:
             self.terminal.message(
                 f"{damaged} damaged lines of {self.folder.trials.name} are left out, and their trials run again"
@@ -248,15 +256,3 @@ class Trials:
         if trial is not None:
             self.done[key] = trial
         return trial
-
-
-def _recorded(file: Path) -> tuple[dict[Key, Trial], int]:
-    """The trials of a trials.jsonl, and its number of damaged lines, such as a last one cut short by a crash."""
-    found, damaged = {}, 0
-    for _, data in read_jsonl(file):
-        try:
-            trial = Trial(**(data or {}))
-            found[trial.key] = trial
-        except TypeError:
-            damaged += 1
-    return found, damaged

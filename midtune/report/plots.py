@@ -102,9 +102,8 @@ def rankings_curve(rankings: Mapping[str, Mapping[str, Any]], file: Path) -> Non
         spread = values.std() if len(values) else 0.0
         depths = [point.block / max(depth_of(probe) - 1, 1) for point in known]
         heights = (values - values.mean()) / spread if spread > 0 else values * 0
-        axes.plot(
-            depths, heights, marker="o", markersize=3, linewidth=1, label=f"{name}: {value_name(probe)}"
-        )
+        label = f"{name}: {value_name(probe)}"
+        axes.plot(depths, heights, marker="o", markersize=3, linewidth=1, label=label)
     axes.set_xlabel("relative depth")
     axes.set_ylabel("standard deviations from the mean")
     _finish(axes, columns=1)

@@ -175,10 +175,8 @@ def compare_table(result: Mapping[str, Any]) -> RenderableType:
         f"{sentence(top)}: blocks shared, and what chance gives; p: how often chance gives as many.",
         _compared(pairs),
     ]
-    if by_depth := [_pair(pair) for pair in pairs if pair["matched"] == "depth"]:
-        notes.append(
-            f"Matched by relative depth, the ranking with more blocks interpolated: {'; '.join(by_depth)}."
-        )
+    if by_depth := "; ".join(_pair(pair) for pair in pairs if pair["matched"] == "depth"):
+        notes.append(f"Matched by relative depth, the ranking with more blocks interpolated: {by_depth}.")
     return Group(*map(Text, names), "", *parts, *map(Text, notes))
 
 
