@@ -56,10 +56,9 @@ def middle_correlation(values: Mapping[int, float], num_blocks: int) -> Correlat
 
 
 def top_overlap(first: Sequence[float], second: Sequence[float], k: int) -> dict[str, float]:
-    """How many blocks are among the best k of both rankings, and what chance gives; ties go to the deeper block.
+    """How many blocks are among the best k of both rankings (`overlap`; ties go to the deeper block).
 
-    Returns:
-        `overlap`, `expected` by chance, and `p`, the probability that chance gives at least `overlap`.
+    `expected` is what chance gives, and `p` the probability that chance gives at least `overlap`.
     """
     from scipy.stats import hypergeom
 

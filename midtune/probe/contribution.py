@@ -126,9 +126,8 @@ def standings(scores: Mapping[int, ArrayLike], confidence: float = CONFIDENCE) -
 def plateau(values: Mapping[int, float]) -> dict[str, float | None]:
     """The stretch of a curve, block → value, above half its height.
 
-    Returns:
-        `first` and `last`, the outermost blocks at or above the mean of the least and the greatest value;
-        `inside` and `outside`, the mean value between them and elsewhere; `outside` is None if no block is.
+    `first` and `last` are the outermost blocks at or above the mean of the least and the greatest value; `inside` and
+    `outside` are the mean value between them and elsewhere; `outside` is None if no block is.
     """
     half = (min(values.values()) + max(values.values())) / 2
     high = [block for block, value in values.items() if value >= half]

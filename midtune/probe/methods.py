@@ -84,7 +84,11 @@ def rank_blocks(
     (baseline,) = middle(policy.num_blocks, 1)
     with torch.random.fork_rng(devices=cuda_devices(policy.device)):
         found, extra = (by_race if is_race else by_sweep)(trials, sorted({*blocks, baseline}))
-    ranked = [row for row in found if row["block"] in blocks]
+    scores = {row["block"]: row["score"] for row in found}
+    asked = (row for row in found if row["block"] in blocks)
+    ranked = [{**row, "rank": rank} for rank, row in enumerate(asked, 1)]
+    base = trials.base()
+    untrained = {"greedy": base.greedy, "sampled": base.sampled}
     return {
         "schema": 1,
         "model": policy.source.name,
@@ -98,17 +102,12 @@ def rank_blocks(
         "settings": _settings(config, len(problems)),
         "cost_seconds": trials.spent_s,
         "cost_steps": trials.spent_steps,
-        "base": _base(trials.base()),
+        "base": {kind: asdict(score_interval(own)) for kind, own in untrained.items() if own is not None},
         **extra,
-        "blocks": sorted(
-            ({**row, "rank": rank} for rank, row in enumerate(ranked, 1)), key=lambda row: row["block"]
-        ),
+        "blocks": sorted(ranked, key=lambda row: row["block"]),
         "among_best": sorted(row["block"] for row in ranked if row["among_best"]),
         "selected": best([row["block"] for row in ranked], policy.num_blocks, config.blocks.top_k),
-        "depth_baseline": {
-            "block": baseline,
-            "score": next(row["score"] for row in found if row["block"] == baseline),
-        },
+        "depth_baseline": {"block": baseline, "score": scores[baseline]},
     }
 
 
@@ -124,10 +123,7 @@ def by_race(trials: Trials, blocks: Sequence[int]) -> tuple[Rows, dict[str, Any]
     else:
         trials.run(order[0], min(FIRST_STEPS, most_steps), share=0)
         budget = Budget(
-            total,
-            lambda: trials.spent_s,
-            lambda: trials.seconds_per_step,
-            lambda: trials.seconds_per_score,
+            total, lambda: trials.spent_s, lambda: trials.seconds_per_step, lambda: trials.seconds_per_score
         )
     last: dict[int, Trial] = {}
 
@@ -163,7 +159,6 @@ def by_sweep(trials: Trials, blocks: Sequence[int]) -> tuple[Rows, dict[str, Any
         full.append(trials.run("full", steps, seed=seed))
         for block, own in runs.items():
             own.append(trials.run(block, steps, seed=seed))
-
     standing = standings({block: _scores(own) for block, own in runs.items()})
     rows = {}
     for block, own in runs.items():
@@ -219,11 +214,6 @@ def _greedy(trials: Sequence[Trial]) -> Scores:
 def _named(found: Estimate | None, names: tuple[str, str, str]) -> dict[str, float | None]:
     """A value and its bounds under the names of probe.json; all None if there is none."""
     return dict.fromkeys(names) if found is None else dict(zip(names, astuple(found), strict=True))
-
-
-def _base(base: Trial) -> dict[str, Any]:
-    kinds = {"greedy": base.greedy, "sampled": base.sampled}
-    return {kind: asdict(score_interval(scores)) for kind, scores in kinds.items() if scores is not None}
 
 
 def _settings(config: RunConfig, problems: int) -> dict[str, Any]:

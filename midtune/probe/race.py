@@ -55,11 +55,7 @@ class Budget:
 
 
 def race(
-    order: Sequence[int],
-    run: Callable[[int, int, float], Scores],
-    budget: Budget,
-    *,
-    most_steps: int,
+    order: Sequence[int], run: Callable[[int, int, float], Scores], budget: Budget, *, most_steps: int
 ) -> list[Entrant]:
     """Race the blocks of `order` against each other; returns the furthest first, then by score.
 

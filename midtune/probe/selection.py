@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from midtune.errors import InputError
+from midtune.errors import InputError, explained
 from midtune.runs import RunFolder, unsealed
 
 _RANGE = re.compile(r"(\d{1,9})(?:\s*-\s*(\d{1,9}))?")
@@ -89,14 +89,10 @@ def read_probe(path: Path) -> dict[str, Any]:
         InputError: there is no such file, or it holds something else.
     """
     file = RunFolder(path).probe if path.is_dir() else path
-    try:
+    with explained(f"{file} is not a probe.json that can be read; make one with `midtune probe`."):
         probe = unsealed(file.read_bytes())
         probe["method"], probe["blocks"][0]
         [(row["block"], row["score"], row["rank"]) for row in probe["blocks"]]
-    except (OSError, ValueError, LookupError, TypeError):
-        raise InputError(
-            f"{file} is not a probe.json that can be read; make one with `midtune probe`."
-        ) from None
     return probe
 
 

@@ -8,7 +8,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from midtune.config import RunConfig
 from midtune.errors import InputError
 from midtune.measure.meter import Meter
 from midtune.model.memory import give_back
-from midtune.model.policy import Policy
 from midtune.report.terminal import Terminal
 from midtune.rl.trainer import load_trained
 from midtune.rl.training import sampling_of, train_blocks
@@ -87,16 +86,22 @@ class Trials:
     problems: Sequence[Row]
     continued: bool = False
     total: int | None = None
-    done: dict[Key, Trial] = field(init=False, default_factory=dict)
-
-    @property
-    def policy(self) -> Policy:
-        return self.sampler.policy
 
     def __post_init__(self) -> None:
+        self.policy = self.sampler.policy
+        self.done: dict[Key, Trial] = {}
+        self._checkpoints = self.folder.path / "trials"
         # Unquantized, a thawed block starts as it was frozen, so all runs of a seed share their first rollout.
         self._first: FirstRollouts = {}
-        self._earlier, damaged = _recorded(self.folder.trials)
+        self._earlier: dict[Key, Trial] = {}
+        # Such as a last line cut short by a crash.
+        damaged = 0
+        for _, data in read_jsonl(self.folder.trials):
+            try:
+                trial = Trial(**(data or {}))
+                self._earlier[trial.key] = trial
+            except TypeError:
+                damaged += 1
         if damaged:
             self.terminal.message(
                 f"{damaged} damaged lines of {self.folder.trials.name} are left out, and their trials run again"
@@ -162,10 +167,6 @@ class Trials:
     def forget(self) -> None:
         """Remove the checkpoints of trials, which are large."""
         shutil.rmtree(self._checkpoints, ignore_errors=True)
-
-    @property
-    def _checkpoints(self) -> Path:
-        return self.folder.path / "trials"
 
     def _folder(self, trained: int | str, seed: int) -> RunFolder:
         return RunFolder(self._checkpoints / f"{trained}-{seed}")
@@ -255,15 +256,3 @@ class Trials:
         if trial is not None:
             self.done[key] = trial
         return trial
-
-
-def _recorded(file: Path) -> tuple[dict[Key, Trial], int]:
-    """The trials of a trials.jsonl, and its number of damaged lines, such as a last one cut short by a crash."""
-    found, damaged = {}, 0
-    for _, data in read_jsonl(file):
-        try:
-            trial = Trial(**(data or {}))
-            found[trial.key] = trial
-        except TypeError:
-            damaged += 1
-    return found, damaged

@@ -71,12 +71,6 @@ def full_training(probe: Mapping[str, Any]) -> tuple[float, float | None, float 
     return None if value is None else (value, finite(full.get("low")), finite(full.get("high")))
 
 
-def middle_block(probe: Mapping[str, Any]) -> int | None:
-    """The geometric middle: the block to choose without a ranking."""
-    block: int | None = (probe.get("depth_baseline") or {}).get("block")
-    return block
-
-
 def plateau_of(probe: Mapping[str, Any]) -> range:
     """The blocks at or above half of the curve's height; empty unless a sweep measured them."""
     found = probe.get("plateau")
@@ -142,7 +136,8 @@ class DepthCurve:
         """The drawing line by line; selected blocks are bold."""
         marks = {part: characters[ascii_only] for part, characters in MARKS.items()}
         selected, num_blocks = set(self.probe.get("selected") or []), depth_of(self.probe)
-        middle, stretch, full = middle_block(self.probe), plateau_of(self.probe), full_training(self.probe)
+        middle = (self.probe.get("depth_baseline") or {}).get("block")
+        stretch, full = plateau_of(self.probe), full_training(self.probe)
         # If blocks share a column, the last in this order is shown.
         shown = sorted(points(self.probe), key=lambda point: (point.block in selected, point.value))
         known = [0.0] if full is None else [0.0, full[0]]

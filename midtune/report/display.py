@@ -74,11 +74,8 @@ class TrainingDisplay:
         if self._live.is_started:
             self._live.refresh()
         else:
-            parts = [
-                self._step_text(),
-                *(f"{name} {text}" for name, text in self._figures()),
-                self._left_text(),
-            ]
+            figures = (f"{name} {text}" for name, text in self._figures())
+            parts = [f"step {self._step}/{self._total}", *figures, self._left_text()]
             say(self._console, " | ".join(filter(None, parts)))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -90,16 +87,13 @@ class TrainingDisplay:
         # The running step's time is the sign of life during a long rollout.
         running = self._live.is_started and step < self._total
         took = f"step {step + 1} for {whole_seconds_text(self._clock() - self._updated)}" if running else ""
-        head.add_row(self._step_text(), bar, self._left_text(), took)
+        head.add_row(f"step {step}/{self._total}", bar, self._left_text(), took)
         yield head
         rewards = sparkline(self._rewards, ascii_only=options.ascii_only)
         yield labelled(
             (Text(name, style="bold"), f"{text}  {rewards}" if name == "reward" else text)
             for name, text in self._figures()
         )
-
-    def _step_text(self) -> str:
-        return f"step {self._step}/{self._total}"
 
     def _left_text(self) -> str:
         remaining = self._total - self._step

@@ -29,11 +29,7 @@ from midtune.report.tables import MEMORY_SOURCES
 GENERATOR = '<meta name="generator" content="midtune">'
 # Prefixes of report.json's keys for what midtune is compared with.
 OTHERS = {"full": "full training", "qlora": "QLoRA"}
-RATES = {
-    "Learning rate": "training.lr",
-    "KL weight": "training.beta",
-    "Temperature": "training.temperature",
-}
+RATES = {"Learning rate": "training.lr", "KL weight": "training.beta", "Temperature": "training.temperature"}
 CURVES = {"reward": "Reward", "completion_length": "Completion length, tokens"}
 # Names that are more than capital letters.
 ALGORITHM_NAMES = {"dr_grpo": "Dr. GRPO", "gigpo": "GiGPO"}
@@ -105,9 +101,10 @@ def _rendered(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     functions = (bytes_text, line_style, numbers_text, saving_text, seconds_text, smoothing_width, speed_text)
-    environment.globals |= {function.__name__: function for function in (*functions, total_text)}
-    environment.globals |= {"generator": GENERATOR, "phases": PHASES}
-    return environment.get_template(f"{template}.html.jinja").render(**values)
+    values |= {function.__name__: function for function in (*functions, total_text)}
+    return environment.get_template(f"{template}.html.jinja").render(
+        **values, generator=GENERATOR, phases=PHASES
+    )
 
 
 def total_text(metrics: Sequence[Mapping[str, Any]]) -> str | None:

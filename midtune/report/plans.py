@@ -98,7 +98,7 @@ def _advice(plan: Mapping[str, Any]) -> Iterable[str]:
             "--group-size; a higher block (--layers) or a smaller model takes less."
         )
     else:
-        settings = " ".join(f"--set {key}={_value(value)}" for key, value in plan["fit"].items())
+        settings = " ".join(f"--set {key}={str(value).lower()}" for key, value in plan["fit"].items())
         yield f"As asked it does not fit in {room}; what makes it fit at the least price: {settings}"
         yield f"`--fit {card['name'].partition(' (')[0]}` does that in `midtune train`."
     if largest is not None:
@@ -110,10 +110,6 @@ def _advice(plan: Mapping[str, Any]) -> Iterable[str]:
         "Peaks of midtune come from running its code without data, those of TRL from running the model and the head "
         "that TRL runs; CUDA's own 0.6 GiB is assumed. Times are bounds from the card's published peaks, no promise."
     )
-
-
-def _value(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def dry_run_text(found: Mapping[str, Any]) -> RenderableType:

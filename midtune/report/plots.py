@@ -8,16 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from midtune.report.depth import (
-    depth_of,
-    frontier,
-    full_training,
-    middle_block,
-    plateau_of,
-    points,
-    priced,
-    value_name,
-)
+from midtune.report.depth import depth_of, frontier, full_training, plateau_of, points, priced, value_name
 from midtune.report.formats import blocks_text, finite
 from midtune.report.summary import score_kinds
 from midtune.whole import write_bytes
@@ -52,7 +43,8 @@ def learning_curve(metrics: Sequence[Mapping[str, Any]], report: Mapping[str, An
             ends = (scored[name][when] for when in ("before", "after"))
             values = [(score["score"], score["low"], score["high"]) for score in ends]
             places = (first - place * margin, last + place * margin)
-            _intervals(axes, places, values, marker, color, f"held-out score, {name}", capsize=3)
+            label = f"held-out score, {name}"
+            _intervals(axes, places, values, fmt=marker, color=color, label=label, capsize=3)
     title = f"{report['model']} on {report['task']}, {blocks_text(report['blocks'])}"
     axes.set_title(title, fontsize=10, parse_math=False)
     over_steps(axes)
@@ -110,9 +102,8 @@ def rankings_curve(rankings: Mapping[str, Mapping[str, Any]], file: Path) -> Non
         spread = values.std() if len(values) else 0.0
         depths = [point.block / max(depth_of(probe) - 1, 1) for point in known]
         heights = (values - values.mean()) / spread if spread > 0 else values * 0
-        axes.plot(
-            depths, heights, marker="o", markersize=3, linewidth=1, label=f"{name}: {value_name(probe)}"
-        )
+        label = f"{name}: {value_name(probe)}"
+        axes.plot(depths, heights, marker="o", markersize=3, linewidth=1, label=label)
     axes.set_xlabel("relative depth")
     axes.set_ylabel("standard deviations from the mean")
     _finish(axes, columns=1)
@@ -135,7 +126,7 @@ def _draw_depth(probe: Mapping[str, Any], axes: Any) -> None:
         axes.axhline(value, color="tab:green", linewidth=0.8, label="full training")
         if low is not None and high is not None:
             axes.axhspan(low, high, color="tab:green", alpha=0.1, linewidth=0)
-    if (middle := middle_block(probe)) is not None:
+    if (middle := (probe.get("depth_baseline") or {}).get("block")) is not None:
         axes.axvline(middle, color="0.5", linewidth=0.8, linestyle=":", label="middle")
     if stretch := plateau_of(probe):
         axes.axvspan(stretch[0] - 0.5, stretch[-1] + 0.5, color="0.96", zorder=0, label="above half height")
@@ -147,7 +138,8 @@ def _draw_depth(probe: Mapping[str, Any], axes: Any) -> None:
         if group := [point for point in known if kinds[point.block] == kind]:
             values = [(point.value, point.low, point.high) for point in group]
             places = [point.block for point in group]
-            _intervals(axes, places, values, marker, color, kind, markersize=5, elinewidth=0.8)
+            style = {"fmt": marker, "color": color, "markersize": 5, "elinewidth": 0.8}
+            _intervals(axes, places, values, label=kind, **style)
     axes.set_xlim(-0.5, depth_of(probe) - 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("block")
@@ -185,21 +177,15 @@ def _finish(axes: Any, columns: int = 3) -> None:
 
 
 def _intervals(
-    axes: Any,
-    places: Sequence[float],
-    values: Sequence[tuple[float, float | None, float | None]],
-    marker: str,
-    color: str,
-    label: str,
-    **style: Any,
+    axes: Any, places: Sequence[float], values: Sequence[tuple[float | None, ...]], **style: Any
 ) -> None:
-    """Draw (value, low, high) at each place."""
+    """Draw (value, low, high) at each place, in the `style` of `errorbar`."""
     import numpy as np
 
     value, low, high = np.array(values, dtype=float).T
     # A bootstrap interval need not contain the value.
     reach = np.maximum([value - low, high - value], 0)
-    axes.errorbar(places, value, yerr=reach, fmt=marker, color=color, label=label, **style)
+    axes.errorbar(places, value, yerr=reach, **style)
 
 
 def _save(figure: Any, file: Path) -> None:

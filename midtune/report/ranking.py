@@ -10,15 +10,7 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.measure import Measurement
 from rich.segment import Segment
 
-from midtune.report.depth import (
-    DepthCurve,
-    frontier,
-    plateau_of,
-    points,
-    score_name,
-    unit_of,
-    value_name,
-)
+from midtune.report.depth import DepthCurve, frontier, plateau_of, points, score_name, unit_of, value_name
 from midtune.report.formats import finite, interval_text, known, seconds_text, share_text, with_interval
 from midtune.report.tables import plain_table, titled
 
@@ -35,10 +27,9 @@ def probe_table(probe: Mapping[str, Any]) -> RenderableType:
     if len(rows) > MOST_ROWS:
         shown = [row for row in rows if row["rank"] <= BEST_ROWS or row["block"] in selected]
     bounds = known(rows, "low") + known(rows, "score") + known(rows, "high")
-    costs = known(rows, "step_cost")
+    dearest = max(known(rows, "step_cost"), default=1.0)
     gainful = frontier(probe)
     unit = unit_of(max(map(abs, bounds), default=1.0))
-
     columns: dict[str, Callable[[Mapping[str, Any]], RenderableType]] = {
         "mark": lambda row: "*" if row["block"] in selected else "",
         "rank": lambda row: str(row["rank"]),
@@ -56,10 +47,9 @@ def probe_table(probe: Mapping[str, Any]) -> RenderableType:
     if len({row.get("steps") for row in rows}) > 1:
         # In a race, blocks that fall behind stop early.
         columns["steps"] = lambda row: str(row.get("steps") or "-")
-    columns["cost"] = lambda row: share_text(row.get("step_cost"), max(costs, default=1.0))
+    columns["cost"] = lambda row: share_text(row.get("step_cost"), dearest)
     if gainful:
         columns["frontier"] = lambda row: "+" if row["block"] in gainful else ""
-
     table = plain_table()
     for name in columns:
         heading = "" if name in ("mark", "bar", "frontier") else name
@@ -68,7 +58,6 @@ def probe_table(probe: Mapping[str, Any]) -> RenderableType:
     for row in shown:
         cells = [cell(row) for cell in columns.values()]
         table.add_row(*cells, style="bold" if row["block"] in selected else None)
-
     curve: list[RenderableType] = [DepthCurve(probe), ""] if points(probe) else []
     notes = _notes(probe, rows, left_out=len(rows) - len(shown))
     return titled(f"{probe['model']} on {probe['task']}", "", *curve, table, "", *notes)

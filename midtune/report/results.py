@@ -38,14 +38,12 @@ def score_table(result: Mapping[str, Any]) -> RenderableType:
             table.add_row(Text("" if place else row["task"]), kind, *cells, str(found["n"]))
         table.add_section()
     patch = f" with trained blocks {numbers_text(result['patch'])}" if result["patch"] else ""
-    notes = [_worse_text(result["worse"])] if compared else []
+    note = "Nothing was measurably worse than the base; a loss smaller than an interval would not show."
+    if result["worse"]:
+        worse = ", ".join(result["worse"])
+        note = f"Worse than the base: {worse}. Each interval holds 95% alone; of many, some miss by chance."
+    notes = [note] if compared else []
     return titled(f"{result['model']}{patch} ({_quantized(result)})", "", table, *notes)
-
-
-def _worse_text(worse: Sequence[str]) -> str:
-    if worse:
-        return f"Worse than the base: {', '.join(worse)}. Each interval holds 95% alone; of many, some miss by chance."
-    return "Nothing was measurably worse than the base; a loss smaller than an interval would not show."
 
 
 def vote_table(result: Mapping[str, Any]) -> RenderableType:
@@ -177,10 +175,8 @@ def compare_table(result: Mapping[str, Any]) -> RenderableType:
         f"{sentence(top)}: blocks shared, and what chance gives; p: how often chance gives as many.",
         _compared(pairs),
     ]
-    if by_depth := [_pair(pair) for pair in pairs if pair["matched"] == "depth"]:
-        notes.append(
-            f"Matched by relative depth, the ranking with more blocks interpolated: {'; '.join(by_depth)}."
-        )
+    if by_depth := "; ".join(_pair(pair) for pair in pairs if pair["matched"] == "depth"):
+        notes.append(f"Matched by relative depth, the ranking with more blocks interpolated: {by_depth}.")
     return Group(*map(Text, names), "", *parts, *map(Text, notes))
 
 

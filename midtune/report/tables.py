@@ -96,15 +96,10 @@ def _savings(report: Mapping[str, Any]) -> Iterable[RenderableType]:
     if compared is not None:
         # Completion lengths change as a model learns, so only steps on the same prompts compare.
         rows.append(("  on the first prompts", seconds_text(compared), *versus_full))
-    full_peak = memory["full_peak"]
-    rows.append(
-        (
-            "peak memory",
-            bytes_text(memory["peak"]),
-            "-" if full_peak is None else f"{bytes_text(full_peak)}, {memory['full_source']}",
-            "" if memory["saving"] is None else saving_text(memory["saving"]),
-        )
-    )
+    full_peak, saved = memory["full_peak"], memory["saving"]
+    peak = "-" if full_peak is None else f"{bytes_text(full_peak)}, {memory['full_source']}"
+    saving = "" if saved is None else saving_text(saved)
+    rows.append(("peak memory", bytes_text(memory["peak"]), peak, saving))
     yield plain_table("training", numbers=("midtune, measured", "full training", ""), rows=rows)
     yield f"Peak memory is that of the {MEMORY_SOURCES[memory['source']]}."
     if (here := finite(time.get("compared_tokens"))) and (there := finite(time.get("full_tokens"))):
