@@ -166,7 +166,7 @@ class Planner:
             phases = self.phases("midtune", changed)
             phase, most = peak(phases)
             if most <= self.card.memory:
-                return self._without_needless(work, changes)
+                break
             if self.model.on_card and self.sizes.head and changed.config.model.embeddings == "device":
                 change: dict[str, Any] | None = {"model.embeddings": "host"}
             else:
@@ -174,8 +174,6 @@ class Planner:
             if change is None:
                 return None
             changes |= change
-
-    def _without_needless(self, work: Work, changes: dict[str, Any]) -> dict[str, Any]:
         for key in DEAREST_FIRST:
             fewer = {other: value for other, value in changes.items() if other != key}
             if peak(self.phases("midtune", work.changed(fewer)))[1] <= self.card.memory:
@@ -187,13 +185,7 @@ class Planner:
 
         Memory is close to linear in each size, so it is extrapolated from the current size and twice that.
         """
-        training = work.config.training
-        sizes = {
-            "prompts": work.micro_prompts,
-            "group_size": training.group_size,
-            "new_tokens": training.max_new_tokens,
-        }
-        now = sizes[what]
+        now: int = getattr(work.batch(work.micro_prompts), what)
         once, twice = (totals(self._sized(work, what, size)) for size in (now, 2 * now))
         most = [
             now + now * (self.card.memory - total) / (twice[phase] - total)
@@ -203,18 +195,18 @@ class Planner:
         return max(now, min([MOST[what], *map(int, most)]))
 
     def _sized(self, work: Work, what: str, size: int) -> Phases:
-        if what != "prompts":
-            key = {"group_size": "training.group_size", "new_tokens": "training.max_new_tokens"}[what]
-            return self.phases("midtune", work.changed({key: size}))
-        # Only the update grows: as many prompts as before are sampled together.
-        wider = work.changed(
-            {
+        settings = {
+            "prompts": {
                 "training.prompts_per_step": size,
                 "training.micro_batch_tokens": size * work.group_tokens,
                 "training.sampled_prompts": work.sampled_prompts,
-            }
-        )
-        return {"update": self.phases("midtune", wider)["update"]}
+            },
+            "group_size": {"training.group_size": size},
+            "new_tokens": {"training.max_new_tokens": size},
+        }
+        phases = self.phases("midtune", work.changed(settings[what]))
+        # With more prompts only the update grows: as many as before are sampled together.
+        return {"update": phases["update"]} if what == "prompts" else phases
 
 
 def planner_of(config: RunConfig, gpu: str) -> Planner:

@@ -81,9 +81,16 @@ def whole_update(model: Loaded, batch: Batch, arm: str, block: int = 0) -> Held:
     """TRL's update of a micro-batch, with every prompt repeated for each completion; `trl-block` trains `block`."""
     prompt_tokens, new_tokens = int(batch.prompt_tokens), int(batch.new_tokens)
     # Nothing is kept below a block that is trained alone.
-    depth = blocks_of(model.config) - (block if ARMS[arm].trains == "blocks" else 0)
+    alone = ARMS[arm].trains == "blocks"
+    depth = blocks_of(model.config) - (block if alone else 0)
     built = min(depth, FEW_BLOCKS)
-    held, mode = _held_by(model, built, arm)
+    if alone:
+        policy = SkeletonPolicy(model, built, trained=1)
+        held, mode = policy.model, policy.mode
+    else:
+        held, mode = skeleton(model, built)
+    if ARMS[arm].trains == "adapters":
+        _add_lora(held, mode)
     if ARMS[arm].checkpointing:
         held.activation_checkpointing_enable()
     held.train()
@@ -157,17 +164,6 @@ def sampling(model: Loaded, batch: Batch, *, shared: bool) -> Held:
         ).logits[:, -1]
         choose(logits.float(), 1.0, LogitsProcessorList(), torch.zeros(batch.rows))
     return tracker.held(depth - built)
-
-
-def _held_by(model: Loaded, depth: int, arm: str) -> tuple[Any, FakeTensorMode]:
-    """The model as TRL trains it in an arm, cut to `depth` blocks, and the mode of its tensors."""
-    if ARMS[arm].trains == "blocks":
-        policy = SkeletonPolicy(model, depth, trained=1)
-        return policy.model, policy.mode
-    held, mode = skeleton(model, depth)
-    if ARMS[arm].trains == "adapters":
-        _add_lora(held, mode)
-    return held, mode
 
 
 def _add_lora(model: Any, mode: FakeTensorMode) -> None:

@@ -54,10 +54,7 @@ def own_advantages(settings: TrainingConfig) -> Advantages | None:
         return lambda rewards, episodes: leave_one_out(rewards)
     if settings.algorithm == "gigpo":
         return partial(
-            gigpo,
-            omega=settings.gigpo_omega,
-            gamma=settings.gigpo_gamma,
-            scaled=settings.gigpo_scale,
+            gigpo, omega=settings.gigpo_omega, gamma=settings.gigpo_gamma, scaled=settings.gigpo_scale
         )
     return None
 

@@ -70,12 +70,7 @@ class Decoder:
         self._mask = prompt_mask.repeat_interleave(group_size, 0)
 
     def draw(
-        self,
-        sampling: Sampling,
-        limits: Sequence[int],
-        uniforms: torch.Tensor | None,
-        *,
-        leave: bool,
+        self, sampling: Sampling, limits: Sequence[int], uniforms: torch.Tensor | None, *, leave: bool
     ) -> Drawn:
         """Draw tokens for every row until it ends or reaches its limit; does not feed its last token yet.
 
@@ -157,10 +152,7 @@ class Decoder:
 
 
 def choose(
-    logits: torch.Tensor,
-    temperature: float,
-    warpers: LogitsProcessorList,
-    uniforms: torch.Tensor | None,
+    logits: torch.Tensor, temperature: float, warpers: LogitsProcessorList, uniforms: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Draw a token from each row of logits [B, V] → token ids, log-probs and entropies, all [B].
 
