@@ -44,13 +44,7 @@ class Drawn:
 class Decoder:
     """A batch of token rows that grow together; the policy's model must stay in evaluation mode.
 
-    Args:
-        prompt_ids, prompt_mask: [N, P], left-padded.
-        group_size: rows of each prompt, adjacent.
-        room: spare tokens to allocate for keys and values.
-
-    Attributes:
-        fed: for each pass after prefill, the numbers of its rows.
+    Prompts are [N, P], left-padded; the `group_size` rows of each are adjacent. Keys and values get `room` more tokens.
     """
 
     def __init__(
@@ -62,6 +56,7 @@ class Decoder:
         room: int = ROOM,
     ) -> None:
         self.policy = policy
+        # For each pass after prefill, the numbers of its rows.
         self.fed: list[torch.Tensor] = []
         self._cache = shared_prompts(room)
         self._mask = prompt_mask
@@ -172,11 +167,8 @@ def choose(
             tokens = _inverse_cdf(probs, uniforms)
         chosen = log_probs.gather(-1, tokens[:, None])[:, 0]
         # 0 · log 0 is 0.
-        return (
-            tokens,
-            chosen,
-            -torch.linalg.vecdot(probs, log_probs.clamp_(min=torch.finfo(torch.float32).min)),
-        )
+        entropies = -torch.linalg.vecdot(probs, log_probs.clamp_(min=torch.finfo(torch.float32).min))
+        return tokens, chosen, entropies
 
 
 def _inverse_cdf(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:

@@ -29,11 +29,8 @@ class Speech(Protocol):
 class Text:
     """An action is the policy's text; the environment answers as the user of a chat, or in the same text.
 
-    Reasoning that ends with `</think>` is not part of an action.
-
-    Args:
-        stop_strings: an action ends before the first of them.
-        chat: prompts are chat messages; otherwise an answer continues the action's text.
+    Reasoning that ends with `</think>` is not part of an action, which ends before the first of `stop_strings`. Without
+    a `chat`, an answer continues the action's text.
     """
 
     def __init__(self, policy: Policy, stop_strings: Sequence[str], *, chat: bool) -> None:
