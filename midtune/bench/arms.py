@@ -259,8 +259,5 @@ def _decided(model: Any, completions: torch.Tensor) -> Iterator[None]:
         decided = torch.full_like(logits[:, -1:], -torch.inf)
         return decided.scatter_(-1, wanted[:, None, None], 0.0)
 
-    hook = model.get_output_embeddings().register_forward_hook(decide)
-    try:
+    with model.get_output_embeddings().register_forward_hook(decide):
         yield
-    finally:
-        hook.remove()

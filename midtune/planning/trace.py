@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -179,12 +178,9 @@ def _add_lora(model: Any, mode: FakeTensorMode) -> None:
                     setattr(part, name, nn.Parameter(torch.empty(parameter.shape, dtype=torch.bfloat16)))
 
 
-def _there(model: Any) -> Iterator[torch.Tensor]:
-    for parameter in model.parameters():
-        yield parameter
-        if parameter.grad is not None:
-            yield parameter.grad
-    yield from model.buffers()
+def _there(model: Any) -> list[torch.Tensor]:
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return [*model.parameters(), *gradients, *model.buffers()]
 
 
 def _give_gradients(model: Any) -> None:

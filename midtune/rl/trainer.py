@@ -228,10 +228,7 @@ class LayerGRPOTrainer(GRPOTrainer):
                 advantages = self._form_advantages(self.own_advantages, rollout)
                 batch["advantages"] = advantages.to(batch["advantages"])
             groups = len(rollout.prompt_ids)
-            self._buffered_inputs = [
-                groups_of(batch, slice(part * groups // parts, (part + 1) * groups // parts))
-                for part in range(parts)
-            ]
+            self._buffered_inputs = [groups_of(batch, part) for part in slices(groups, groups // parts)]
         return self._buffered_inputs[self._step % parts]
 
     def _form_advantages(self, form: Advantages, rollout: Rollout) -> torch.Tensor:

@@ -8,6 +8,7 @@ import logging
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -131,15 +132,8 @@ def train_blocks(
 
 def sampling_of(settings: TrainingConfig) -> Sampling:
     """How to draw completions, in training and for scores."""
-    return Sampling(
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        top_k=settings.top_k,
-        min_p=settings.min_p,
-        stop_strings=tuple(settings.stop_strings),
-        group_size=settings.group_size,
-    )
+    same = {field.name: getattr(settings, field.name) for field in fields(Sampling)}
+    return Sampling(**{**same, "stop_strings": tuple(settings.stop_strings)})
 
 
 def require_one_process() -> None:
