@@ -38,12 +38,9 @@ def estimated(
     """Seconds of a `step` and of its `phases`, and `peak` bytes, of TRL on the steps of a run.
 
     Memory is for completions of the mean length, though TRL pads to the longest of a step. If the architecture cannot
-    run on tensors without data, `peak` is None and `note` says why, without a full stop.
-
-    Args:
-        steps: the run's lines of metrics.jsonl.
-        measured: the run's mean seconds of each phase.
-        process_bytes: resident memory before the model was loaded; on a CPU peaks include it.
+    run on tensors without data, `peak` is None and `note` says why, without a full stop. `steps` are the run's lines of
+    metrics.jsonl, `measured` its mean seconds of each phase. On a CPU peaks include `process_bytes`, resident before the
+    model was loaded.
     """
     policy = sampler.policy
     training = config.training

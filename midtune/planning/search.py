@@ -63,11 +63,7 @@ class Planner:
         return self.sizes.blocks - self.blocks[0]
 
     def phases(self, arm: str, work: Work) -> Phases:
-        """Bytes of each part in each phase of a step.
-
-        Raises:
-            MidtuneError: the architecture's code cannot run on tensors without data.
-        """
+        """Bytes by phase of a step and part; raises MidtuneError if the architecture cannot run without data."""
         try:
             return self._phases(arm, work)
         except Exception as error:  # noqa: BLE001 (whatever the architecture's own code raises)
@@ -254,8 +250,7 @@ def fitted(
 ) -> RunConfig:
     """Apply the cheapest changes that keep a run within `training.fit`, which must be set.
 
-    Raises:
-        InputError: no change makes it fit, or the card is unknown.
+    Raises InputError if no change makes it fit, or the card is unknown.
     """
     fit, policy = config.training.fit or "", sampler.policy
     planner = replace(planner_for(policy, blocks, process_bytes), card=card_named(fit))

@@ -67,12 +67,10 @@ class Decoder:
     def draw(
         self, sampling: Sampling, limits: Sequence[int], uniforms: torch.Tensor | None, *, leave: bool
     ) -> Drawn:
-        """Draw tokens for every row until it ends or reaches its limit; does not feed its last token yet.
+        """Draw tokens for every row until it ends or reaches its limit [B]; does not feed its last token yet.
 
-        Args:
-            limits: [B], most tokens of each row.
-            uniforms: [T, B], one U(0, 1) per token; None when greedy.
-            leave: rows that end leave the batch; otherwise they wait for `follow`.
+        `uniforms` is [T, B], one U(0, 1) per token; None when greedy. Rows that end `leave` the batch, or wait for
+        `follow`.
         """
         rows, longest, device = len(limits), max(limits), self._mask.device
         ids = torch.full((rows, longest), self.policy.tokenizer.pad_token_id, device=device)

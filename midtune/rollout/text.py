@@ -51,10 +51,8 @@ def sample(
     """Sample a group of completions for every prompt.
 
     Every token has its own random number, drawn beforehand from torch's global random state. So the batch size does not
-    change the tokens, and two policies that start from one state use the same numbers and differ less.
-
-    Raises:
-        RunStopped: a single group does not fit into memory.
+    change the tokens, and two policies that start from one state use the same numbers and differ less. Raises
+    RunStopped if a single group does not fit into memory.
     """
     limits = limits or SamplingLimits()
     ids, mask = padded(policy, prompts, "left")
