@@ -92,10 +92,7 @@ def step_phases(
     """
     parts = {"process": process, **held.parts}
     boundary = {} if states is None else {"boundary states": states}
-
-    def heap(phase: Held) -> int:
-        return 0 if on_card else round(HEAP_SHARE * phase.small)
-
+    heap_share = 0 if on_card else HEAP_SHARE
     return {
         "sampling": {
             **parts,
@@ -104,7 +101,7 @@ def step_phases(
             **boundary,
             # Concatenating the states of all steps holds them twice, beside the keys and values.
             "workspace": max(sampling.peak - sampling.kept, states or 0),
-            "heap": heap(sampling),
+            "heap": round(heap_share * sampling.small),
         },
         "update": {
             **parts,
@@ -112,7 +109,7 @@ def step_phases(
             **boundary,
             "activations": update.kept,
             "workspace": update.peak - update.kept,
-            "heap": heap(update),
+            "heap": round(heap_share * update.small),
         },
         "optimizer": {**parts, "gradients": held.gradients, **boundary, "workspace": held.step},
     }

@@ -39,8 +39,8 @@ def estimated(
 
     Memory is for completions of the mean length, though TRL pads to the longest of a step. If the architecture cannot
     run on tensors without data, `peak` is None and `note` says why, without a full stop. `steps` are the run's lines of
-    metrics.jsonl, `measured` its mean seconds of each phase. On a CPU peaks include `process_bytes`, resident before the
-    model was loaded.
+    metrics.jsonl, `measured` its mean seconds of each phase. `process_bytes` is resident memory before the model was
+    loaded; on a CPU peaks include it.
     """
     policy = sampler.policy
     training = config.training
