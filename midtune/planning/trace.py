@@ -98,7 +98,6 @@ def whole_update(model: Loaded, batch: Batch, arm: str, block: int = 0) -> Held:
     ones = torch.ones(batch.rows, prompt_tokens + new_tokens, dtype=torch.long)
     # On a card TRL scores only completions; elsewhere every position.
     scored = slice(prompt_tokens - 1 if model.on_card else 0, -1)
-
     with Tracker([*_there(held), ones]) as tracker:
         with _mixed(model.dtype), tracker.repeated(find_blocks(held)[1], 1):
             states = held.base_model(

@@ -69,7 +69,8 @@ def gigpo(
     """GiGPO (arXiv 2505.10978, equations 3 to 8): an episode's advantage in its group + ω × a turn's in its state.
 
     `rewards` [N, G] are of whole episodes; the G of a row began alike. `episodes` are N·G in the same order. `gamma`
-    discounts later turns. The paper also has both halves not `scaled`. Returns [T] advantages of each episode's turns.
+    discounts later rewards. If `scaled`, both halves are divided by standard deviations; the paper also has both
+    without. Returns [T] advantages of each episode's turns.
     """
     size = rewards.shape[1]
     whole = group_relative(rewards, scaled=scaled).flatten()
