@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial, wraps
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from midtune.bench.workload import ARMS, Workload, qlora
 from midtune.config import TrainingConfig
 from midtune.measure.meter import Meter
 from midtune.model.loading import load_policy, load_tokenizer
-from midtune.model.policy import Policy, count_parameters
+from midtune.model.policy import count_parameters
 from midtune.model.quantize import forbid_cpu_packing, nf4_config
 from midtune.model.sizes import sizes_of
 from midtune.model.sources import Source
@@ -42,10 +42,9 @@ def run_arm(
 ) -> dict[str, Any]:
     """Run one arm in this process, which should have done nothing else.
 
-    Returns:
-        `steps`: seconds of each measured step, by phase; `peak` and `libraries`: peak bytes, and bytes before the
-        model was loaded; `prompt_tokens`, `completion_tokens`: of a step; `trainable`: parameters; with profiling,
-        `profile`, `flops` and `peak_flops_per_s`.
+    Returns `steps`: seconds of each measured step, by phase; `peak` and `libraries`: peak bytes, and bytes before the
+    model was loaded; `prompt_tokens`, `completion_tokens`: of a step; `trainable`: parameters; with profiling,
+    `profile`, `flops` and `peak_flops_per_s`.
     """
     meter = BenchMeter(device)
     libraries = meter.current_bytes()
@@ -66,10 +65,15 @@ def run_arm(
     watched = Profile(meter, device, settings.steps) if work.profile else None
     with _arguments(arm, settings, max(lengths), work.seed, device, dtype) as args:
         if arm == "midtune":
-            policy = _policy(source, work.block, device, dtype)
+            policy = load_policy(source, device=str(device), dtype=dtype)
+            policy.thaw(work.block)
             sampler = TextSampler(policy, SamplingLimits())
             sampling = Sampling(work.new_tokens, group_size=work.group_size)
-            trainer = _Midtune(sampler, sampling, args, [lambda **_: rewards], rows, meter=meter)
+            trainer = LayerGRPOTrainer(sampler, sampling, args, [lambda **_: rewards], rows, meter=meter)
+            # Skip the log-prob check: a decided token has probability 1 in sampling, not in the update.
+            trainer._compared = True
+            # An arm does its work in full-size batches, or fails.
+            sampler.limits.rows.halves = trainer.update_rows.halves = False
         else:
             trainer = stock_trainer(
                 arm, source, args, rows, lambda **_: rewards, meter, device, dtype, work.block
@@ -77,7 +81,6 @@ def run_arm(
         meter.during_rollout = partial(_decided, trainer.model, completions)
         steps = _train(trainer, meter, watched)
     model = trainer.model
-    mean_length = statistics.fmean(_lengths(trainer))
     found = {
         "arm": arm,
         "steps": steps[work.warmup : work.warmup + work.steps],
@@ -85,7 +88,7 @@ def run_arm(
         "libraries": libraries,
         "memory_source": meter.source,
         "prompt_tokens": work.group_size * sum(lengths),
-        "completion_tokens": round(mean_length * len(completions)),
+        "completion_tokens": round(_mean_length(trainer) * len(completions)),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "parameters": count_parameters(model),
     }
@@ -117,9 +120,8 @@ def full_training(
     Completions are sampled freely. `settings` are the run's: all its steps are put in order and the first ones run.
     Weights are in fp32, activations in `dtype`.
 
-    Returns:
-        `step`: seconds of the fastest step (the first one also warms up); `phases`: its `rollout`, `reward` and
-        `update`; `peak`: peak bytes while training; `completion_length`: mean tokens of a completion.
+    Returns `step`: seconds of the fastest step (the first one also warms up); `phases`: its `rollout`, `reward` and
+    `update`; `peak`: peak bytes while training; `completion_length`: mean tokens of a completion.
     """
     meter = Meter(device)
     prompts = settings.prompts_per_step
@@ -136,7 +138,7 @@ def full_training(
         "step": fastest.pop("step"),
         "phases": fastest,
         "peak": meter.peak_bytes(),
-        "completion_length": statistics.fmean(_lengths(trainer)),
+        "completion_length": _mean_length(trainer),
     }
 
 
@@ -154,7 +156,9 @@ def stock_trainer(
     """TRL's own trainer on an arm's model, charging `rollout` and `reward` to the meter; `trl-block` trains `block`."""
     tokenizer = load_tokenizer(source)
     if arm == "trl-block":
-        model = _policy(source, block, device, dtype).model
+        policy = load_policy(source, device=str(device), dtype=dtype)
+        policy.thaw(block)
+        model = policy.model
     else:
         full = ARMS[arm].trains == "all"
         model = AutoModelForCausalLM.from_pretrained(
@@ -169,7 +173,7 @@ def stock_trainer(
     trainer = GRPOTrainer(
         model=model,
         args=args,
-        reward_funcs=[_charged(reward, meter, "reward")],
+        reward_funcs=[meter.phase("reward")(reward)],
         train_dataset=Dataset.from_list(list(rows)),
         processing_class=tokenizer,
         peft_config=qlora() if ARMS[arm].trains == "adapters" else None,
@@ -180,7 +184,7 @@ def stock_trainer(
                 parameter.data = parameter.data.float()
     # Stop strings need the tokenizer, and TRL does not pass it on.
     sample = partial(trainer.model.generate, tokenizer=tokenizer)
-    trainer.model.generate = _charged(sample, meter, "rollout")
+    trainer.model.generate = meter.phase("rollout")(sample)
     return trainer
 
 
@@ -196,21 +200,6 @@ class _Clock(TrainerCallback):
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.steps.append(self._meter.end_step())
-
-
-class _Midtune(LayerGRPOTrainer):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # Skip the log-prob check: a decided token has probability 1 in sampling, not in the update.
-        self._compared = True
-        # An arm does its work in full-size batches, or fails.
-        self.sampler.limits.rows.halves = self.update_rows.halves = False
-
-
-def _policy(source: Source, block: int, device: torch.device, dtype: torch.dtype) -> Policy:
-    policy = load_policy(source, device=str(device), dtype=dtype)
-    policy.thaw(block)
-    return policy
 
 
 @contextlib.contextmanager
@@ -241,18 +230,10 @@ def _train(trainer: GRPOTrainer, meter: Meter, watched: Profile | None = None) -
     return clock.steps
 
 
-def _lengths(trainer: GRPOTrainer) -> list[float]:
-    """Mean tokens of a completion, by step."""
-    return [log["completions/mean_length"] for log in trainer.state.log_history if "reward" in log]
-
-
-def _charged(function: Callable[..., Any], meter: Meter, phase: str) -> Callable[..., Any]:
-    @wraps(function)
-    def charged(*args: Any, **kwargs: Any) -> Any:
-        with meter.phase(phase):
-            return function(*args, **kwargs)
-
-    return charged
+def _mean_length(trainer: GRPOTrainer) -> float:
+    """Mean tokens of a completion."""
+    logs = trainer.state.log_history
+    return statistics.fmean(log["completions/mean_length"] for log in logs if "reward" in log)
 
 
 def _completions(tokenizer: Any, work: Workload) -> torch.Tensor:
@@ -278,8 +259,5 @@ def _decided(model: Any, completions: torch.Tensor) -> Iterator[None]:
         decided = torch.full_like(logits[:, -1:], -torch.inf)
         return decided.scatter_(-1, wanted[:, None, None], 0.0)
 
-    hook = model.get_output_embeddings().register_forward_hook(decide)
-    try:
+    with model.get_output_embeddings().register_forward_hook(decide):
         yield
-    finally:
-        hook.remove()

@@ -42,16 +42,12 @@ class BenchMeter(Meter):
 
 
 class Profile(TrainerCallback):
-    """Profiles the last step of a trainer: its `rollout`, and what follows as `update`.
-
-    Attributes:
-        peak: peak bytes before that step, since the profiler's records take memory too.
-        found: seconds by phase and kind of work; time without an operator is `between operators`.
-    """
+    """Profiles the last step of a trainer: its `rollout`, and what follows as `update`."""
 
     def __init__(self, meter: BenchMeter, device: torch.device, last: int) -> None:
         self.meter = meter
         self.last = last
+        # Peak bytes before the last step, since the profiler's records take memory too.
         self.peak = 0
         self.found: dict[str, dict[str, float]] = {}
         self._cuda = device.type == "cuda"
@@ -89,7 +85,7 @@ class Profile(TrainerCallback):
 def seconds_by_kind(
     events: Iterable[Any], phases: Sequence[str], *, on_card: bool
 ) -> dict[str, dict[str, float]]:
-    """Seconds by phase and kind of work; `phases` names the events that stand for phases.
+    """Seconds by phase and kind of work or `between operators`; `phases` names the events that stand for phases.
 
     On a card each kernel appears twice: as its own event, and in the device time of the operator that launched it,
     which is what counts.

@@ -26,20 +26,13 @@ Phases = dict[str, dict[str, int]]
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """A model as a trainer loads it.
-
-    Attributes:
-        dtype: of activations, and of unquantized frozen weights.
-        quantized: linear layers of frozen blocks are in 4-bit.
-        on_card: on a GPU, where TRL's head has its own kernels.
-        full: every parameter is trained, in fp32.
-    """
+    """A model as a trainer loads it."""
 
     config: PretrainedConfig
-    dtype: torch.dtype
-    quantized: bool
-    on_card: bool
-    full: bool = False
+    dtype: torch.dtype  # of activations, and of unquantized frozen weights
+    quantized: bool  # linear layers of frozen blocks are in 4-bit
+    on_card: bool  # on a GPU, where TRL's head has its own kernels
+    full: bool = False  # every parameter is trained, in fp32
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -48,16 +41,11 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes above those held all the time.
+    """Bytes above those held all the time."""
 
-    Attributes:
-        kept: after the phase's forward pass, for the backward pass or the next token.
-        small: the most at once in tensors on a CPU's heap; larger ones are mapped one by one.
-    """
-
-    kept: int
+    kept: int  # after the phase's forward pass, for the backward pass or the next token
     peak: int
-    small: int = 0
+    small: int = 0  # the most at once in tensors on a CPU's heap; larger ones are mapped one by one
 
 
 @dataclass(frozen=True)
@@ -98,19 +86,13 @@ def step_phases(
     states: int | None = None,
     unpacked: int | None = None,
 ) -> Phases:
-    """Parts of each phase of a step, in bytes.
+    """Parts of each phase of a step, in bytes; `process` is process memory other than tensors.
 
-    Args:
-        process: process memory other than tensors.
-        states: midtune's boundary states of all rows; None for TRL.
-        unpacked: weights that midtune unpacks while sampling; None for TRL.
+    midtune also holds boundary `states` of all rows and, while sampling, `unpacked` weights; both are None for TRL.
     """
     parts = {"process": process, **held.parts}
     boundary = {} if states is None else {"boundary states": states}
-
-    def heap(phase: Held) -> int:
-        return 0 if on_card else round(HEAP_SHARE * phase.small)
-
+    heap_share = 0 if on_card else HEAP_SHARE
     return {
         "sampling": {
             **parts,
@@ -119,7 +101,7 @@ def step_phases(
             **boundary,
             # Concatenating the states of all steps holds them twice, beside the keys and values.
             "workspace": max(sampling.peak - sampling.kept, states or 0),
-            "heap": heap(sampling),
+            "heap": round(heap_share * sampling.small),
         },
         "update": {
             **parts,
@@ -127,7 +109,7 @@ def step_phases(
             **boundary,
             "activations": update.kept,
             "workspace": update.peak - update.kept,
-            "heap": heap(update),
+            "heap": round(heap_share * update.small),
         },
         "optimizer": {**parts, "gradients": held.gradients, **boundary, "workspace": held.step},
     }

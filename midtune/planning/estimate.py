@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from midtune.bench.flops import Batch, update_flops
@@ -37,13 +38,9 @@ def estimated(
     """Seconds of a `step` and of its `phases`, and `peak` bytes, of TRL on the steps of a run.
 
     Memory is for completions of the mean length, though TRL pads to the longest of a step. If the architecture cannot
-    run on tensors without data, `peak` is None and `note` says why, without a full stop.
-
-    Args:
-        arm: `trl-full` or `trl-qlora`.
-        steps: the run's lines of metrics.jsonl.
-        measured: the run's mean seconds of each phase.
-        process_bytes: resident memory before the model was loaded; on a CPU peaks include it.
+    run on tensors without data, `peak` is None and `note` says why, without a full stop. `steps` are the run's lines of
+    metrics.jsonl, `measured` its mean seconds of each phase. `process_bytes` is resident memory before the model was
+    loaded; on a CPU peaks include it.
     """
     policy = sampler.policy
     training = config.training
@@ -85,18 +82,15 @@ def estimated_phases(
     per completion. Dequantizing a 4-bit layer for each product is not counted either. `updated_share` is the fraction
     of groups in midtune's update of `blocks`, which may skip groups of equal rewards.
     """
-
-    def flops(name: str) -> float:
-        return update_flops(
-            sizes,
-            batch,
-            name,
-            tail=sizes.blocks - blocks[0],
-            trained=len(blocks),
-            recompute=config.training.recompute,
-            reference=config.training.beta > 0,
-        )
-
+    flops = partial(
+        update_flops,
+        sizes,
+        batch,
+        tail=sizes.blocks - blocks[0],
+        trained=len(blocks),
+        recompute=config.training.recompute,
+        reference=config.training.beta > 0,
+    )
     ratio = flops(arm) / (flops("midtune") * max(updated_share, 1 / batch.prompts))
     return {
         "rollout": measured["rollout"],

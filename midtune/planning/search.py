@@ -63,11 +63,7 @@ class Planner:
         return self.sizes.blocks - self.blocks[0]
 
     def phases(self, arm: str, work: Work) -> Phases:
-        """Bytes of each part in each phase of a step.
-
-        Raises:
-            MidtuneError: the architecture's code cannot run on tensors without data.
-        """
+        """Bytes by phase of a step and part; raises MidtuneError if the architecture cannot run without data."""
         try:
             return self._phases(arm, work)
         except Exception as error:  # noqa: BLE001 (whatever the architecture's own code raises)
@@ -166,7 +162,7 @@ class Planner:
             phases = self.phases("midtune", changed)
             phase, most = peak(phases)
             if most <= self.card.memory:
-                return self._without_needless(work, changes)
+                break
             if self.model.on_card and self.sizes.head and changed.config.model.embeddings == "device":
                 change: dict[str, Any] | None = {"model.embeddings": "host"}
             else:
@@ -174,8 +170,6 @@ class Planner:
             if change is None:
                 return None
             changes |= change
-
-    def _without_needless(self, work: Work, changes: dict[str, Any]) -> dict[str, Any]:
         for key in DEAREST_FIRST:
             fewer = {other: value for other, value in changes.items() if other != key}
             if peak(self.phases("midtune", work.changed(fewer)))[1] <= self.card.memory:
@@ -187,13 +181,7 @@ class Planner:
 
         Memory is close to linear in each size, so it is extrapolated from the current size and twice that.
         """
-        training = work.config.training
-        sizes = {
-            "prompts": work.micro_prompts,
-            "group_size": training.group_size,
-            "new_tokens": training.max_new_tokens,
-        }
-        now = sizes[what]
+        now: int = getattr(work.batch(work.micro_prompts), what)
         once, twice = (totals(self._sized(work, what, size)) for size in (now, 2 * now))
         most = [
             now + now * (self.card.memory - total) / (twice[phase] - total)
@@ -203,18 +191,18 @@ class Planner:
         return max(now, min([MOST[what], *map(int, most)]))
 
     def _sized(self, work: Work, what: str, size: int) -> Phases:
-        if what != "prompts":
-            key = {"group_size": "training.group_size", "new_tokens": "training.max_new_tokens"}[what]
-            return self.phases("midtune", work.changed({key: size}))
-        # Only the update grows: as many prompts as before are sampled together.
-        wider = work.changed(
-            {
+        settings = {
+            "prompts": {
                 "training.prompts_per_step": size,
                 "training.micro_batch_tokens": size * work.group_tokens,
                 "training.sampled_prompts": work.sampled_prompts,
-            }
-        )
-        return {"update": self.phases("midtune", wider)["update"]}
+            },
+            "group_size": {"training.group_size": size},
+            "new_tokens": {"training.max_new_tokens": size},
+        }
+        phases = self.phases("midtune", work.changed(settings[what]))
+        # With more prompts only the update grows: as many as before are sampled together.
+        return {"update": phases["update"]} if what == "prompts" else phases
 
 
 def planner_of(config: RunConfig, gpu: str) -> Planner:
@@ -262,8 +250,7 @@ def fitted(
 ) -> RunConfig:
     """Apply the cheapest changes that keep a run within `training.fit`, which must be set.
 
-    Raises:
-        InputError: no change makes it fit, or the card is unknown.
+    Raises InputError if no change makes it fit, or the card is unknown.
     """
     fit, policy = config.training.fit or "", sampler.policy
     planner = replace(planner_for(policy, blocks, process_bytes), card=card_named(fit))

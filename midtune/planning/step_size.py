@@ -89,16 +89,11 @@ class Work:
 
 
 def work_of(config: RunConfig, prompt_tokens: int) -> Work:
-    """A configuration's step.
-
-    Raises:
-        InputError: it has too many tokens.
-    """
+    """A configuration's step; raises InputError if it has too many tokens."""
     work = Work(config, prompt_tokens)
-    completions = work.batch().rows
     if (tokens := config.training.prompts_per_step * work.group_tokens) > MOST_STEP_TOKENS:
         raise InputError(
-            f"a step of {completions:,} completions with {prompt_tokens:,} tokens of a prompt and "
+            f"a step of {work.batch().rows:,} completions with {prompt_tokens:,} tokens of a prompt and "
             f"{config.training.max_new_tokens:,} new ones has {tokens:,} tokens, and at most {MOST_STEP_TOKENS:,} are "
             "planned; ask for fewer prompts, smaller groups or shorter texts."
         )
@@ -173,6 +168,5 @@ def leaner(work: Work, phase: str, phases: Phases, memory: int) -> dict[str, Any
     if phase == "update" and not training.recompute:
         return {"training.recompute": True}
     if phase == "update" and training.micro_batch_tokens > LEAST_PACK:
-        pack = min(training.micro_batch_tokens, work.group_tokens) // 2
-        return {"training.micro_batch_tokens": pack}
+        return {"training.micro_batch_tokens": min(training.micro_batch_tokens, work.group_tokens) // 2}
     return None

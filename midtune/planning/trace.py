@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -81,9 +80,16 @@ def whole_update(model: Loaded, batch: Batch, arm: str, block: int = 0) -> Held:
     """TRL's update of a micro-batch, with every prompt repeated for each completion; `trl-block` trains `block`."""
     prompt_tokens, new_tokens = int(batch.prompt_tokens), int(batch.new_tokens)
     # Nothing is kept below a block that is trained alone.
-    depth = blocks_of(model.config) - (block if ARMS[arm].trains == "blocks" else 0)
+    alone = ARMS[arm].trains == "blocks"
+    depth = blocks_of(model.config) - (block if alone else 0)
     built = min(depth, FEW_BLOCKS)
-    held, mode = _held_by(model, built, arm)
+    if alone:
+        policy = SkeletonPolicy(model, built, trained=1)
+        held, mode = policy.model, policy.mode
+    else:
+        held, mode = skeleton(model, built)
+    if ARMS[arm].trains == "adapters":
+        _add_lora(held, mode)
     if ARMS[arm].checkpointing:
         held.activation_checkpointing_enable()
     held.train()
@@ -92,7 +98,6 @@ def whole_update(model: Loaded, batch: Batch, arm: str, block: int = 0) -> Held:
     ones = torch.ones(batch.rows, prompt_tokens + new_tokens, dtype=torch.long)
     # On a card TRL scores only completions; elsewhere every position.
     scored = slice(prompt_tokens - 1 if model.on_card else 0, -1)
-
     with Tracker([*_there(held), ones]) as tracker:
         with _mixed(model.dtype), tracker.repeated(find_blocks(held)[1], 1):
             states = held.base_model(
@@ -159,17 +164,6 @@ def sampling(model: Loaded, batch: Batch, *, shared: bool) -> Held:
     return tracker.held(depth - built)
 
 
-def _held_by(model: Loaded, depth: int, arm: str) -> tuple[Any, FakeTensorMode]:
-    """The model as TRL trains it in an arm, cut to `depth` blocks, and the mode of its tensors."""
-    if ARMS[arm].trains == "blocks":
-        policy = SkeletonPolicy(model, depth, trained=1)
-        return policy.model, policy.mode
-    held, mode = skeleton(model, depth)
-    if ARMS[arm].trains == "adapters":
-        _add_lora(held, mode)
-    return held, mode
-
-
 def _add_lora(model: Any, mode: FakeTensorMode) -> None:
     """Put PEFT's LoRA on every linear layer, in place, in bf16 as TRL casts it."""
     from peft import inject_adapter_in_model
@@ -183,12 +177,9 @@ def _add_lora(model: Any, mode: FakeTensorMode) -> None:
                     setattr(part, name, nn.Parameter(torch.empty(parameter.shape, dtype=torch.bfloat16)))
 
 
-def _there(model: Any) -> Iterator[torch.Tensor]:
-    for parameter in model.parameters():
-        yield parameter
-        if parameter.grad is not None:
-            yield parameter.grad
-    yield from model.buffers()
+def _there(model: Any) -> list[torch.Tensor]:
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return [*model.parameters(), *gradients, *model.buffers()]
 
 
 def _give_gradients(model: Any) -> None:

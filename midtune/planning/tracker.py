@@ -41,18 +41,12 @@ class Tracker(TorchDispatchMode):
     @contextlib.contextmanager
     def repeated(self, blocks: Sequence[nn.Module] | nn.ModuleList, place: int) -> Iterator[None]:
         """Let the block at `place` stand for others, if a block follows it; run only forward passes inside."""
-        hooks = []
-        if place + 1 < len(blocks):
-            hooks = [
-                blocks[place].register_forward_pre_hook(lambda *_: self._enter()),
-                blocks[place].register_forward_hook(lambda *_: self._leave()),
-                blocks[place + 1].register_forward_hook(lambda *_: self._done()),
-            ]
-        try:
+        with contextlib.ExitStack() as hooks:
+            if place + 1 < len(blocks):
+                hooks.enter_context(blocks[place].register_forward_pre_hook(lambda *_: self._enter()))
+                hooks.enter_context(blocks[place].register_forward_hook(lambda *_: self._leave()))
+                hooks.enter_context(blocks[place + 1].register_forward_hook(lambda *_: self._done()))
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     @contextlib.contextmanager
     def made_by_repeated(self) -> Iterator[None]:

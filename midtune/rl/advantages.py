@@ -68,15 +68,9 @@ def gigpo(
 ) -> list[Values]:
     """GiGPO (arXiv 2505.10978, equations 3 to 8): an episode's advantage in its group + ω × a turn's in its state.
 
-    Args:
-        rewards: [N, G] of whole episodes; the G of a row began alike.
-        episodes: N·G in the same order.
-        omega: weight of the turn-level half.
-        gamma: its discount of later rewards.
-        scaled: divide by standard deviations in both halves; the paper also has both without.
-
-    Returns:
-        [T] advantages of each episode's turns.
+    `rewards` [N, G] are of whole episodes; the G of a row began alike. `episodes` are N·G in the same order. `gamma`
+    discounts later rewards. If `scaled`, both halves are divided by standard deviations; the paper also has both
+    without. Returns [T] advantages of each episode's turns.
     """
     size = rewards.shape[1]
     whole = group_relative(rewards, scaled=scaled).flatten()

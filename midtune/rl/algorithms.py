@@ -54,10 +54,7 @@ def own_advantages(settings: TrainingConfig) -> Advantages | None:
         return lambda rewards, episodes: leave_one_out(rewards)
     if settings.algorithm == "gigpo":
         return partial(
-            gigpo,
-            omega=settings.gigpo_omega,
-            gamma=settings.gigpo_gamma,
-            scaled=settings.gigpo_scale,
+            gigpo, omega=settings.gigpo_omega, gamma=settings.gigpo_gamma, scaled=settings.gigpo_scale
         )
     return None
 
@@ -65,9 +62,8 @@ def own_advantages(settings: TrainingConfig) -> Advantages | None:
 def groups_per_micro_batch(prompts_per_step: int, group_tokens: int, budget: int) -> int:
     """How many whole groups go through one backward pass; divides `prompts_per_step`, so micro-batches are equal.
 
-    Args:
-        group_tokens: most tokens in a group: group size × (longest prompt + longest completion).
-        budget: most tokens in a micro-batch; a single group may exceed it.
+    `group_tokens` are the most in a group: group size × (longest prompt + longest completion). `budget` is the most
+    tokens in a micro-batch; a single group may exceed it.
     """
     fitting = [
         n for n in range(1, prompts_per_step + 1) if prompts_per_step % n == 0 and n * group_tokens <= budget

@@ -30,10 +30,8 @@ def check_trainable(policy: Policy) -> None:
 def compare_log_probs(policy: Policy, rollout: Rollout, log_probs: torch.Tensor) -> None:
     """Check that the update computes the sampler's log-probs with the same weights.
 
-    Raises:
-        RunStopped: they are not numbers, since the model's values overflow fp16.
-        MidtuneError: they differ; the architecture changes something between blocks and logits, such as their scale,
-            that the tail leaves out.
+    Raises RunStopped if they are not numbers, since values overflow fp16, and MidtuneError if they differ: the
+    architecture changes something between blocks and logits, such as their scale, that the tail leaves out.
     """
     mask = rollout.scored.bool()
     difference = (log_probs.detach() - rollout.log_probs)[mask].abs().mean().item()

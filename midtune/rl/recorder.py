@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -65,26 +65,18 @@ class StepRecorder(TrainerCallback):
     trainer: LayerGRPOTrainer = field(init=False)
 
     def __post_init__(self) -> None:
-        self._started = self._saved = self.meter.clock()
-        self._phases: dict[str, float] = {}
-        self._peaks: dict[str, int] = {}
+        self._started = self.meter.clock()
         self._checked = False
         self._said: set[str] = set()
-        self._rewards: list[float] = []
-        self._equal_groups: list[float] = []
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, *rest: Any, **kwargs: Any) -> None:
         # A resumed run reads its earlier steps from the checkpoint.
         known = [log for log in state.log_history if "reward" in log]
-        self._rewards = [log["reward"] for log in known]
-        self._equal_groups = [log["frac_reward_zero_std"] for log in known]
+        self._rewards: list[float] = [log["reward"] for log in known]
+        self._equal_groups: list[float] = [log["frac_reward_zero_std"] for log in known]
         self._saved = self.meter.clock()
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self.meter.begin_step()
 
     def on_step_end(
@@ -116,20 +108,13 @@ class StepRecorder(TrainerCallback):
         since, takes_s = self.meter.clock() - self._saved, self.trainer.checkpoint_s
         return since >= CHECKPOINT_SPACING * takes_s or since + step_s + takes_s > MOST_LOST_S
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
         self._saved = self.meter.clock()
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, logs: Mapping[str, Any], **kwargs: Any
     ) -> None:
-        if not logs or "reward" not in logs:
+        if "reward" not in logs:
             return
         metrics: dict[str, Any] = {"step": state.global_step}
         metrics |= {ours: logs[theirs] for theirs, ours in FIELDS.items() if theirs in logs}
@@ -138,8 +123,7 @@ class StepRecorder(TrainerCallback):
             metrics["rewards"] = {name: logs[f"rewards/{name}/mean"] for name in names}
         metrics |= self._phases
         rows = self.settings.prompts_per_step * self.settings.group_size
-        tokens = metrics["completion_length"] * rows
-        metrics["tokens_per_s"] = tokens / max(self._phases["rollout_s"], 1e-9)
+        metrics["tokens_per_s"] = metrics["completion_length"] * rows / max(self._phases["rollout_s"], 1e-9)
         metrics["memory_bytes"] = self.meter.current_bytes()
         metrics |= self._peaks
         metrics["elapsed_s"] = self.meter.clock() - self._started

@@ -6,11 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from trl.rewards import (
-    get_repetition_penalty_reward,
-    get_soft_overlong_punishment,
-    think_format_reward,
-)
+from trl.rewards import get_repetition_penalty_reward, get_soft_overlong_punishment, think_format_reward
 
 from midtune.tasks.rewards import Reward, completion_text, named
 

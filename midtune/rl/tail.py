@@ -38,21 +38,16 @@ def completion_log_probs(
     temperature: float,
     entropy_gradient: bool = False,
     recompute_tokens: int = 0,
-    most_padding: float = MOST_PADDING,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-prob of every completion token, and entropy of its distribution.
 
+    Both are fp32 [N·G, C], 0 on padding and on tokens the policy did not sample.
+
     Args:
         rollout: whole groups, with boundary states.
-        temperature: divides the logits.
         entropy_gradient: let the gradient reach the trained blocks through the entropies too.
         recompute_tokens: keep only the activations that enter each block and recompute the rest in the backward
             pass, in packs of at most this many tokens, prompts included; 0 keeps all.
-        most_padding: share of a pack's tokens that may be padding; 1 makes one pack, of rows in their order.
-
-    Returns:
-        Two fp32 tensors [N·G, C], 0 on padding and on tokens the policy did not sample; the gradient reaches the
-        trained blocks through the first.
     """
     states = rollout.boundary
     assert states is not None
@@ -98,13 +93,11 @@ def completion_log_probs(
         wanted = rollout.scored.bool()
         scored = wanted[:, 0]
         # The prompt's last token predicts the first one of each completion.
-        hidden, places = (
-            [first.index_select(0, prompt_of_row[scored])],
-            [scored.nonzero()[:, 0] * rollout.completion_ids.size(1)],
-        )
+        hidden = [first.index_select(0, prompt_of_row[scored])]
+        places = [scored.nonzero()[:, 0] * rollout.completion_ids.size(1)]
         # A completion's last token is not fed.
         most_rows = (lambda fed: recompute_tokens // (prompt_mask.size(1) + fed)) if recompute else None
-        for rows in packs((lengths - 1).tolist(), most_padding, most_rows):
+        for rows in packs((lengths - 1).tolist(), MOST_PADDING, most_rows):
             pack = torch.tensor(rows, device=lengths.device)
             fed = int(lengths[pack].max()) - 1
             kept = wanted[pack, 1 : fed + 1]
@@ -129,19 +122,17 @@ def completion_log_probs(
 def packs(
     lengths: Sequence[int], most_padding: float, most_rows: Callable[[int], int] | None = None
 ) -> list[list[int]]:
-    """Rows that pass together, in as few packs as the padding limit allows, longest rows first.
+    """Rows that pass together, in as few packs as the padding limit allows, longest rows first; leaves out empty rows.
 
     Args:
-        lengths: tokens of each row; empty rows are left out.
-        most_padding: share of a pack's tokens that may be padding; 1 makes one pack, of all rows in their order.
+        most_padding: share of a pack's tokens that may be padding.
         most_rows: tokens of the longest row → how many rows may pass together; one always may.
     """
-    rows = list(range(len(lengths))) if any(lengths) else []
-    if most_padding < 1:
-        rows = sorted((row for row in rows if lengths[row] > 0), key=lambda row: -lengths[row])
     found: list[list[int]] = []
     tokens = 0
-    for row in rows:
+    for row in sorted(
+        (row for row, length in enumerate(lengths) if length > 0), key=lambda row: -lengths[row]
+    ):
         tokens += lengths[row]
         pack = found[-1] if found else []
         padded = not pack or (len(pack) + 1) * lengths[pack[0]] * (1 - most_padding) > tokens
@@ -160,15 +151,10 @@ def token_log_probs(
     *,
     entropy_gradient: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs and entropies in chunks, fp32 [T] each.
+    """Log-probs and entropies, fp32 [T] each, of `tokens` [T] that follow `hidden` [T, H], the head's input, in chunks.
 
     A token's log-prob depends only on its own hidden state. So with a frozen head the derivative is taken while the
     chunk's logits exist, and kept instead of them. A trained head makes its logits again for the gradient.
-
-    Args:
-        hidden: [T, H], the head's input.
-        tokens: [T], the token that followed each position.
-        entropy_gradient: let the gradient reach `hidden` through the entropies too.
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)  # type: ignore[union-attr,operator]

@@ -64,12 +64,9 @@ class LayerGRPOTrainer(GRPOTrainer):
         args: TRL's settings; `beta > 0` compares with the blocks as they are now.
         rows: training rows in the order they are used, one per prompt, each once.
         meter: receives the phases `rollout` and `reward`.
-        lr_multipliers: trained block → factor of its learning rate.
         tail_arguments: for `completion_log_probs`; see `tail_settings`.
         update_rows: most completions that go through an update together; None: a whole micro-batch.
-        advantages: computes them instead of TRL.
         bf16_gradients: holds gradients until a step's last micro-batch; None: they stay in `.grad`.
-        on_message: receives a sentence for the user.
     """
 
     _name = "LayerGRPO"
@@ -231,10 +228,7 @@ class LayerGRPOTrainer(GRPOTrainer):
                 advantages = self._form_advantages(self.own_advantages, rollout)
                 batch["advantages"] = advantages.to(batch["advantages"])
             groups = len(rollout.prompt_ids)
-            self._buffered_inputs = [
-                groups_of(batch, slice(part * groups // parts, (part + 1) * groups // parts))
-                for part in range(parts)
-            ]
+            self._buffered_inputs = [groups_of(batch, part) for part in slices(groups, groups // parts)]
         return self._buffered_inputs[self._step % parts]
 
     def _form_advantages(self, form: Advantages, rollout: Rollout) -> torch.Tensor:

@@ -8,6 +8,7 @@ import logging
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +66,11 @@ def train_blocks(
             in its place.
         rows: training problems, in an order fixed by `seed`; each is used once before any repeats.
         reward: TRL gets the parts of a weighted sum one by one, and logs each.
-        folder: for TRL's files and checkpoints.
         lr_multipliers: trained block → factor of its learning rate; default 1.
         stop_after: end after this step, with a checkpoint; schedules still run to `settings.steps`.
-        resume_from: a checkpoint to resume exactly.
         update_rows: most completions that go through an update together, if memory has run out before.
 
-    Raises:
-        RunStopped: no group had unequal rewards in the first steps, or a single group does not fit into memory.
+    Raises RunStopped if no group had unequal rewards in the first steps, or a single group does not fit into memory.
     """
     ordered = in_order(rows, settings.steps * settings.prompts_per_step, seed)
     different = [*{row["question"]: row for row in ordered}.values()]
@@ -131,15 +129,8 @@ def train_blocks(
 
 def sampling_of(settings: TrainingConfig) -> Sampling:
     """How to draw completions, in training and for scores."""
-    return Sampling(
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        top_k=settings.top_k,
-        min_p=settings.min_p,
-        stop_strings=tuple(settings.stop_strings),
-        group_size=settings.group_size,
-    )
+    same = {field.name: getattr(settings, field.name) for field in fields(Sampling)}
+    return Sampling(**{**same, "stop_strings": tuple(settings.stop_strings)})
 
 
 def require_one_process() -> None:
@@ -182,10 +173,8 @@ def trl_arguments(
 ) -> GRPOConfig:
     """TRL's configuration of a run; micro-batches are whole groups that divide a step evenly.
 
-    Args:
-        group_tokens: most tokens a group can have.
-        mixed_dtype: dtype of TRL's own forward passes; midtune's set theirs.
-        activation_checkpointing: blocks keep only their inputs and run again for the gradient, TRL's default.
+    `group_tokens` is the most a group can have; `mixed_dtype` that of TRL's own forward passes, midtune's set theirs.
+    With `activation_checkpointing`, TRL's default, blocks keep only their inputs and run again for the gradient.
     """
     groups = groups_per_micro_batch(settings.prompts_per_step, group_tokens, settings.micro_batch_tokens)
     parts = settings.prompts_per_step // groups

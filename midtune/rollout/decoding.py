@@ -44,13 +44,7 @@ class Drawn:
 class Decoder:
     """A batch of token rows that grow together; the policy's model must stay in evaluation mode.
 
-    Args:
-        prompt_ids, prompt_mask: [N, P], left-padded.
-        group_size: rows of each prompt, adjacent.
-        room: spare tokens to allocate for keys and values.
-
-    Attributes:
-        fed: for each pass after prefill, the numbers of its rows.
+    Prompts are [N, P], left-padded; the `group_size` rows of each are adjacent. Keys and values get `room` more tokens.
     """
 
     def __init__(
@@ -62,6 +56,7 @@ class Decoder:
         room: int = ROOM,
     ) -> None:
         self.policy = policy
+        # For each pass after prefill, the numbers of its rows.
         self.fed: list[torch.Tensor] = []
         self._cache = shared_prompts(room)
         self._mask = prompt_mask
@@ -70,19 +65,12 @@ class Decoder:
         self._mask = prompt_mask.repeat_interleave(group_size, 0)
 
     def draw(
-        self,
-        sampling: Sampling,
-        limits: Sequence[int],
-        uniforms: torch.Tensor | None,
-        *,
-        leave: bool,
+        self, sampling: Sampling, limits: Sequence[int], uniforms: torch.Tensor | None, *, leave: bool
     ) -> Drawn:
-        """Draw tokens for every row until it ends or reaches its limit; does not feed its last token yet.
+        """Draw tokens for every row until it ends or reaches its limit [B]; does not feed its last token yet.
 
-        Args:
-            limits: [B], most tokens of each row.
-            uniforms: [T, B], one U(0, 1) per token; None when greedy.
-            leave: rows that end leave the batch; otherwise they wait for `follow`.
+        `uniforms` is [T, B], one U(0, 1) per token; None when greedy. Rows that end `leave` the batch, or wait for
+        `follow`.
         """
         rows, longest, device = len(limits), max(limits), self._mask.device
         ids = torch.full((rows, longest), self.policy.tokenizer.pad_token_id, device=device)
@@ -157,10 +145,7 @@ class Decoder:
 
 
 def choose(
-    logits: torch.Tensor,
-    temperature: float,
-    warpers: LogitsProcessorList,
-    uniforms: torch.Tensor | None,
+    logits: torch.Tensor, temperature: float, warpers: LogitsProcessorList, uniforms: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Draw a token from each row of logits [B, V] → token ids, log-probs and entropies, all [B].
 
@@ -180,11 +165,8 @@ def choose(
             tokens = _inverse_cdf(probs, uniforms)
         chosen = log_probs.gather(-1, tokens[:, None])[:, 0]
         # 0 · log 0 is 0.
-        return (
-            tokens,
-            chosen,
-            -torch.linalg.vecdot(probs, log_probs.clamp_(min=torch.finfo(torch.float32).min)),
-        )
+        entropies = -torch.linalg.vecdot(probs, log_probs.clamp_(min=torch.finfo(torch.float32).min))
+        return tokens, chosen, entropies
 
 
 def _inverse_cdf(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:

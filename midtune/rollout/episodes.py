@@ -91,15 +91,10 @@ class EpisodeSampler:
     def play(self, prompts: Sequence[Any], sampling: Sampling) -> list[Episode]:
         """Play an episode in every match of the game, turn by turn, as many together as memory holds.
 
-        Every token has its own random number, as in `text.sample`.
-
-        Args:
-            prompts: each match's first text or chat; a group's are adjacent, and the game's matches already reset.
-            sampling: `max_new_tokens` limits a whole episode, with what environments show.
-
-        Raises:
-            InputError: the environment or the model cannot do what is asked.
-            RunStopped: a single group does not fit into memory.
+        Every token has its own random number, as in `text.sample`. `prompts` are each match's first text or chat; a
+        group's are adjacent, and the game's matches already reset. `sampling.max_new_tokens` limits a whole episode,
+        with what environments show. Raises InputError if the environment or the model cannot do what is asked, and
+        RunStopped if a single group does not fit into memory.
         """
         game, policy, group_size = self.game, self.policy, sampling.group_size
         chat = not isinstance(prompts[0], str)
@@ -116,12 +111,15 @@ class EpisodeSampler:
 
         def together(part: slice) -> list[Episode]:
             """Play whole groups to their end."""
-            playing, decoder = matches[part], _decoder(policy, ids[part], group_size)
+            playing, begun = matches[part], ids[part]
+            # A group with equal prompts prefills once.
+            alike = all(prompt == begun[i - i % group_size] for i, prompt in enumerate(begun))
+            shared = group_size if alike else 1
+            decoder = Decoder(policy, *padded(policy, begun[::shared], "left"), shared)
             for match in playing:
                 match.rewind()
             episodes = [
-                Episode([*prompt], match.environment)
-                for prompt, match in zip(ids[part], playing, strict=True)
+                Episode([*prompt], match.environment) for prompt, match in zip(begun, playing, strict=True)
             ]
             live = list(range(len(episodes)))
             for turn in range(game.max_turns):
@@ -153,13 +151,6 @@ class EpisodeSampler:
                 return [episode for part in slices(len(prompts), rows) for episode in together(part)]
 
         return self.limits.rows.fitting(len(prompts) // group_size, group_size, run)
-
-
-def _decoder(policy: Policy, prompts: Sequence[list[int]], group_size: int) -> Decoder:
-    """A decoder for episodes; a group with equal prompts prefills once."""
-    alike = all(prompt == prompts[i - i % group_size] for i, prompt in enumerate(prompts))
-    shared = group_size if alike else 1
-    return Decoder(policy, *padded(policy, prompts[::shared], "left"), shared)
 
 
 def with_common_prompts(episodes: Sequence[Episode], group_size: int) -> list[Episode]:

@@ -40,14 +40,11 @@ def evaluate(
     seed: int = 0,
     on_problems: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Score the policy of `sampler` on `rows`.
+    """Score the policy of `sampler` on `rows`, greedily and by `samples` completions per problem; 0 draws none.
 
-    Args:
-        score: TRL reward signature; called on all completions of a batch of problems.
-        sampling: how samples are drawn; greedy completions differ only in temperature.
-        samples: completions per problem; 0 draws none.
-        seed: of the samples; the caller's random state is unchanged.
-        on_problems: called with the completions finished since the last call and their tokens.
+    `score` has TRL's reward signature, and is called on all completions of a batch of problems. Greedy `sampling`
+    differs only in temperature. `seed` is the samples'; the caller's random state is unchanged. `on_problems` is
+    called with the completions finished since the last call and their tokens.
     """
     policy = sampler.policy
     lengths = [len(prompt_ids(policy.tokenizer, row["prompt"])) for row in rows]

@@ -8,12 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from midtune.model.memory import RowLimit
 from midtune.model.policy import Policy
@@ -59,8 +54,7 @@ class SamplingLimits:
 
     rows: RowLimit = field(
         default_factory=lambda: RowLimit(
-            "sampling",
-            "lower --max-new-tokens, --group-size or --samples, or add --set model.unpack=never",
+            "sampling", "lower --max-new-tokens, --group-size or --samples, or add --set model.unpack=never"
         )
     )
     unpack: bool = True  # unpack 4-bit weights during a rollout, if half the free memory holds them

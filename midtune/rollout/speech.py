@@ -29,11 +29,8 @@ class Speech(Protocol):
 class Text:
     """An action is the policy's text; the environment answers as the user of a chat, or in the same text.
 
-    Reasoning that ends with `</think>` is not part of an action.
-
-    Args:
-        stop_strings: an action ends before the first of them.
-        chat: prompts are chat messages; otherwise an answer continues the action's text.
+    Reasoning that ends with `</think>` is not part of an action, which ends before the first of `stop_strings`. Without
+    a `chat`, an answer continues the action's text.
     """
 
     def __init__(self, policy: Policy, stop_strings: Sequence[str], *, chat: bool) -> None:
@@ -58,12 +55,9 @@ class Text:
             said = self.tokenizer.decode(action, skip_special_tokens=True)
             return self._tokens(text if said.endswith("\n") else f"\n{text}")
         turns = [("user", "?"), ("assistant", _MARK), ("user", text)]
+        chat = [{"role": role, "content": content} for role, content in turns]
         with rendering():
-            whole = self.tokenizer.apply_chat_template(
-                [{"role": role, "content": content} for role, content in turns],
-                tokenize=False,
-                add_generation_prompt=True,
-            )
+            whole = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         ids = self._tokens(whole.partition(_MARK)[2])
         return ids[1:] if action[-1] in self.stop_ids and ids[:1] == action[-1:] else ids
 

@@ -51,14 +51,8 @@ def sample(
     """Sample a group of completions for every prompt.
 
     Every token has its own random number, drawn beforehand from torch's global random state. So the batch size does not
-    change the tokens, and two policies that start from one state use the same numbers and differ less.
-
-    Args:
-        prompts: token ids of each prompt.
-        limits: its rows are lowered when memory runs out.
-
-    Raises:
-        RunStopped: a single group does not fit into memory.
+    change the tokens, and two policies that start from one state use the same numbers and differ less. Raises
+    RunStopped if a single group does not fit into memory.
     """
     limits = limits or SamplingLimits()
     ids, mask = padded(policy, prompts, "left")
@@ -124,9 +118,7 @@ class AlikeSampler:
 
     Untrained policies are alike if a thawed block computes what the frozen one did, so not with 4-bit blocks.
 
-    Args:
-        sampler: samples all other rollouts, and the first if it is not known yet.
-        first: holds the first rollouts, shared between runs.
+    `sampler` samples all other rollouts, and the first if it is not known yet; runs share `first`.
     """
 
     def __init__(self, sampler: Sampler, first: FirstRollouts, seed: int) -> None:
