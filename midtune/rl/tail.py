@@ -38,6 +38,7 @@ def completion_log_probs(
     temperature: float,
     entropy_gradient: bool = False,
     recompute_tokens: int = 0,
+    most_padding: float = MOST_PADDING,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-prob of every completion token, and entropy of its distribution.
 
@@ -48,6 +49,7 @@ def completion_log_probs(
         entropy_gradient: let the gradient reach the trained blocks through the entropies too.
         recompute_tokens: keep only the activations that enter each block and recompute the rest in the backward
             pass, in packs of at most this many tokens, prompts included; 0 keeps all.
+        most_padding: as for `packs`.
     """
     states = rollout.boundary
     assert states is not None
@@ -97,7 +99,7 @@ def completion_log_probs(
         places = [scored.nonzero()[:, 0] * rollout.completion_ids.size(1)]
         # A completion's last token is not fed.
         most_rows = (lambda fed: recompute_tokens // (prompt_mask.size(1) + fed)) if recompute else None
-        for rows in packs((lengths - 1).tolist(), MOST_PADDING, most_rows):
+        for rows in packs((lengths - 1).tolist(), most_padding, most_rows):
             pack = torch.tensor(rows, device=lengths.device)
             fed = int(lengths[pack].max()) - 1
             kept = wanted[pack, 1 : fed + 1]
@@ -125,14 +127,15 @@ def packs(
     """Rows that pass together, in as few packs as the padding limit allows, longest rows first; leaves out empty rows.
 
     Args:
-        most_padding: share of a pack's tokens that may be padding.
+        most_padding: share of a pack's tokens that may be padding; 1 makes one pack, of all rows in their order.
         most_rows: tokens of the longest row → how many rows may pass together; one always may.
     """
+    rows = list(range(len(lengths))) if any(lengths) else []
+    if most_padding < 1:
+        rows = sorted((row for row in rows if lengths[row] > 0), key=lambda row: -lengths[row])
     found: list[list[int]] = []
     tokens = 0
-    for row in sorted(
-        (row for row, length in enumerate(lengths) if length > 0), key=lambda row: -lengths[row]
-    ):
+    for row in rows:
         tokens += lengths[row]
         pack = found[-1] if found else []
         padded = not pack or (len(pack) + 1) * lengths[pack[0]] * (1 - most_padding) > tokens
