@@ -208,7 +208,8 @@ class Policy:
         tensors = {}
         for block in self.trained:
             own = dict(self.blocks[block].named_parameters())
-            stored = self.original_tensors(block)
+            # A server is sent the blocks after every step, which need not read the checkpoint.
+            stored = self.original_tensors(block) if as_stored or self.adapter is not None else {}
             for inner, name in self.checkpoint_names(block).items():
                 if self.adapter is None:
                     value = own[inner].detach()
