@@ -248,6 +248,15 @@ class RunFolder:
             )
         return None
 
+    def rewind(self, on_message: Callable[[str], None]) -> tuple[Path | None, int, list[int]]:
+        """Go back to the newest whole checkpoint: it and its step, None and 0 without one, and the steps then missing.
+
+        See `latest_checkpoint`, which also raises, and `truncate_metrics`.
+        """
+        checkpoint = self.latest_checkpoint(on_message)
+        step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+        return checkpoint, step, self.truncate_metrics(step)
+
     def truncate_metrics(self, step: int) -> list[int]:
         """Drop damaged lines, and those of steps after `step`, from metrics and samples; the steps are done again.
 

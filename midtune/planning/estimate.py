@@ -38,7 +38,7 @@ def estimated(
     """Seconds of a `step` and of its `phases`, and `peak` bytes, of TRL on the steps of a run.
 
     Memory is for completions of the mean length, though TRL pads to the longest of a step. If the architecture cannot
-    run on tensors without data, `peak` is None and `note` says why, without a full stop. `steps` are the run's lines of
+    run on tensors without data, `peak` is None and `note` says why. `steps` are the run's lines of
     metrics.jsonl, `measured` its mean seconds of each phase. `process_bytes` is resident memory before the model was
     loaded; on a CPU peaks include it.
     """

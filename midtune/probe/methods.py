@@ -90,12 +90,7 @@ def rank_blocks(
     base = trials.base()
     untrained = {"greedy": base.greedy, "sampled": base.sampled}
     return {
-        "schema": 1,
-        "model": policy.source.name,
-        "revision": policy.source.revision,
-        "num_blocks": policy.num_blocks,
-        "task": task.name,
-        "task_fingerprint": task.fingerprint,
+        **subject(policy, task),
         "method": config.probe.method,
         "seed": config.seed,
         "seeds": 1 if is_race else config.probe.seeds,
@@ -108,6 +103,18 @@ def rank_blocks(
         "among_best": sorted(row["block"] for row in ranked if row["among_best"]),
         "selected": best([row["block"] for row in ranked], policy.num_blocks, config.blocks.top_k),
         "depth_baseline": {"block": baseline, "score": scores[baseline]},
+    }
+
+
+def subject(policy: Policy, task: Task) -> dict[str, Any]:
+    """What a probe.json is about; `matching_probe` compares it."""
+    return {
+        "schema": 1,
+        "model": policy.source.name,
+        "revision": policy.source.revision,
+        "num_blocks": policy.num_blocks,
+        "task": task.name,
+        "task_fingerprint": task.fingerprint,
     }
 
 

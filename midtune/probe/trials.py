@@ -220,15 +220,12 @@ class Trials:
 
     def _checkpoint(self, own: RunFolder, steps: int) -> tuple[Path | None, int]:
         """The checkpoint to continue from, and its step; a damaged trial starts over."""
-        checkpoint = None
         with contextlib.suppress(InputError):
-            checkpoint = own.latest_checkpoint(self.terminal.message)
-        before = int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else 0
-        missing = own.truncate_metrics(before)
-        if checkpoint is None or missing or before > steps:
-            shutil.rmtree(own.path, ignore_errors=True)
-            return None, 0
-        return checkpoint, before
+            checkpoint, before, missing = own.rewind(self.terminal.message)
+            if checkpoint is not None and not missing and before <= steps:
+                return checkpoint, before
+        shutil.rmtree(own.path, ignore_errors=True)
+        return None, 0
 
     def _scored(self, key: Key, what: str, step_s: float = 0.0, train_s: float = 0.0) -> Trial:
         trained, seed, steps, count = key

@@ -7,6 +7,7 @@ from typing import Any
 
 from midtune.model.patch import deployed_tensors, merge_patch, read_patch, require_patch
 from midtune.model.sources import resolve
+from midtune.report.formats import numbers_text
 from midtune.report.terminal import Terminal
 
 
@@ -18,7 +19,7 @@ def run(target: Path, *, out: Path, terminal: Terminal) -> dict[str, Any]:
     patch_folder = require_patch(str(target))
     patch = read_patch(patch_folder)
     source = resolve(patch.base_model, patch.revision)
-    terminal.message(f"merging blocks {', '.join(map(str, patch.blocks))} into {source.name}")
+    terminal.message(f"merging blocks {numbers_text(patch.blocks)} into {source.name}")
     tensors = deployed_tensors(source, patch_folder)
     written = merge_patch(source, tensors, out)
     return {"folder": str(out), "tensors": len(tensors), "bytes": written}

@@ -21,7 +21,7 @@ from midtune.measure.meter import card_of
 from midtune.model.sources import Source, resolve
 from midtune.probe.selection import best, matching_probe, middle, parse_layers, ranking_of, read_probe
 from midtune.report.display import WorkDisplay
-from midtune.report.formats import card_text, processes_text
+from midtune.report.formats import blocks_text, card_text, processes_text
 from midtune.report.terminal import Terminal
 from midtune.runs import RUNS
 from midtune.tasks import Reward, Task, check_reward, load_task, open_sandbox
@@ -238,7 +238,7 @@ def choose_blocks(wanted: BlocksConfig, policy: Policy, task: Task, terminal: Te
             f"--select {wanted.select} needs a ranking of all blocks, and none under {RUNS} is about this model and "
             "task; make one with `midtune probe`, or name the blocks with --layers."
         )
-    names = f"{'block' if len(blocks) == 1 else 'blocks'} {', '.join(map(str, blocks))}"
+    names = blocks_text(blocks)
     if wanted.select == "boost":
         terminal.message(
             f"training all {policy.num_blocks} blocks, unquantized, {names} at {wanted.boost:g} times the learning "

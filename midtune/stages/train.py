@@ -20,7 +20,7 @@ from midtune.model.memory import give_back
 from midtune.model.patch import apply_patch, save_patch
 from midtune.model.policy import Policy, count_parameters
 from midtune.report import summary
-from midtune.report.formats import sentence
+from midtune.report.formats import numbers_text, sentence
 from midtune.report.page import run_page
 from midtune.report.plots import learning_curve
 from midtune.report.terminal import Terminal
@@ -106,13 +106,10 @@ def _checkpoint(folder: RunFolder, terminal: Terminal) -> Path | None:
         raise InputError(
             f"{folder} lacks start.json, which says how it began; restore it, or start again with another --out."
         )
-    checkpoint = folder.latest_checkpoint(terminal.message)
+    checkpoint, step, missing = folder.rewind(terminal.message)
     if checkpoint is None:
-        folder.truncate_metrics(0)
         terminal.message(f"{folder} has no checkpoint yet; beginning with its first step")
         return None
-    step = int(checkpoint.name.rpartition("-")[2])
-    missing = folder.truncate_metrics(step)
     if len(missing) == step:
         raise InputError(
             f"metrics.jsonl in {folder} has none of its {step} steps, whose times the report needs; restore it, or "
@@ -120,7 +117,7 @@ def _checkpoint(folder: RunFolder, terminal: Terminal) -> Path | None:
         )
     if missing:
         terminal.message(
-            f"metrics.jsonl in {folder} was damaged and lost steps {', '.join(map(str, missing))}; the report goes "
+            f"metrics.jsonl in {folder} was damaged and lost steps {numbers_text(missing)}; the report goes "
             "without them"
         )
     terminal.message(f"resuming {folder} after step {step}")
@@ -211,8 +208,7 @@ def _train(training: Training, checkpoint: Path | None, stop: Stop) -> int:
     # Memory that scoring left behind does not count.
     give_back()
     meter.reset_peak()
-    names = ", ".join(map(str, training.policy.trained))
-    title = f"{opened.source.name}, {task.name}, blocks {names}"
+    title = f"{opened.source.name}, {task.name}, blocks {numbers_text(training.policy.trained)}"
     # If memory ran out before, resume with the batch sizes that fitted.
     last_step = (folder.read_metrics() or [{}])[-1]
     limit = training.sampler.limits.rows

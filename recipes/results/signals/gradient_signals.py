@@ -35,6 +35,7 @@ from torch import nn
 from midtune.config import RunConfig, load_config, parse_assignment
 from midtune.errors import InputError, MidtuneError, RunStopped
 from midtune.model.policy import Policy
+from midtune.probe.methods import subject
 from midtune.probe.selection import best, from_the_middle, middle
 from midtune.report.terminal import Terminal
 from midtune.rl.tail import completion_log_probs
@@ -119,12 +120,7 @@ def measure(config: RunConfig, prompts: int, terminal: Terminal) -> dict[str, An
     (baseline,) = middle(policy.num_blocks, 1)
     keys = {"group_size", "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "stop_strings"}
     return {
-        "schema": 1,
-        "model": policy.source.name,
-        "revision": policy.source.revision,
-        "num_blocks": policy.num_blocks,
-        "task": task.name,
-        "task_fingerprint": task.fingerprint,
+        **subject(policy, task),
         "method": "gradient",
         "seed": config.seed,
         "seeds": 1,
