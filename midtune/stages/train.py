@@ -211,8 +211,7 @@ def _train(training: Training, checkpoint: Path | None, stop: Stop) -> int:
     # Memory that scoring left behind does not count.
     give_back()
     meter.reset_peak()
-    names = ", ".join(map(str, training.policy.trained))
-    title = f"{opened.source.name}, {task.name}, blocks {names}"
+    title = f"{opened.source.name}, {task.name}, blocks {', '.join(map(str, training.policy.trained))}"
     # If memory ran out before, resume with the batch sizes that fitted.
     last_step = (folder.read_metrics() or [{}])[-1]
     limit = training.sampler.limits.rows
