@@ -2,7 +2,6 @@
 
 A recipe is a YAML file with the shape of `RunConfig`; any key can be set on the command line with
 `--set part.key=value`. Precedence, lowest first: the defaults here, a recipe, command-line options.
-The bundled model brings a recipe of its own, which is used where no other one is given.
 
 Defaults of the training part are the settings of the study that midtune rests on (arXiv 2607.01232:
 AdamW, learning rate 5e-6, group size 4, KL 0.001, clip 0.2) for a single block, except where a
@@ -39,15 +38,12 @@ MOST_SEED = 2**32 - 1  # NumPy's limit
 # Limits of a recipe: characters, and values with `*aliases` expanded.
 _RECIPE_CHARACTERS, _RECIPE_VALUES = 1_000_000, 20_000
 _UNWRITABLE = re.compile("[\0\ud800-\udfff]")
-
-
 T = TypeVar("T")
 
 
 def described(default: T, description: str, **limits: Any) -> T:
     """A setting: its default, what the help says of it, and between which limits it lies."""
-    found: T = Field(default, description=description, **limits)
-    return found
+    return Field(default, description=description, **limits)
 
 
 class Part(BaseModel):
@@ -355,14 +351,15 @@ def load_config(recipe: Path | None, overrides: Mapping[str, Any]) -> RunConfig:
 
     The bundled model's own recipe lies underneath where no recipe is given, or one that names no task.
     Naming another task drops the arguments that a recipe gives to its own.
-
     Raises InputError for a missing file, an unknown key (the nearest valid key is named) or a wrong type.
     """
     data = _read_recipe(recipe) if recipe is not None else {}
     parts = {key: part for key, part in data.items() if isinstance(part, dict)}
     model = overrides.get("model.name", parts.get("model", {}).get("name") or BUNDLED_MODEL)
     if model == BUNDLED_MODEL and parts.get("task", {}).get("name") is None:
-        data = _merge(_read_recipe(BUNDLED_RECIPE), data)
+        base = _read_recipe(BUNDLED_RECIPE)
+        both = {key: base[key] | part for key, part in parts.items() if isinstance(base.get(key), dict)}
+        data = base | data | both  # the arguments of a task are one value
     task = data.get("task")
     if isinstance(task, dict) and overrides.get("task.name", task.get("name")) != task.get("name"):
         data["task"] = {key: value for key, value in task.items() if key != "args"}
@@ -501,16 +498,6 @@ def _values_of(node: Any, known: dict[int, float]) -> float:
     return known[id(node)]
 
 
-def _merge(base: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-    """`base` with what `data` sets; the arguments of a task are one value."""
-    both = {
-        key: value
-        for key, value in data.items()
-        if isinstance(value, dict) and isinstance(base.get(key), dict)
-    }
-    return base | data | {key: base[key] | value for key, value in both.items()}
-
-
 def _put(data: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
     for depth, parent in enumerate(parents, 1):
@@ -537,10 +524,9 @@ def _explain(error: ValidationError, recipe: Path | None, overrides: Mapping[str
     if first["type"] == "extra_forbidden":
         return f"unknown key `{bounded(key, 200)}` {source}; the nearest valid key is `{_nearest(key)}`."
     if first["type"] in ("model_type", "model_attributes_type"):
-        inside = [name for name in KEYS if name.startswith(f"{key}.")]
         return (
             f"`{key}` {source} was given {bounded(repr(value), 200)}, but it is a group of settings; "
-            f"set one of {', '.join(f'`{name}`' for name in inside)}."
+            f"set one of {', '.join(f'`{name}`' for name in KEYS if name.startswith(f'{key}.'))}."
         )
     message = first["msg"].removeprefix("Input ").removeprefix("Value error, ").replace("should", "must")
     message = message.partition(", unable to parse")[0]

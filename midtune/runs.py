@@ -17,16 +17,8 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from midtune import whole
 from midtune.errors import WHY, InputError, RunStopped, explained
-from midtune.whole import (
-    damage,
-    digest,
-    nearest_existing,
-    remove_leftovers,
-    require_space,
-    why_not_written,
-    write_bytes,
-)
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -36,10 +28,6 @@ RUNS = Path("runs")
 CHECKPOINT_BYTES_PER_PARAMETER = 3 * 3 * 4
 # Held while a process works in the folder.
 LOCK = ".lock"
-# A killed process's lock may outlive it for a moment, while a child of it ends.
-LOCK_WAIT_S = 3
-# Files a run writes before its config.yaml, which marks its start.
-BEFORE_CONFIG = {LOCK, "start.json", "environment.json"}
 REPORTED_PACKAGES = ("midtune", "torch", "transformers", "trl", "peft", "bitsandbytes")
 
 
@@ -92,8 +80,8 @@ class RunFolder:
             )
         if run.path.exists() and not run.path.is_dir():
             raise InputError(f"{run} is a file, but a run needs a folder; choose another name with --out.")
-        parent = nearest_existing(run.path)
-        if why := why_not_written(parent):
+        parent = whole.nearest_existing(run.path)
+        if why := whole.why_not_written(parent):
             raise InputError(
                 f"{run} cannot be made because {parent} {why}; choose another folder with --out."
             )
@@ -108,7 +96,7 @@ class RunFolder:
         text = run.config.read_text(encoding="utf-8", errors="replace")
         sealed = re.match(r"# digest ([0-9a-f]{16})\n", text)
         settings = text[sealed.end() :] if sealed else text
-        if not settings.strip() or (sealed and digest(settings) != sealed[1]):
+        if not settings.strip() or (sealed and whole.digest(settings) != sealed[1]):
             raise InputError(
                 f"config.yaml in {run} is not what the run wrote; restore it, or give other settings to a new run "
                 "with --recipe."
@@ -119,8 +107,9 @@ class RunFolder:
     def resumed(cls, path: Path, command: str) -> RunFolder:
         """Open a run for `midtune COMMAND` to resume; raises InputError as `open`, or if another command made it."""
         run = cls.open(path)
-        is_training = any(file.exists() for file in (run.start, run.metrics, run.checkpoints))
-        maker = "train" if is_training else "probe"
+        maker = (
+            "train" if any(file.exists() for file in (run.start, run.metrics, run.checkpoints)) else "probe"
+        )
         if maker != command:
             raise InputError(
                 f"{run} was made by `midtune {maker}`, not by `midtune {command}`; go on with "
@@ -135,7 +124,7 @@ class RunFolder:
 
     def require_free(self, need_bytes: int) -> None:
         """Raise InputError unless the disk has room for `need_bytes` more."""
-        require_space(self.path, need_bytes, str(self), "choose another disk with --out")
+        whole.require_space(self.path, need_bytes, str(self), "choose another disk with --out")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -158,13 +147,14 @@ class RunFolder:
 
         lock = FileLock(self.path / LOCK)
         try:
-            lock.acquire(timeout=LOCK_WAIT_S)
+            # A killed process's lock may outlive it for a moment, while a child of it ends.
+            lock.acquire(timeout=3)
         except Timeout:
             raise InputError(
                 f"another midtune is at work in {self}; wait until it ends, or choose another folder with --out."
             ) from None
         self._lock, self._identity = lock, _identity(self.path)
-        remove_leftovers(self.path)
+        whole.remove_leftovers(self.path)
 
     def is_gone(self) -> bool:
         """Whether the locked folder no longer exists."""
@@ -190,19 +180,19 @@ class RunFolder:
         self._unwritten = False
 
     def _holds_files(self) -> bool:
-        """Whether the folder holds more than a run killed at its very start leaves."""
+        """Whether the folder holds more than a run leaves that was killed before it wrote config.yaml."""
         names = {path.name for path in self.path.iterdir() if not re.fullmatch(r"\..*\.tmp", path.name)}
-        return bool(names - BEFORE_CONFIG)
+        return bool(names - {LOCK, "start.json", "environment.json"})
 
     def write_text(self, path: Path, text: str) -> None:
         """Write a file of this run with `write_bytes`."""
         self.make()
-        write_bytes(path, text.encode("utf-8", "replace"))
+        whole.write_bytes(path, text.encode("utf-8", "replace"))
 
     def begin(self, config: str, device: str, seed: int) -> None:
         """Write environment.json and config.yaml (the settings as YAML); from then on the run can be resumed."""
         self.write_json(self.environment, describe_environment(device, seed))
-        self.write_text(self.config, f"# digest {digest(config)}\n{config}")
+        self.write_text(self.config, f"# digest {whole.digest(config)}\n{config}")
 
     def write_json(self, path: Path, data: Mapping[str, Any]) -> None:
         """Write `data` and its digest to a file of this run; infinities and NaN become null."""
@@ -228,16 +218,16 @@ class RunFolder:
     def read_metrics(self) -> list[dict[str, Any]]:
         """Read metrics.jsonl, one line a step, empty before the first; raises InputError if a line is damaged."""
         lines = read_jsonl(self.metrics)
-        whole = [data for _, data in lines if data is not None]
-        if len(whole) < len(lines):
+        steps = [data for _, data in lines if data is not None]
+        if len(steps) < len(lines):
             raise InputError(f"metrics.jsonl in {self} is damaged; remove it, and the page has no curves.")
-        return whole
+        return steps
 
     def latest_checkpoint(self, on_message: Callable[[str], None]) -> Path | None:
         """The newest whole checkpoint, None if there are none; says which are damaged; raises InputError if all are."""
         wrong = None
         for _, checkpoint in sorted(checkpoints_in(self.checkpoints).items(), reverse=True):
-            wrong = damage(checkpoint)
+            wrong = whole.damage(checkpoint)
             if wrong is None:
                 return checkpoint
             on_message(f"{checkpoint.name} of {self} is damaged ({wrong}); looking for an older one")
@@ -266,7 +256,7 @@ class RunFolder:
             kept = b"".join(line + b"\n" for line, data in read_jsonl(path) if _step_of(data) <= step)
             if path.is_file() and kept != path.read_bytes():
                 self.make()
-                write_bytes(path, kept)
+                whole.write_bytes(path, kept)
         known = {line["step"] for line in self.read_metrics()}
         return [number for number in range(1, step + 1) if number not in known]
 
@@ -282,19 +272,18 @@ def checkpoints_in(folder: Path) -> dict[int, Path]:
 
 def sealed(data: Mapping[str, Any]) -> dict[str, Any]:
     """Add a digest to plain data; `unsealed` checks and removes it."""
-    return {**data, "digest": digest(_dumps(data))}
+    return {**data, "digest": whole.digest(_dumps(data))}
 
 
 def unsealed(content: bytes) -> dict[str, Any]:
     """Read the object in a JSON text, and check its digest if it has one; raises ValueError if it is damaged."""
-    try:
+    data: Any = None
+    with suppress(ValueError):
         data = json.loads(content.decode("utf-8"))
-    except ValueError:
-        data = None
     if not isinstance(data, dict):
         raise ValueError("it is not a JSON object")
     expected = data.pop("digest", None)
-    if expected is not None and digest(_dumps(data)) != expected:
+    if expected is not None and whole.digest(_dumps(data)) != expected:
         raise ValueError("it is not what was written")
     return data
 
@@ -315,11 +304,10 @@ def _dumps(data: Mapping[str, Any], indent: int | None = None) -> str:
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
-    try:
+    with suppress(OSError):
         found = folder.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
+        return found.st_dev, found.st_ino
+    return None
 
 
 def run_stem(model: str, task: str | None) -> str:
@@ -358,11 +346,10 @@ def installed(packages: Sequence[str]) -> dict[str, str | None]:
 def _git_commit() -> str | None:
     """The commit of the working directory, with `-dirty` when files differ from it."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
+    with suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(command, capture_output=True, text=True, timeout=2, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None
+        return done.stdout.strip() or None
+    return None
 
 
 def _free_name(stem: str) -> Path:
@@ -383,8 +370,7 @@ def _what_is(path: Path) -> str:
         return "it is a patch, the trained blocks alone; give the run they came from"
     if (path / "config.json").is_file():
         return "it is a model; give the folder that `midtune train` made"
-    runs = sorted(config.parent.name for config in path.glob("*/config.yaml"))
-    if runs:
+    if runs := sorted(config.parent.name for config in path.glob("*/config.yaml")):
         return f"it holds the runs {', '.join(runs[:5])}{'…' if len(runs) > 5 else ''}; give one of them"
     return "it has no config.yaml; give the folder that `midtune train` made"
 
@@ -404,6 +390,4 @@ def _plain(value: Any) -> Any:
         return str(value)
     if hasattr(value, "item"):
         value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

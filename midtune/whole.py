@@ -14,8 +14,6 @@ from pathlib import Path
 from midtune.errors import InputError
 
 MANIFEST = "manifest.json"
-# A disk with less free space than this had no room for what was being written.
-FULL_BYTES = 2**16
 
 
 @contextlib.contextmanager
@@ -184,4 +182,5 @@ def _sync_entry(folder: Path) -> None:
 
 def _disk_is_full(folder: Path, error: Exception) -> bool:
     said = f"os error {errno.ENOSPC}" in str(error) or os.strerror(errno.ENOSPC) in str(error)
-    return said or (folder.is_dir() and shutil.disk_usage(folder).free < FULL_BYTES)
+    # A disk with less free space than this had no room for what was being written.
+    return said or (folder.is_dir() and shutil.disk_usage(folder).free < 2**16)

@@ -50,11 +50,7 @@ def other_processes(uuid: str) -> list[CardProcess]:
     found = _answer(
         lambda nvml: nvml.nvmlDeviceGetComputeRunningProcesses(nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"))
     )
-    others = [
-        CardProcess(process.pid, _name(process.pid), process.usedGpuMemory)
-        for process in found
-        if process.pid != os.getpid()
-    ]
+    others = [CardProcess(p.pid, _name(p.pid), p.usedGpuMemory) for p in found if p.pid != os.getpid()]
     return sorted(others, key=lambda process: -(process.held_bytes or 0))
 
 

@@ -39,8 +39,7 @@ class Meter:
         self._mark = self._began = 0.0
         self.peaks: dict[str, dict[str, int]] = {}
         self._step_peaks: dict[str, dict[str, int]] = {}
-        self._by_phase = False
-        self._peak_bytes = 0
+        self._by_phase, self._peak_bytes = False, 0
 
     @property
     def source(self) -> Literal["cuda_allocated", "resident"]:

@@ -18,7 +18,6 @@ from typing import Any, BinaryIO
 from midtune.errors import WHY, InputError, explained
 from midtune.model.cache import Progress, build_once, cache_folder
 
-MAGIC = b"GGUF"
 # Part of every cache key: raise it when the conversion's output changes.
 FORMAT = 1
 
@@ -47,7 +46,7 @@ class Header:
 def read_header(path: Path) -> Header:
     """Read a GGUF's metadata without its arrays; raises InputError if it is cut short or not of version 2 or 3."""
     with path.open("rb") as file:
-        if file.read(4) != MAGIC:
+        if file.read(4) != b"GGUF":
             raise InputError(f"{path} is not a GGUF file; give a GGUF file, a model folder or a hub id.")
         with explained(f"{path} is a damaged GGUF file: its header cannot be read; fetch it again."):
             version, tensors, pairs = _unpack(file, "IQQ")
@@ -65,8 +64,7 @@ def _header(file: BinaryIO, tensors: int, pairs: int) -> Header:
     metadata: dict[str, Any] = {}
     for _ in range(pairs):
         key = _string(file)
-        value = _value(file, *_unpack(file, "I"))
-        if value is not None:
+        if (value := _value(file, *_unpack(file, "I"))) is not None:
             metadata[key] = value
         if file.tell() > _MOST_HEADER_BYTES:
             raise ValueError("too long")
@@ -106,10 +104,10 @@ def cached_conversion(path: Path, progress: Progress) -> Path:
     Raises InputError if the file is damaged or one part of several, the disk has no room, or as `convert`.
     """
     header = read_header(path)
-    size = path.stat().st_size
-    if size < header.end_bytes:
+    stat = path.stat()
+    if stat.st_size < header.end_bytes:
         raise InputError(
-            f"{path} is cut short: it has {size:,} bytes and its header promises {header.end_bytes:,}; "
+            f"{path} is cut short: it has {stat.st_size:,} bytes and its header promises {header.end_bytes:,}; "
             "fetch it again."
         )
     if int(header.metadata.get("split.count", 1)) > 1:
@@ -117,12 +115,15 @@ def cached_conversion(path: Path, progress: Progress) -> Path:
             f"{path} is one part of {header.metadata['split.count']}; join them with "
             "`llama-gguf-split --merge` and give the result."
         )
-    target = cache_folder() / f"{path.stem}-{_digest(path)}"
+    seen = hashlib.sha256(f"{FORMAT} {stat.st_size} {stat.st_mtime_ns} ".encode())
+    with path.open("rb") as file:
+        seen.update(file.read(_MIB))
+        file.seek(max(0, stat.st_size - _MIB))
+        seen.update(file.read(_MIB))
+    target = cache_folder() / f"{path.stem}-{seen.hexdigest()[:16]}"
+    need = int(header.parameters * 2.2)
     return build_once(
-        target,
-        lambda work: convert(path, work / "model", progress),
-        need_bytes=int(header.parameters * 2.2),
-        progress=progress,
+        target, lambda work: convert(path, work / "model", progress), need_bytes=need, progress=progress
     )
 
 
@@ -168,16 +169,6 @@ def convert(path: Path, out: Path, progress: Progress) -> Path:
     loaded.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return out
-
-
-def _digest(path: Path) -> str:
-    stat = path.stat()
-    seen = hashlib.sha256(f"{FORMAT} {stat.st_size} {stat.st_mtime_ns} ".encode())
-    with path.open("rb") as file:
-        seen.update(file.read(_MIB))
-        file.seek(max(0, stat.st_size - _MIB))
-        seen.update(file.read(_MIB))
-    return seen.hexdigest()[:16]
 
 
 @contextmanager

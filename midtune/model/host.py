@@ -36,7 +36,6 @@ def move_out(embedding: Any, device: torch.device) -> None:
     """Keep an embedding's weight on the host, and send the rows it looks up to `device`."""
     for held in (embedding._parameters, embedding._buffers):
         for name in list(held):
-            value = held.pop(name)
-            setattr(embedding, name, value.detach().to("cpu"))
+            setattr(embedding, name, held.pop(name).detach().to("cpu"))
     embedding.register_forward_pre_hook(lambda module, args: (args[0].to("cpu"), *args[1:]))
     embedding.register_forward_hook(lambda module, args, rows: rows.to(device))

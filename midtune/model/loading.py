@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -37,7 +35,14 @@ def load_policy(
     compute_dtype = dtype or compute_dtype_of(target)
     tokenizer = load_tokenizer(source, trust_remote_code)
     config = read_config(source.folder, trust_remote_code=trust_remote_code)
-    stored_quantized = _is_in_4bit(config, source)
+    stored = getattr(config, "quantization_config", None)
+    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+    if stored is not None and "bitsandbytes" not in str(method or "bitsandbytes"):
+        raise InputError(
+            f"{source.name} is stored with {method} quantization, which midtune cannot train over; "
+            "use its unquantized checkpoint, or one in bitsandbytes 4-bit."
+        )
+    stored_quantized = stored is not None
     unusable = (
         f"{source.name} cannot be loaded as a causal language model ({WHY}); "
         "use a decoder-only model in Hugging Face layout."
@@ -49,11 +54,8 @@ def load_policy(
         stack_name, _ = find_blocks(skeleton)
         quantization = None
         if quantize == "nf4" and not stored_quantized:
-            outside = [
-                name
-                for name, module in skeleton.named_modules()
-                if isinstance(module, nn.Linear) and not name.startswith(f"{stack_name}.")
-            ]
+            linears = [name for name, part in skeleton.named_modules() if isinstance(part, nn.Linear)]
+            outside = [name for name in linears if not name.startswith(f"{stack_name}.")]
             quantization = nf4_config(compute_dtype, keep=outside or ["lm_head"])
         with freed_at_once():
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -68,18 +70,6 @@ def load_policy(
     forbid_cpu_packing(model)
     check_tail(model, stack_name)
     return Policy(model, tokenizer, source, compute_dtype=compute_dtype, stored_quantized=stored_quantized)
-
-
-def _is_in_4bit(config: Any, source: Source) -> bool:
-    """Whether the checkpoint is in bitsandbytes 4-bit; raises InputError for another quantization."""
-    stored = getattr(config, "quantization_config", None)
-    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
-    if stored is not None and "bitsandbytes" not in str(method or "bitsandbytes"):
-        raise InputError(
-            f"{source.name} is stored with {method} quantization, which midtune cannot train over; "
-            "use its unquantized checkpoint, or one in bitsandbytes 4-bit."
-        )
-    return stored is not None
 
 
 def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -106,15 +96,13 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTraine
             )
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:
+        # A base model: its prompts are the messages' plain text.
+        plain = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
         # A tokenizer that puts BOS before texts does not do so for chats: there the template has to write it.
         first = tokenizer("a 1")["input_ids"][:1]
         adds_bos = tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
-        tokenizer.chat_template = "{{ bos_token }}" * adds_bos + PLAIN_TEMPLATE
+        tokenizer.chat_template = "{{ bos_token }}" * adds_bos + plain
     return tokenizer
-
-
-# Base models have no chat template; their prompts are the messages' plain text.
-PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: nn.Module, source: Source) -> None:

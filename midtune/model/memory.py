@@ -16,19 +16,14 @@ from midtune.errors import RunStopped
 
 # glibc's mallopt: larger allocations are mapped one by one, and returned when freed.
 M_MMAP_THRESHOLD = -3
-MAPPED_FOR_NOW = 2**16
 # Upper end of glibc's own moving threshold on 64-bit systems; smaller working memory is better kept.
 MAPPED_AT_MOST = 2**25
 # Messages of errors other than `torch.OutOfMemoryError`: from the CPU allocator, the driver, bitsandbytes' kernels,
 # and libraries without room for their own buffers.
 OUT_OF_MEMORY = (
-    "defaultcpuallocator",
-    "out of memory",
-    "cublas_status_alloc_failed",
-    "cublas_status_not_initialized",
-    "cudnn_status_alloc_failed",
-    "cudnn_status_not_initialized",
-    "cusolver_status_alloc_failed",
+    *("defaultcpuallocator", "out of memory", "cusolver_status_alloc_failed"),
+    *("cublas_status_alloc_failed", "cublas_status_not_initialized"),
+    *("cudnn_status_alloc_failed", "cudnn_status_not_initialized"),
 )
 
 T = TypeVar("T")
@@ -98,7 +93,7 @@ def freed_at_once() -> Iterator[None]:
 
     glibc would keep it: SmolLM2-135M loaded in NF4 held 556 MiB, as in fp32, instead of 169.
     """
-    _call_glibc("mallopt", M_MMAP_THRESHOLD, MAPPED_FOR_NOW)
+    _call_glibc("mallopt", M_MMAP_THRESHOLD, 2**16)
     try:
         yield
     finally:
@@ -106,6 +101,5 @@ def freed_at_once() -> Iterator[None]:
 
 
 def _call_glibc(name: str, *numbers: int) -> None:
-    """Call a function of glibc; does nothing without glibc."""
     if sys.platform == "linux" and (function := getattr(ctypes.CDLL(None), name, None)):
         function(*numbers)

@@ -75,8 +75,7 @@ def base_digest(source: Source, names: Iterable[str]) -> str:
 
 def check_base(source: Source, names: Collection[str], patch: Patch, folder: Path) -> None:
     """Raise InputError unless the patch was trained on this base: its tensors of these names are the same."""
-    missing = set(names) - checkpoint_files(source.folder).keys()
-    if missing or base_digest(source, names) != patch.base_digest:
+    if set(names) - checkpoint_files(source.folder).keys() or base_digest(source, names) != patch.base_digest:
         raise InputError(
             f"{folder} was trained on other weights of {patch.base_model} than those of {source.name}; "
             "use the base model and revision that patch.json names."

@@ -39,10 +39,8 @@ class Policy:
         stored_quantized: bool = False,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
-        self.source = source
-        self.compute_dtype = compute_dtype
-        self.stored_quantized = stored_quantized
+        self.tokenizer, self.source = tokenizer, source
+        self.compute_dtype, self.stored_quantized = compute_dtype, stored_quantized
         self.stack_name, self.blocks = find_blocks(model)
         # LoRA renames parameters; these are their names without it.
         self._parameter_names = [{name for name, _ in block.named_parameters()} for block in self.blocks]

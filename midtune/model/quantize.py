@@ -36,8 +36,7 @@ def clear_quantized_markers(model: PreTrainedModel) -> None:
 
     With them, its Trainer demands a PEFT adapter, and TRL silently casts fp32 master weights to bf16.
     """
-    loaded = ("is_loaded_in_4bit", "is_loaded_in_8bit")
-    for marker in (*loaded, "is_quantized", "hf_quantizer", "quantization_method"):
+    for marker in "is_loaded_in_4bit is_loaded_in_8bit is_quantized hf_quantizer quantization_method".split():
         vars(model).pop(marker, None)
     if getattr(model.config, "quantization_config", None) is not None:
         del model.config.quantization_config

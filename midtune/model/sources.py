@@ -23,7 +23,6 @@ TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 NAMES = ("tiny", "smollm2-135m")
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Limits above any real model's: bytes of a file read whole, and counts in a configuration (blocks, experts).
 _MOST_FILE_BYTES, _MOST_COUNTED = 2**29, 10_000
 
@@ -59,7 +58,7 @@ def resolve(name: str, revision: str | None = None, *, progress: Progress = sile
         return Source(name if name == "tiny" else str(path), _checked(folder), None)
     if name.startswith((".", "/", "~")) or name.endswith(".gguf"):
         raise InputError(f"there is no file or folder {name}; give the path of one that exists.")
-    if _HUB_ID.fullmatch(name):
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
         folder, commit = hub.fetch(name, revision, progress)
         return Source(name, _checked(folder), commit)
     near = difflib.get_close_matches(name.lower(), NAMES, n=1, cutoff=0.0)[0]

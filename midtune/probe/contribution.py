@@ -117,10 +117,8 @@ def standings(scores: Mapping[int, ArrayLike], confidence: float = CONFIDENCE) -
     limit = float(np.quantile(largest, confidence))
     leader = int(means.argmax())
     behind = (means[leader] - means) / spread[leader]
-    return {
-        block: Standing(float(best[i]), i == leader or bool(behind[i] <= limit))
-        for i, block in enumerate(blocks)
-    }
+    near = [i == leader or bool(behind[i] <= limit) for i in range(len(blocks))]
+    return {block: Standing(float(best[i]), near[i]) for i, block in enumerate(blocks)}
 
 
 def plateau(values: Mapping[int, float]) -> dict[str, float | None]:

@@ -200,13 +200,12 @@ def _gains(trials: Sequence[Trial], base: Trial) -> dict[str, Any]:
     # A race may score on only the first problems.
     count = len(trials[0].greedy)
     gain = gain_interval(_scores(trials), base.scores[:count])
-    greedy = gain_interval(_greedy(trials), base.greedy[:count])
     step_s = float(np.median([trial.step_s for trial in trials]))
     return {
         **_named(gain, SCORE),
         "step_cost": step_s,
         "gain_per_second": gain.value / (step_s * trials[-1].steps),
-        "greedy": _named(greedy, SCORE),
+        "greedy": _named(gain_interval(_greedy(trials), base.greedy[:count]), SCORE),
     }
 
 
@@ -234,6 +233,5 @@ def _settings(config: RunConfig, problems: int) -> dict[str, Any]:
         "selected_by": "greedy" if config.evaluation.samples == 0 else "sampled",
     }
     if config.probe.method == "sweep":
-        settings["steps"] = config.training.steps
-        settings["full_lr"] = config.probe.full_lr or config.training.lr
+        settings |= {"steps": config.training.steps, "full_lr": config.probe.full_lr or config.training.lr}
     return settings

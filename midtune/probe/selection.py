@@ -23,8 +23,7 @@ def parse_layers(text: str, num_blocks: int, top_k: int = 1) -> list[int]:
         return middle(num_blocks, top_k)
     found: set[int] = set()
     for part in text.split(","):
-        match = _RANGE.fullmatch(part.strip())
-        if match is None:
+        if (match := _RANGE.fullmatch(part.strip())) is None:
             raise InputError(
                 f"layers `{text}` cannot be read; write block numbers such as `14`, `10-12` or `3,7`, "
                 "or `middle`."
@@ -68,8 +67,7 @@ def best(ranking: Sequence[int], num_blocks: int, top_k: int) -> list[int]:
         InputError: the ranking has fewer, or ranks a block that the model does not have.
     """
     _check_top_k(num_blocks, top_k)
-    beyond = [block for block in ranking if not 0 <= block < num_blocks]
-    if beyond:
+    if beyond := [block for block in ranking if not 0 <= block < num_blocks]:
         raise InputError(
             f"the ranking has block {beyond[0]}, but the model has {num_blocks} blocks, "
             f"0 to {num_blocks - 1}; use a probe of this model."

@@ -188,6 +188,8 @@ class Trials:
         lr = (self.config.probe.full_lr if trained == "full" else None) or training.lr
         settings = training.model_copy(update={"report_to": "none", "lr": lr})
         number = f"trial {len(self.done)}{f' of {self.total}' if self.total else ''}"
+        # Episodes are tied to their environments and cannot be shared.
+        alone = checkpoint is not None or self.policy.quantized or self.task.game is not None
         started = time.perf_counter()
         with self.terminal.progress(f"{number}: {what}", steps - before) as advance:
 
@@ -198,7 +200,7 @@ class Trials:
                 advance(1)
 
             train_blocks(
-                self._sampler(seed) if checkpoint is None else self.sampler,
+                self.sampler if alone else AlikeSampler(self.sampler, self._first, seed),
                 self.rows,
                 self.task.reward,
                 settings,
@@ -210,13 +212,6 @@ class Trials:
                 resume_from=checkpoint,
             )
         return statistics.median(seconds), earlier_s + time.perf_counter() - started
-
-    def _sampler(self, seed: int) -> Sampler:
-        """The sampler of a new run; runs of a seed that start alike share their first rollout."""
-        # Episodes are tied to their environments and cannot be shared.
-        if self.policy.quantized or self.task.game is not None:
-            return self.sampler
-        return AlikeSampler(self.sampler, self._first, seed)
 
     def _checkpoint(self, own: RunFolder, steps: int) -> tuple[Path | None, int]:
         """The checkpoint to continue from, and its step; a damaged trial starts over."""
@@ -249,7 +244,6 @@ class Trials:
         return trial
 
     def _known(self, key: Key) -> Trial | None:
-        trial = self.done.get(key) or self._earlier.get(key)
-        if trial is not None:
+        if (trial := self.done.get(key) or self._earlier.get(key)) is not None:
             self.done[key] = trial
         return trial

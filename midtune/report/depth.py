@@ -104,19 +104,9 @@ def frontier(probe: Mapping[str, Any]) -> set[int]:
     return {block for block, (gain, cost) in found.items() if not beaten(gain, cost)}
 
 
-# Each part of a drawing in box characters, and in ASCII.
-MARKS = {
-    "block": "●o",
-    "selected": "◆*",
-    "interval": "│|",
-    "zero": "·.",
-    "full": "╌-",
-    "axis": "│|",
-    "tick": "┤+",
-    "corner": "└+",
-    "floor": "─-",
-    "plateau": "━=",
-}
+# The parts of a drawing, and a mark for each.
+PARTS = ("block", "selected", "interval", "zero", "full", "axis", "tick", "corner", "floor", "plateau")
+MARKS, ASCII_MARKS = "●◆│·╌│┤└─━", "o*|.-|++-="
 
 
 @dataclass(frozen=True)
@@ -134,7 +124,7 @@ class DepthCurve:
 
     def lines(self, width: int, *, ascii_only: bool) -> list[Text]:
         """The drawing line by line; selected blocks are bold."""
-        marks = {part: characters[ascii_only] for part, characters in MARKS.items()}
+        marks = dict(zip(PARTS, ASCII_MARKS if ascii_only else MARKS, strict=True))
         selected, num_blocks = set(self.probe.get("selected") or []), depth_of(self.probe)
         middle = (self.probe.get("depth_baseline") or {}).get("block")
         stretch, full = plateau_of(self.probe), full_training(self.probe)

@@ -38,15 +38,11 @@ class TrainingDisplay:
     def __init__(
         self, total_steps: int, console: Console, title: str = "", *, clock: Clock = time.monotonic
     ) -> None:
-        self._total = total_steps
-        self._console = console
-        self._title = title
-        self._clock = clock
+        self._total, self._console, self._title, self._clock = total_steps, console, title, clock
         self._known: dict[str, float] = {}
         self._rewards: deque[float] = deque(maxlen=SPARKLINE_WIDTH)
         self._step_s: deque[float] = deque(maxlen=STEPS_FOR_TIME_LEFT)
-        self._updated = clock()
-        self._step = 0
+        self._updated, self._step = clock(), 0
         self._live = Live(self, console=console, refresh_per_second=2)
 
     def __enter__(self) -> Self:

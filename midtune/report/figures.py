@@ -28,8 +28,6 @@ COLOURS = {
 LINE_COLOURS = ("blue", "orange", "green", "purple", "pink", "cyan")
 # Dashes tell lines of one colour apart; in units of the line width.
 DASHES = ("", "4 2", "1 2")
-# Inches; about as wide as a phone, so that its text is as large as the page's.
-SIZE = (4.6, 2.7)
 
 
 def metric_curve(metrics: Sequence[Mapping[str, Any]], key: str) -> str:
@@ -77,7 +75,8 @@ def _embedded(name: str, draw: Callable[[Any], None], *, taller: float = 0.0) ->
 
     settings = {"svg.hashsalt": name, "svg.fonttype": "none", "text.parse_math": False, "font.size": 9}
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(SIZE[0], SIZE[1] + taller), layout="constrained")
+        # Inches; about as wide as a phone, so that its text is as large as the page's.
+        figure = Figure(figsize=(4.6, 2.7 + taller), layout="constrained")
         draw(figure.add_subplot())
         file = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))

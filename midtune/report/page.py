@@ -93,18 +93,14 @@ def comparison_page(runs: Sequence[Run]) -> str:
 def _rendered(template: str, **values: Any) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+    loader = FileSystemLoader(Path(__file__).parent / "templates")
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     functions = (bytes_text, line_style, numbers_text, saving_text, seconds_text, smoothing_width, speed_text)
     values |= {function.__name__: function for function in (*functions, total_text)}
-    return environment.get_template(f"{template}.html.jinja").render(
-        **values, generator=GENERATOR, phases=PHASES
-    )
+    values |= {"generator": GENERATOR, "phases": PHASES}
+    return environment.get_template(f"{template}.html.jinja").render(**values)
 
 
 def total_text(metrics: Sequence[Mapping[str, Any]]) -> str | None:

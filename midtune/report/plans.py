@@ -25,11 +25,8 @@ def plan_table(plan: Mapping[str, Any]) -> RenderableType:
         f"{blocks_text(plan['blocks'])}. A step: {work['prompts']} prompts of {work['prompt_tokens']:,} tokens x "
         f"{work['group_size']} completions of {work['new_tokens']:,}."
     )
-    compared = plain_table(
-        "as asked",
-        numbers=("peak", "in", "fits", "step at best"),
-        rows=[_row(arm, arm["label"]) for arm in arms],
-    )
+    rows = [_row(arm, arm["label"]) for arm in arms]
+    compared = plain_table("as asked", numbers=("peak", "in", "fits", "step at best"), rows=rows)
     if plan["fit"]:
         compared.add_row(*_row(fitted, "midtune, made to fit"), style="bold")
     return titled(
@@ -50,13 +47,8 @@ def plan_table(plan: Mapping[str, Any]) -> RenderableType:
 
 def _row(arm: Mapping[str, Any], label: str) -> tuple[str, ...]:
     seconds = sum(arm["seconds"].values())
-    return (
-        label,
-        bytes_text(arm["peak"]),
-        arm["phase"],
-        "yes" if arm["fits"] else "no",
-        "-" if math.isnan(seconds) else seconds_text(seconds),
-    )
+    step = "-" if math.isnan(seconds) else seconds_text(seconds)
+    return label, bytes_text(arm["peak"]), arm["phase"], "yes" if arm["fits"] else "no", step
 
 
 def _parts(phases: Mapping[str, Mapping[str, int]]) -> Table:
@@ -76,14 +68,11 @@ def _by_block(plan: Mapping[str, Any]) -> Table:
     rows = plan["by_block"]
     highest = max(row["peak"] for row in rows)
     shown = rows[:: max(1, len(rows) // 6)]
-    bars = [
-        (
-            f"{row['block']:>5}",
-            ProgressBar(total=highest, completed=row["peak"], width=BAR),
-            bytes_text(row["peak"]) + ("" if row["peak"] <= plan["card"]["memory"] else "  does not fit"),
-        )
-        for row in (shown if shown[-1] is rows[-1] else [*shown, rows[-1]])
-    ]
+    bars = []
+    for row in shown if shown[-1] is rows[-1] else [*shown, rows[-1]]:
+        bar = ProgressBar(total=highest, completed=row["peak"], width=BAR)
+        fits = "" if row["peak"] <= plan["card"]["memory"] else "  does not fit"
+        bars.append((f"{row['block']:>5}", bar, bytes_text(row["peak"]) + fits))
     return labelled(bars, labels=2)
 
 

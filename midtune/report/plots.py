@@ -138,8 +138,9 @@ def _draw_depth(probe: Mapping[str, Any], axes: Any) -> None:
         if group := [point for point in known if kinds[point.block] == kind]:
             values = [(point.value, point.low, point.high) for point in group]
             places = [point.block for point in group]
-            style = {"fmt": marker, "color": color, "markersize": 5, "elinewidth": 0.8}
-            _intervals(axes, places, values, label=kind, **style)
+            _intervals(
+                axes, places, values, label=kind, fmt=marker, color=color, markersize=5, elinewidth=0.8
+            )
     axes.set_xlim(-0.5, depth_of(probe) - 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("block")
@@ -160,9 +161,8 @@ def _draw_prices(probe: Mapping[str, Any], axes: Any) -> None:
         axes.annotate(str(block), (cost, gain), (0, 5), textcoords="offset points", ha="center", fontsize=7)
     full = probe.get("full") or {}
     if finite(full.get("score")) is not None and finite(full.get("step_cost")) is not None:
-        axes.plot(
-            full["step_cost"], full["score"], "*", color="tab:green", linestyle="", label="full training"
-        )
+        place = full["step_cost"], full["score"]
+        axes.plot(*place, "*", color="tab:green", linestyle="", label="full training")
     axes.axhline(0, color="0.8", linewidth=0.8)
     axes.set_xlabel("seconds per training step")
     axes.set_ylabel("gain")

@@ -115,8 +115,7 @@ def _notes(probe: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], left_out
         yield probe["note"]
     full = probe.get("full") or {}
     if finite(full.get("score")) is not None:
-        gained = with_interval(_number(full["score"]), interval_text(full))
-        yield f"Full training: {name} {gained}."
+        yield f"Full training: {name} {with_interval(_number(full['score']), interval_text(full))}."
     depth = probe.get("depth_baseline") or {}
     if finite(depth.get("score")) is not None:
         yield f"Position alone would take block {depth['block']} ({name} {depth['score']:.3g})."

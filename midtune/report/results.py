@@ -139,20 +139,14 @@ def compare_table(result: Mapping[str, Any]) -> RenderableType:
         f"seed {ranking['seed']}, {ranking['ranked']} of {ranking['num_blocks']} blocks"
         for number, ranking in enumerate(rankings, 1)
     ]
+    agreements = []
+    for pair in pairs:
+        rhos = _correlation(pair["spearman"]), _correlation(pair["kendall"])
+        shared = f"{pair['overlap']} ({pair['expected']:.1f})"
+        p = "<0.001" if pair["p"] < 0.001 else f"{pair['p']:.3f}"
+        agreements.append((_pair(pair), str(pair["blocks"]), *rhos, shared, p))
     parts: list[RenderableType] = [
-        plain_table(
-            "pair",
-            numbers=("blocks", "Spearman", "Kendall", top, "p"),
-            rows=[
-                (
-                    *(_pair(pair), str(pair["blocks"])),
-                    *(_correlation(pair["spearman"]), _correlation(pair["kendall"])),
-                    f"{pair['overlap']} ({pair['expected']:.1f})",
-                    "<0.001" if pair["p"] < 0.001 else f"{pair['p']:.3f}",
-                )
-                for pair in pairs
-            ],
-        ),
+        plain_table("pair", numbers=("blocks", "Spearman", "Kendall", top, "p"), rows=agreements),
         "",
         plain_table(
             numbers=("ranking", "Spearman with minus depth", "with closeness to the middle"),
@@ -165,9 +159,7 @@ def compare_table(result: Mapping[str, Any]) -> RenderableType:
     ]
     for pair in pairs:
         if pair.get("signals"):
-            rows = [
-                (POSITIONS.get(name, name), _correlation(found)) for name, found in pair["signals"].items()
-            ]
+            rows = [(POSITIONS.get(key, key), _correlation(rho)) for key, rho in pair["signals"].items()]
             parts += [plain_table(f"signal, pair {_pair(pair)}", numbers=("Spearman",), rows=rows), ""]
     notes = [
         "In brackets: 95% intervals as if blocks were independent. Neighbours are alike, so the intervals "
@@ -221,14 +213,11 @@ def tasks_text(result: Mapping[str, Any]) -> RenderableType:
 
 def doctor_table(result: Mapping[str, Any]) -> RenderableType:
     """Show `midtune doctor`: a line per check, with what to do below it if needed."""
-    rows = [
-        (
-            Text(check["status"], style=STATUS_STYLES[check["status"]]),
-            Text(check["name"]),
-            Text(check["found"] + (f"\n-> {check['fix']}" if check["fix"] else "")),
-        )
-        for check in result["checks"]
-    ]
+    rows = []
+    for check in result["checks"]:
+        status = Text(check["status"], style=STATUS_STYLES[check["status"]])
+        advice = f"\n-> {check['fix']}" if check["fix"] else ""
+        rows.append((status, Text(check["name"]), Text(check["found"] + advice)))
     counts = {"problem": result["problems"], "warning": result["warnings"]}
     found = [f"{count} {what}{'s' * (count > 1)}" for what, count in counts.items() if count]
     ready = "Not ready" if result["problems"] else "Ready"

@@ -122,15 +122,9 @@ def _mean_interval(values: NDArray[np.float64], *, smallest: float, largest: flo
         return (low, high) if math.isfinite(low) and math.isfinite(high) else (math.nan, math.nan)
     low = high = math.nan
     if n >= FEWEST_FOR_BOOTSTRAP:
-        found = bootstrap(
-            (values,),
-            np.mean,
-            n_resamples=RESAMPLES,
-            batch=max(1, 10**6 // n),
-            confidence_level=CONFIDENCE,
-            method="BCa",
-            rng=np.random.default_rng(0),
-        ).confidence_interval
+        sizes = {"n_resamples": RESAMPLES, "batch": max(1, 10**6 // n)}
+        settings = {"confidence_level": CONFIDENCE, "method": "BCa", "rng": np.random.default_rng(0)}
+        found = bootstrap((values,), np.mean, **sizes, **settings).confidence_interval
         low, high = float(found.low), float(found.high)
     if not (math.isfinite(low) and math.isfinite(high)):
         margin = t_quantile(n - 1) * float(values.std(ddof=1)) / math.sqrt(n)

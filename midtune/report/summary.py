@@ -135,8 +135,5 @@ def _compared(scores: BeforeAfter | None) -> dict[str, Any] | None:
     if scores is None:
         return None
     before, after = scores
-    return {
-        "before": asdict(score_interval(before)),
-        "after": asdict(score_interval(after)),
-        "gain": asdict(paired_gain(before, after)),
-    }
+    found = asdict(score_interval(before)), asdict(score_interval(after)), asdict(paired_gain(before, after))
+    return dict(zip(COMPARED, found, strict=True))

@@ -38,9 +38,8 @@ def plain_table(*texts: str, numbers: Sequence[str] = (), rows: Iterable[Sequenc
 
 def titled(title: str, *parts: RenderableType) -> Group:
     """A bold title, and tables and texts below it; brackets in texts are no markup."""
-    return Group(
-        Text(title, style="bold"), *(Text(part) if isinstance(part, str) else part for part in parts)
-    )
+    shown = (Text(part) if isinstance(part, str) else part for part in parts)
+    return Group(Text(title, style="bold"), *shown)
 
 
 def labelled(rows: Iterable[Sequence[RenderableType]], labels: int = 1) -> Table:
@@ -71,14 +70,12 @@ def report_table(report: Mapping[str, Any]) -> RenderableType:
 def _quality(report: Mapping[str, Any]) -> Iterable[RenderableType]:
     shown = score_kinds(report)
     fractions = are_fractions(shown)
-    yield plain_table(
-        "score",
-        numbers=("before", "after", "gain, points" if fractions else "gain"),
-        rows=[
-            [name, *(with_interval(*interval_texts(found[part], fractions)) for part in COMPARED)]
-            for name, found in shown.items()
-        ],
-    )
+    columns = ("before", "after", "gain, points" if fractions else "gain")
+    rows = [
+        [name, *(with_interval(*interval_texts(found[part], fractions)) for part in COMPARED)]
+        for name, found in shown.items()
+    ]
+    yield plain_table("score", numbers=columns, rows=rows)
     yield f"In brackets: 95% intervals over {report['quality']['after']['n']:,} held-out problems."
     if "unquantized" in shown:
         yield "Unquantized: greedy on the original weights, with the trained blocks put in."

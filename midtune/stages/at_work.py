@@ -13,9 +13,7 @@ from midtune.errors import NO_MEMORY, Interrupted, RunStopped, lack_of
 from midtune.model.memory import is_out_of_memory
 from midtune.runs import RunFolder
 
-SIGNALS = [
-    number for name in ("SIGINT", "SIGTERM", "SIGHUP") if (number := getattr(signal, name, None)) is not None
-]
+SIGNALS = [number for name in ("SIGINT", "SIGTERM", "SIGHUP") if (number := getattr(signal, name, None))]
 
 
 @dataclass

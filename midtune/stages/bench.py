@@ -153,9 +153,8 @@ def summarise(arm: dict[str, Any], first: dict[str, Any], *, rows: int) -> dict[
             for phase, figures in phases.items()
         }
         ratios["memory"] = (arm["peak"] - arm["libraries"]) / (first["peak"] - first["libraries"])
-    kept = ("arm", "peak", "libraries", "memory_source", "trainable", *work)
     return {
-        **{key: arm[key] for key in kept},
+        **{key: arm[key] for key in ("arm", "peak", "libraries", "memory_source", "trainable", *work)},
         **phases,
         "tokens_per_s": rows / phases["rollout"]["median"],
         "ratios": ratios,

@@ -64,8 +64,7 @@ def run(files: Sequence[Path], *, top_k: int, out: Path | None, terminal: Termin
     pairs = []
     for first, second in combinations(range(len(files)), 2):
         names = f"{files[first]} and {files[second]}"
-        pair = _pair(probes[first], probes[second], top_k, names)
-        pairs.append({"first": first, "second": second, **pair})
+        pairs.append({"first": first, "second": second, **_pair(probes[first], probes[second], top_k, names)})
     rankings = [_ranking(file, probe) for file, probe in zip(files, probes, strict=True)]
     if out is not None:
         labels = [
@@ -131,9 +130,7 @@ def _signals(cheap: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, An
 
 def _in_common(first: Mapping[str, Any], second: Mapping[str, Any], key: str) -> list[tuple[float, float]]:
     fewer = min(depth_of(first), depth_of(second))
-    one, other = (
-        at_relative_depths(_values(probe, key), depth_of(probe), fewer) for probe in (first, second)
-    )
+    one, other = (at_relative_depths(_values(each, key), depth_of(each), fewer) for each in (first, second))
     return [(one[block], other[block]) for block in sorted(one.keys() & other.keys())]
 
 

@@ -38,14 +38,6 @@ from midtune.whole import nearest_existing
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
 REQUEST_TIMEOUT_S = 3.0
-# pip takes about a second to start.
-PIP_TIMEOUT_S = 8.0
-# For scoring the bundled model, and for the SmolLM2-135M recipe.
-LEAST_MEMORY_BYTES = round(0.6 * 2**30)
-SOME_MEMORY_BYTES = 3 * 2**30
-# For checkpoints of a small block, and for converting SmolLM2-135M.
-LEAST_DISK_BYTES = 50 * 2**20
-SOME_DISK_BYTES = 2**30
 TRIED_PROMPTS, TRIED_GROUP, TRIED_TOKENS = 4, 4, 32
 # Largest error that rounding can explain in a product of 128 terms.
 MOST_ERROR = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
@@ -74,8 +66,7 @@ class Check:
 def run(config: RunConfig, *, terminal: Terminal) -> dict[str, Any]:
     """Check everything and try the bundled model on the configured device and dtype; nothing is changed.
 
-    Returns:
-        `checks`, each with `name`, `status`, `found` and `fix`, and the number of `problems` and `warnings`.
+    Returns `checks`, each with `name`, `status`, `found` and `fix`, and the number of `problems` and `warnings`.
     """
     how = config.model.device, config.model.dtype
     terminal.message("asking the hub and the package index whether they answer; nothing else is sent")
@@ -112,9 +103,7 @@ def _versions() -> Iterator[Check]:
     for name, version in installed(PACKAGES).items():
         wanted = ",".join(sorted(map(str, tested[name]), reverse=True))
         is_well = version is not None and tested[name].contains(version, prereleases=True)
-        found = (
-            f"{version}, tested with {wanted}" if is_well else f"{version}; midtune is tested with {wanted}"
-        )
+        found = f"{version}{', tested' if is_well else '; midtune is tested'} with {wanted}"
         fix = f"use Python {wanted}" if name == "python" else f'pip install "{name}{wanted}"'
         found = "not installed" if version is None else found
         yield Check.of(name, found, is_well, fix, otherwise="problem")
@@ -139,7 +128,7 @@ def _memory() -> Iterator[Check]:
     memory = psutil.virtual_memory()
     found = f"{bytes_text(memory.available)} of {bytes_text(memory.total)} free"
     needs = "the bundled model takes 0.6 GiB, and the recipe of SmolLM2-135M 3 GiB on a CPU"
-    yield _enough("memory", memory.available, found, LEAST_MEMORY_BYTES, SOME_MEMORY_BYTES, needs)
+    yield _enough("memory", memory.available, found, round(0.6 * 2**30), 3 * 2**30, needs)
 
 
 def _disks() -> Iterator[Check]:
@@ -158,7 +147,8 @@ def _disks() -> Iterator[Check]:
             continue
         free = shutil.disk_usage(existing).free
         found = f"{bytes_text(free)} free for {folder}"
-        yield _enough(name, free, found, LEAST_DISK_BYTES, SOME_DISK_BYTES, f"free some, or {fix}")
+        # The least is for checkpoints of a small block, 1 GiB for converting SmolLM2-135M.
+        yield _enough(name, free, found, 50 * 2**20, 2**30, f"free some, or {fix}")
 
 
 def _enough(name: str, free: float, found: str, least: int, some: int, fix: str) -> Check:
@@ -199,8 +189,9 @@ def _step(device: str, dtype: str) -> Iterator[Check]:
         # Warm up: loading and compiling do not count.
         sample(policy, prompts, Sampling(2, group_size=TRIED_GROUP), boundary_block=block)
         began = time.perf_counter()
-        sampling = Sampling(TRIED_TOKENS, group_size=TRIED_GROUP)
-        rollout = sample(policy, prompts, sampling, boundary_block=block)
+        rollout = sample(
+            policy, prompts, Sampling(TRIED_TOKENS, group_size=TRIED_GROUP), boundary_block=block
+        )
         # Reading the lengths waits for the device.
         tokens_per_s = int(rollout.completion_mask.sum()) / (time.perf_counter() - began)
     log_probs, _ = completion_log_probs(policy, rollout, temperature=1.0)
@@ -228,10 +219,10 @@ def _hub() -> Iterator[Check]:
         return
     try:
         # The request's own timeout does not cover name resolution.
-        answer = within(
+        code = within(
             2 * REQUEST_TIMEOUT_S, lambda: requests.head(url, timeout=REQUEST_TIMEOUT_S).status_code
         )
-        said = "answers" if answer < 400 else f"answers with error {answer}"
+        said = "answers" if code < 400 else f"answers with error {code}"
     except (requests.RequestException, TimeoutError):
         said = "does not answer"
     yield Check.of("hub", f"{url} {said}", said == "answers", fix)
@@ -243,8 +234,8 @@ def _index() -> Iterator[Check]:
     command = [sys.executable, "-m", "pip", "index", "versions", name, "--disable-pip-version-check"]
     command += ["--no-input", "--retries=0", f"--timeout={REQUEST_TIMEOUT_S:.0f}"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_TIMEOUT_S)
-        reached = done.returncode == 0
+        # pip takes about a second to start.
+        reached = subprocess.run(command, capture_output=True, text=True, timeout=8.0).returncode == 0
     except subprocess.TimeoutExpired:
         reached = False
     found = f"pip finds {name}, a source of smollm2-135m" if reached else f"pip does not find {name}"

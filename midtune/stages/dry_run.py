@@ -13,8 +13,6 @@ from midtune.planning.step_size import work_of
 from midtune.runs import RunFolder, run_stem
 from midtune.tasks.sources.hub_dataset import is_dataset
 
-BF16_BYTES = 2  # a parameter, as most models are published
-
 
 def run(config: RunConfig, *, out: Path | None, resume: Path | None = None) -> dict[str, Any]:
     """Say what `midtune train` would do.
@@ -66,15 +64,14 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None = None) -> d
         return {**found, "note": "memory not known: config not at hand"}
     planner = planner_of(config, training.fit or PLANNED_CARD)
     sizes = planner.sizes
-    trained = len(planner.blocks) * (
-        sizes.block if config.model.adapter == "full" else config.model.lora_rank * sizes.widths
-    )
+    each = sizes.block if config.model.adapter == "full" else config.model.lora_rank * sizes.widths
+    trained = len(planner.blocks) * each
     if config.blocks.select == "boost":
         trained = sizes.blocks * sizes.block
     arm = planner.arm("midtune", work_of(config, PLANNED_PROMPT_TOKENS))
     return {
         **found,
-        "weights_bytes": BF16_BYTES * sizes.total if _is_fetched(name) else None,
+        "weights_bytes": 2 * sizes.total if _is_fetched(name) else None,  # in bf16, as most are published
         "plan": {
             "blocks": planner.blocks,
             "trainable_parameters": trained,

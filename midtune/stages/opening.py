@@ -86,8 +86,7 @@ class Opened:
         from midtune.model.loading import load_policy
 
         model = self.config.model
-        card = self._card
-        if card is not None and card.tight:
+        if (card := self._card) is not None and card.tight:
             self.terminal.message(f"memory is tight: {card_text(card)}.")
         with self.terminal.progress(f"loading {self.source.name}", None):
             policy = load_policy(
@@ -262,8 +261,7 @@ def _ranking(wanted: BlocksConfig, policy: Policy, task: Task) -> tuple[Path, di
                 f"{policy.source.name} on {task.name} as asked; probe again, or choose with --layers."
             )
         return file, probe
-    files = RUNS.glob("*/probe.json")
-    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
+    for file in sorted(RUNS.glob("*/probe.json"), key=lambda file: file.stat().st_mtime, reverse=True):
         with contextlib.suppress(InputError):
             probe = read_probe(file)
             if matching_probe(probe, *about) and len(ranking_of(probe)) >= wanted.top_k:

@@ -19,7 +19,6 @@ def run(folders: Sequence[Path], *, out: Path | None) -> dict[str, Any]:
     """Write the page of one run, or one page that compares several.
 
     Without `out`: `report.html` in the folder of a single run, `comparison.html` here for several.
-
     Returns `page`, the file written, and `runs`, the folders.
 
     Raises InputError if a folder is no finished training run, or `out` is not writable or not a page of midtune's.
@@ -31,8 +30,7 @@ def run(folders: Sequence[Path], *, out: Path | None) -> dict[str, Any]:
     require_writable(file)
     if file.is_file() and GENERATOR not in file.read_text(encoding="utf-8", errors="replace")[:1000]:
         raise InputError(f"{file} exists and is no page that midtune wrote; choose another name with --out.")
-    page = run_page(runs[0]) if alone else comparison_page(runs)
-    write_bytes(file, page.encode("utf-8", "replace"))
+    write_bytes(file, (run_page(runs[0]) if alone else comparison_page(runs)).encode("utf-8", "replace"))
     return {"page": str(file), "runs": [str(folder) for folder in opened]}
 
 
@@ -78,10 +76,9 @@ def _settings(folder: RunFolder) -> dict[str, Any]:
     """The run's settings as written, unchecked: a page only shows them."""
     import yaml
 
-    try:
+    settings = None
+    with contextlib.suppress(yaml.YAMLError, UnicodeDecodeError):
         settings = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        settings = None
     if not isinstance(settings, dict):
         raise InputError(f"config.yaml in {folder} is damaged; put the settings of the run back.")
     return settings

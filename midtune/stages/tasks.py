@@ -37,8 +37,7 @@ def run(config: RunConfig | None, terminal: Terminal, *, check: bool = False) ->
 
 def _shown(config: RunConfig, terminal: Terminal) -> dict[str, Any]:
     name = require_task(config)
-    few = {"task.train_size": 4, "task.eval_size": 2}
-    task = read_task(with_settings(config, few))
+    task = read_task(with_settings(config, {"task.train_size": 4, "task.eval_size": 2}))
     if task.note:
         terminal.message(task.note)
     row = task.train[0]

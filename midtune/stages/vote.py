@@ -23,9 +23,8 @@ from midtune.report.terminal import Terminal
 from midtune.rollout.evaluation import Evaluation
 from midtune.stages.opening import Opened
 from midtune.tasks import Row
-from midtune.tasks.answers import extract, reference_answer
+from midtune.tasks.answers import extract, majority, reference_answer
 from midtune.tasks.rewards import SOLVED
-from midtune.tasks.votes import majority
 
 
 def run(targets: Sequence[str], config: RunConfig, *, terminal: Terminal) -> dict[str, Any]:
@@ -44,9 +43,14 @@ def run(targets: Sequence[str], config: RunConfig, *, terminal: Terminal) -> dic
     """
     folders = _patch_folders(targets)
     patches = [read_patch(folder) for folder in folders]
-    _check_one_base(targets, patches)
-    base_model = {"model.name": patches[0].base_model, "model.revision": patches[0].revision}
-    config = with_settings(config, base_model)
+    first = patches[0]
+    for target, patch in zip(targets, patches, strict=True):
+        if (patch.base_model, patch.revision) != (first.base_model, first.revision):
+            raise InputError(
+                f"{targets[0]} was trained on {_base_of(first)} and {target} on {_base_of(patch)}; "
+                "give runs of one base model."
+            )
+    config = with_settings(config, {"model.name": first.base_model, "model.revision": first.revision})
     opened = Opened(config, terminal)
     task = opened.task
     task.require_one_turn("`midtune vote`")
@@ -111,16 +115,6 @@ def _patch_folders(targets: Sequence[str]) -> list[Path]:
             raise InputError(f"the patch of {target} was given twice, but has one vote; leave one out.")
         folders[folder.resolve()] = folder
     return list(folders.values())
-
-
-def _check_one_base(targets: Sequence[str], patches: Sequence[Patch]) -> None:
-    first = patches[0]
-    for target, patch in zip(targets, patches, strict=True):
-        if (patch.base_model, patch.revision) != (first.base_model, first.revision):
-            raise InputError(
-                f"{targets[0]} was trained on {_base_of(first)} and {target} on {_base_of(patch)}; "
-                "give runs of one base model."
-            )
 
 
 def _base_of(patch: Patch) -> str:

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from midtune.tasks.notation import last_number, normalise, read_number, undressed, without_emphasis
+from midtune.tasks.notation import (
+    last_number,
+    normalise,
+    read_number,
+    same_number,
+    undressed,
+    without_emphasis,
+)
 
 _BRACE = re.compile(r"\\f?box(?:ed)?\s*\{|\\?[{}]")
 _JOINED = re.compile(
@@ -138,6 +145,20 @@ def same_answer(found: str, reference: str, same: Callable[[str, str], bool]) ->
     if letter:
         return bool(rest) and same(found, rest)
     return same(said_rest if said_rest else found, reference)
+
+
+def majority(answers: Sequence[str]) -> int | None:
+    """The index of the first answer (`extract`) that agrees with the most others; None if there are none.
+
+    Answers agree as the same number, or the same text up to case and whitespace. Blank ones vote only if all are blank.
+    """
+    groups: dict[str, list[int]] = {}  # by the first answer of each
+    for index, answer in enumerate(answers):
+        same = (key for key in groups if normalise(key) == normalise(answer) or same_number(key, answer))
+        groups.setdefault(next(same, answer), []).append(index)
+    voting = [group for key, group in groups.items() if key.strip()] or [*groups.values()]
+    # Of equally long groups, max takes the first.
+    return max(voting, key=len)[0] if voting else None
 
 
 def _choice(text: str) -> tuple[str, str]:

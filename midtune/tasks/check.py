@@ -43,8 +43,7 @@ def check_reward(task: Task) -> None:
         check_game(task.game, rows)
         return
     right = [row["answer"] for row in rows]
-    parts, _ = parts_of(task.reward)
-    for reward in dict.fromkeys([*parts, task.score]):
+    for reward in dict.fromkeys([*parts_of(task.reward)[0], task.score]):
         for texts in (right, [_WRONG] * len(rows), [""] * len(rows)):
             _call(reward, rows, texts, task)
     if not any(right) or (task.own_reward and not is_task_file(task.name)):

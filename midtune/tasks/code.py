@@ -41,9 +41,6 @@ _REFERENCES = ("answer", "code", "canonical_solution", "solutions")
 # APPS compares tuples as lists, and writes some expected results in a list of one.
 _APPS_SETUP = "def listed(v): return [listed(i) for i in v] if isinstance(v, (list, tuple)) else v"
 
-# Starter code has annotations such as List[int], without the import.
-_APPS_PREFIX = "from typing import *\n"
-
 
 def extract_code(completion: str, *, in_block: bool = False) -> str:
     """The program in a completion: its last fenced block, closed or not, or what comes before any fence.
@@ -227,7 +224,8 @@ def _apps(data: dict[str, Any]) -> dict[str, Any]:
         accepted = [expected, *expected[:1]] if isinstance(expected, list) else [expected]
         call = f"{function}({', '.join(map(repr, arguments))})"
         tests.append(f"assert listed({call}) in {accepted!r}")
-    return call_tests([_APPS_SETUP], tests, prefix=_APPS_PREFIX)
+    # Starter code has annotations such as List[int], without the import.
+    return call_tests([_APPS_SETUP], tests, prefix="from typing import *\n")
 
 
 def _lines(text: Any) -> str:

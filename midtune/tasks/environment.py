@@ -56,12 +56,9 @@ class Match:
     """An environment during an episode; fills in what its class leaves out."""
 
     def __init__(self, name: str, environment: Any) -> None:
-        self.name = name
-        self.environment = environment
-        self._shown = ""
-        self._reward = 0.0
+        self.name, self.environment = name, environment
+        self._shown, self._reward, self._acted = "", 0.0, False
         self._row: Row = {}
-        self._acted = False
 
     def reset(self, row: Row) -> Row:
         """Begin an episode; return the row with the first text shown appended to its prompt."""

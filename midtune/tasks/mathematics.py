@@ -13,12 +13,12 @@ import json
 import logging
 import re
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
+from subprocess import DEVNULL, PIPE, Popen
 from typing import IO, Any
 
 LIMIT_S = 3.0
@@ -27,8 +27,6 @@ START_S = 60.0
 MEMORY_BYTES = 2 * 2**30
 # A text longer than this, in characters, is more than an answer.
 _LONGEST = 200
-# Variants of an equation that are compared, each in up to 0.1 s.
-_TRIED = 2
 # Numbers, signs and bare letters, but not those in LaTeX commands and words.
 _PARTS = re.compile(
     r"(?<!\\)(?<![a-zA-Z])[0-9]+|[-+<>|]|\\(?:[lg]eq?|n)(?![a-zA-Z])|(?<![a-zA-Z\\{])[a-zA-Z](?![a-zA-Z])"
@@ -42,7 +40,7 @@ class Comparer:
     def __init__(self, limit_s: float = LIMIT_S, program: str = __file__) -> None:
         self.limit_s = limit_s
         self._program = program
-        self._process: subprocess.Popen[str] | None = None
+        self._process: Popen[str] | None = None
         self._lock = threading.Lock()
         atexit.register(self.close)
 
@@ -68,16 +66,11 @@ class Comparer:
             self._process.communicate()
             self._process = None
 
-    def _start(self) -> subprocess.Popen[str]:
+    def _start(self) -> Popen[str]:
         # -P: modules of this folder would shadow others.
-        process = subprocess.Popen(
-            [sys.executable, "-P", self._program],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            encoding="utf-8",
+        process = self._process = Popen(
+            [sys.executable, "-P", self._program], stdin=PIPE, stdout=PIPE, stderr=DEVNULL, encoding="utf-8"
         )
-        self._process = process
         # The first LaTeX builds its parser.
         if not _asked(process, json.dumps([["$\\frac{1}{2}$"], ["$x^2$"]]), START_S):
             self.close()
@@ -90,7 +83,7 @@ class Comparer:
         return process
 
 
-def _asked(process: subprocess.Popen[str], line: str, limit_s: float) -> str:
+def _asked(process: Popen[str], line: str, limit_s: float) -> str:
     """The process's answer, or nothing if it ended or was killed."""
     assert process.stdin is not None and process.stdout is not None
     timer = threading.Timer(limit_s, process.kill)
@@ -128,8 +121,8 @@ def _equal(references: tuple[str, ...], candidates: Sequence[str]) -> bool:
     places = max([6, *map(len, re.findall(r"\.([0-9]+)", f"{text} {said}"))])
     if not _verified(gold, found, places) or not (_is_read_whole(text) and _is_read_whole(said)):
         return False
-    # It calls two equations equal if it cannot solve them.
-    others = islice(_others(said), _TRIED) if "=" in text and "=" in said else ()
+    # It calls two equations equal if it cannot solve them. Each comparison takes up to 0.1 s.
+    others = islice(_others(said), 2) if "=" in text and "=" in said else ()
     return not any(_verified(gold, _parsed(other), places) for other in others)
 
 
@@ -164,19 +157,16 @@ def _is_read_whole(text: str) -> bool:
     if len(text) > _LONGEST:
         return True
     read = _parsed(text)
-    bare = _UNIT.sub("", text)
-    return not any(_parsed(other) == read for other in _others(bare))
+    return not any(_parsed(other) == read for other in _others(_UNIT.sub("", text)))
 
 
 def _others(text: str) -> Iterator[str]:
     """The text with one number or sign changed, or one name left out."""
-    found = [(part.start(), part.end(), part[0]) for part in _PARTS.finditer(text)]
-    for start, end, part in sorted(found, key=lambda place: not place[2].isdigit()):
-        if part.isdigit():
-            part = part[:-1] + str((int(part[-1]) + 1) % 10)
-        else:
-            part = {"+": "-", "-": "+"}.get(part, "")
-        yield text[:start] + part + text[end:]
+    swapped = {"+": "-", "-": "+"}
+    for found in sorted(_PARTS.finditer(text), key=lambda found: not found[0].isdigit()):
+        part = found[0]
+        part = part[:-1] + str((int(part[-1]) + 1) % 10) if part.isdigit() else swapped.get(part, "")
+        yield text[: found.start()] + part + text[found.end() :]
 
 
 if __name__ == "__main__":

@@ -185,12 +185,10 @@ def last_number(text: str) -> str | None:
     matches = list(_IN_TEXT.finditer(text))
     if not matches:
         return None
-    last = matches[-1]
-    if _BEFORE.search(text[: last.start()][-12:]) or (
-        _AFTER.match(text, last.end()) and not _ATTACHED.match(text, last.end())
-    ):
+    start, end = matches[-1].span()
+    if _BEFORE.search(text[:start][-12:]) or (_AFTER.match(text, end) and not _ATTACHED.match(text, end)):
         return None
-    number = _number(last)
+    number = _number(matches[-1])
     return number.text if number is not None else None
 
 
@@ -204,10 +202,8 @@ def normalise(text: str) -> str:
 
 def is_text(text: str) -> bool:
     """Whether an answer is words, a date, a time or the like, not an expression to calculate with."""
-    if is_two_numbers(text) or _NO_EXPRESSION.search(undressed(text)):
-        return True
     unit = _TRAILING_UNIT.search(text)
-    if unit is not None and _NO_UNITS.search(unit[0]):
+    if is_two_numbers(text) or _NO_EXPRESSION.search(undressed(text)) or (unit and _NO_UNITS.search(unit[0])):
         return True
     bare = _TRAILING_UNIT.sub(r"\1", text)
     fonts = [found[1] for found in _FONT.finditer(bare)]
@@ -220,8 +216,9 @@ def is_text(text: str) -> bool:
 
 def units_differ(left: str, right: str) -> bool:
     """Whether both answers end in a LaTeX unit, `\\text{ cm}^2`, and the units differ."""
-    ends = [_TRAILING_UNIT.search(text) for text in (left, right)]
-    one, other = (undressed(end[0].strip()) if end is not None else "" for end in ends)
+    one, other = (
+        undressed(end[0].strip()) if end else "" for end in map(_TRAILING_UNIT.search, (left, right))
+    )
     return bool(one and other) and not _same_unit(one, other)
 
 
@@ -232,16 +229,13 @@ def without_emphasis(text: str) -> str:
 
 def undressed(text: str) -> str:
     """Convert to plain characters, without LaTeX and Markdown markup."""
-    text = unicodedata.normalize("NFKC", text.translate(_CHARACTERS))
-    text = without_emphasis(text)
+    text = without_emphasis(unicodedata.normalize("NFKC", text.translate(_CHARACTERS)))
     if not _LATEX.isdisjoint(text):
         text = _DEGREE.sub("°", _THOUSANDS.sub("", text))
         text = _SPACING.sub(" ", text).replace("{,}", ",").replace("\\%", "%")
         for _ in range(_DEEPEST):
             text = _FONT.sub(r" \1 ", text)
-        text = _FRACTION.sub(
-            lambda found: f"\\frac{{{found[1] or found[2]}}}{{{found[3] or found[4]}}}", text
-        )
+        text = _FRACTION.sub(lambda part: f"\\frac{{{part[1] or part[2]}}}{{{part[3] or part[4]}}}", text)
     return _NOTHING.sub("", text)
 
 
@@ -261,12 +255,9 @@ def _unit(text: str, start: int) -> str | None:
     found = _UNIT.fullmatch(rest)
     if found is None or _NO_UNITS.search(rest):
         return None
-    word = found["word"]
-    if word is not None and text[start : start + 1].isalpha() and len(word) < 4 and not _ATTACHED.match(rest):
-        return None
-    if word is not None and len(word) == 1 and word not in _SINGLE:
-        return None
-    return rest
+    word = found["word"] or ""
+    is_product = text[start : start + 1].isalpha() and len(word) < 4 and not _ATTACHED.match(rest)
+    return None if is_product or (len(word) == 1 and word not in _SINGLE) else rest
 
 
 def _same_unit(left: str, right: str) -> bool:
@@ -322,8 +313,9 @@ def _number(found: re.Match[str], unit: str = "") -> Number | None:
             decimals = -parts.exponent
     sign, whole = "-" * (value < 0), f"{found['whole']} " if found["whole"] else ""
     text = f"{sign}{whole}{top.lstrip('+-')}{'/' * bool(bottom)}{bottom.lstrip('+-')}"
-    text = str(value) if found["repeated"] else text
-    return Number(value, text, decimals, found["percent"] is not None, unit)
+    return Number(
+        value, str(value) if found["repeated"] else text, decimals, found["percent"] is not None, unit
+    )
 
 
 def _digits(number: str) -> str:

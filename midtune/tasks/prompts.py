@@ -47,6 +47,4 @@ def prompted(row: Row, settings: TaskConfig) -> Row:
     text = template.user if is_chat else template.plain
     *before, last = messages
     messages = [*before, {**last, "content": text.replace(_HERE, last["content"])}]
-    if is_chat:
-        return {**row, "prompt": messages}
-    return {**row, "prompt": "\n".join(message["content"] for message in messages)}
+    return {**row, "prompt": messages if is_chat else "\n".join(message["content"] for message in messages)}

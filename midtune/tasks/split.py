@@ -36,8 +36,12 @@ class Split:
 
 def problem(prompt: str, question: str, answer: str = "", **columns: Any) -> Row:
     """A problem whose prompt is one user message."""
-    messages = [{"role": "user", "content": prompt}]
-    return {"prompt": messages, "question": question, "answer": answer, **columns}
+    return {
+        "prompt": [{"role": "user", "content": prompt}],
+        "question": question,
+        "answer": answer,
+        **columns,
+    }
 
 
 def question_key(question: str) -> str:
@@ -97,22 +101,19 @@ def draw_split(draw: Callable[[int, int], Sequence[Row]], sizes: Sizes) -> Split
     """
     rows: dict[str, Row] = {}
     held_out: dict[str, None] = {}  # a set in order
-    stale = 0
-    is_full = False
+    stale, is_full = 0, False
     for row in _drawn(draw, sizes):
         key = question_key(row["question"])
         stale = stale + 1 if key in rows else 0
-        if key not in rows:
-            rows[key] = row
-            if rank(key, sizes.seed) < _HELD_OUT_SHARE:
-                held_out[key] = None
+        if key not in rows and rank(key, sizes.seed) < _HELD_OUT_SHARE:
+            held_out[key] = None
+        rows.setdefault(key, row)
         is_full = len(held_out) >= sizes.held_out and len(rows) - len(held_out) >= sizes.train
         # Among n equally likely questions one is missed by 4n draws with probability e^-4.
         if is_full or stale >= max(200, min(4 * len(rows), 4000)):
             break
     if not is_full:
-        count = _held_out_count(len(rows), sizes)
-        held_out = dict.fromkeys([*(held_out | dict.fromkeys(rows))][:count])
+        held_out = dict.fromkeys([*(held_out | dict.fromkeys(rows))][: _held_out_count(len(rows), sizes)])
     train = [row for key, row in rows.items() if key not in held_out]
     chosen = [rows[key] for key in held_out]
     return Split(train[: sizes.train], chosen[: sizes.held_out], None if is_full else len(rows))
@@ -140,9 +141,8 @@ def _in_order(different: dict[str, Row], seed: int) -> list[Row]:
 
 def _held_out_count(distinct: int, sizes: Sizes) -> int:
     if distinct < FEWEST_QUESTIONS:
-        noun = "question" if distinct == 1 else "questions"
         raise InputError(
-            f"the task has only {distinct} different {noun}, and training and held-out problems need at least "
-            f"{FEWEST_QUESTIONS} together; give it more problems."
+            f"the task has only {distinct} different question{'s' * (distinct != 1)}, and training and held-out "
+            f"problems need at least {FEWEST_QUESTIONS} together; give it more problems."
         )
     return min(sizes.held_out, distinct // 3)

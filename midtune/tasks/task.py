@@ -131,8 +131,12 @@ def load_task(
     if is_sum:
         identity["rewards"] = [[digests.get(text, text), weight] for text, weight in weights.items()]
     own_names = dict.fromkeys(key for row in found.own for key in row) if own or is_own_reward else {}
-    warning = opened.warning if opened else None
-    notes = [*found.notes, _note(found.split, sizes), _shadowed(own_names), warning]
+    notes = [
+        *found.notes,
+        _note(found.split, sizes),
+        _shadowed(own_names),
+        opened.warning if opened else None,
+    ]
     return Task(
         name=name,
         fingerprint=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16],

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from midtune.tasks.votes import majority
+from midtune.tasks.answers import majority
 
 # No two of them agree.
 DIFFERENT = ["1", "2", "-2", "3/4", "Paris", "paris 7", "1 2\n3 4", ""]

@@ -70,7 +70,6 @@ def draw_games(name: str, args: Mapping[str, Any], sizes: Sizes) -> tuple[Split,
 
     def row(index: int) -> Row:
         columns = {"seed": random.Random(f"{name} {sizes.seed} {index}").randrange(2**31), **arguments}
-        question = kind.prompt + environment.reset(**columns)
-        return problem(kind.prompt, question, **columns)
+        return problem(kind.prompt, kind.prompt + environment.reset(**columns), **columns)
 
     return draw_split(lambda start, stop: [row(n) for n in range(start, stop)], sizes), arguments

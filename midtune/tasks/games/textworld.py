@@ -64,5 +64,4 @@ def _made(seed: int, rooms: int, objects: int, quest: int) -> str:
     options = textworld.GameOptions()
     options.seeds, options.nb_rooms, options.nb_objects, options.quest_length = seed, rooms, objects, quest
     options.path = str(Path(_folder().name) / f"{seed}-{rooms}-{objects}-{quest}.z8")
-    path, _ = textworld.make(options)
-    return str(path)
+    return str(textworld.make(options)[0])

@@ -33,13 +33,11 @@ def main(job: dict[str, Any]) -> None:
     # With the folder's descriptor, so that the parent can count the program's files.
     folder = os.open(".", os.O_RDONLY)
     said = _socket.socket(fileno=2)
-    rights = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS, folder.to_bytes(4, sys.byteorder))
-    said.sendmsg([STARTED], [rights])
+    said.sendmsg([STARTED], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, folder.to_bytes(4, sys.byteorder))])
     said.detach()
     os.close(folder)
-    null = os.open("/dev/null", os.O_WRONLY)
     # Nobody reads it from here on, and a full pipe would block the program.
-    os.dup2(null, 2)
+    os.dup2(os.open("/dev/null", os.O_WRONLY), 2)
     sys.argv = ["program.py"]
     {"run": run, "serve": serve, "grade": grade}[job["role"]](job)
 
@@ -195,9 +193,7 @@ def _named(space: dict[str, Any], name: str) -> Any:
     if name in space:
         return space[name]
     # LeetCode's form, which APPS has too.
-    if "Solution" in space:
-        return getattr(space["Solution"](), name)
-    return getattr(builtins, name)
+    return getattr(space["Solution"]() if "Solution" in space else builtins, name)
 
 
 def _execute(sources: list[str], name: str) -> dict[str, Any]:

@@ -46,8 +46,6 @@ from midtune.tasks.sandbox import inside
 from midtune.tasks.sandbox.syscalls import program_filter
 
 _OUTPUT_BYTES = 4 * 2**20
-_FOLDER_BYTES = 16 * 2**20
-_OPEN_FILES = 32
 # Files in /tmp, and how often they are counted: bubblewrap sets no limit on them.
 _FILES, _COUNT_EVERY_S = 4096, 0.05
 # User ids that systemd keeps for services without a user; no person and no file has one. Taken in turn from a
@@ -244,7 +242,7 @@ def kernel_limits(settings: SandboxConfig) -> dict[str, int]:
         "CORE": 0,
         "CPU": settings.cpu_s,
         "FSIZE": _OUTPUT_BYTES,
-        "NOFILE": _OPEN_FILES,
+        "NOFILE": 32,
         "NPROC": settings.processes,
     }
 
@@ -278,11 +276,9 @@ def bubblewrap(bwrap: str, *, as_root: bool) -> tuple[str, ...]:
     """The bubblewrap (0.8+) command that isolates the next; root gets no user namespace, but may change its user id."""
     python = _INTERPRETER[0]
     shown = [python, str(Path(os.__file__).parents[1]), *_SHARED_LIBRARIES]
-    user = (
-        ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
-        if as_root
-        else ["--unshare-user", "--disable-userns"]
-    )
+    user = ["--unshare-user", "--disable-userns"]
+    if as_root:
+        user = ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     # By name: --unshare-all silently skips what it cannot have.
     kinds = ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
     return (
@@ -291,7 +287,7 @@ def bubblewrap(bwrap: str, *, as_root: bool) -> tuple[str, ...]:
         *("--dir", "/dev", "--dir", os.path.dirname(python)),
         *(word for path in shown for word in ("--ro-bind-try", path, path)),
         *(word for path in ("/dev/null", "/dev/urandom") for word in ("--dev-bind", path, path)),
-        *("--size", str(_FOLDER_BYTES), "--perms", "1777", "--tmpfs", "/tmp"),
+        *("--size", str(16 * 2**20), "--perms", "1777", "--tmpfs", "/tmp"),
         *("--remount-ro", "/", "--chdir", "/tmp", "--"),
     )
 

@@ -23,8 +23,6 @@ _DROP = "--set task.bad_rows=drop"
 _SHOWN_FAULTS = 3
 # The key of a problem that holds its row's index in `Problems.own`.
 PLACE = "row"
-# ShareGPT's names for roles.
-_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 @dataclass(frozen=True)
@@ -202,7 +200,7 @@ def _message(message: Any) -> dict[str, str] | None:
     role, content = message.get("role"), message.get("content")
     if role is None and content is None:
         role, content = message.get("from"), message.get("value")
-        role = _ROLES.get(role, role) if isinstance(role, str) else None
+        role = {"human": "user", "gpt": "assistant"}.get(role, role) if isinstance(role, str) else None
     if isinstance(content, list) and all(
         isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content
     ):

@@ -191,12 +191,11 @@ def _parts(path: Path, content: bytes) -> dict[str, list[Line]]:
             content = _UNPACK[packed].decompress(content)
     if suffix in (".parquet", ".arrow"):
         return {"": _table(path, content, suffix)}
-    # Excel's "Unicode text" is UTF-16.
-    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     with explained(
         f"task file {path} is not UTF-8 text; save it as UTF-8 (in Excel `CSV UTF-8`), or give a parquet file."
     ):
-        text = content.decode(encoding)
+        # Excel's "Unicode text" is UTF-16.
+        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     if not text.strip():
         raise InputError(f"task file {path} is empty; it needs a problem on each line.")
     parts = {"": _csv(path, text, _DELIMITED[suffix])} if suffix in _DELIMITED else _json(path, text)
@@ -245,8 +244,7 @@ def _document(document: Any) -> dict[str, list[Any]]:
         if isinstance(value, dict | list)
     ]
     if any(key.casefold() in PROMPT_COLUMNS for key in document):
-        even = len(columns) == len(document) and len({len(column) for column in columns}) == 1
-        if not even:
+        if len(columns) != len(document) or len({len(column) for column in columns}) != 1:
             return {"": [document]}
         return {"": [dict(zip(document, row, strict=True)) for row in zip(*columns, strict=True)]}
     rows = {
