@@ -2,7 +2,7 @@
 
 The rooms, from the command line down; imports point downwards only:
 
-    cli         the commands and their options        process     streams, quiet libraries
+    cli         runs commands; commands: their table  process     streams, quiet libraries
     stages/     one file per command                  config      every setting and its default, once
     probe/      which block to train: race, sweep     bench/      the same work through midtune and TRL
     planning/   memory and time, worked out           report/     statistics, tables, pictures, the page

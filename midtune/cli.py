@@ -1,8 +1,6 @@
 """The commands: each reads what was typed, calls one stage and prints its result.
 
-`COMMANDS` is the table of them all. To give a command another setting as an option, add the setting's name to one of
-its panels: help, type, choices and default come from config.py. A new command is a row here, a file in stages/ and a
-printer in report/.
+Which commands there are, and what can be typed for each, stands in commands.py.
 
 Results go to stdout; progress, messages and errors go to stderr. Errors are printed here and nowhere else.
 Whatever takes long to import waits until the arguments have been read.
@@ -16,8 +14,8 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,16 +24,8 @@ import typer
 from typer.core import TyperCommand
 
 from midtune import __version__
-from midtune.config import (
-    MOST_TOKENS,
-    PLANNED_CARD,
-    PLANNED_PROMPT_TOKENS,
-    SETTINGS,
-    RunConfig,
-    load_config,
-    parse_assignment,
-    require_task,
-)
+from midtune.commands import COMMANDS, Command, Parameter
+from midtune.config import RunConfig, load_config, parse_assignment, require_task
 from midtune.device import show_one_card
 from midtune.errors import InputError, MidtuneError, RunStopped, bounded, escaped, lack_of, one_line
 from midtune.measure.cards import card_names
@@ -45,141 +35,6 @@ from midtune.process import fast_imports, hold_streams, is_read, quieten_librari
 INTERRUPTED = 130
 # Table width in a pipe or a file.
 PIPE_WIDTH = 100
-ARGUMENTS = "Arguments"
-EVERY_COMMAND = "json quiet debug"
-REQUIRED = inspect.Parameter.empty
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """An argument or option of a command.
-
-    `flag` defaults to the parameter's name with dashes. `reader` is who is given the value: `stage`, `config` or
-    `cli`. `key` is the setting that it sets, such as `training.lr`. `checks` go to `typer.Option` or `typer.Argument`.
-    """
-
-    kind: Any
-    help: str
-    metavar: str | None = None
-    default: Any = None
-    flag: str | None = None
-    reader: str = "stage"
-    key: str | None = None
-    checks: Mapping[str, Any] = field(default_factory=dict)
-
-    def option(self, name: str) -> str:
-        return self.flag or f"--{name.replace('_', '-')}"
-
-    def declared(self, name: str, panel: str) -> inspect.Parameter:
-        """The parameter as Typer reads it."""
-        about = {"help": _with_default(self.help, self.default), "metavar": self.metavar, **self.checks}
-        about |= {"show_default": False, "rich_help_panel": panel}
-        info = typer.Argument(**about) if panel == ARGUMENTS else typer.Option(self.option(name), **about)
-        kind = self.kind | None if self.default is None else self.kind
-        return inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=self.default, annotation=Annotated[kind, info]
-        )
-
-
-def _with_default(help: str, default: Any) -> str:
-    if any(default is none for none in (None, False, REQUIRED)) or "default" in help:
-        return help
-    return f"{help} (default: {f'{default:g}' if isinstance(default, float) else default})"
-
-
-def _setting(key: str, flag: str | None = None, metavar: str | None = None) -> Parameter:
-    """The option that sets `key`."""
-    known = SETTINGS[key]
-    help = _with_default(known.description, known.default)
-    flag = flag or "--" + key.rpartition(".")[2].replace("_", "-")
-    # The configuration parses other types from text.
-    kind = known.kind if known.kind in (bool, int, float, Path, list[str]) else str
-    return Parameter(kind, help, "|".join(known.choices) or metavar, flag=flag, reader="config", key=key)
-
-
-def _switch(help: str, reader: str = "cli") -> Parameter:
-    return Parameter(bool, help, default=False, reader=reader)
-
-
-def _count(help: str, default: int, least: int = 1) -> Parameter:
-    return Parameter(int, help, "N", default, checks={"min": least, "max": MOST_TOKENS})
-
-
-def _separated(text: str | None) -> list[str]:
-    return [part.strip() for part in (text or "").split(",") if part.strip()]
-
-
-_MODEL, _TASK_NAME = _setting("model.name", "--model", "MODEL"), _setting("task.name", "--task")
-# Parameters that are not plain settings, by name or as COMMAND.NAME.
-PARAMETERS = {
-    "model": replace(_MODEL, help=_MODEL.help.replace("tiny)", "tiny, with its own recipe)"), flag=None),
-    "task": _TASK_NAME,
-    "task_arg": Parameter(
-        list[str], "argument of a reasoning-gym dataset; repeatable", "KEY=VALUE", reader="config"
-    ),
-    "reward": _setting("task.reward", metavar="NAME[=WEIGHT]"),
-    "resume": _switch("continue a run exactly; its folder is MODEL or --out", "stage"),
-    "recipe": Parameter(Path, "a YAML file of settings; options override it", reader="config"),
-    "set": Parameter(
-        list[str], "any key of a recipe, such as training.top_p=0.9; repeatable", "KEY=VALUE", reader="config"
-    ),
-    "offline": _switch("download nothing, use what is on this machine"),
-    "dry_run": _switch("say what the run would do, and load and fetch nothing"),
-    "out": Parameter(Path, "folder for what the command leaves (default: runs/NAME)"),
-    "json": _switch("print the result as one JSON object"),
-    "quiet": _switch("no progress and no messages"),
-    "debug": _switch("show the traceback of an unexpected error"),
-    "eval.target": Parameter(str, "a model, a run folder or a patch folder", "TARGET", REQUIRED),
-    "eval.tasks": Parameter(list[str], _TASK_NAME.help, flag="--task"),
-    "eval.lm_eval": Parameter(
-        str, "also tasks of lm-evaluation-harness", "TASK,TASK", checks={"callback": _separated}
-    ),
-    "eval.lm_eval_path": Parameter(Path, "folder that describes such tasks of your own", "FOLDER"),
-    "eval.results": Parameter(Path, "write every problem, its answer and scores, as jsonl", "FILE"),
-    "vote.targets": Parameter(
-        list[Path],
-        "two or more run folders or patch folders of one base model",
-        "RUN",
-        REQUIRED,
-        checks={"exists": True, "file_okay": False, "path_type": str},
-    ),
-    "plan.gpu": Parameter(str, "the card: memory or name; or cpu", "24GB|NAME|cpu", PLANNED_CARD),
-    "plan.prompt_tokens": _count("tokens of the longest prompt", PLANNED_PROMPT_TOKENS),
-    "plan.new_tokens": _setting("training.max_new_tokens", "--new-tokens"),
-    "merge.target": Parameter(Path, "the folder of a run", "RUN", REQUIRED),
-    "merge.out": Parameter(Path, "folder for the checkpoint", default=REQUIRED),
-    "report.folders": Parameter(list[Path], "the folders of one or more runs", "RUN", REQUIRED),
-    "report.out": Parameter(
-        Path,
-        "the page (default: report.html in the folder of a single run, comparison.html here for several)",
-        "FILE",
-    ),
-    "bench.model_option": replace(_MODEL, help="the model, for those who would rather name it"),
-    "bench.arms": Parameter(
-        str,
-        "what to compare, the first with all others",
-        "ARM,ARM",
-        "midtune,trl-full,trl-block,trl-qlora",
-        checks={"callback": _separated},
-    ),
-    "bench.prompts": _count("prompts of a step", 4),
-    "bench.prompt_tokens": _count("tokens of a prompt", 50),
-    "bench.new_tokens": _count("tokens of every completion", 24),
-    "bench.group_size": _count("completions of a prompt", 8, least=2),
-    "bench.steps": _count("steps counted, after one that warms up", 5),
-    "bench.profile": _switch("say where the first arm's time goes, in one more step", "stage"),
-    "compare.files": Parameter(
-        list[Path], "probe.json files, or run folders that hold one", "PROBE", REQUIRED
-    ),
-    "compare.top_k": _count("best blocks whose overlap is counted", 5),
-    "compare.out": Parameter(Path, "a picture of the rankings over depth: .svg, .png or .pdf", "FILE"),
-    "tasks.task": Parameter(
-        str,
-        "show a problem of this task: a reasoning-gym dataset or whatever --task takes; or `check`",
-        "TASK",
-    ),
-    "tasks.checked": Parameter(str, "after `check`: read and try all of this task", "TASK"),
-}
 
 
 @dataclass(frozen=True)
@@ -230,6 +85,48 @@ class Given:
             require_task(config)
         return config
 
+    def for_a_run(self) -> dict[str, Any]:
+        if not self["resume"]:
+            return {**self.arguments(), "resume": None}
+        others = [
+            known.option(name) for name, known in self.configuring().items() if known.key != "model.name"
+        ]
+        if others:
+            raise InputError(
+                f"--resume keeps the settings of the run, but {', '.join(others)} was given too; leave it out."
+            )
+        folders = [folder for folder in (self["model"], self["out"]) if folder is not None]
+        if len(folders) != 1:
+            what = "two folders" if folders else "none"
+            raise InputError(
+                f"--resume needs the folder of one run and got {what}; write `--resume runs/NAME`."
+            )
+        from midtune.runs import RunFolder
+
+        folder = RunFolder.open(Path(folders[0])).path
+        return {"config": _loaded(folder / "config.yaml", {}), "out": None, "resume": folder}
+
+    def for_eval(self) -> dict[str, Any]:
+        own = self.own()
+        tasks = own.pop("tasks") or [None]
+        return {**own, "configs": [self.config(own["target"], task, not own["lm_eval"]) for task in tasks]}
+
+    def for_vote(self) -> dict[str, Any]:
+        return {"config": self.config(self["targets"][0]), **self.own()}
+
+    def for_tasks(self) -> dict[str, Any]:
+        task, checked, check = self["task"], self["checked"], self["task"] == "check"
+        if check and checked is None:
+            raise InputError(
+                "`midtune tasks check` needs the task to check; add a task file, a data file or a name."
+            )
+        if not check and checked is not None:
+            raise InputError(
+                f"one task is shown at a time, but {task} and {checked} were given; leave one out."
+            )
+        config = self.config(task=checked if check else task, needs_task=False)
+        return {"config": config if task or self["recipe"] else None, "check": check}
+
 
 def _loaded(recipe: Path | None, overrides: Mapping[str, Any]) -> RunConfig:
     """The configuration, and this process made to see the one card that it names."""
@@ -253,214 +150,6 @@ def _underneath(target: str) -> tuple[Path | None, dict[str, str]]:
     from midtune.model.patch import read_patch
 
     return None, {"model.name": read_patch(folder).base_model}
-
-
-def _for_a_run(given: Given) -> dict[str, Any]:
-    if not given["resume"]:
-        return {**given.arguments(), "resume": None}
-    others = [known.option(name) for name, known in given.configuring().items() if known.key != "model.name"]
-    if others:
-        raise InputError(
-            f"--resume keeps the settings of the run, but {', '.join(others)} was given too; leave it out."
-        )
-    folders = [folder for folder in (given["model"], given["out"]) if folder is not None]
-    if len(folders) != 1:
-        what = "two folders" if folders else "none"
-        raise InputError(f"--resume needs the folder of one run and got {what}; write `--resume runs/NAME`.")
-    from midtune.runs import RunFolder
-
-    folder = RunFolder.open(Path(folders[0])).path
-    return {"config": _loaded(folder / "config.yaml", {}), "out": None, "resume": folder}
-
-
-def _for_eval(given: Given) -> dict[str, Any]:
-    own = given.own()
-    tasks = own.pop("tasks") or [None]
-    return {**own, "configs": [given.config(own["target"], task, not own["lm_eval"]) for task in tasks]}
-
-
-def _for_vote(given: Given) -> dict[str, Any]:
-    return {"config": given.config(given["targets"][0]), **given.own()}
-
-
-def _for_tasks(given: Given) -> dict[str, Any]:
-    task, checked, check = given["task"], given["checked"], given["task"] == "check"
-    if check and checked is None:
-        raise InputError(
-            "`midtune tasks check` needs the task to check; add a task file, a data file or a name."
-        )
-    if not check and checked is not None:
-        raise InputError(f"one task is shown at a time, but {task} and {checked} were given; leave one out.")
-    config = given.config(task=checked if check else task, needs_task=False)
-    return {"config": config if task or given["recipe"] else None, "check": check}
-
-
-@dataclass(frozen=True)
-class Command:
-    """A row of `COMMANDS`.
-
-    Args:
-        summary: its line in `midtune --help`; `about` is its own help.
-        printer: MODULE.FUNCTION in report/ that shows the stage's result.
-        panels: title in the help → names of `PARAMETERS` and keys of settings; a key whose part is the title's goes
-            without it. `Output` has those of `EVERY_COMMAND` besides.
-        arguments: turns what was typed into the arguments of the stage's `run`.
-        stage: the file in stages/; default: the command's name.
-        progress: what is shown meanwhile, where `run` takes no terminal.
-    """
-
-    summary: str
-    about: str
-    example: str
-    printer: str
-    panels: Mapping[str, str]
-    arguments: Callable[[Given], dict[str, Any]] = Given.arguments
-    stage: str = ""
-    progress: str = ""
-
-
-_TASK = "task_arg reward prompt_column answer_column prompt_format template eval_file"
-COMMANDS = {
-    "train": Command(
-        "train blocks, report what it gained and saved",
-        "Train the chosen blocks, score them before and after, and report what was gained and saved.",
-        "midtune train smollm2-135m --task reasoning-gym:chain_sum --task-arg min_terms=2 --top-k 1",
-        "tables.report_table",
-        {
-            ARGUMENTS: "model",
-            "Model": "quantize device adapter",
-            "Task": f"task {_TASK}",
-            "Blocks": "layers top_k probe select",
-            "Training": "algorithm steps lr beta prompts_per_step group_size max_new_tokens temperature "
-            "fit report_to resume",
-            "Evaluation": "task.eval_size samples baseline",
-            "Settings": "recipe set seed offline",
-            "Output": "dry_run out",
-        },
-        _for_a_run,
-    ),
-    "probe": Command(
-        "rank the blocks by what training each would pay",
-        "Rank the blocks by how much training each would pay, with intervals and prices.",
-        "midtune probe --budget 5m --out runs/ranking",
-        "ranking.probe_table",
-        {
-            ARGUMENTS: "model",
-            "Model": "quantize device",
-            "Task": f"task {_TASK}",
-            "Probe": "method layers budget seeds full_lr",
-            "Blocks": "top_k",
-            "Training": "algorithm steps lr prompts_per_step group_size max_new_tokens temperature resume",
-            "Evaluation": "task.eval_size samples",
-            "Settings": "recipe set seed offline",
-            "Output": "out",
-        },
-        _for_a_run,
-    ),
-    "eval": Command(
-        "score a model, a run or a patch",
-        "Score a model, a run or a patch on held-out problems.\n\n"
-        "A run or the patch inside it is scored beside its base model, on its own task, unless others are given: "
-        "--task can be repeated.",
-        "midtune eval runs/tiny --quantize none",
-        "results.score_table",
-        {
-            ARGUMENTS: "target",
-            "Model": "quantize device",
-            "Task": f"tasks {_TASK}",
-            "Training": "max_new_tokens temperature",
-            "Evaluation": "task.eval_size samples k lm_eval lm_eval_path",
-            "Settings": "recipe set seed offline",
-            "Output": "results",
-        },
-        _for_eval,
-        stage="evaluate",
-    ),
-    "vote": Command(
-        "let several runs of one base model vote",
-        "Score several runs of one base model, each alone and by a majority vote on every problem.\n\n"
-        "They are scored on the first run's own task, unless another one is given.",
-        "midtune vote runs/block-10 runs/block-12 runs/block-14",
-        "results.vote_table",
-        {
-            ARGUMENTS: "targets",
-            "Model": "quantize device",
-            "Task": f"task {_TASK}",
-            "Training": "max_new_tokens temperature",
-            "Evaluation": "task.eval_size samples",
-            "Settings": "recipe set seed offline",
-        },
-        _for_vote,
-    ),
-    "plan": Command(
-        "say what fits on a card, before anything is loaded",
-        "Say how much memory training would take and how long a step at least, for midtune and for TRL.\n\n"
-        "Nothing is loaded or downloaded: the model's configuration is enough, and those of common models are shipped.",
-        "midtune plan Qwen/Qwen3-8B --gpu 24GB",
-        "plans.plan_table",
-        {
-            ARGUMENTS: "model",
-            "Plan": "gpu prompt_tokens new_tokens training.group_size training.prompts_per_step",
-            "Blocks": "layers top_k",
-            "Model": "quantize",
-            "Settings": "recipe set offline",
-        },
-        progress="planning {config.model.name}",
-    ),
-    "merge": Command(
-        "write a checkpoint with the trained blocks in place",
-        "Write a complete checkpoint: the base model with the trained blocks in place.",
-        "midtune merge runs/tiny --out merged",
-        "results.merge_text",
-        {ARGUMENTS: "target", "Output": "out"},
-    ),
-    "report": Command(
-        "write the HTML page of a run, or of several compared",
-        "Write one HTML page about a run, or one that compares several; it needs no network.",
-        "midtune report runs/tiny",
-        "results.page_text",
-        {ARGUMENTS: "folders", "Output": "out"},
-        progress="writing the page",
-    ),
-    "bench": Command(
-        "compare with TRL on the same prompts and completions",
-        "Train the same prompts and completions with midtune and with TRL, and compare time and memory.",
-        "midtune bench smollm2-135m --arms midtune,trl-full",
-        "results.bench_table",
-        {
-            ARGUMENTS: "model",
-            "Model": "model_option device",
-            "Settings": "set seed",
-            "Bench": "arms prompts prompt_tokens new_tokens group_size steps training.micro_batch_tokens profile",
-            "Blocks": "layers",
-            "Output": "out",
-        },
-    ),
-    "compare": Command(
-        "say how far rankings of blocks agree",
-        "Say how far rankings agree: across tasks, algorithms, seeds or models.",
-        "midtune compare runs/sums runs/products --out rankings.svg",
-        "results.compare_table",
-        {ARGUMENTS: "files", "Compare": "top_k", "Output": "out"},
-    ),
-    "tasks": Command(
-        "list tasks, show a problem of one, or check your own",
-        "List the tasks that need no file, show a problem of a task with a right and a wrong answer, or check one.",
-        "midtune tasks chain_sum --task-arg max_terms=2\n  midtune tasks check my_task.py",
-        "results.tasks_text",
-        {ARGUMENTS: "task checked", "Task": _TASK, "Settings": "recipe set seed offline"},
-        _for_tasks,
-    ),
-    "doctor": Command(
-        "say whether this machine is ready",
-        "Say whether this machine is ready: versions, device, memory, disk, 4-bit, a step of training, network.\n\n"
-        "Ends with exit code 1 if something has to be fixed first. Asks the hub and the package index whether they "
-        "answer, and sends nothing else.",
-        "midtune doctor",
-        "results.doctor_table",
-        {"Model": "device", "Settings": "set"},
-    ),
-}
 
 
 class CommandHelp(TyperCommand):
@@ -506,16 +195,9 @@ def start(
 
 def _add(name: str, command: Command) -> None:
     """Make a row of the table a command of Typer's."""
-    parameters: dict[str, Parameter] = {}
-    declared = []
-    panels = {**command.panels, "Output": f"{command.panels.get('Output', '')} {EVERY_COMMAND}"}
-    for panel, words in panels.items():
-        for word in words.split():
-            known = PARAMETERS.get(f"{name}.{word}") or PARAMETERS.get(word)
-            if known is None:
-                known = _setting(word if word in SETTINGS else f"{panel.lower()}.{word}")
-            parameters[word.replace(".", "_")] = known
-            declared.append(known.declared(word.replace(".", "_"), panel))
+    panels = command.parameters(name)
+    parameters = {word: known for here in panels.values() for word, known in here.items()}
+    declared = [known.declared(word, panel) for panel, here in panels.items() for word, known in here.items()]
 
     def call(**values: Any) -> None:
         _perform(replace(command, stage=command.stage or name), Given(parameters, values))
@@ -532,7 +214,7 @@ for _name, _command in COMMANDS.items():
 def _perform(command: Command, given: Given) -> None:
     if given["offline"]:
         go_offline()
-    arguments = command.arguments(given)
+    arguments = getattr(given, command.arguments)()
     if given["dry_run"]:
         command = replace(COMMANDS["plan"], stage="dry_run", printer="plans.dry_run_text")
     from midtune.report.terminal import PlainConsole, PlainStream, Terminal

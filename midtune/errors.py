@@ -12,7 +12,8 @@ LACKS = {
     errno.ENOSPC: ("the disk is full", "make room"),
     errno.EDQUOT: ("the disk quota is used up", "make room"),
     errno.EROFS: ("the file system is read-only", "make it writable"),
-    **dict.fromkeys((errno.EACCES, errno.EPERM), ("access is denied", "allow it")),
+    errno.EACCES: ("access is denied", "allow it"),
+    errno.EPERM: ("access is denied", "allow it"),
     errno.EIO: ("the disk fails", "check it"),
 }
 # In a sentence for `explained`: replaced by the library's reason.

@@ -21,9 +21,13 @@ MAPPED_AT_MOST = 2**25
 # Messages of errors other than `torch.OutOfMemoryError`: from the CPU allocator, the driver, bitsandbytes' kernels,
 # and libraries without room for their own buffers.
 OUT_OF_MEMORY = (
-    *("defaultcpuallocator", "out of memory", "cusolver_status_alloc_failed"),
-    *("cublas_status_alloc_failed", "cublas_status_not_initialized"),
-    *("cudnn_status_alloc_failed", "cudnn_status_not_initialized"),
+    "defaultcpuallocator",
+    "out of memory",
+    "cublas_status_alloc_failed",
+    "cublas_status_not_initialized",
+    "cudnn_status_alloc_failed",
+    "cudnn_status_not_initialized",
+    "cusolver_status_alloc_failed",
 )
 
 T = TypeVar("T")

@@ -170,13 +170,10 @@ def _tiles(
 
 def _work_on(tile: torch.Tensor, *, gradients: bool) -> None:
     """Hold the temporaries of torch for reducing a tile of logits to statistics, or for its gradients."""
-
-    def copies(count: int) -> list[torch.Tensor]:
-        return [tile.new_empty(tile.shape, dtype=torch.float32) for _ in range(count)]
-
-    _held = copies(5 if gradients else 3)
+    copy = partial(tile.new_empty, tile.shape, dtype=torch.float32)
+    _held = [copy() for _ in range(5 if gradients else 3)]
     if gradients:
         words = tile.new_empty(tile.size(1), dtype=torch.long)
         _targets = tile.new_empty(tile.shape, dtype=torch.bool)
         del words
-        _held += copies(2)
+        _held += [copy(), copy()]

@@ -29,6 +29,8 @@ from midtune.rollout.sampling import Sampler, Sampling
 from midtune.rollout.vllm import VLLMSampler
 from midtune.tasks import Reward, Row, parts_of
 
+# Settings that TRL gives the same name.
+SAME_NAME = "temperature top_p top_k min_p beta warmup_steps weight_decay max_grad_norm".split()
 OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit"}
 
 logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
@@ -185,28 +187,21 @@ def trl_arguments(
         steps_per_generation=parts,
         num_generations=settings.group_size,
         max_completion_length=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        top_k=settings.top_k,
-        min_p=settings.min_p,
         generation_kwargs={"stop_strings": settings.stop_strings} if settings.stop_strings else None,
-        beta=settings.beta,
+        **{name: getattr(settings, name) for name in SAME_NAME},
         **algorithm_arguments(settings),
         optim=OPTIMIZERS[settings.optimizer],
         learning_rate=settings.lr,
         lr_scheduler_type=settings.lr_schedule,
-        warmup_steps=settings.warmup_steps,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
         max_steps=settings.steps,
         # Rows already come in order, so a resumed run finds its place by counting.
         shuffle_dataset=False,
         save_strategy="steps" if checkpoints else "no",
         save_steps=settings.checkpoint_every,
         save_total_limit=2,
+        report_to=settings.report_to,
         logging_steps=1,
         logging_nan_inf_filter=False,
-        report_to=settings.report_to,
         seed=seed,
         use_cpu=device.type == "cpu",
         # TRL's own default is bf16, whatever the device.

@@ -103,7 +103,9 @@ def _versions() -> Iterator[Check]:
     for name, version in installed(PACKAGES).items():
         wanted = ",".join(sorted(map(str, tested[name]), reverse=True))
         is_well = version is not None and tested[name].contains(version, prereleases=True)
-        found = f"{version}{', tested' if is_well else '; midtune is tested'} with {wanted}"
+        found = (
+            f"{version}, tested with {wanted}" if is_well else f"{version}; midtune is tested with {wanted}"
+        )
         fix = f"use Python {wanted}" if name == "python" else f'pip install "{name}{wanted}"'
         found = "not installed" if version is None else found
         yield Check.of(name, found, is_well, fix, otherwise="problem")

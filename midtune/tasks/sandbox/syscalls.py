@@ -1,6 +1,6 @@
 """The seccomp filter: which system calls a sandboxed program may make.
 
-A program sees a kernel of 2019 (Linux 5.0), without the calls below. Later calls have the same numbers on
+A program sees a kernel of 2019 (Linux 5.0), without the calls of syscalls.txt. Later calls have the same numbers on
 every architecture, and libraries do without them on ENOSYS. So one rule closes io_uring, `clone3` and
 whatever newer kernels bring.
 
@@ -13,68 +13,15 @@ from __future__ import annotations
 import errno
 import platform
 import struct
+from pathlib import Path
 
 # The first call of Linux 5.1.
 _FIRST_LATER = 424
-# Calls that hold memory no process limit counts, or that reach beyond the namespaces:
-# name: (number on x86_64, number on aarch64), from <asm/unistd.h>.
+_ROWS = Path(__file__).with_suffix(".txt").read_text().splitlines()
+# The calls that it refuses: name: (number on x86_64, number on aarch64).
 CLOSED = {
-    # System V and POSIX queues, and memory outside of any address space.
-    "shmget": (29, 194),
-    "shmat": (30, 196),
-    "shmctl": (31, 195),
-    "semget": (64, 190),
-    "semop": (65, 193),
-    "semctl": (66, 191),
-    "semtimedop": (220, 192),
-    "msgget": (68, 186),
-    "msgsnd": (69, 189),
-    "msgrcv": (70, 188),
-    "msgctl": (71, 187),
-    "mq_open": (240, 180),
-    "mq_unlink": (241, 181),
-    "memfd_create": (319, 279),
-    "io_setup": (206, 0),
-    "remap_file_pages": (216, 234),
-    "vmsplice": (278, 75),
-    # Keys.
-    "add_key": (248, 217),
-    "request_key": (249, 218),
-    "keyctl": (250, 219),
-    # Namespaces and mounts.
-    "unshare": (272, 97),
-    "setns": (308, 268),
-    "mount": (165, 40),
-    "umount2": (166, 39),
-    "pivot_root": (155, 41),
-    "chroot": (161, 51),
-    "name_to_handle_at": (303, 264),
-    "open_by_handle_at": (304, 265),
-    "fanotify_init": (300, 262),
-    # Other processes, and the kernel itself.
-    "ptrace": (101, 117),
-    "process_vm_readv": (310, 270),
-    "process_vm_writev": (311, 271),
-    "kcmp": (312, 272),
-    "userfaultfd": (323, 282),
-    "perf_event_open": (298, 241),
-    "bpf": (321, 280),
-    "personality": (135, 92),
-    "syslog": (103, 116),
-    "swapon": (167, 224),
-    "swapoff": (168, 225),
-    "quotactl": (179, 60),
-    "acct": (163, 89),
-    "reboot": (169, 142),
-    "sethostname": (170, 161),
-    "setdomainname": (171, 162),
-    "init_module": (175, 105),
-    "finit_module": (313, 273),
-    "delete_module": (176, 106),
-    "kexec_load": (246, 104),
-    "kexec_file_load": (320, 294),
-    # Each program keeps to the CPU that it is given.
-    "sched_setaffinity": (203, 122),
+    name: (int(x86_64), int(aarch64))
+    for name, x86_64, aarch64 in (row.split() for row in _ROWS if row and not row.startswith("#"))
 }
 _SOCKET, _SOCKETPAIR, _CLONE = (41, 198), (53, 199), (56, 220)
 # AUDIT_ARCH_… of <linux/audit.h>; all of them little-endian.
