@@ -184,7 +184,7 @@ WANTED = [
         "transformers/trainer.py",
     ),
     # With model.embeddings=host.
-    Read("model/host.py:move_out", 'value.detach().to("cpu")', "it leaves the card, once"),
+    Read("model/host.py:move_out", 'held.pop(name).detach().to("cpu")', "it leaves the card, once"),
     Read(
         "model/host.py:move_out.<locals>.<lambda>", 'args[0].to("cpu")', "the host looks up each token's row"
     ),
