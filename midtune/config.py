@@ -233,7 +233,12 @@ class TrainingConfig(Part):
     )
     vllm: str | None = described(None, "address of a vLLM server that samples in training")
     fit: str | None = described(
-        None, "memory to stay within, such as 24GB: the fastest settings that fit are chosen"
+        "auto",
+        "memory to stay within, such as 24GB: the fastest settings that fit are chosen; auto: what is free on the "
+        "card, and no limit on a CPU; none: as configured",
+    )
+    graphs: Literal["auto", "never"] = described(
+        "auto", "on a card, record a decode step once and replay it, or launch its kernels one by one"
     )
     micro_batch_tokens: int = described(16384, "most tokens in one backward pass", ge=1, le=100 * MOST_TOKENS)
     checkpoint_every: int = described(50, "steps between checkpoints", ge=1, le=MOST_STEPS)
@@ -245,9 +250,9 @@ class TrainingConfig(Part):
     @field_validator("fit")
     @classmethod
     def _fits_a_card(cls, text: str | None) -> str | None:
-        if text is not None and find_card(text) is None:
+        if text not in (None, "auto", "none") and find_card(text) is None:
             raise ValueError(
-                f"must be memory, such as 24GB, or one of {', '.join(card.name for card in CARDS)}"
+                f"must be auto, none, memory, such as 24GB, or one of {', '.join(card.name for card in CARDS)}"
             )
         return text
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from midtune.bench.flops import Batch, rollout_flops, update_flops
-from midtune.bench.profile import BenchMeter, Profile, peak_flops_per_s
+from midtune.bench.profile import BenchMeter, Profile, operators_per_token, peak_flops_per_s
 from midtune.bench.workload import ARMS, Workload, qlora
 from midtune.config import TrainingConfig
 from midtune.measure.meter import Meter
@@ -31,6 +31,8 @@ from midtune.model.sizes import sizes_of
 from midtune.model.sources import Source
 from midtune.rl.trainer import LayerGRPOTrainer
 from midtune.rl.training import in_order, trl_arguments
+from midtune.rollout.decoding import ready_to_sample
+from midtune.rollout.engine import serves
 from midtune.rollout.sampling import Sampling, SamplingLimits
 from midtune.rollout.speech import prompt_ids
 from midtune.rollout.text import TextSampler
@@ -68,6 +70,9 @@ def run_arm(
             policy = load_policy(source, device=str(device), dtype=dtype)
             policy.thaw(work.block)
             sampler = TextSampler(policy, SamplingLimits())
+            # Before completions are decided.
+            with ready_to_sample(policy, len(completions), unpack=False):
+                serves(policy, sampler.limits)
             sampling = Sampling(work.new_tokens, group_size=work.group_size)
             trainer = LayerGRPOTrainer(sampler, sampling, args, [lambda **_: rewards], rows, meter=meter)
             # Skip the log-prob check: a decided token has probability 1 in sampling, not in the update.
@@ -101,6 +106,9 @@ def run_arm(
             "update": update_flops(sizes, batch, arm, tail=sizes.blocks - work.block, trained=1),
         }
         found["peak_flops_per_s"] = peak_flops_per_s(device, dtype)
+        if arm == "midtune":
+            ids = [prompt_ids(policy.tokenizer, prompt) for prompt in work.prompts]
+            found["operators"] = operators_per_token(policy, ids, work.group_size)
     return found
 
 
@@ -250,14 +258,21 @@ def _completions(tokenizer: Any, work: Workload) -> torch.Tensor:
 @contextlib.contextmanager
 def _decided(model: Any, completions: torch.Tensor) -> Iterator[None]:
     """While inside, the head's n-th call gives all probability to the n-th token of each completion."""
-    step = 0
+    table = completions.to(model.device)
+    # On the device, since a card may replay the call.
+    step = torch.zeros(1, dtype=torch.long, device=table.device)
 
     def decide(head: Any, args: Any, logits: torch.Tensor) -> torch.Tensor:
-        nonlocal step
-        wanted = completions[:: len(completions) // logits.size(0), step].to(logits.device)
-        step += 1
+        called = logits.size(0)
+        # Rows of a call are prompts, completions, or slots, of which the last may be idle.
+        if called < len(table):
+            wanted = table[:: len(table) // called]
+        else:
+            wanted = torch.cat([table, table[-1:].expand(called - len(table), -1)])
+        wanted = wanted.index_select(1, step.clamp(max=table.size(1) - 1))
+        step.add_(1)
         decided = torch.full_like(logits[:, -1:], -torch.inf)
-        return decided.scatter_(-1, wanted[:, None, None], 0.0)
+        return decided.scatter_(-1, wanted[:, None], 0.0)
 
     with model.get_output_embeddings().register_forward_hook(decide):
         yield

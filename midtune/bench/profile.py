@@ -9,10 +9,15 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from midtune.measure.meter import Meter
+from midtune.model.policy import Policy
+from midtune.rollout.sampling import Sampling, SamplingLimits, padded
+from midtune.rollout.text import sample
 
 # Kind of work → parts of its operators' names; the first match counts.
 KINDS = {
@@ -20,6 +25,10 @@ KINDS = {
     "attention": ("scaled_dot_product", "flash_attention", "efficient_attention"),
     "unpacking weights": ("dequantize", "_reorder_linear_weight"),
 }
+# Operators that allocate and compute nothing.
+FREE = ("empty", "empty_like", "empty_strided", "new_empty", "detach", "_unsafe_view")
+# Sampled to count operators.
+FEW_TOKENS = 4
 OTHER, BETWEEN = "other operators", "between operators"
 
 
@@ -105,6 +114,64 @@ def seconds_by_kind(
         own[BETWEEN] = max(0.0, seconds - sum(own.values()))
         found[name] = own
     return found
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that compute while `block` passes one token a row; views and empty tensors do not count."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._block, self._inside = block, False
+        self.passes = self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        is_view = any(part.alias_info and not part.alias_info.is_write for part in func._schema.returns)
+        self.count += self._inside and not is_view and func.overloadpacket.__name__ not in FREE
+        return found
+
+    def per_pass(self, decode: Callable[[], Any]) -> float:
+        """Operators of a pass, the mean of those in `decode`."""
+
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            self._inside = hidden.size(1) == 1
+            self.passes += self._inside
+
+        def leave(*_: Any) -> None:
+            self._inside = False
+
+        hooks = [
+            self._block.register_forward_pre_hook(enter, with_kwargs=True),
+            self._block.register_forward_hook(leave),
+        ]
+        try:
+            with self:
+                decode()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return self.count / max(self.passes, 1)
+
+
+def operators_per_token(policy: Policy, prompts: list[list[int]], group_size: int) -> dict[str, float]:
+    """Operators of a block and decoded token, by midtune's `sampler` and by transformers' `generate`."""
+    block = policy.blocks[-1]
+    sampling = Sampling(FEW_TOKENS, group_size=group_size)
+    ids, mask = padded(policy, prompts, "left")
+    limits = SamplingLimits(graphs=False)
+    ours = Operators(block).per_pass(lambda: sample(policy, prompts, sampling, limits=limits))
+    with torch.no_grad(), policy.autocast():
+        theirs = Operators(block).per_pass(
+            lambda: policy.model.generate(
+                ids,
+                attention_mask=mask,
+                do_sample=True,
+                max_new_tokens=FEW_TOKENS,
+                num_return_sequences=group_size,
+            )
+        )
+    return {"sampler": ours, "generate": theirs}
 
 
 def peak_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:

@@ -39,6 +39,8 @@ class Policy:
         stored_quantized: bool = False,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
+        # Whether the decode engine serves this model; None until it is tried.
+        self.in_slots: bool | None = None
         self.tokenizer, self.source = tokenizer, source
         self.compute_dtype, self.stored_quantized = compute_dtype, stored_quantized
         self.stack_name, self.blocks = find_blocks(model)

@@ -24,9 +24,9 @@ from midtune.planning.skeleton import SkeletonPolicy, chunked_log_probs, skeleto
 from midtune.planning.tracker import Tracker
 from midtune.rl import tail
 from midtune.rollout.boundary import BoundaryStates, positions
-from midtune.rollout.decoding import ROOM, choose
-from midtune.rollout.keys_values import shared_prompts
+from midtune.rollout.decoding import choose
 from midtune.rollout.sampling import Rollout
+from midtune.rollout.slots import Pass, Seats, Slots, bucket
 
 # Chunks of the head that a trace runs; all are alike.
 FEW_CHUNKS = 4
@@ -118,9 +118,9 @@ def whole_update(model: Loaded, batch: Batch, arm: str, block: int = 0) -> Held:
 def sampling(model: Loaded, batch: Batch, *, shared: bool) -> Held:
     """Keys and values of sampling all rows at once, and the peak: traces the prompt pass and the last step.
 
-    With `shared`, as in midtune, each prompt passes once and writing a token copies nothing.
+    With `shared`, as in midtune, each prompt passes once and is held once, and rows have slots.
     """
-    prompt_tokens, new_tokens = int(batch.prompt_tokens), int(batch.new_tokens)
+    prompt_tokens = int(batch.prompt_tokens)
     depth = blocks_of(model.config)
     built = min(depth, FEW_BLOCKS)
     held, mode = skeleton(model, built)
@@ -132,7 +132,7 @@ def sampling(model: Loaded, batch: Batch, *, shared: bool) -> Held:
         _mixed(model.dtype),
         tracker.repeated(find_blocks(held)[1], 1),
     ):
-        cache: Any = shared_prompts(room=min(new_tokens, ROOM)) if shared else DynamicCache()
+        cache = DynamicCache()
         held(
             input_ids=torch.zeros_like(ones),
             attention_mask=ones,
@@ -141,27 +141,56 @@ def sampling(model: Loaded, batch: Batch, *, shared: bool) -> Held:
             use_cache=True,
             logits_to_keep=1,
         )
-        for number, layer in enumerate(cache.layers):
-            with tracker.made_by_repeated() if number == 1 else contextlib.nullcontext():
-                if shared:
-                    layer.batch_repeat_interleave(batch.group_size)
-                rows, heads, _, width = layer.keys.shape
-                with mode:
-                    shape = (rows, heads, max(new_tokens - 2, 0), width)
-                    drawn = [torch.empty(shape, dtype=layer.keys.dtype) for _ in range(2)]
-                layer.update(*drawn)
-                del drawn
-        tracker.keep()
-        ones = torch.ones(batch.rows, prompt_tokens + new_tokens - 1, dtype=torch.long)
-        logits = held(
-            input_ids=torch.zeros(batch.rows, 1, dtype=torch.long),
-            attention_mask=ones,
-            position_ids=positions(ones)[:, -1:],
-            past_key_values=cache,
-            use_cache=True,
-        ).logits[:, -1]
+        last = _last_step_in_slots if shared else _last_step
+        logits = last(held, mode, tracker, cache, batch)
         choose(logits.float(), 1.0, LogitsProcessorList(), torch.zeros(batch.rows))
     return tracker.held(depth - built)
+
+
+def _last_step(held: Any, mode: Any, tracker: Tracker, cache: Any, batch: Batch) -> torch.Tensor:
+    """Transformers' last step, whose keys and values are copied for every token."""
+    new_tokens = int(batch.new_tokens)
+    for number, layer in enumerate(cache.layers):
+        with tracker.made_by_repeated() if number == 1 else contextlib.nullcontext():
+            rows, heads, _, width = layer.keys.shape
+            with mode:
+                shape = (rows, heads, max(new_tokens - 2, 0), width)
+                drawn = [torch.empty(shape, dtype=layer.keys.dtype) for _ in range(2)]
+            layer.update(*drawn)
+            del drawn
+    tracker.keep()
+    ones = torch.ones(batch.rows, int(batch.prompt_tokens) + new_tokens - 1, dtype=torch.long)
+    found: torch.Tensor = held(
+        input_ids=torch.zeros(batch.rows, 1, dtype=torch.long),
+        attention_mask=ones,
+        position_ids=positions(ones)[:, -1:],
+        past_key_values=cache,
+        use_cache=True,
+    ).logits
+    return found[:, -1]
+
+
+def _last_step_in_slots(held: Any, mode: Any, tracker: Tracker, cache: Any, batch: Batch) -> torch.Tensor:
+    """The engine's last step, after the slots have widened once."""
+    size, rows = batch.group_size, bucket(batch.rows)
+    slots = Slots(held)
+    columns = bucket(max(int(batch.new_tokens), 1))
+    before, order = columns // 4 * 3, torch.arange(rows)
+    for number, (layer, filled) in enumerate(zip(slots.layers, cache.layers, strict=True)):
+        with tracker.made_by_repeated() if number == 1 else contextlib.nullcontext():
+            layer.put(None, (filled.keys, filled.values), filled.keys.dtype)
+            filled.keys = filled.values = None
+            layer.keep_slots(order, max(before, 1))
+    for number, layer in enumerate(slots.layers):
+        with tracker.made_by_repeated() if number == 1 else contextlib.nullcontext():
+            layer.keep_slots(order, columns)
+    tracker.keep()
+    prompt = order.clamp(max=batch.rows - 1) // size
+    mask = torch.ones(batch.prompts, int(batch.prompt_tokens), dtype=torch.long)
+    members = torch.arange(batch.prompts * size).view(-1, size)
+    seats = Seats(prompt, order % size, members, mask, positions(mask), mask.sum(1)[prompt])
+    last = torch.full((rows, 1), columns - 1)
+    return slots.feed(torch.zeros(rows, 1, dtype=torch.long), Pass(seats, last, last, columns))
 
 
 def _add_lora(model: Any, mode: FakeTensorMode) -> None:

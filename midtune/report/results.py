@@ -109,6 +109,11 @@ def bench_table(result: Mapping[str, Any]) -> RenderableType:
         "Least and greatest seconds are in bench.json. TRL runs with its defaults.",
     ]
     notes += [_profile_text(phase, seconds, result) for phase, seconds in result.get("profile", {}).items()]
+    if (operators := result.get("operators")) is not None:
+        notes.append(
+            f"A decoded token takes {operators['sampler']:.0f} operators a block in midtune, and "
+            f"{operators['generate']:.0f} in transformers' generate."
+        )
     if any(arm["ratios"] is None for arm in result["arms"]):
         notes.append("An arm without a ratio did not do the same work.")
     notes += map(sentence, result["failed"].values())

@@ -7,13 +7,14 @@ gap for an environment's answer.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import LogitsProcessorList, StopStringCriteria
 
 from midtune.device import free_bytes
+from midtune.model.norms import fused_norms
 from midtune.model.policy import Policy, full_precision
 from midtune.model.quantize import unpacked
 from midtune.rollout.boundary import positions
@@ -60,7 +61,7 @@ class Decoder:
         self.fed: list[torch.Tensor] = []
         self._cache = shared_prompts(room)
         self._mask = prompt_mask
-        self._logits = self._forward(prompt_ids, positions(prompt_mask)).repeat_interleave(group_size, 0)
+        self.logits = self._forward(prompt_ids, positions(prompt_mask)).repeat_interleave(group_size, 0)
         self._cache.batch_repeat_interleave(group_size)
         self._mask = prompt_mask.repeat_interleave(group_size, 0)
 
@@ -79,12 +80,12 @@ class Decoder:
         most = torch.tensor(limits, device=device)
         lengths = torch.zeros_like(most)
         ended = torch.zeros_like(most, dtype=torch.bool)
-        ends, warpers = ends_of(self.policy, sampling), sampling.warpers()
+        ends, warpers = Ends(self.policy, sampling), sampling.warpers()
         live, going = torch.arange(rows, device=device), ~ended
         position = self._mask.sum(1, keepdim=True)
         for step in range(longest):
             tokens, log_probs[live, step], entropies[live, step] = choose(
-                self._logits,
+                self.logits,
                 sampling.temperature,
                 warpers,
                 None if uniforms is None else uniforms[step, live],
@@ -102,7 +103,7 @@ class Decoder:
                 live, tokens, position = live[kept], tokens[kept], position[kept]
                 self._mask, going = self._mask[kept], going[kept]
             self._mask = torch.cat([self._mask, going[:, None].to(self._mask)], 1)
-            self._logits = self._forward(tokens[:, None], position)
+            self.logits = self._forward(tokens[:, None], position)
             position = position + going[:, None]
             self.fed.append(live)
         return Drawn(ids, log_probs, entropies, lengths, ~ended)
@@ -117,7 +118,7 @@ class Decoder:
             self._feed([tokens[:-1] for tokens in said])
             self._close_up()
         # Feed the last tokens separately: only their logits are needed.
-        self._logits = self._feed([tokens[-1:] for tokens in said])
+        self.logits = self._feed([tokens[-1:] for tokens in said])
 
     def _feed(self, said: Sequence[list[int]]) -> torch.Tensor:
         ids, mask = padded(self.policy, said, "right")
@@ -181,26 +182,39 @@ def _inverse_cdf(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(sums, aim, right=True)[:, 0]
 
 
-def ends_of(policy: Policy, sampling: Sampling) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Make a function: completions so far [B, T] → which end with their last token, [B] bool."""
-    stop_ids = torch.tensor(policy.stop_token_ids, device=policy.device)
-    if not sampling.stop_strings:
-        return lambda completions: torch.isin(completions[:, -1], stop_ids)
-    texts = StopStringCriteria(policy.tokenizer, list(sampling.stop_strings))
-    return lambda completions: torch.isin(completions[:, -1], stop_ids) | texts(completions, None)
+class Ends:
+    """Tells which completions end with their last token: at a stop token, or with the end of a stop string."""
+
+    def __init__(self, policy: Policy, sampling: Sampling) -> None:
+        self._stop_ids = torch.tensor(policy.stop_token_ids, device=policy.device)
+        strings = list(sampling.stop_strings)
+        self._texts = StopStringCriteria(policy.tokenizer, strings) if strings else None
+
+    def nothing(self, rows: int) -> torch.Tensor:
+        """Tokens [B, K] of rows that have none yet; K is how far back stop strings reach."""
+        reach = 1 if self._texts is None else self._texts.maximum_token_len
+        # Beyond any vocabulary, which the criteria take for a token that is in no stop string.
+        return torch.full((rows, reach), torch.iinfo(torch.int32).max, device=self._stop_ids.device)
+
+    def __call__(self, completions: torch.Tensor) -> torch.Tensor:
+        """Completions so far, or their last K tokens [B, ·] → bool [B]."""
+        ended = torch.isin(completions[:, -1], self._stop_ids)
+        return ended if self._texts is None else ended | self._texts(completions, None)
 
 
 @contextlib.contextmanager
 def ready_to_sample(policy: Policy, rows: int, *, unpack: bool = True) -> Iterator[None]:
     """Turn off dropout and gradients; with `unpack`, unpack weights into at most half the free memory."""
     room = free_bytes(policy.device) // 2 if unpack else 0
-    training = policy.model.training
+    on_card, training = policy.device.type == "cuda", policy.model.training
     policy.model.eval()
     try:
         with (
             torch.no_grad(),
             unpacked(policy.model, policy.compute_dtype, rows=rows, most_bytes=room),
             policy.autocast(),
+            # A CPU has no such kernel.
+            fused_norms(policy.model, policy.compute_dtype) if on_card else contextlib.nullcontext(),
         ):
             yield
     finally:

@@ -17,6 +17,7 @@ from midtune.model.memory import slices
 from midtune.model.policy import Policy
 from midtune.rollout.boundary import with_boundary
 from midtune.rollout.decoding import Decoder, ready_to_sample
+from midtune.rollout.engine import Engine, serves
 from midtune.rollout.sampling import Rollout, Sampling, SamplingLimits, padded
 from midtune.rollout.speech import Speech, Text, prompt_ids
 from midtune.tasks import Row
@@ -109,13 +110,18 @@ class EpisodeSampler:
             else None
         )
 
-        def together(part: slice) -> list[Episode]:
+        def together(part: slice, in_slots: bool) -> list[Episode]:
             """Play whole groups to their end."""
             playing, begun = matches[part], ids[part]
             # A group with equal prompts prefills once.
             alike = all(prompt == begun[i - i % group_size] for i, prompt in enumerate(begun))
             shared = group_size if alike else 1
-            decoder = Decoder(policy, *padded(policy, begun[::shared], "left"), shared)
+            start = padded(policy, begun[::shared], "left")
+            decoder: Engine | Decoder = (
+                Engine(policy, *start, shared, replayed=self.limits.replayed(policy.device))
+                if in_slots
+                else Decoder(policy, *start, shared)
+            )
             for match in playing:
                 match.rewind()
             episodes = [
@@ -148,7 +154,10 @@ class EpisodeSampler:
         def run(groups: int) -> list[Episode]:
             rows = groups * group_size
             with ready_to_sample(policy, rows, unpack=self.limits.unpack):
-                return [episode for part in slices(len(prompts), rows) for episode in together(part)]
+                in_slots = serves(policy, self.limits)
+                return [
+                    episode for part in slices(len(prompts), rows) for episode in together(part, in_slots)
+                ]
 
         return self.limits.rows.fitting(len(prompts) // group_size, group_size, run)
 

@@ -13,6 +13,7 @@ from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper
 from midtune.model.memory import RowLimit
 from midtune.model.policy import Policy
 from midtune.rollout.boundary import BoundaryStates, stacked
+from midtune.rollout.graphs import Replayed
 from midtune.tasks import Row
 
 if TYPE_CHECKING:
@@ -58,6 +59,12 @@ class SamplingLimits:
         )
     )
     unpack: bool = True  # unpack 4-bit weights during a rollout, if half the free memory holds them
+    graphs: bool = True  # on a card, record decode steps and replay them
+    plain: bool = False  # sample by the plain decoder, the reference
+
+    def replayed(self, device: torch.device) -> Replayed | None:
+        """What records decode steps on this device."""
+        return Replayed(self.rows.on_message) if self.graphs and device.type == "cuda" else None
 
 
 @dataclass

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from midtune.model.blocks import captured
 from midtune.model.memory import slices
 from midtune.model.policy import Policy
 from midtune.rollout.boundary import BoundaryStates, storage_device, with_boundary
-from midtune.rollout.decoding import ROOM, Decoder, ready_to_sample
+from midtune.rollout.decoding import ROOM, Decoder, Drawn, ready_to_sample
+from midtune.rollout.engine import Engine, serves
 from midtune.rollout.sampling import Rollout, Sampler, Sampling, SamplingLimits, padded
 from midtune.rollout.speech import prompt_ids
 from midtune.tasks import Row
@@ -62,51 +64,82 @@ def sample(
         torch.rand(sampling.max_new_tokens, rows, device=policy.device) if sampling.temperature > 0 else None
     )
     storage = storage_device(policy, rows * sampling.max_new_tokens)
-    watched = None if boundary_block is None else policy.blocks[boundary_block]
+    most = [sampling.max_new_tokens] * rows
 
-    def together(part: slice) -> Rollout:
+    def in_slots(groups: int) -> Rollout:
+        engine = Engine(
+            policy,
+            ids,
+            mask,
+            group_size,
+            groups=groups,
+            watched=boundary_block,
+            storage=storage,
+            replayed=limits.replayed(policy.device),
+        )
+        drawn = engine.draw(sampling, most, uniforms, leave=True)
+        return rollout_of(ids, mask, drawn, boundary_block, engine.states)
+
+    def plainly(part: slice) -> Rollout:
         own = slice(part.start * group_size, part.stop * group_size)
+        watched = None if boundary_block is None else policy.blocks[boundary_block]
         with captured(watched, storage=storage) as states:
             decoder = Decoder(policy, ids[part], mask[part], group_size, min(sampling.max_new_tokens, ROOM))
             drawn = decoder.draw(
-                sampling,
-                [sampling.max_new_tokens] * (own.stop - own.start),
-                None if uniforms is None else uniforms[:, own],
-                leave=True,
+                sampling, most[own], None if uniforms is None else uniforms[:, own], leave=True
             )
-        longest = int(drawn.lengths.max())
-        return Rollout(
+        return rollout_of(
             ids[part],
             mask[part],
-            drawn.ids[:, :longest],
-            (torch.arange(longest, device=mask.device) < drawn.lengths[:, None]).long(),
-            drawn.log_probs[:, :longest],
-            drawn.entropies[:, :longest],
-            drawn.cut,
-            None if boundary_block is None else _gathered(boundary_block, states, decoder.fed, drawn.lengths),
+            drawn,
+            boundary_block,
+            partial(_gathered, states, decoder.fed, drawn.lengths),
         )
 
     def run(groups: int) -> Rollout:
         with ready_to_sample(policy, groups * group_size, unpack=limits.unpack):
-            parts = [together(part) for part in slices(len(prompts), groups)]
+            if serves(policy, limits):
+                return in_slots(groups)
+            parts = [plainly(part) for part in slices(len(prompts), groups)]
         return Rollout.joined(parts, policy.tokenizer.pad_token_id)
 
     return limits.rows.fitting(len(prompts), group_size, run)
 
 
+def rollout_of(
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    drawn: Drawn,
+    block: int | None,
+    states: Callable[[int], tuple[torch.Tensor, torch.Tensor]],
+) -> Rollout:
+    """A rollout of what was drawn; with `block`, `states` gives those that entered it, for completions of a length."""
+    longest = int(drawn.lengths.max())
+    return Rollout(
+        ids,
+        mask,
+        drawn.ids[:, :longest],
+        (torch.arange(longest, device=mask.device) < drawn.lengths[:, None]).long(),
+        drawn.log_probs[:, :longest],
+        drawn.entropies[:, :longest],
+        drawn.cut,
+        None if block is None else BoundaryStates(block, *states(longest)),
+    )
+
+
 def _gathered(
-    block: int, states: list[torch.Tensor], fed: list[torch.Tensor], lengths: torch.Tensor
-) -> BoundaryStates:
+    states: list[torch.Tensor], fed: list[torch.Tensor], lengths: torch.Tensor, longest: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Put the states of each pass into the places of the rows that it fed."""
     prompt_states, *steps = states
     storage = prompt_states.device
     # Pinned memory returns to the device faster.
     completion_states = prompt_states.new_zeros(
-        len(lengths), int(lengths.max()), prompt_states.size(-1), pin_memory=storage != lengths.device
+        len(lengths), longest, prompt_states.size(-1), pin_memory=storage != lengths.device
     )
     for step, (rows, state) in enumerate(zip(fed, steps, strict=True)):
         completion_states[rows.to(storage), step] = state[:, 0]
-    return BoundaryStates(block, prompt_states, completion_states)
+    return prompt_states, completion_states
 
 
 # Seed shared by runs → their first rollout, and the random state after it.

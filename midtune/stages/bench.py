@@ -41,7 +41,8 @@ def run(
         The content of bench.json: the workload, and `arms` with `step`, `rollout` and `update` (median, least and
         greatest seconds), `tokens_per_s` of sampling, `peak` and `libraries` bytes, and `ratios` to the first
         arm (null if it did different work). With `profile`: `profile`, the first arm's seconds by phase and kind of
-        work, `flops` by phase, and the machine's `peak_flops_per_s`. `failed`: arm → why it failed.
+        work, `flops` by phase, the machine's `peak_flops_per_s`, and if the first arm is midtune, the `operators` of a
+        block and decoded token in its sampler and in transformers' `generate`. `failed`: arm → why it failed.
 
     Raises:
         InputError: an unknown arm, model or block; nothing has been written.
@@ -117,7 +118,9 @@ def run(
                 if not first:
                     first = found
                     result |= {
-                        key: found[key] for key in ("profile", "flops", "peak_flops_per_s") if key in found
+                        key: found[key]
+                        for key in ("profile", "flops", "peak_flops_per_s", "operators")
+                        if key in found
                     }
                 result["arms"].append(summarise(found, first, rows=rows))
             # Arms take long: save what is measured in case a later one fails.

@@ -161,12 +161,15 @@ def _open(config: RunConfig, folder: RunFolder, terminal: Terminal) -> Training:
     named = {"blocks.layers": layers, "blocks.top_k": len(choice.blocks), "blocks.probe": None}
     config = with_settings(config, named)
     sampler = opened.sampler(policy)
-    if config.training.fit is not None:
+    # On a CPU memory is the whole machine's, and the system's to share out.
+    needless = ("none", None) if policy.device.type == "cuda" else ("none", None, "auto")
+    if config.training.fit not in needless:
         from midtune.planning.search import fitted
 
         config = fitted(config, sampler, task, choice.blocks, process_bytes, terminal.message)
     if config.model.embeddings == "host":
         embed_on_host(policy.model, source.name)
+        sampler.limits.graphs = False
     sampler.limits.unpack = config.model.unpack == "auto"
     sampler.limits.rows.rows = config.training.sampled_prompts * config.training.group_size or None
     blocks = list(range(policy.num_blocks)) if config.blocks.select == "boost" else choice.blocks

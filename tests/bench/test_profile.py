@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from midtune.bench.profile import BETWEEN, BenchMeter, Profile, kind_of, seconds_by_kind
+from midtune.bench.profile import BETWEEN, BenchMeter, Operators, Profile, kind_of, seconds_by_kind
 
 
 def test_operators_have_kinds() -> None:
@@ -87,3 +87,16 @@ def test_a_cards_profile_is_no_longer_than_the_phase() -> None:
             matrix @ matrix
     seconds = profile.found["rollout"]
     assert seconds["matrix products"] > 0.5 * sum(seconds.values())
+
+
+def test_operators_of_a_block_are_counted_and_views_are_not() -> None:
+    class Toy(torch.nn.Module):
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            doubled: torch.Tensor = (hidden * 2).view(-1).view(hidden.shape)
+            return doubled + 1
+
+    toy = Toy()
+    operators = Operators(toy)
+    # Of three passes, two are of one token a row.
+    counted = operators.per_pass(lambda: [toy(torch.ones(2, tokens, 3)) + 5 for tokens in (4, 1, 1)])
+    assert (counted, operators.passes) == (2.0, 2)

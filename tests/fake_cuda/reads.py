@@ -74,7 +74,8 @@ def site_of(frame: FrameType | None) -> Site:
     library = ""
     while frame is not None:
         path, name = Path(frame.f_code.co_filename), frame.f_code.co_qualname
-        if path.is_relative_to(MIDTUNE):
+        # What counts operators only passes them on.
+        if path.is_relative_to(MIDTUNE) and name != "Operators.__torch_dispatch__":
             line = linecache.getline(str(path), frame.f_lineno).strip()
             return Site(f"{path.relative_to(MIDTUNE).as_posix()}:{name}", line, library)
         _, found, inside = path.as_posix().rpartition("/site-packages/")
@@ -89,38 +90,35 @@ NO_MASK = "Transformers drops a mask that masks nothing, for a faster kernel"
 TRL_LOGS = "TRL logs means, each by itself"
 
 WANTED = [
-    # Once a sampled token.
+    # Once every few sampled tokens.
+    Read("rollout/graphs.py:OnItsWay.__init__", "self._host.copy_(", "rows that have ended make room"),
+    # Once a policy: the engine is held against the plain decoder.
     Read("rollout/decoding.py:Decoder._forward", "self.policy.model(", NO_MASK, MASKS),
     Read("rollout/decoding.py:Decoder.draw", "if not going.any()", "drawing ends when every row has ended"),
-    Read("rollout/decoding.py:Decoder.draw", "not going.all()", "rows that have ended leave the batch"),
-    # Whenever rows leave, and once a block where keys and values move.
-    Read(
-        "rollout/keys_values.py:closed_up",
-        "count = int(going.sum())",
-        "the batch has so many rows from then on",
-    ),
-    Read("rollout/keys_values.py:closed_up", "kept[~going[:count]] =", "the places that become free"),
     Read(
         "rollout/keys_values.py:RoomyLayer.batch_select_indices",
         ".nonzero()",
         "only rows that move are copied",
     ),
-    # Once a rollout, or a turn of one.
-    Read(
-        "rollout/text.py:sample.<locals>.together",
-        "longest = int(drawn.lengths.max())",
-        "completions are cut to the longest",
-    ),
-    Read("rollout/text.py:_gathered", "int(lengths.max())", "so are their states"),
-    Read("rollout/sampling.py:Rollout.prompts", "tolist()", "TRL takes prompts as lists"),
-    Read("rollout/sampling.py:Rollout.unpadded", "values.tolist()", "rewards read text"),
-    Read("rollout/decoding.py:Drawn.rows", "self.lengths.tolist()", "actions end where they end"),
-    Read("rollout/decoding.py:Drawn.rows.<locals>.<genexpr>", "values.tolist()", "environments read text"),
     Read(
         "rollout/decoding.py:Decoder._close_up",
         "self._mask.sum(1).max()",
         "columns without tokens are dropped",
     ),
+    Read("rollout/engine.py:check_engine", "apart = float(", "whether logits are equal"),
+    # Once a rollout, and once more where waiting prompts take the room.
+    Read("model/norms.py:_added_by", "torch.allclose(", "whether norms can be fused"),
+    Read("rollout/engine.py:Engine._prefill", "self.policy.model(", NO_MASK, MASKS),
+    # Once a rollout, or a turn of one.
+    Read(
+        "rollout/text.py:rollout_of",
+        "longest = int(drawn.lengths.max())",
+        "completions and their states are cut to the longest",
+    ),
+    Read("rollout/sampling.py:Rollout.prompts", "tolist()", "TRL takes prompts as lists"),
+    Read("rollout/sampling.py:Rollout.unpadded", "values.tolist()", "rewards read text"),
+    Read("rollout/decoding.py:Drawn.rows", "self.lengths.tolist()", "actions end where they end"),
+    Read("rollout/decoding.py:Drawn.rows.<locals>.<genexpr>", "values.tolist()", "environments read text"),
     Read("rollout/boundary.py:_below.<locals>.below", "policy.model(", NO_MASK, MASKS),
     # Once a step.
     Read(

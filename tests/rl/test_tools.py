@@ -138,7 +138,7 @@ def test_turns_are_those_of_trls_loop(
     monkeypatch.setattr(Decoder, "draw", draw)
     matches = task.game.matches(4)
     begun = [match.reset(row)["prompt"] for match in matches]
-    sampler = EpisodeSampler(policy, SamplingLimits(), task.game)
+    sampler = EpisodeSampler(policy, SamplingLimits(plain=True), task.game)
     episodes = sampler.play(begun, Sampling(2000, 0.0, group_size=4))
     for number, episode in enumerate(episodes):
         kept = expected["prompt_mask"][number].bool()

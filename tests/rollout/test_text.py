@@ -181,7 +181,7 @@ def assert_equal_rollouts(found: Rollout, expected: Rollout) -> None:
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
 @pytest.mark.parametrize(
     ("rows", "during", "refused", "fitting"),
-    [(5, anything, 1, 6), (3, anything, 2, 3), (2, prefill, 1, 6), (1, prefill, 2, 3)],
+    [(6, anything, 1, 6), (3, anything, 2, 3), (2, prefill, 1, 6), (1, prefill, 2, 3)],
 )
 def test_memory_that_runs_out_changes_no_token(
     load: Load, quantize: str, rows: int, during: Any, refused: int, fitting: int

@@ -59,6 +59,7 @@ def test_a_profile_says_where_the_first_arms_time_goes(
     assert found["flops"]["rollout"] == 2 * (4 * block * 36 + 260 * 64 * 14)
     assert found["flops"]["update"] == 2 * ((2 * (4 - found["block"]) + 1) * block * 36 + 2 * 260 * 64 * 16)
     assert found["peak_flops_per_s"] > 1e9
+    assert all(20 < count < 80 for count in found["operators"].values())
 
 
 def arm(step: float, tokens: int) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from midtune.config import ModelConfig, RunConfig
 from midtune.measure.cards import Card, CardProcess
 from midtune.model import hub, quantize
 from midtune.report.terminal import Terminal
-from midtune.rollout import decoding
+from midtune.rollout import engine
 from midtune.stages import doctor
 from midtune.stages.doctor import Check
 
@@ -288,8 +288,8 @@ def test_a_sampler_that_computes_otherwise_than_the_update_is_a_problem(
     def louder(logits: torch.Tensor, *rest: Any) -> Any:
         return choose(2 * logits, *rest)
 
-    choose = decoding.choose
-    monkeypatch.setattr(decoding, "choose", louder)
+    choose = engine.choose
+    monkeypatch.setattr(engine, "choose", louder)
     (found,) = doctor._tried("a step", lambda: doctor._step("cpu", "auto"))
     assert found.status == "problem"
     assert "differ from those of sampling" in found.found
