@@ -114,6 +114,15 @@ def free_bytes(device: Any) -> int:
     return int(psutil.virtual_memory().available)
 
 
+def reachable_bytes(device: Any) -> int:
+    """Bytes that this process can hold in all on a device: what can still be allocated, and what its tensors hold."""
+    if is_cuda(device):
+        import torch
+
+        return free_bytes(device) + int(torch.cuda.memory_allocated(device))
+    return free_bytes(device)
+
+
 def is_cuda(device: Any) -> bool:
     """Whether a torch device or device name is a card."""
     return str(device).startswith("cuda")

@@ -223,8 +223,11 @@ def test_the_settings_of_earlier_runs_are_read(tmp_path: Path) -> None:
 
 def test_memory_to_stay_within_is_read_with_the_configuration() -> None:
     assert load_config(None, {"training.fit": "a100 80gb"}).training.fit == "a100 80gb"
+    # As earlier runs have it.
+    assert load_config(None, {"training.fit": None}).training.fit is None
     with pytest.raises(
-        InputError, match="`training.fit` on the command line was '24XB', but it must be memory, such"
+        InputError,
+        match="`training.fit` on the command line was '24XB', but it must be auto, none, memory, such",
     ):
         load_config(None, {"training.fit": "24XB"})
 

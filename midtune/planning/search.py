@@ -13,7 +13,7 @@ import torch
 from midtune.bench.flops import rollout_flops, update_flops
 from midtune.bench.workload import ARMS
 from midtune.config import RunConfig, with_settings
-from midtune.device import total_bytes
+from midtune.device import reachable_bytes, total_bytes
 from midtune.errors import InputError, MidtuneError
 from midtune.measure.meter import Meter
 from midtune.model.configs import config_of
@@ -38,6 +38,8 @@ from midtune.rl.tail import tail_settings
 from midtune.rollout.sampling import Sampler
 from midtune.tasks import Task
 
+# Of what is free on a card: plans may be a little low, and memory falls into pieces.
+SHARE_OF_FREE = 0.93
 # Upper limits of the search for the largest size.
 MOST = {"prompts": 64, "group_size": 256, "new_tokens": 131072}
 
@@ -248,24 +250,36 @@ def fitted(
     process_bytes: int,
     on_message: Callable[[str], None],
 ) -> RunConfig:
-    """Apply the cheapest changes that keep a run within `training.fit`, which must be set.
+    """Apply the cheapest changes that keep a run within `training.fit`; `auto` is what is free on the policy's device.
 
-    Raises InputError if no change makes it fit, or the card is unknown.
+    Raises InputError if no change makes it fit, or the card is unknown; with `auto` it says so and changes nothing.
     """
     fit, policy = config.training.fit or "", sampler.policy
-    planner = replace(planner_for(policy, blocks, process_bytes), card=card_named(fit))
+    if is_auto := fit == "auto":
+        room = round(SHARE_OF_FREE * reachable_bytes(policy.device)) + CONTEXT_BYTES
+        card = PublishedCard("the card's free memory", room, math.nan, math.nan)
+        fit = f"the {bytes_text(room)} that are free"
+    else:
+        card = card_named(fit)
+    planner = replace(planner_for(policy, blocks, process_bytes), card=card)
     longest = max(sampler.prompt_lengths([*task.train, *task.held_out]))
     work = work_of(config, longest)
-    changes = planner.fitting(work)
-    if changes is None:
-        raise InputError(
-            f"{policy.source.name} was to be trained within {fit}, but it does not fit, whatever is made leaner; "
-            "lower --max-new-tokens or --group-size, choose a higher block with --layers, or a smaller model."
-        )
+    try:
+        changes = planner.fitting(work)
+        if changes is None:
+            raise InputError(
+                f"{policy.source.name} was to be trained within {fit}, but it does not fit, whatever is made leaner; "
+                "lower --max-new-tokens or --group-size, choose a higher block with --layers, or a smaller model."
+            )
+    except MidtuneError as error:
+        if not is_auto:
+            raise
+        on_message(f"settings stay as configured: {error}")
+        return with_settings(config, {"training.fit": "none"})
     found = work.changed(changes)
     phase, most = peak(planner.phases("midtune", found))
     said = ", ".join(f"{key}={value}" for key, value in changes.items()) or "nothing has to change"
     on_message(f"to stay within {fit}: {said}; planned peak {bytes_text(most)}, in {phase}")
     # Scoring samples as many rows at once as training does.
     together = {"training.sampled_prompts": found.sampled_prompts}
-    return with_settings(config, {**changes, **together, "training.fit": None})
+    return with_settings(config, {**changes, **together, "training.fit": "none"})

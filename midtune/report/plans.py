@@ -25,20 +25,22 @@ def plan_table(plan: Mapping[str, Any]) -> RenderableType:
         f"{blocks_text(plan['blocks'])}. A step: {work['prompts']} prompts of {work['prompt_tokens']:,} tokens x "
         f"{work['group_size']} completions of {work['new_tokens']:,}."
     )
-    rows = [_row(arm, arm["label"]) for arm in arms]
-    compared = plain_table("as asked", numbers=("peak", "in", "fits", "step at best"), rows=rows)
+    compared = plain_table("way to train", numbers=("peak", "in", "fits", "step at best"))
+    compared.add_row(*_row(fitted or arms[0], "midtune"), style="bold")
+    for arm in arms[1:]:
+        compared.add_row(*_row(arm, arm["label"]))
     if plan["fit"]:
-        compared.add_row(*_row(fitted, "midtune, made to fit"), style="bold")
+        compared.add_row(*_row(arms[0], "midtune, not made to fit"))
     return titled(
         f"{plan['model']} on {plan['card']['name']}",
         asked,
         "",
         compared,
         "",
-        f"Where midtune's memory goes{', made to fit' if plan['fit'] else ''}",
+        "Where midtune's memory goes",
         _parts((fitted or arms[0])["phases"]),
         "",
-        "Midtune's peak by the first block trained, as asked",
+        "Midtune's peak by the first block trained",
         _by_block(plan),
         "",
         *_advice(plan),
@@ -88,8 +90,8 @@ def _advice(plan: Mapping[str, Any]) -> Iterable[str]:
         )
     else:
         settings = " ".join(f"--set {key}={str(value).lower()}" for key, value in plan["fit"].items())
-        yield f"As asked it does not fit in {room}; what makes it fit at the least price: {settings}"
-        yield f"`--fit {card['name'].partition(' (')[0]}` does that in `midtune train`."
+        yield f"What makes it fit in {room} at the least price: {settings}"
+        yield "`midtune train` finds that by itself on a card, from the memory that is free."
     if largest is not None:
         yield (
             f"With these settings about {largest['prompts']} prompts could go through an update together, or a group "
@@ -118,7 +120,14 @@ def dry_run_text(found: Mapping[str, Any]) -> RenderableType:
         "memory": found["note"],
     }
     if plan is not None:
-        fits = "fits" if plan["fits"] else "does not fit; --fit chooses leaner settings"
+        changed = ", ".join(f"{key}={str(value).lower()}" for key, value in plan["changes"].items())
+        fits = (
+            "does not fit"
+            if not plan["fits"]
+            else f"fits with {changed}, which --fit sets"
+            if changed
+            else "fits"
+        )
         lines |= {
             "blocks": f"{numbers_text(plan['blocks'])}: {plan['trainable_parameters']:,} parameters trained",
             "memory": f"planned peak {bytes_text(plan['peak'])} in {plan['phase']}, prompts of "

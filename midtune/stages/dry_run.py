@@ -62,13 +62,16 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None = None) -> d
         if name.count("/") != 1:
             raise
         return {**found, "note": "memory not known: config not at hand"}
-    planner = planner_of(config, training.fit or PLANNED_CARD)
+    named = training.fit if training.fit not in (None, "auto", "none") else PLANNED_CARD
+    planner = planner_of(config, named)
     sizes = planner.sizes
     each = sizes.block if config.model.adapter == "full" else config.model.lora_rank * sizes.widths
     trained = len(planner.blocks) * each
     if config.blocks.select == "boost":
         trained = sizes.blocks * sizes.block
-    arm = planner.arm("midtune", work_of(config, PLANNED_PROMPT_TOKENS))
+    work = work_of(config, PLANNED_PROMPT_TOKENS)
+    changes = {} if training.fit in (None, "none") else planner.fitting(work) or {}
+    arm = planner.arm("midtune", work.changed(changes))
     return {
         **found,
         "weights_bytes": 2 * sizes.total if _is_fetched(name) else None,  # in bf16, as most are published
@@ -77,6 +80,7 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None = None) -> d
             "trainable_parameters": trained,
             "card": planner.card.name,
             "prompt_tokens": PLANNED_PROMPT_TOKENS,
+            "changes": changes,
             **{key: arm[key] for key in ("peak", "phase", "fits", "seconds")},
         },
     }

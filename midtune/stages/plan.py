@@ -24,9 +24,9 @@ def run(config: RunConfig, *, gpu: str, prompt_tokens: int) -> dict[str, Any]:
     Returns:
         `model`, `parameters`, `num_blocks`, `blocks`, `card` and `work`: what was planned for. `arms`: each with its
         name, `phases` (bytes of each part), the `peak` and its `phase`, whether it `fits`, and the least `seconds` of
-        each phase. `by_block`: midtune's peak for each first trained block. `fit`: setting changes that make midtune
-        fit, None if none do; `fitted`: the arm with them. `largest`: with them, the largest number of prompts per
-        update, group size and completion length, each with the rest as configured.
+        each phase. `fit`: setting changes that make midtune fit, None if none do. With them, `by_block`: midtune's
+        peak for each first trained block, `fitted`: the arm, and `largest`: the largest number of prompts per update,
+        group size and completion length, each with the rest as configured.
 
     Raises:
         InputError: the model, the card or a block is not known.
@@ -48,7 +48,9 @@ def run(config: RunConfig, *, gpu: str, prompt_tokens: int) -> dict[str, Any]:
         "by_block": [
             {
                 "block": k,
-                "peak": peak(replace(planner, blocks=range(k, k + len(blocks))).phases("midtune", work))[1],
+                "peak": peak(
+                    replace(planner, blocks=range(k, k + len(blocks))).phases("midtune", lean or work)
+                )[1],
             }
             for k in range(sizes.blocks - len(blocks) + 1)
         ],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,13 +13,16 @@ from transformers import PretrainedConfig, Qwen3Config
 
 from midtune.bench.flops import rollout_flops, update_flops
 from midtune.bench.workload import PLANNED
-from midtune.config import load_config
+from midtune.config import load_config, with_settings
 from midtune.errors import MidtuneError
 from midtune.model.sizes import Sizes
+from midtune.planning import search
 from midtune.planning.budget import Loaded, peak
 from midtune.planning.search import MOST, Planner, planner_of
 from midtune.planning.step_size import Work, work_of
 from midtune.published import PublishedCard
+from midtune.rollout.sampling import SamplingLimits
+from midtune.rollout.text import TextSampler
 
 CONFIG = load_config(None, {"model.name": "tiny"})
 WORK = work_of(CONFIG, 40)
@@ -109,3 +114,32 @@ def test_what_has_to_be_read() -> None:
     assert ours["update"] == 2 * 2 * packed
     assert seconds("midtune", card, micro_batch_tokens=1)["update"] == 2 * 2 * 2 * packed
     assert seconds("trl-qlora", card)["update"] == 3 * 4 * packed
+
+
+@pytest.mark.parametrize(("gigabytes", "changes"), [(8.0, False), (0.5, True)])
+def test_auto_stays_within_what_is_free(
+    load: Any, monkeypatch: pytest.MonkeyPatch, gigabytes: float, changes: bool
+) -> None:
+    policy = load()
+    said: list[str] = []
+    monkeypatch.setattr(search, "reachable_bytes", lambda device: round(gigabytes * 2**30))
+    rows: Any = [{"prompt": "1+1=", "answer": "2"}]
+    task: Any = SimpleNamespace(train=rows, held_out=rows)
+    config = with_settings(CONFIG, {"training.fit": "auto", "training.max_new_tokens": 4000})
+    sampler = TextSampler(policy, SamplingLimits())
+    found = search.fitted(config, sampler, task, [2], 400 * 2**20, said.append)
+    assert found.training.fit == "none"
+    (line,) = said
+    assert line.startswith("to stay within the ")
+    assert ("nothing has to change" in line) != changes
+
+
+def test_auto_changes_nothing_where_nothing_would_do(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = load()
+    said: list[str] = []
+    monkeypatch.setattr(search, "reachable_bytes", lambda device: 0)
+    task: Any = SimpleNamespace(train=[{"prompt": "1+1="}], held_out=[])
+    config = with_settings(CONFIG, {"training.fit": "auto"})
+    found = search.fitted(config, TextSampler(policy, SamplingLimits()), task, [2], 2**40, said.append)
+    assert found == with_settings(config, {"training.fit": "none"})
+    assert "settings stay as configured: " in said[0] and "whatever is made leaner" in said[0]

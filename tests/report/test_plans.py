@@ -35,9 +35,9 @@ def test_a_plan_that_fits() -> None:
         "2.50 billion parameters in 2 blocks; midtune trains block 1. A step: 8 prompts",
         "of 1,024 tokens x 4 completions of 2,048.",
         "",
-        "as asked       peak        in  fits  step at best",
-        "─────────────────────────────────────────────────",
-        "midtune   16.00 GiB  sampling   yes        2.00 s",
+        "way to train       peak        in  fits  step at best",
+        "─────────────────────────────────────────────────────",
+        "midtune       16.00 GiB  sampling   yes        2.00 s",
         "",
         "Where midtune's memory goes",
         "GiB              sampling  update",
@@ -46,7 +46,7 @@ def test_a_plan_that_fits() -> None:
         "keys and values     15.00       -",
         "together            16.00    1.00",
         "",
-        "Midtune's peak by the first block trained, as asked",
+        "Midtune's peak by the first block trained",
         "    0  ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━  32.00 GiB  does not fit",
         "    1  ━━━━━━━━━━━━━━━                 16.00 GiB",
         "",
@@ -73,7 +73,10 @@ def test_a_plan_that_does_not_fit(fit: dict[str, Any] | None, words: str) -> Non
     fitted = plan(20 * GIB)["fitted"]
     lines = rendered(plan_table(plan(32 * GIB, fit=fit, fitted=fit and fitted, largest=None)))
     assert words in " ".join(lines)
-    assert any(line.startswith("midtune, made to fit  20.00 GiB") for line in lines) == bool(fit)
+    # The settings that fit come first, and what was asked last.
+    rows = [line for line in lines if line.startswith("midtune ") or line.startswith("midtune,")]
+    wanted = ["20.00", "32.00"] if fit else ["32.00"]
+    assert [row.partition(" GiB")[0].rpartition(" ")[2] for row in rows] == wanted
     assert not any(line.startswith("With these settings") for line in lines)
 
 

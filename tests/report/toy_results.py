@@ -140,6 +140,7 @@ def dry_run() -> dict[str, Any]:
         "plan": {
             **{"blocks": [10, 11, 12], "trainable_parameters": 1_234_567_890, "card": "141GB (H200)"},
             **{"prompt_tokens": 2048, "peak": 1234 * 2**30, "phase": "optimizer", "fits": False},
+            "changes": {"training.recompute": True, "training.optimizer": "adamw_8bit"},
             "seconds": {"sampling": DAY, "update": DAY},
         },
     }

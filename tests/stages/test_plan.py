@@ -106,7 +106,7 @@ def test_a_run_stays_within_what_it_was_given(tmp_path: Any, monkeypatch: pytest
     config = load_config(None, {**quick, "training.fit": "0.52GB"})
     train.run(config, out=tmp_path / "run", resume=None, terminal=Terminal(quiet=True))
     written: RunConfig = load_config(tmp_path / "run" / "config.yaml", {})
-    assert written.training.fit is None
+    assert written.training.fit == "none"
     assert 0 < written.training.sampled_prompts <= config.training.prompts_per_step
     assert written != load_config(None, quick)
 
