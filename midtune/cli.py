@@ -30,7 +30,7 @@ from midtune.device import show_one_card
 from midtune.errors import InputError, MidtuneError, RunStopped, bounded, escaped, lack_of, one_line
 from midtune.measure.cards import card_names
 from midtune.network import go_offline
-from midtune.process import fast_imports, hold_streams, is_read, quieten_libraries, say
+from midtune.process import fast_imports, hold_streams, is_read, join_card_memory, quieten_libraries, say
 
 INTERRUPTED = 130
 # Table width in a pipe or a file.
@@ -250,6 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = "--debug" in arguments or os.environ.get("MIDTUNE_DEBUG", "") not in ("", "0")
     hold_streams()
     quieten_libraries(debug)
+    join_card_memory()
     trace = ""
     try:
         code = app(arguments, prog_name="midtune", standalone_mode=False) or 0

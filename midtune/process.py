@@ -64,6 +64,15 @@ def quieten_libraries(debug: bool) -> None:
         os.environ.setdefault(name, value)
 
 
+def join_card_memory() -> None:
+    """Let pieces of a card's memory grow: a rollout's tensors change their sizes, and would leave holes.
+
+    Call it before torch starts CUDA; a setting of the user's own stays.
+    """
+    if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
 @contextlib.contextmanager
 def fast_imports() -> Iterator[None]:
     """Import libraries with garbage collection off: it gets slower with every object, and finds nothing."""

@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 
 import midtune
-from midtune.process import fast_imports, is_read, quieten_libraries, say
+from midtune.process import fast_imports, is_read, join_card_memory, quieten_libraries, say
 
 
 def test_a_stream_that_nobody_reads_takes_no_more_text_and_raises_nothing() -> None:
@@ -70,3 +70,16 @@ def test_nobody_has_to_read(arguments: str, closed: str) -> None:
     assert code in ((2,) if arguments.startswith("eval") else (0, 1))
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
     assert "unexpected" not in done.stderr
+
+
+def test_pieces_of_a_cards_memory_grow_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    join_card_memory()
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    os.environ["PYTORCH_ALLOC_CONF"] = "max_split_size_mb:128"
+    join_card_memory()
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:128"
