@@ -86,7 +86,12 @@ def recording(graph: Graph, pool: Any = None) -> Iterator[None]:
 
 
 # What torch.cuda has of graphs.
-GRAPHS = {"CUDAGraph": Graph, "graph": recording, "graph_pool_handle": lambda: (0, 1)}
+GRAPHS = {
+    "CUDAGraph": Graph,
+    "graph": recording,
+    "graph_pool_handle": lambda: (0, 1),
+    "synchronize": lambda *_: None,
+}
 
 
 @contextlib.contextmanager

@@ -112,7 +112,7 @@ class Engine:
     """Rows that grow together; see `decoding.Decoder`, which has the same arguments and methods.
 
     At most `groups` of the N groups are in flight at a time (None: all). With `watched`, the states that enter this
-    block are kept on `storage`. `graphs` records steps on a card.
+    block are kept on `storage`. `replayed` calls the steps, if they are to be recorded.
     """
 
     def __init__(
@@ -295,7 +295,7 @@ class Engine:
     def _resize(self, order: torch.Tensor) -> None:
         for layer in self._cache.layers:
             layer.keep_slots(order, self._width)
-        # What was recorded points at the old tensors, and slots seen before may have moved.
+        # Slots seen before may have moved, and what was recorded points at the old tensors.
         self._ahead = None
         if self._replayed is not None:
             self._replayed.forget()

@@ -24,6 +24,9 @@ class Replayed:
 
     def forget(self) -> None:
         """The next step is another one."""
+        if self._graph is not None:
+            # The card may still be at the last replay.
+            torch.cuda.synchronize()
         self._warm, self._graph, self._result = False, None, None
 
     def __call__(self, step: Callable[[], Any]) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -10,7 +10,7 @@ import torch
 
 from midtune.model.policy import Policy
 from midtune.rollout import engine
-from midtune.rollout.decoding import Drawn, ready_to_sample
+from midtune.rollout.decoding import Decoder, Drawn, ready_to_sample
 from midtune.rollout.engine import Engine
 from midtune.rollout.graphs import Replayed
 from midtune.rollout.sampling import Rollout, Sampling, SamplingLimits, padded
@@ -161,3 +161,43 @@ def test_a_rollouts_steps_have_few_shapes(load: Load) -> None:
 
 def test_buckets_are_powers_of_two_and_a_half() -> None:
     assert [bucket(count) for count in range(1, 18)] == [1, 2, 3, 4, 6, 6, 8, 8, *[12] * 4, *[16] * 4, 24]
+
+
+def held_bytes(layers: Iterable[Any]) -> int:
+    """Bytes of the tensors that layers of a cache hold, spare room included."""
+    tensors = [
+        part
+        for layer in layers
+        for held in (getattr(layer, "shared", None), getattr(layer, "own", None))
+        for part in held or ()
+    ]
+    tensors += [
+        part for layer in layers for part in (getattr(layer, "_keys", None), getattr(layer, "_values", None))
+    ]
+    return sum(part.numel() * part.element_size() for part in tensors if part is not None)
+
+
+def test_keys_and_values_of_ragged_completions_take_less_than_half(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = load("qwen3", "none")
+    stop_late(policy)
+    prompts = [list(range(start, start + 60)) for start in (10, 20, 30, 40)]
+    peaks = {}
+    for kind, make in (("engine", Engine), ("plain", Decoder)):
+        seen: list[int] = []
+        torch.manual_seed(0)
+        with ready_to_sample(policy, 32):
+            decoder: Any = make(policy, *padded(policy, prompts, "left"), 8)
+            forward = decoder._forward
+
+            def watched(*args: Any, decoder: Any = decoder, forward: Any = forward, seen: Any = seen) -> Any:
+                seen.append(held_bytes(decoder._cache.layers))
+                return forward(*args)
+
+            monkeypatch.setattr(decoder, "_forward", watched)
+            drawn = decoder.draw(Sampling(80, group_size=8), [80] * 32, torch.rand(80, 32), leave=True)
+        lengths = drawn.lengths.float()
+        assert lengths.mean() < 0.5 * lengths.max()
+        peaks[kind] = max(seen)
+    assert peaks["engine"] < 0.5 * peaks["plain"]
