@@ -7,7 +7,7 @@ The rooms, from the command line down; imports point downwards only:
     probe/      which block to train: race, sweep     bench/      the same work through midtune and TRL
     planning/   memory and time, worked out           report/     statistics, tables, pictures, the page
     rl/         TRL's trainer, the tail, advantages
-    rollout/    samplers: text, episodes, vLLM; boundary states; evaluation
+    rollout/    samplers: text, episodes, vLLM; the decode engine; boundary states; evaluation
     tasks/      prompts, rewards, answers, sources, games, the sandbox
     model/      the policy: loading, 4-bit, blocks, patches
     measure/    time and memory of this process and its card

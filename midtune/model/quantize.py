@@ -15,6 +15,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from midtune.model.memory import freed_at_once
+from midtune.model.products import unpacked_is_faster
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -119,9 +120,9 @@ def nf4_error(device: torch.device, compute_dtype: torch.dtype) -> float:
 def unpacked(model: nn.Module, dtype: torch.dtype, *, rows: int, most_bytes: int) -> Iterator[None]:
     """Inside the context, hold linear weights in the layout that decodes fastest.
 
-    4-bit weights are dequantized once instead of every step. On a CPU weights are also laid out for oneDNN, which
-    multiplies a few rows up to three times as fast. Results differ only by rounding. Weights must not change inside the
-    context, and no gradient is taken.
+    4-bit weights are dequantized once instead of every step; on a card, where that is faster for so many rows. On a
+    CPU weights are also laid out for oneDNN, which multiplies a few rows up to three times as fast. Results differ only
+    by rounding. Weights must not change inside the context, and no gradient is taken.
 
     `dtype` is that of inputs and of dequantized weights, and `rows` about how many rows a step computes. Layers whose
     copies would exceed `most_bytes` stay as they are.
@@ -136,6 +137,9 @@ def unpacked(model: nn.Module, dtype: torch.dtype, *, rows: int, most_bytes: int
             # oneDNN's product needs inputs of the weight's dtype, and inputs have the compute dtype.
             fast = wanted == dtype and _has_fast_layout(part.weight.device, dtype)
             if not (packed or fast):
+                continue
+            # Few rows may be faster through bitsandbytes' own product.
+            if packed and part.weight.is_cuda and not unpacked_is_faster(part, rows, dtype):
                 continue
             most_bytes -= part.in_features * part.out_features * wanted.itemsize
             if most_bytes < 0:

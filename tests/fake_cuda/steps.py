@@ -46,8 +46,12 @@ OnCardPolicy = Callable[..., Policy]
 
 
 @pytest.fixture
-def on_card(random_checkpoint: Callable[..., Path]) -> Iterator[OnCardPolicy]:
+def on_card(
+    random_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[OnCardPolicy]:
     """A function: architecture → a policy on the card, which is there until the test ends."""
+    # What this card's products take is of no use to others.
+    monkeypatch.setenv("MIDTUNE_CACHE", str(tmp_path / "cache"))
     with contextlib.ExitStack() as stack:
 
         def load(
