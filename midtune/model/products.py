@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,8 @@ def _known(file: Path) -> dict[str, list[float]]:
 
 
 def _versions(device: torch.device) -> str:
-    import bitsandbytes as bnb
-
-    return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, bitsandbytes {bnb.__version__}"
+    card, kernels = torch.cuda.get_device_name(device), version("bitsandbytes")
+    return f"{card}, torch {torch.__version__}, bitsandbytes {kernels}"
 
 
 def _seconds(product: Callable[[], Any], device: torch.device) -> float:

@@ -213,7 +213,9 @@ class Engine:
         live = [slot for slot, goes in enumerate(going) if goes]
         free = max(0, self._most_rows - len(live)) // self._group_size
         groups = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
-        if groups or bucket(len(live)) < len(going):
+        # Recording a step takes as long as a few of them: halve what is recorded, or leave it.
+        most = len(going) - 1 if self._replayed is None else len(going) // 2
+        if groups or bucket(len(live)) <= most:
             # Only prompts that rows continue keep their places.
             held = {found[1] for slot in live if (found := self._rows[slot]) is not None}
             self._prompts = [prompt if prompt in held else None for prompt in self._prompts]
