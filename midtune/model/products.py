@@ -61,6 +61,7 @@ def _known(file: Path) -> dict[str, list[float]]:
     return {}
 
 
+@cache
 def _versions(device: torch.device) -> str:
     card, kernels = torch.cuda.get_device_name(device), version("bitsandbytes")
     return f"{card}, torch {torch.__version__}, bitsandbytes {kernels}"
