@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # Set once this process and its children see a single card: the number by which the user named it.
 ONLY_CARD = "MIDTUNE_ONLY_CARD"
+# Share of a card's memory a process may take if the driver would spill to the host.
+MOST_ON_CARD = 0.95
 DTYPES = ("bf16", "fp16", "fp32")
 
 
@@ -56,7 +58,7 @@ def resolve_device(name: str) -> torch.device:
                 f"{torch.__version__} can use; use --device cpu, or install a CUDA build of torch."
             )
         if spills_to_host():
-            torch.cuda.set_per_process_memory_fraction(0.95, target)
+            torch.cuda.set_per_process_memory_fraction(MOST_ON_CARD, target)
     elif target.type != "cpu":
         raise InputError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N.")
     return target
