@@ -178,7 +178,7 @@ def _last_step_in_slots(held: Any, mode: Any, tracker: Tracker, cache: Any, batc
     before, order = columns // 4 * 3, torch.arange(rows)
     for number, (layer, filled) in enumerate(zip(slots.layers, cache.layers, strict=True)):
         with tracker.made_by_repeated() if number == 1 else contextlib.nullcontext():
-            layer.put(None, (filled.keys, filled.values), filled.keys.dtype)
+            layer.put([*range(batch.prompts)], (filled.keys, filled.values), filled.keys.dtype)
             filled.keys = filled.values = None
             layer.keep_slots(order, max(before, 1))
     for number, layer in enumerate(slots.layers):

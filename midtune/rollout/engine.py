@@ -69,7 +69,13 @@ class Drawing:
         """The row in each slot, and R where there is none."""
         return [self.rows if slot is None else slot[0] for slot in slots]
 
-    def state(self, old: State | None, order: torch.Tensor, slots: Any, kept: int) -> State:
+    def state(
+        self,
+        old: State | None,
+        order: torch.Tensor,
+        slots: Sequence[tuple[int, int] | None],
+        kept: int,
+    ) -> State:
         """The state of slots with these rows, of which the first `kept` were the slots `order` and are in the draw."""
         device = order.device
         row = torch.tensor(self.rows_of(slots), device=device)
@@ -148,7 +154,6 @@ class Engine:
         self._replayed = replayed
         self._unseen = STEPS_UNSEEN if prompt_ids.device.type == "cuda" else 1
         self._ahead: OnItsWay | None = None
-        self.shapes: set[tuple[int, ...]] = set()
 
     def draw(
         self, sampling: Sampling, limits: Sequence[int], uniforms: torch.Tensor | None, *, leave: bool
@@ -161,12 +166,16 @@ class Engine:
         else:
             self._width = bucket(min(self._most_fed + 1, FIRST_COLUMNS))
             self._turn_over([])
-        while any(going := self._look()) or self._waiting:
-            if leave:
-                self._turn_over(going)
-            for _ in range(self._unseen):
-                self._make_room(1)
-                self._step()
+        try:
+            while any(going := self._look()) or self._waiting:
+                if leave:
+                    self._turn_over(going)
+                for _ in range(self._unseen):
+                    self._make_room(1)
+                    self._step()
+        finally:
+            # The record holds memory that the update needs.
+            self._forget()
         return drawing.result()
 
     def states(self, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -223,7 +232,7 @@ class Engine:
             size = self._group_size
             self._seat(live, [(group * size + i, group) for group in groups for i in range(size)])
             if logits is not None:
-                new = slice(len(live), len(live) + len(groups) * self._group_size)
+                new = slice(len(live), len(live) + len(groups) * size)
                 self._drawing.pick(self._state, logits.repeat_interleave(size, 0), new)
 
     def _prefill(self, groups: list[int]) -> torch.Tensor:
@@ -241,13 +250,13 @@ class Engine:
             ).logits[:, -1]
         if self._watched is not None:
             self._prompt_states.append((groups, states[0]))
-        free = [place for place, prompt in enumerate(self._prompts) if prompt is None]
-        if self._prompts and len(free) < len(groups):
-            more = len(groups) - len(free)
-            free += range(len(self._prompts), len(self._prompts) + more)
-            self._keep_prompts([*range(len(self._prompts)), *[0] * more])
-        places = free[: len(groups)] if self._prompts else [*range(len(groups))]
-        self._prompts += [None] * (max(places) + 1 - len(self._prompts))
+        known = len(self._prompts)
+        places = [place for place, prompt in enumerate(self._prompts) if prompt is None][: len(groups)]
+        more = len(groups) - len(places)
+        if known and more:
+            self._keep_prompts([*range(known), *[0] * more])
+        places += range(known, known + more)
+        self._prompts += [None] * more
         for place, group in zip(places, groups, strict=True):
             self._prompts[place] = group
         for layer, filled in zip(self._cache.layers, cache.layers, strict=True):
@@ -299,6 +308,9 @@ class Engine:
             layer.keep_slots(order, self._width)
         # Slots seen before may have moved, and what was recorded points at the old tensors.
         self._ahead = None
+        self._forget()
+
+    def _forget(self) -> None:
         if self._replayed is not None:
             self._replayed.forget()
 
@@ -312,7 +324,6 @@ class Engine:
 
     def _step(self) -> None:
         """Feed every row that goes on its last token, and draw the next."""
-        self.shapes.add((len(self._rows), self._width, *self._seats.members.shape))
         self._longest += 1
         if self._replayed is None:
             fed = self._decode()

@@ -118,7 +118,7 @@ class EpisodeSampler:
             shared = group_size if alike else 1
             start = padded(policy, begun[::shared], "left")
             decoder: Engine | Decoder = (
-                Engine(policy, *start, shared, replayed=self.limits.replayed(policy.device))
+                Engine(policy, *start, shared, replayed=self.limits.replayed(policy))
                 if in_slots
                 else Decoder(policy, *start, shared)
             )

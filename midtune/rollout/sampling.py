@@ -10,6 +10,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from midtune.model.host import is_here
 from midtune.model.memory import RowLimit
 from midtune.model.policy import Policy
 from midtune.rollout.boundary import BoundaryStates, stacked
@@ -62,9 +63,19 @@ class SamplingLimits:
     graphs: bool = True  # on a card, record decode steps and replay them
     plain: bool = False  # sample by the plain decoder, the reference
 
-    def replayed(self, device: torch.device) -> Replayed | None:
-        """What records decode steps on this device."""
-        return Replayed(self.rows.on_message) if self.graphs and device.type == "cuda" else None
+    _replayed: Replayed | None = None
+
+    def replayed(self, policy: Policy) -> Replayed | None:
+        """What records this policy's decode steps; None if nothing does.
+
+        Embeddings on the host are asked for every token, which cannot be recorded.
+        """
+        here = is_here(policy.model.get_input_embeddings())
+        if not (self.graphs and here and policy.device.type == "cuda"):
+            return None
+        if self._replayed is None:
+            self._replayed = Replayed(self.rows.on_message)
+        return self._replayed
 
 
 @dataclass

@@ -113,8 +113,8 @@ class SlotLayer(DynamicLayer):
         keys.layer, self.read = self, False  # type: ignore[attr-defined]
         return keys, values
 
-    def put(self, places: list[int] | None, prompts: Parts, dtype: torch.dtype) -> None:
-        """Hold the keys and values of prompts [n, heads, P, D] at some places (None: they are the first, all)."""
+    def put(self, places: list[int], prompts: Parts, dtype: torch.dtype) -> None:
+        """Hold the keys and values of prompts [n, heads, P, D] at some places; the first come at 0…n−1."""
         prompts = tuple(part.to(dtype) for part in prompts)  # type: ignore[assignment]
         if self.shared is None:
             self.shared = prompts

@@ -75,10 +75,10 @@ def sample(
             groups=groups,
             watched=boundary_block,
             storage=storage,
-            replayed=limits.replayed(policy.device),
+            replayed=limits.replayed(policy),
         )
         drawn = engine.draw(sampling, most, uniforms, leave=True)
-        return rollout_of(ids, mask, drawn, boundary_block, engine.states)
+        return _rollout_of(ids, mask, drawn, boundary_block, engine.states)
 
     def plainly(part: slice) -> Rollout:
         own = slice(part.start * group_size, part.stop * group_size)
@@ -88,7 +88,7 @@ def sample(
             drawn = decoder.draw(
                 sampling, most[own], None if uniforms is None else uniforms[:, own], leave=True
             )
-        return rollout_of(
+        return _rollout_of(
             ids[part],
             mask[part],
             drawn,
@@ -106,7 +106,7 @@ def sample(
     return limits.rows.fitting(len(prompts), group_size, run)
 
 
-def rollout_of(
+def _rollout_of(
     ids: torch.Tensor,
     mask: torch.Tensor,
     drawn: Drawn,

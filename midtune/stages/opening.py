@@ -102,17 +102,12 @@ class Opened:
 
     def sampler(self, policy: Policy) -> Sampler:
         """The task's sampler; it reports when memory runs out and what else uses the card."""
-        from midtune.model.host import is_here
         from midtune.rollout.episodes import EpisodeSampler
         from midtune.rollout.sampling import SamplingLimits
         from midtune.rollout.text import TextSampler
 
         config = self.config
-        limits = SamplingLimits(
-            unpack=config.model.unpack == "auto",
-            # Embeddings on the host are asked for every token, which cannot be recorded.
-            graphs=config.training.graphs == "auto" and is_here(policy.model.get_input_embeddings()),
-        )
+        limits = SamplingLimits(unpack=config.model.unpack == "auto", graphs=config.training.graphs == "auto")
         limits.rows.on_message = self.terminal.message
         if self._card is not None:
             limits.rows.on_oom_hint = partial(_others_text, self._card.uuid)

@@ -169,7 +169,6 @@ def _open(config: RunConfig, folder: RunFolder, terminal: Terminal) -> Training:
         config = fitted(config, sampler, task, choice.blocks, process_bytes, terminal.message)
     if config.model.embeddings == "host":
         embed_on_host(policy.model, source.name)
-        sampler.limits.graphs = False
     sampler.limits.unpack = config.model.unpack == "auto"
     sampler.limits.rows.rows = config.training.sampled_prompts * config.training.group_size or None
     blocks = list(range(policy.num_blocks)) if config.blocks.select == "boost" else choice.blocks

@@ -111,7 +111,7 @@ WANTED = [
     Read("rollout/engine.py:Engine._prefill", "self.policy.model(", NO_MASK, MASKS),
     # Once a rollout, or a turn of one.
     Read(
-        "rollout/text.py:rollout_of",
+        "rollout/text.py:_rollout_of",
         "longest = int(drawn.lengths.max())",
         "completions and their states are cut to the longest",
     ),

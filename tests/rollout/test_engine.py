@@ -17,7 +17,7 @@ from midtune.rollout.decoding import Decoder, Drawn, ready_to_sample
 from midtune.rollout.engine import Engine
 from midtune.rollout.graphs import Replayed
 from midtune.rollout.sampling import Rollout, Sampling, SamplingLimits, padded
-from midtune.rollout.slots import bucket
+from midtune.rollout.slots import Pass, bucket
 from midtune.rollout.text import sample
 from tests.conftest import ARCHITECTURES
 from tests.plain import PROMPTS, stop_early
@@ -141,24 +141,36 @@ def test_a_step_that_cannot_be_recorded_is_called_plainly_and_said_once(
     monkeypatch.setattr(engine, "choose", reading)
     said: list[str] = []
     with graphs_on_cpu() as graphs:
-        found, _ = engine_rollout(policy, sampling, Replayed(said.append))
+        replayed = Replayed(said.append)
+        found, _ = engine_rollout(policy, sampling, replayed)
+        # Nor is it tried again in the next rollout.
+        again, _ = engine_rollout(policy, sampling, replayed)
     assert torch.equal(found.ids, wanted.ids)
+    assert torch.equal(again.ids, wanted.ids)
+    assert len(graphs) == 1
     assert not any(graph.replays for graph in graphs)
     (message,) = said
     assert message.startswith("decode steps are not recorded (aten.nonzero")
 
 
-def test_a_rollouts_steps_have_few_shapes(load: Load) -> None:
+def test_a_rollouts_steps_have_few_shapes(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = load("qwen3", "none")
     stop_late(policy)
     ids, mask = padded(policy, PROMPTS, "left")
     with ready_to_sample(policy, 64):
         decoder = Engine(policy, ids, mask, 16)
+        feed, shapes = decoder._cache.feed, set()
+
+        def watched(ids: torch.Tensor, passing: Pass) -> torch.Tensor:
+            shapes.add((len(ids), passing.width, *passing.seats.members.shape))
+            return feed(ids, passing)
+
+        monkeypatch.setattr(decoder._cache, "feed", watched)
         drawn = decoder.draw(Sampling(60, group_size=16), [60] * 64, torch.rand(60, 64), leave=True)
     assert len(set(drawn.lengths.tolist())) > 20
     # As many as there are buckets up to 64 slots.
-    assert len(decoder.shapes) <= 12
-    assert all(bucket(slots) == slots for slots, *_ in decoder.shapes)
+    assert 1 < len(shapes) <= 12
+    assert all(bucket(slots) == slots for slots, *_ in shapes)
 
 
 def test_buckets_are_powers_of_two_and_a_half() -> None:
