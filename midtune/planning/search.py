@@ -100,7 +100,7 @@ class Planner:
                 together,
                 tail_blocks=self.tail,
                 trained=len(self.blocks),
-                **tail_settings(work.config.training),
+                **tail_settings(work.config.training, on_card=model.on_card),
             ),
             on_card=model.on_card,
             states=tokens * self.sizes.hidden * model.dtype.itemsize,

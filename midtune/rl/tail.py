@@ -19,16 +19,19 @@ from midtune.model.policy import Policy, full_precision
 from midtune.rollout.boundary import positions
 from midtune.rollout.sampling import Rollout
 
-# Values in one chunk's logits: 64 MiB in fp32. More is slower on a CPU, which needs new pages for every tensor, and no
-# faster elsewhere.
-CHUNK_VALUES = 2**24
+# Values in one chunk's logits: 64 MiB in fp32 on a CPU, which needs new pages for every tensor, so that more is slower.
+# A card reads the whole head for each chunk, which with few tokens takes longer than the product.
+CHUNK_VALUES, CHUNK_VALUES_ON_CARD = 2**24, 2**26
 # Share of a pack's tokens that may be padding.
 MOST_PADDING = 0.15
 
 
-def tail_settings(training: TrainingConfig) -> dict[str, Any]:
-    """The arguments of `completion_log_probs` that settings decide, in training and in a plan."""
-    return {"recompute_tokens": training.micro_batch_tokens if training.recompute else 0}
+def tail_settings(training: TrainingConfig, *, on_card: bool) -> dict[str, Any]:
+    """The arguments of `completion_log_probs` that settings and device decide, in training and in a plan."""
+    return {
+        "recompute_tokens": training.micro_batch_tokens if training.recompute else 0,
+        "chunk_values": CHUNK_VALUES_ON_CARD if on_card else CHUNK_VALUES,
+    }
 
 
 def completion_log_probs(
@@ -38,6 +41,7 @@ def completion_log_probs(
     temperature: float,
     entropy_gradient: bool = False,
     recompute_tokens: int = 0,
+    chunk_values: int = CHUNK_VALUES,
     most_padding: float = MOST_PADDING,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-prob of every completion token, and entropy of its distribution.
@@ -49,6 +53,7 @@ def completion_log_probs(
         entropy_gradient: let the gradient reach the trained blocks through the entropies too.
         recompute_tokens: keep only the activations that enter each block and recompute the rest in the backward
             pass, in packs of at most this many tokens, prompts included; 0 keeps all.
+        chunk_values: most logits that exist at a time.
         most_padding: as for `packs`.
     """
     states = rollout.boundary
@@ -113,6 +118,7 @@ def completion_log_probs(
             rollout.completion_ids.flatten()[place],
             temperature,
             entropy_gradient=entropy_gradient,
+            chunk_values=chunk_values,
         )
     empty = torch.zeros(rollout.completion_ids.numel(), device=place.device)
     log_probs, entropies = (
@@ -153,6 +159,7 @@ def token_log_probs(
     temperature: float,
     *,
     entropy_gradient: bool = False,
+    chunk_values: int = CHUNK_VALUES,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs and entropies, fp32 [T] each, of `tokens` [T] that follow `hidden` [T, H], the head's input, in chunks.
 
@@ -161,7 +168,7 @@ def token_log_probs(
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)  # type: ignore[union-attr,operator]
-    size = max(1, CHUNK_VALUES // head.weight.size(0))
+    size = max(1, chunk_values // head.weight.size(0))
     wanted = torch.is_grad_enabled() and hidden.requires_grad
     again = wanted and head.weight.requires_grad
 

@@ -110,7 +110,7 @@ def train_blocks(
         meter=meter,
         callbacks=[recorder],
         lr_multipliers=lr_multipliers,
-        tail_arguments=tail_settings(settings),
+        tail_arguments=tail_settings(settings, on_card=policy.device.type == "cuda"),
         update_rows=update_rows,
         advantages=own_advantages(settings),
         bf16_gradients=bf16_gradients,

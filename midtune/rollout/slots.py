@@ -15,6 +15,8 @@ import torch
 from transformers import AttentionInterface, Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from midtune.model.rotary import rotated_by_products, rotating_modules
+
 # The name under which transformers finds `attend`.
 IN_SLOTS = "midtune_slots"
 # Added to the scores of keys that a query must not see. Finite, so that a part with no other key gets the weight 0.
@@ -158,6 +160,7 @@ class Slots(Cache):
         # A block that is trained has its own.
         found = (part.config for part in model.modules() if hasattr(part, "config"))
         self._configs = list({id(config): config for config in found}.values())
+        self._rotating = rotating_modules(model) if model.device.type == "cuda" else []
 
     def feed(self, ids: torch.Tensor, passing: Pass) -> torch.Tensor:
         """Feed tokens [S, T] → the logits of the last column, [S, V]."""
@@ -166,13 +169,14 @@ class Slots(Cache):
         try:
             for config in self._configs:
                 config._attn_implementation = IN_SLOTS
-            found: torch.Tensor = self._model(
-                input_ids=ids,
-                position_ids=passing.positions,
-                past_key_values=self,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits
+            with rotated_by_products(self._rotating):
+                found: torch.Tensor = self._model(
+                    input_ids=ids,
+                    position_ids=passing.positions,
+                    past_key_values=self,
+                    use_cache=True,
+                    logits_to_keep=1,
+                ).logits
         finally:
             for config, name in zip(self._configs, usual, strict=True):
                 config._attn_implementation = name

@@ -238,7 +238,7 @@ def test_a_decoded_token_takes_few_operators(on_card: OnCardPolicy) -> None:
     sample(policy, PROMPTS, sampling, limits=limits)  # the engine is tried
     counted = operators.per_pass(lambda: sample(policy, PROMPTS, sampling, limits=limits))
     # Of transformers' generate, in bf16: 59.
-    assert counted <= 36
+    assert counted <= 28
 
 
 def test_tensors_of_two_devices_do_not_meet(on_card: OnCardPolicy) -> None:

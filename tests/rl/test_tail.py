@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from midtune.model.loading import load_policy
 from midtune.model.policy import Policy
 from midtune.model.sources import resolve
-from midtune.rl import tail
 from midtune.rl.tail import completion_log_probs, packs
 from midtune.rollout.boundary import with_boundary
 from midtune.rollout.sampling import Rollout, Sampling, SamplingLimits
@@ -245,14 +244,14 @@ def test_one_token_completions(load: Load) -> None:
     assert_same(policy, found, plain_log_probs(policy, rollout, 1.0))
 
 
-def test_chunks_of_tokens_give_what_one_chunk_gives(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_of_tokens_give_what_one_chunk_gives(load: Load) -> None:
     policy = load("qwen3")
     policy.thaw(2)
     rollout = rollout_of(policy)
     whole = completion_log_probs(policy, rollout, temperature=1.0)
     # Room for seven rows of 260 logits.
-    monkeypatch.setattr(tail, "CHUNK_VALUES", 7 * 260 + 100)
-    assert_same(policy, completion_log_probs(policy, rollout, temperature=1.0), whole)
+    found = completion_log_probs(policy, rollout, temperature=1.0, chunk_values=7 * 260 + 100)
+    assert_same(policy, found, whole)
 
 
 SHAPES = st.fixed_dictionaries(
