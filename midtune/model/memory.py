@@ -44,6 +44,18 @@ class RowLimit:
     halves: bool = True  # False: pass out-of-memory errors on
     on_oom_hint: Callable[[], str] = str  # says what else takes memory; may be empty
 
+    @contextlib.contextmanager
+    def at_most(self, rows: int) -> Iterator[None]:
+        """Inside, no more than `rows` go together."""
+        usual, self.rows = self.rows, min(rows, self.rows or rows)
+        lowered = self.rows
+        try:
+            yield
+        finally:
+            # Fewer if memory ran out.
+            if self.rows == lowered:
+                self.rows = usual
+
     def fitting(self, groups: int, group_size: int, run: Callable[[int], T]) -> T:
         """Call `run` with how many groups go together; call it again with half of them each time memory runs out.
 

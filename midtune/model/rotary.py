@@ -36,12 +36,18 @@ def rotated_by_products(modules: Iterable[ModuleType]) -> Iterator[None]:
 
 
 def _rotated(
-    usual: Callable[..., Any], q: torch.Tensor, k: torch.Tensor, cos: Any, sin: Any, *others: Any, **named: Any
+    usual: Callable[..., Any],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: Any,
+    sin: Any,
+    *others: Any,
+    **named: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate queries and keys [S, heads, 1, D] by cosines and sines [S, 1, ·], in which blocks share them."""
     width = q.size(-1)
     if others or named or q.dim() != 4 or q.size(2) != 1 or k.size(-1) != width:
-        return usual(q, k, cos, sin, *others, **named)  # type: ignore[no-any-return]
+        return usual(q, k, cos, sin, *others, **named)
     if not hasattr(cos, "rotation"):
         # A rotation is linear: the images of the unit vectors are its matrix. The first block makes it for all.
         units = torch.eye(width, dtype=q.dtype, device=q.device)[:, None].expand(len(q), -1, 1, -1)

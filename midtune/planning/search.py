@@ -264,17 +264,21 @@ def fitted(
     planner = replace(planner_for(policy, blocks, process_bytes), card=card)
     longest = max(sampler.prompt_lengths([*task.train, *task.held_out]))
     work = work_of(config, longest)
+    why = (
+        f"{policy.source.name} was to be trained within {fit}, but it does not fit, whatever is made leaner; "
+        "lower --max-new-tokens or --group-size, choose a higher block with --layers, or a smaller model."
+    )
+    changes = None
     try:
         changes = planner.fitting(work)
-        if changes is None:
-            raise InputError(
-                f"{policy.source.name} was to be trained within {fit}, but it does not fit, whatever is made leaner; "
-                "lower --max-new-tokens or --group-size, choose a higher block with --layers, or a smaller model."
-            )
     except MidtuneError as error:
         if not is_auto:
             raise
-        on_message(f"settings stay as configured: {error}")
+        why = str(error)
+    if changes is None:
+        if not is_auto:
+            raise InputError(why)
+        on_message(f"settings stay as configured: {why}")
         return with_settings(config, {"training.fit": "none"})
     found = work.changed(changes)
     phase, most = peak(planner.phases("midtune", found))

@@ -15,24 +15,20 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from midtune.errors import one_line
 from midtune.model.blocks import captured
-from midtune.model.memory import is_out_of_memory
 from midtune.model.policy import Policy
 from midtune.rollout.boundary import positions
-from midtune.rollout.decoding import Decoder, Drawn, Ends, choose
+from midtune.rollout.decoding import Drawn, Ends, choose
 from midtune.rollout.graphs import OnItsWay, Replayed
-from midtune.rollout.sampling import Sampling, SamplingLimits, padded
-from midtune.rollout.slots import NotInSlots, Pass, Seats, Slots, bucket
+from midtune.rollout.sampling import Sampling, padded
+from midtune.rollout.slots import Pass, Seats, Slots, bucket
 
 # Steps between two looks on a card. Where reading costs nothing, the host looks after every step.
 STEPS_UNSEEN = 8
+# Share of the rows that has to be free before waiting prompts take their room.
+LEAST_FREE = 0.25
 # Columns that slots begin with, unless fewer do.
 FIRST_COLUMNS = 64
-# Prompts and what is fed after each drawn token, to compare with the plain decoder.
-CHECKED = [[3, 5, 7, 9, 4], [4, 6, 3]], [[5], [6, 8], [3, 4, 7], [9]]
-# Largest difference of logits that rounding explains, as a share of the largest logit.
-MOST_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
 @dataclass
@@ -220,8 +216,10 @@ class Engine:
     def _turn_over(self, going: list[bool]) -> None:
         """Let waiting groups take the places of rows that have ended, or make the step smaller."""
         live = [slot for slot, goes in enumerate(going) if goes]
-        free = max(0, self._most_rows - len(live)) // self._group_size
-        groups = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+        free = self._most_rows - len(live)
+        # Seating rows copies all keys and values.
+        count = free // self._group_size if free >= self._most_rows * LEAST_FREE else 0
+        groups = [self._waiting.popleft() for _ in range(min(count, len(self._waiting)))]
         # Recording a step takes as long as a few of them: halve what is recorded, or leave it.
         most = len(going) - 1 if self._replayed is None else len(going) // 2
         if groups or bucket(len(live)) <= most:
@@ -378,42 +376,3 @@ class Engine:
         going, lengths = seen.tolist()
         self._longest = min(self._longest, max(lengths) + since)
         return [bool(goes) for goes in going]
-
-
-def check_engine(policy: Policy) -> None:
-    """Compare logits with the plain decoder's; raises NotInSlots if the engine does not serve this model."""
-    vocabulary = policy.model.config.get_text_config().vocab_size
-    prompts, said = ([[token % vocabulary for token in row] for row in rows] for rows in CHECKED)
-    ids, mask = padded(policy, prompts, "left")
-    found = []
-    for make in (Decoder, Engine):
-        decoder = make(policy, ids, mask, len(said) // len(prompts))
-        try:
-            decoder.draw(Sampling(1, temperature=0), [1] * len(said), None, leave=False)
-            decoder.follow(range(len(said)), said)
-        except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
-            if make is Decoder or is_out_of_memory(error):
-                raise
-            # An unknown architecture may raise anything.
-            raise NotInSlots(one_line(str(error))) from error
-        found.append(decoder.logits.float())
-    apart = float((found[1] - found[0]).abs().max() / found[0].abs().max())
-    if not apart <= MOST_ERROR[policy.compute_dtype]:
-        raise NotInSlots(f"its logits differ by {apart:.0e} of the largest")
-
-
-def serves(policy: Policy, limits: SamplingLimits) -> bool:
-    """Whether the engine samples for this policy, which is tried once; says so if it does not."""
-    if limits.plain:
-        return False
-    if policy.in_slots is None:
-        try:
-            check_engine(policy)
-            policy.in_slots = True
-        except NotInSlots as error:
-            policy.in_slots = False
-            if limits.rows.on_message is not None:
-                limits.rows.on_message(
-                    f"{policy.source.name} is sampled by the plain decoder, which is slower on a card: {error}."
-                )
-    return policy.in_slots

@@ -17,8 +17,9 @@ from midtune.model.memory import slices
 from midtune.model.policy import Policy
 from midtune.rollout.boundary import with_boundary
 from midtune.rollout.decoding import Decoder, ready_to_sample
-from midtune.rollout.engine import Engine, serves
+from midtune.rollout.engine import Engine
 from midtune.rollout.sampling import Rollout, Sampling, SamplingLimits, padded
+from midtune.rollout.served import serves
 from midtune.rollout.speech import Speech, Text, prompt_ids
 from midtune.tasks import Row
 from midtune.tasks.environment import Game
@@ -74,6 +75,8 @@ class EpisodeSampler:
     limits: SamplingLimits
     game: Game
     is_policy: bool = True
+    # Each has an environment.
+    most_rows: int = 256
 
     def begin(self, rows: Sequence[Row]) -> Sequence[Row]:
         return self.game.begin(rows)

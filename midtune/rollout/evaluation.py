@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from midtune.device import cuda_devices, free_bytes
+from midtune.model.memory import slices
 from midtune.model.policy import Policy
 from midtune.rollout.sampling import Sampler, Sampling
 from midtune.rollout.speech import prompt_ids
@@ -55,15 +56,14 @@ def evaluate(
         draws = how.group_size
         scores = np.zeros((len(rows), draws))
         texts = [""] * len(rows)
-        start = 0
-        while start < len(order):
-            longest = lengths[order[min(start + MOST_ROWS, len(order)) - 1]] + how.max_new_tokens
-            count = max(1, rows_that_fit(policy, longest) // draws)
-            batch = order[start : start + count]
-            start += count
+        # Batches do not depend on free memory, or a seed's samples would.
+        for part in slices(len(order), max(1, sampler.most_rows // draws)):
+            batch = order[part]
+            together = rows_that_fit(policy, lengths[batch[-1]] + how.max_new_tokens)
             repeated = [rows[i] for i in batch for _ in range(draws)]
             prompts = [row["prompt"] for row in sampler.begin(repeated)]
-            rollout = sampler.sample(prompts, how)
+            with sampler.limits.rows.at_most(together):
+                rollout = sampler.sample(prompts, how)
             ids = rollout.completions()
             seen = {} if rollout.environments is None else {"environments": rollout.environments}
             decoded = policy.tokenizer.batch_decode(ids, skip_special_tokens=True)

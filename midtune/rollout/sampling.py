@@ -167,6 +167,7 @@ class Sampler(Protocol):
     policy: Policy
     limits: SamplingLimits
     is_policy: bool  # its rollouts' log-probs are the policy's own
+    most_rows: int  # completions that scoring asks for in one call
 
     def begin(self, rows: Sequence[Row]) -> Sequence[Row]:
         """Return the rows with the prompts the policy sees; environments start their episodes."""

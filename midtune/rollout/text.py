@@ -15,8 +15,9 @@ from midtune.model.memory import slices
 from midtune.model.policy import Policy
 from midtune.rollout.boundary import BoundaryStates, storage_device, with_boundary
 from midtune.rollout.decoding import ROOM, Decoder, Drawn, ready_to_sample
-from midtune.rollout.engine import Engine, serves
+from midtune.rollout.engine import Engine
 from midtune.rollout.sampling import Rollout, Sampler, Sampling, SamplingLimits, padded
+from midtune.rollout.served import serves
 from midtune.rollout.speech import prompt_ids
 from midtune.tasks import Row
 
@@ -28,6 +29,8 @@ class TextSampler:
     policy: Policy
     limits: SamplingLimits
     is_policy: bool = True
+    # Prompts that wait take the room of rows that have ended.
+    most_rows: int = 1024
 
     def begin(self, rows: Sequence[Row]) -> Sequence[Row]:
         return rows
@@ -157,6 +160,7 @@ class AlikeSampler:
     def __init__(self, sampler: Sampler, first: FirstRollouts, seed: int) -> None:
         self.policy, self.limits, self.is_policy = sampler.policy, sampler.limits, sampler.is_policy
         self.begin, self.prompt_lengths = sampler.begin, sampler.prompt_lengths
+        self.most_rows = sampler.most_rows
         self._sampler, self._first, self._seed = sampler, first, seed
         self._begun = False
 

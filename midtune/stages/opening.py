@@ -95,6 +95,7 @@ class Opened:
                 device=model.device,
                 dtype=dtype_named(model.dtype),
                 trust_remote_code=model.trust_remote_code,
+                on_message=self.terminal.message,
             )
         if (embeddings or model.embeddings) == "host":
             embed_on_host(policy.model, policy.source.name)

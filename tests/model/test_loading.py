@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import (
@@ -25,7 +26,9 @@ from midtune.errors import InputError
 from midtune.model.loading import load_policy, load_tokenizer
 from midtune.model.policy import Policy
 from midtune.model.sources import resolve
+from midtune.rollout.sampling import Sampling
 from midtune.rollout.speech import prompt_ids
+from midtune.rollout.text import sample
 from tests.conftest import ARCHITECTURES
 from tests.model.toy_training import TOKENS, logits_of
 
@@ -202,3 +205,34 @@ def test_a_gpu_computes_in_half_precision_over_fp32_masters(random_checkpoint: M
     trained: dict[str, Any] = policy.trained_parameters()
     assert policy.model.lm_head.weight.dtype == policy.compute_dtype
     assert {(p.dtype, p.grad.dtype) for p in trained.values()} == {(torch.float32, torch.float32)}
+
+
+def test_a_model_that_overflows_fp16_computes_in_fp32_where_there_is_no_bf16(
+    random_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(folder: Path, **settings: Any) -> tuple[Policy, list[str]]:
+        said: list[str] = []
+        found = load_policy(resolve(str(folder)), device="cpu", on_message=said.append, **settings)
+        return found, said
+
+    usual = random_checkpoint("gemma3_text")
+    large = tmp_path / "large"
+    shutil.copytree(usual, large)
+    tensors = load_file(large / "model.safetensors")
+    for name, tensor in tensors.items():
+        # Each adds as much to the residual stream, whose sum is beyond 65,504.
+        if name.endswith("post_feedforward_layernorm.weight"):
+            tensor.fill_(3e4)
+    save_file(tensors, large / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr("midtune.model.loading.compute_dtype_of", lambda device: torch.float16)
+    policy, said = load(usual)
+    assert (policy.compute_dtype, said) == (torch.float16, [])
+    policy, said = load(large)
+    assert said == [
+        f"{large} overflows fp16, and this card has no bf16: it computes in fp32, in more memory."
+    ]
+    assert policy.compute_dtype == torch.float32
+    rollout = sample(policy, [[5, 6, 7]], Sampling(8, group_size=4))
+    assert rollout.log_probs.isfinite().all()
+    with pytest.raises(InputError, match="use --set model.dtype=fp32"):
+        load(large, dtype=torch.float16)

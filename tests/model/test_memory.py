@@ -49,6 +49,17 @@ def test_a_limit_that_was_met_holds_for_groups_of_any_size(group_size: int, toge
     assert limit(6).fitting(100, group_size, lambda groups: groups) == together
 
 
+@pytest.mark.parametrize(("rows", "together"), [(None, 4), (3, 3), (9, 4)])
+def test_a_limit_is_lowered_for_a_while(rows: int | None, together: int) -> None:
+    found = limit(rows)
+    with found.at_most(4):
+        assert found.fitting(100, 1, lambda groups: groups) == together
+    assert found.rows == rows
+    with found.at_most(4):
+        found.rows = 2  # memory ran out
+    assert found.rows == 2
+
+
 @pytest.mark.parametrize(
     ("group_size", "alone"), [(1, "a single completion"), (8, "a single group of 8 completions")]
 )

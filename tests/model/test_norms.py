@@ -45,3 +45,14 @@ def test_a_norm_of_another_kind_stays_as_it_is(load: Load) -> None:
     with fused_norms(policy.model, torch.float32):
         assert "forward" not in vars(norm)
         torch.testing.assert_close(policy.model(IDS).logits, wanted, atol=1e-4, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_squares_do_not_overflow_fp16(load: Load) -> None:
+    policy = load("llama", "none")
+    norm = policy.model.model.norm
+    hidden = torch.linspace(-6e4, 6e4, 64)[None]
+    wanted = norm(hidden)
+    with fused_norms(policy.model, torch.float16):
+        assert "forward" in vars(norm)
+        torch.testing.assert_close(norm(hidden.half()).float(), wanted, atol=2e-3, rtol=2e-3)

@@ -77,10 +77,36 @@ def test_completions_are_those_of_each_row_alone(policy: Policy) -> None:
 
 
 def test_a_sampled_score_is_the_mean_of_a_rows_samples(policy: Policy) -> None:
-    # Four samples leave room for one problem in a batch: its scores are 0, 1, 2 and 3.
-    found = run(policy, by_place, samples=4)
+    # Four samples leave room for one problem in a call: its scores are 0, 1, 2 and 3.
+    sampler = TextSampler(policy, SamplingLimits(), most_rows=4)
+    found = run(policy, by_place, sampler=sampler, samples=4)
     assert found.sampled is not None
     assert found.sampled.tolist() == [1.5] * 5
+
+
+def test_problems_that_wait_take_the_room_of_those_that_end(policy: Policy) -> None:
+    passes: list[int] = []
+
+    def count(module: Any, args: Any, kwargs: Any) -> None:
+        passes[-1] += kwargs["input_ids"].size(1) == 1
+
+    found = []
+    with policy.model.register_forward_pre_hook(count, with_kwargs=True):
+        for most_rows in (2, 1024):
+            passes.append(0)
+            sampler = TextSampler(policy, SamplingLimits(), most_rows=most_rows)
+            found.append(run(policy, by_answer, sampler=sampler))
+    assert found[0].completions == found[1].completions
+    assert passes[1] < passes[0]
+
+
+def test_what_goes_together_changes_no_sample(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    def score(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [float(sum(ids)) for ids in completion_ids]
+
+    two = run(policy, score, samples=2).samples
+    monkeypatch.setattr(evaluation, "MOST_ROWS", 256)
+    assert np.array_equal(two, run(policy, score, samples=2).samples)  # type: ignore[arg-type]
 
 
 def test_no_samples_give_no_sampled_score(policy: Policy) -> None:
