@@ -107,7 +107,7 @@ def rows_that_fit(policy: Policy, tokens: int) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     row_bytes = 2 * policy.num_blocks * heads * width * tokens * policy.compute_dtype.itemsize
-    # A step holds its logits several times in fp32, and their sums in double precision.
-    row_bytes += 24 * config.vocab_size
+    # A step holds its logits several times in fp32.
+    row_bytes += 20 * config.vocab_size
     # A growing cache briefly holds its old and its new tensors.
     return int(max(1, min(MOST_ROWS, free_bytes(policy.device) // 3 // row_bytes)))

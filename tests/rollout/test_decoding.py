@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import accumulate
 
 import pytest
 import torch
@@ -57,6 +58,18 @@ def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
     tokens, _, _ = choose(LOGITS.expand(10_000, -1), 1.0, Sampling(1).warpers(), torch.rand(10_000))
     shares = [Counter(tokens.tolist())[token] / 10_000 for token in range(4)]
     assert shares == pytest.approx([0.25, 0.5, 0.1, 0.15], abs=0.02)
+
+
+def test_tokens_are_those_of_running_sums_over_the_whole_vocabulary() -> None:
+    torch.manual_seed(0)
+    logits, uniforms = 4 * torch.randn(500, 1000), torch.rand(500)
+    logits[torch.rand(500, 1000) < 0.3] = -torch.inf
+    found, *_ = choose(logits, 1.0, Sampling(1).warpers(), uniforms)
+    for row, number, token in zip(
+        logits.double().softmax(-1).tolist(), uniforms.tolist(), found.tolist(), strict=True
+    ):
+        sums = list(accumulate(row))
+        assert token == next(place for place, total in enumerate(sums) if total > number * sums[-1])
 
 
 def test_log_probs_are_those_of_the_full_distribution() -> None:

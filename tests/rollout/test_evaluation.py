@@ -168,8 +168,8 @@ def test_a_reward_gets_chats_texts_ids_and_columns_as_trl_gives_them() -> None:
 def test_rows_on_a_gpu_are_as_many_as_a_third_of_its_free_memory_holds(
     policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Keys and values of 4 blocks × 2 heads × 32 values × 100 tokens in bf16, and 24 bytes a logit.
-    row_bytes = 2 * 4 * 2 * 32 * 100 * 2 + 24 * 260
+    # Keys and values of 4 blocks × 2 heads × 32 values × 100 tokens in bf16, and 20 bytes a logit.
+    row_bytes = 2 * 4 * 2 * 32 * 100 * 2 + 20 * 260
     on_gpu: Any = SimpleNamespace(
         device=torch.device("cuda"), model=policy.model, num_blocks=4, compute_dtype=torch.bfloat16
     )
