@@ -21,7 +21,6 @@ class Card(NamedTuple):
     """A card that torch can use; `others` are the other processes on it, largest first."""
 
     name: str
-    uuid: str
     free_bytes: int
     total_bytes: int
     others: list[CardProcess]
@@ -42,15 +41,19 @@ def card_names() -> list[str]:
     )
 
 
-def other_processes(uuid: str) -> list[CardProcess]:
-    """Other processes that compute on a card, largest first.
+def other_processes(uuid: str, own_bytes: int) -> list[CardProcess]:
+    """Other processes that compute on a card, largest first; this one holds `own_bytes` of it.
 
     The uuid is torch's: card numbers differ if CUDA_VISIBLE_DEVICES is set.
     """
     found = _answer(
         lambda nvml: nvml.nvmlDeviceGetComputeRunningProcesses(nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"))
     )
-    others = [CardProcess(p.pid, _name(p.pid), p.usedGpuMemory) for p in found if p.pid != os.getpid()]
+    # In a container the driver gives the host's numbers: the process that holds most nearly as much is this one.
+    own = min(
+        found, key=lambda p: (p.pid != os.getpid(), abs((p.usedGpuMemory or 0) - own_bytes)), default=None
+    )
+    others = [CardProcess(p.pid, _name(p.pid), p.usedGpuMemory) for p in found if p is not own]
     return sorted(others, key=lambda process: -(process.held_bytes or 0))
 
 

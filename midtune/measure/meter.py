@@ -149,8 +149,8 @@ def card_of(device: Any) -> Card:
     import torch
 
     card = torch.cuda.get_device_properties(device)
-    uuid = str(card.uuid)
-    return Card(card.name, uuid, *torch.cuda.mem_get_info(device), other_processes(uuid))
+    others = other_processes(str(card.uuid), torch.cuda.memory_reserved(device))
+    return Card(card.name, *torch.cuda.mem_get_info(device), others)
 
 
 def _status_bytes(key: str) -> int | None:

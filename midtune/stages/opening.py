@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from midtune.config import BlocksConfig, RunConfig, require_task
 from midtune.device import dtype_named, resolve_device
 from midtune.errors import InputError
-from midtune.measure.cards import Card, other_processes
+from midtune.measure.cards import Card
 from midtune.measure.meter import card_of
 from midtune.model.sources import Source, resolve
 from midtune.probe.selection import best, matching_probe, middle, parse_layers, ranking_of, read_probe
@@ -111,7 +111,7 @@ class Opened:
         limits = SamplingLimits(unpack=config.model.unpack == "auto", graphs=config.training.graphs == "auto")
         limits.rows.on_message = self.terminal.message
         if self._card is not None:
-            limits.rows.on_oom_hint = partial(_others_text, self._card.uuid)
+            limits.rows.on_oom_hint = partial(_others_text, policy.device)
         game = self.task.game
         return TextSampler(policy, limits) if game is None else EpisodeSampler(policy, limits, game)
 
@@ -167,8 +167,8 @@ class Opened:
         return replace(task, train=train, held_out=held_out, note=" ".join(filter(None, [task.note, note])))
 
 
-def _others_text(uuid: str) -> str:
-    others = other_processes(uuid)
+def _others_text(device: Any) -> str:
+    others = card_of(device).others
     return f"The card is also in use by {processes_text(others)}." if others else ""
 
 

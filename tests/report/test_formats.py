@@ -76,7 +76,7 @@ def test_words() -> None:
 
 
 def test_a_card_and_what_else_uses_it() -> None:
-    card = Card("RTX 3090", "uuid", 2**30, 24 * 2**30, [])
+    card = Card("RTX 3090", 2**30, 24 * 2**30, [])
     assert card_text(card) == "RTX 3090, 1.00 GiB of 24.00 GiB free"
     others = [CardProcess(7, "ollama", 18 * 2**30), CardProcess(9, "process", None)]
     assert card_text(card._replace(others=others)) == (

@@ -193,8 +193,8 @@ def test_a_card_that_torch_cannot_use_is_named(cards: Setup, monkeypatch: pytest
 def test_cards_are_listed_with_what_is_free_and_who_else_uses_them(cards: Setup) -> None:
     users = [CardProcess(7, "ollama", 18 * GIB), CardProcess(9, "process", None)]
     cards(
-        Card("NVIDIA L4", "0", 20 * GIB, 24 * GIB, []),
-        Card("NVIDIA L4", "1", 5 * GIB, 24 * GIB, users),
+        Card("NVIDIA L4", 20 * GIB, 24 * GIB, []),
+        Card("NVIDIA L4", 5 * GIB, 24 * GIB, users),
     )
     first, second = doctor._devices()
     assert first == Check("cuda:0", "ok", "NVIDIA L4, 20.00 GiB of 24.00 GiB free")

@@ -16,6 +16,7 @@ import torch
 
 from midtune.config import load_config
 from midtune.errors import InputError, RunStopped
+from midtune.measure.cards import other_processes
 from midtune.report.terminal import Terminal
 from midtune.rollout.sampling import Sampler
 from midtune.stages import opening
@@ -51,6 +52,16 @@ def sleeping(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
         monkeypatch.setitem(sys.modules, "pynvml", library)
         yield process.pid
         process.kill()
+
+
+def test_in_a_container_the_process_that_holds_as_much_is_this_one(sleeping: int) -> None:
+    library = sys.modules["pynvml"]
+    listed = [
+        SimpleNamespace(pid=2**22 + place, usedGpuMemory=held * GIB) for place, held in enumerate((5, 18))
+    ]
+    vars(library)["nvmlDeviceGetComputeRunningProcesses"] = lambda card: listed
+    assert other_processes("0-1", 4 * GIB) == [(2**22 + 1, "process", 18 * GIB)]
+    assert other_processes("0-1", 20 * GIB) == [(2**22, "process", 5 * GIB)]
 
 
 def short(groups: int) -> None:
