@@ -32,8 +32,8 @@ from midtune.model.sources import Source
 from midtune.rl.trainer import LayerGRPOTrainer
 from midtune.rl.training import in_order, trl_arguments
 from midtune.rollout.decoding import ready_to_sample
+from midtune.rollout.engine import serves
 from midtune.rollout.sampling import Sampling, SamplingLimits
-from midtune.rollout.served import serves
 from midtune.rollout.speech import prompt_ids
 from midtune.rollout.text import TextSampler
 from midtune.tasks import Reward, Row

@@ -12,13 +12,10 @@ from midtune.device import compute_dtype_of, resolve_device
 from midtune.errors import WHY, InputError, explained
 from midtune.model.blocks import check_tail, find_blocks
 from midtune.model.configs import read_config
-from midtune.model.memory import freed_at_once, give_back
+from midtune.model.memory import freed_at_once
 from midtune.model.policy import Policy
 from midtune.model.quantize import clear_quantized_markers, forbid_cpu_packing, nf4_config
 from midtune.model.sources import Source
-
-# Its first tokens have the largest activations.
-TRIED_TEXT = "The answer is 12."
 
 
 def load_policy(
@@ -34,9 +31,9 @@ def load_policy(
 
     With `quantize="nf4"`, the blocks' linear layers are quantized one by one while the checkpoint is read, so a
     full-precision copy never exists. Embeddings, norms and head stay as stored.
-    `dtype` is that of activations (None: see `compute_dtype_of`, or fp32 for a model that overflows fp16, which
-    `on_message` is told). Raises InputError if there is no such device, or the model is not decoder-only, overflows
-    the fp16 that was asked for, or cannot run from a middle block.
+    `dtype` is that of activations (None: see `compute_dtype_of`); a model that overflows fp16 computes in fp32, and
+    `on_message` is told. Raises InputError if there is no such device, or the
+    model is not decoder-only or cannot run from a middle block.
     """
     target = resolve_device(device)
     compute_dtype = dtype or compute_dtype_of(target)
@@ -76,34 +73,20 @@ def load_policy(
     clear_quantized_markers(model)
     forbid_cpu_packing(model)
     check_tail(model, stack_name)
-    policy = Policy(model, tokenizer, source, compute_dtype=compute_dtype, stored_quantized=stored_quantized)
-    if compute_dtype != torch.float16 or _is_finite(policy):
-        return policy
-    if dtype is not None:
-        raise InputError(
-            f"{source.name} was to compute in fp16, which its activations overflow; use --set model.dtype=fp32, or "
-            "bf16 where the device has it."
-        )
-    on_message(
-        f"{source.name} overflows fp16, and this card has no bf16: it computes in fp32, in more memory."
-    )
-    del model, policy
-    give_back()
-    return load_policy(
-        source,
-        quantize=quantize,
-        device=device,
-        dtype=torch.float32,
-        trust_remote_code=trust_remote_code,
-    )
+    if compute_dtype == torch.float16 and _overflows(model, tokenizer):
+        on_message(f"{source.name} overflows fp16, so it computes in fp32, in more memory.")
+        compute_dtype = torch.float32
+        for part in model.float().modules():
+            if hasattr(part, "compute_dtype"):
+                vars(part)["compute_dtype"] = compute_dtype
+    return Policy(model, tokenizer, source, compute_dtype=compute_dtype, stored_quantized=stored_quantized)
 
 
 @torch.no_grad()
-def _is_finite(policy: Policy) -> bool:
-    """Whether logits of a short text are finite numbers."""
-    ids = torch.tensor([policy.tokenizer.encode(TRIED_TEXT)], device=policy.device)
-    with policy.autocast():
-        return bool(policy.model(input_ids=ids, use_cache=False).logits.isfinite().all())
+def _overflows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether logits are no numbers after a short text; first tokens have the largest activations."""
+    ids = torch.tensor([tokenizer.encode("The answer is 12.")], device=model.device)
+    return not bool(model(input_ids=ids, use_cache=False).logits.isfinite().all())
 
 
 def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

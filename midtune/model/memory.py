@@ -52,9 +52,8 @@ class RowLimit:
         try:
             yield
         finally:
-            # Fewer if memory ran out.
-            if self.rows == lowered:
-                self.rows = usual
+            # It is lower still if memory ran out.
+            self.rows = usual if self.rows == lowered else self.rows
 
     def fitting(self, groups: int, group_size: int, run: Callable[[int], T]) -> T:
         """Call `run` with how many groups go together; call it again with half of them each time memory runs out.

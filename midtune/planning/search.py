@@ -264,21 +264,18 @@ def fitted(
     planner = replace(planner_for(policy, blocks, process_bytes), card=card)
     longest = max(sampler.prompt_lengths([*task.train, *task.held_out]))
     work = work_of(config, longest)
-    why = (
-        f"{policy.source.name} was to be trained within {fit}, but it does not fit, whatever is made leaner; "
-        "lower --max-new-tokens or --group-size, choose a higher block with --layers, or a smaller model."
-    )
-    changes = None
     try:
-        changes = planner.fitting(work)
-    except MidtuneError as error:
-        if not is_auto:
-            raise
-        why = str(error)
+        changes, error = planner.fitting(work), None
+    except MidtuneError as unknown:
+        changes, error = None, unknown
     if changes is None:
+        error = error or InputError(
+            f"{policy.source.name} was to be trained within {fit}, but it does not fit, whatever is made leaner; "
+            "lower --max-new-tokens or --group-size, choose a higher block with --layers, or a smaller model."
+        )
         if not is_auto:
-            raise InputError(why)
-        on_message(f"settings stay as configured: {why}")
+            raise error
+        on_message(f"settings stay as configured: {error}")
         return with_settings(config, {"training.fit": "none"})
     found = work.changed(changes)
     phase, most = peak(planner.phases("midtune", found))

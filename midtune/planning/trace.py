@@ -44,17 +44,11 @@ def block_update(model: Loaded, batch: Batch, *, tail_blocks: int, trained: int,
 
 
 @functools.cache
-def _block_update(
-    model: Loaded,
-    batch: Batch,
-    depth: int,
-    trained: int,
-    chunk_values: int = tail.CHUNK_VALUES,
-    **settings: Any,
-) -> Tracker:
+def _block_update(model: Loaded, batch: Batch, depth: int, trained: int, **settings: Any) -> Tracker:
     prompt_tokens, new_tokens = int(batch.prompt_tokens), int(batch.new_tokens)
+    chunk = settings.get("chunk_values", tail.CHUNK_VALUES)
     # A chunk has a fixed number of logits, so a smaller vocabulary only means more tokens per chunk.
-    vocabulary = max(1, FEW_CHUNKS * chunk_values // (batch.rows * new_tokens))
+    vocabulary = max(1, FEW_CHUNKS * chunk // (batch.rows * new_tokens))
     own = model.config.get_text_config().vocab_size
     policy = SkeletonPolicy(model, depth, trained, min(vocabulary, own))
     hidden = policy.model.config.get_text_config().hidden_size
@@ -77,9 +71,7 @@ def _block_update(
     _give_gradients(policy.model)
     with Tracker([*_there(policy.model), *states, rollout.prompt_mask, rollout.completion_mask]) as tracker:
         with tracker.repeated(policy.blocks, trained):
-            log_probs, _ = tail.completion_log_probs(
-                policy, rollout, temperature=1.0, chunk_values=chunk_values, **settings
-            )
+            log_probs, _ = tail.completion_log_probs(policy, rollout, temperature=1.0, **settings)
         tracker.keep()
         log_probs.mean().backward()
     return tracker

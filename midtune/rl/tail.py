@@ -28,9 +28,10 @@ MOST_PADDING = 0.15
 
 def tail_settings(training: TrainingConfig, *, on_card: bool) -> dict[str, Any]:
     """The arguments of `completion_log_probs` that settings and device decide, in training and in a plan."""
+    chunk = CHUNK_VALUES_ON_CARD if on_card else CHUNK_VALUES
     return {
         "recompute_tokens": training.micro_batch_tokens if training.recompute else 0,
-        "chunk_values": CHUNK_VALUES_ON_CARD if on_card else CHUNK_VALUES,
+        "chunk_values": chunk,
     }
 
 

@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from midtune.errors import one_line
 from midtune.model.blocks import captured
+from midtune.model.memory import is_out_of_memory
 from midtune.model.policy import Policy
 from midtune.rollout.boundary import positions
-from midtune.rollout.decoding import Drawn, Ends, choose
+from midtune.rollout.decoding import Decoder, Drawn, Ends, choose
 from midtune.rollout.graphs import OnItsWay, Replayed
-from midtune.rollout.sampling import Sampling, padded
-from midtune.rollout.slots import Pass, Seats, Slots, bucket
+from midtune.rollout.sampling import Sampling, SamplingLimits, padded
+from midtune.rollout.slots import NotInSlots, Pass, Seats, Slots, bucket
 
 # Steps between two looks on a card. Where reading costs nothing, the host looks after every step.
 STEPS_UNSEEN = 8
@@ -29,6 +31,10 @@ STEPS_UNSEEN = 8
 LEAST_FREE = 0.25
 # Columns that slots begin with, unless fewer do.
 FIRST_COLUMNS = 64
+# Prompts and what is fed after each drawn token, to compare with the plain decoder.
+CHECKED = [[3, 5, 7, 9, 4], [4, 6, 3]], [[5], [6, 8], [3, 4, 7], [9]]
+# Largest difference of logits that rounding explains, as a share of the largest logit.
+MOST_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
 @dataclass
@@ -66,11 +72,7 @@ class Drawing:
         return [self.rows if slot is None else slot[0] for slot in slots]
 
     def state(
-        self,
-        old: State | None,
-        order: torch.Tensor,
-        slots: Sequence[tuple[int, int] | None],
-        kept: int,
+        self, old: State | None, order: torch.Tensor, slots: Sequence[tuple[int, int] | None], kept: int
     ) -> State:
         """The state of slots with these rows, of which the first `kept` were the slots `order` and are in the draw."""
         device = order.device
@@ -92,11 +94,8 @@ class Drawing:
         uniforms = None if self.uniforms is None else self.uniforms[place, row]
         tokens, log_probs, entropies = choose(logits, self.temperature, self.warpers, uniforms)
         row = torch.where(going, row, self.rows)
-        self.ids[row, place], self.log_probs[row, place], self.entropies[row, place] = (
-            tokens,
-            log_probs,
-            entropies,
-        )
+        for kept, new in ((self.ids, tokens), (self.log_probs, log_probs), (self.entropies, entropies)):
+            kept[row, place] = new
         recent = torch.cat([state.recent[at, 1:], tokens[:, None]], 1)
         stopped = going & self.ends(recent)
         self.ended[row] = stopped
@@ -376,3 +375,42 @@ class Engine:
         going, lengths = seen.tolist()
         self._longest = min(self._longest, max(lengths) + since)
         return [bool(goes) for goes in going]
+
+
+def check_engine(policy: Policy) -> None:
+    """Compare logits with the plain decoder's; raises NotInSlots if the engine does not serve this model."""
+    vocabulary = policy.model.config.get_text_config().vocab_size
+    prompts, said = ([[token % vocabulary for token in row] for row in rows] for rows in CHECKED)
+    ids, mask = padded(policy, prompts, "left")
+    found = []
+    for make in (Decoder, Engine):
+        decoder = make(policy, ids, mask, len(said) // len(prompts))
+        try:
+            decoder.draw(Sampling(1, temperature=0), [1] * len(said), None, leave=False)
+            decoder.follow(range(len(said)), said)
+        except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
+            if make is Decoder or is_out_of_memory(error):
+                raise
+            # An unknown architecture may raise anything.
+            raise NotInSlots(one_line(str(error))) from error
+        found.append(decoder.logits.float())
+    apart = float((found[1] - found[0]).abs().max() / found[0].abs().max())
+    if not apart <= MOST_ERROR[policy.compute_dtype]:
+        raise NotInSlots(f"its logits differ by {apart:.0e} of the largest")
+
+
+def serves(policy: Policy, limits: SamplingLimits) -> bool:
+    """Whether the engine samples for this policy, which is tried once; says so if it does not."""
+    if limits.plain:
+        return False
+    if policy.in_slots is None:
+        try:
+            check_engine(policy)
+            policy.in_slots = True
+        except NotInSlots as error:
+            policy.in_slots = False
+            if limits.rows.on_message is not None:
+                limits.rows.on_message(
+                    f"{policy.source.name} is sampled by the plain decoder, which is slower on a card: {error}."
+                )
+    return policy.in_slots

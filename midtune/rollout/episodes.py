@@ -17,9 +17,8 @@ from midtune.model.memory import slices
 from midtune.model.policy import Policy
 from midtune.rollout.boundary import with_boundary
 from midtune.rollout.decoding import Decoder, ready_to_sample
-from midtune.rollout.engine import Engine
+from midtune.rollout.engine import Engine, serves
 from midtune.rollout.sampling import Rollout, Sampling, SamplingLimits, padded
-from midtune.rollout.served import serves
 from midtune.rollout.speech import Speech, Text, prompt_ids
 from midtune.tasks import Row
 from midtune.tasks.environment import Game

@@ -15,7 +15,7 @@ import torch
 from transformers import AttentionInterface, Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from midtune.model.rotary import rotated_by_products, rotating_modules
+from midtune.model.rotary import NAME, rotations
 
 # The name under which transformers finds `attend`.
 IN_SLOTS = "midtune_slots"
@@ -158,28 +158,29 @@ class Slots(Cache):
         super().__init__(layers=[SlotLayer(self, window) for window in windows])
         self._model = model
         # A block that is trained has its own.
-        found = (part.config for part in model.modules() if hasattr(part, "config"))
-        self._configs = list({id(config): config for config in found}.values())
-        self._rotating = rotating_modules(model) if model.device.type == "cuda" else []
+        configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
+        # Objects, names of their attributes, usual values, and those in a pass. Products pay on a card alone.
+        self._replaced = [
+            *((c, "_attn_implementation", c._attn_implementation, IN_SLOTS) for c in configs.values()),
+            *((module, NAME, *both) for module, *both in rotations(model) if model.device.type == "cuda"),
+        ]
 
     def feed(self, ids: torch.Tensor, passing: Pass) -> torch.Tensor:
         """Feed tokens [S, T] → the logits of the last column, [S, V]."""
         self.passing = passing
-        usual = [config._attn_implementation for config in self._configs]
         try:
-            for config in self._configs:
-                config._attn_implementation = IN_SLOTS
-            with rotated_by_products(self._rotating):
-                found: torch.Tensor = self._model(
-                    input_ids=ids,
-                    position_ids=passing.positions,
-                    past_key_values=self,
-                    use_cache=True,
-                    logits_to_keep=1,
-                ).logits
+            for part, name, _, ours in self._replaced:
+                setattr(part, name, ours)
+            found: torch.Tensor = self._model(
+                input_ids=ids,
+                position_ids=passing.positions,
+                past_key_values=self,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits
         finally:
-            for config, name in zip(self._configs, usual, strict=True):
-                config._attn_implementation = name
+            for part, name, usual, _ in self._replaced:
+                setattr(part, name, usual)
         if not all(layer.read for layer in self.layers):
             raise NotInSlots("its attention is of its own kind")
         return found[:, -1]

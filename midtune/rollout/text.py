@@ -15,9 +15,8 @@ from midtune.model.memory import slices
 from midtune.model.policy import Policy
 from midtune.rollout.boundary import BoundaryStates, storage_device, with_boundary
 from midtune.rollout.decoding import ROOM, Decoder, Drawn, ready_to_sample
-from midtune.rollout.engine import Engine
+from midtune.rollout.engine import Engine, serves
 from midtune.rollout.sampling import Rollout, Sampler, Sampling, SamplingLimits, padded
-from midtune.rollout.served import serves
 from midtune.rollout.speech import prompt_ids
 from midtune.tasks import Row
 

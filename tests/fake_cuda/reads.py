@@ -105,7 +105,7 @@ WANTED = [
         "self._mask.sum(1).max()",
         "columns without tokens are dropped",
     ),
-    Read("rollout/served.py:check_engine", "apart = float(", "whether logits are equal"),
+    Read("rollout/engine.py:check_engine", "apart = float(", "whether logits are equal"),
     # Once a rollout, and once more where waiting prompts take the room.
     Read("model/norms.py:_added_by", "torch.allclose(", "whether norms can be fused"),
     Read("rollout/engine.py:Engine._prefill", "self.policy.model(", NO_MASK, MASKS),

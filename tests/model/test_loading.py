@@ -228,11 +228,8 @@ def test_a_model_that_overflows_fp16_computes_in_fp32_where_there_is_no_bf16(
     policy, said = load(usual)
     assert (policy.compute_dtype, said) == (torch.float16, [])
     policy, said = load(large)
-    assert said == [
-        f"{large} overflows fp16, and this card has no bf16: it computes in fp32, in more memory."
-    ]
+    assert said == [f"{large} overflows fp16, so it computes in fp32, in more memory."]
     assert policy.compute_dtype == torch.float32
     rollout = sample(policy, [[5, 6, 7]], Sampling(8, group_size=4))
     assert rollout.log_probs.isfinite().all()
-    with pytest.raises(InputError, match="use --set model.dtype=fp32"):
-        load(large, dtype=torch.float16)
+    assert {parameter.dtype for parameter in policy.model.parameters()} == {torch.float32, torch.uint8}
