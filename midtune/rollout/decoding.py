@@ -175,7 +175,7 @@ def choose(
 def _inverse_cdf(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """Invert the CDF: the token of each row [B, V] where the cumulative probability passes its number [B] → [B].
 
-    Finds a part of the vocabulary, then the token in it: running sums over all of it take as long as the head.
+    Finds a part of the vocabulary, then the token in it: running sums over all of it take several times as long.
     """
     if missing := -probs.size(-1) % PART:
         probs = torch.nn.functional.pad(probs, (0, missing))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from midtune.bench.flops import Batch
+from midtune.config import TrainingConfig
 from midtune.model.blocks import config_from
 from midtune.model.configs import config_of
 from midtune.model.loading import load_policy
@@ -17,7 +18,7 @@ from midtune.planning import trace
 from midtune.planning.budget import Held, Loaded
 from midtune.planning.trace import block_update, sampling, whole_update
 from midtune.planning.tracker import Tracker
-from midtune.rl.tail import completion_log_probs
+from midtune.rl.tail import completion_log_probs, tail_settings
 from midtune.rollout.sampling import Rollout, Sampling
 from midtune.rollout.text import sample
 
@@ -78,6 +79,22 @@ def test_a_deep_update_is_worked_out_from_three_blocks(
     few = found()
     monkeypatch.setattr(trace, "FEW_BLOCKS", 7)
     assert few.peak == pytest.approx(found().peak, rel=error)
+
+
+def test_more_logits_at_a_time_are_planned_for_on_a_card() -> None:
+    model = Loaded(config_of("smollm2-135m"), torch.bfloat16, True, on_card=True)
+    cpu, card = (
+        block_update(
+            model,
+            Batch(8, 8, 20, 200),
+            tail_blocks=3,
+            trained=1,
+            **tail_settings(TrainingConfig(), on_card=on_card),
+        )
+        for on_card in (False, True)
+    )
+    # Logits and their log-softmax, at least, in fp32.
+    assert card.peak - cpu.peak >= 2 * 4 * (2**26 - 2**24)
 
 
 @pytest.mark.parametrize("arm", ["trl-full", "trl-block", "trl-qlora"])
