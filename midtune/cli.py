@@ -169,7 +169,6 @@ class CommandHelp(TyperCommand):
 
 
 app = typer.Typer(
-    add_completion=False,
     rich_markup_mode=None,  # plain help: loading Rich takes as long as everything else
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},

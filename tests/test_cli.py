@@ -131,6 +131,24 @@ def test_version(run: Run) -> None:
     assert run("--version").out == f"midtune {midtune.__version__}\n"
 
 
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_a_pipe_of_another_encoding_gets_what_it_can_write(encoding: str) -> None:
+    line = [sys.executable, "-m", "midtune", "plan", "tiny"]
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    found = subprocess.run(line, capture_output=True, env=environment)
+    assert found.returncode == 0, found.stderr
+    assert b"way to train" in found.stdout and b"----+----" in found.stdout
+
+
+def test_a_shell_completes_commands_and_options() -> None:
+    line = [sys.executable, "-m", "midtune"]
+    for words, wanted in (("midtune vo", "vote"), ("midtune train --sam", "--samples")):
+        asked = {"_MIDTUNE_COMPLETE": "complete_bash", "COMP_WORDS": words}
+        asked["COMP_CWORD"] = str(words.count(" "))
+        found = subprocess.run(line, capture_output=True, text=True, env=os.environ | asked)
+        assert found.stdout.split() == [wanted], found.stderr
+
+
 def test_alone_it_shows_the_help(run: Run) -> None:
     result = run()
     assert result.code == 0

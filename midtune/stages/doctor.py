@@ -98,17 +98,24 @@ def _tried(name: str, look: Callable[[], Iterator[Check]]) -> list[Check]:
 
 def _versions() -> Iterator[Check]:
     """Compare Python and the libraries with the version ranges that midtune requires."""
-    tested = {asked.name: asked.specifier for asked in map(Requirement, metadata.requires("midtune") or [])}
+    asked = map(Requirement, metadata.requires("midtune") or [])
+    tested = {one.name: one.specifier for one in asked if not one.marker or one.marker.evaluate({"extra": ""})}
+    versions = installed(list(dict.fromkeys([*PACKAGES, *tested])))
     tested["python"] = SpecifierSet(metadata.metadata("midtune")["Requires-Python"])
-    for name, version in installed(PACKAGES).items():
+    others = []
+    for name, version in versions.items():
         wanted = ",".join(sorted(map(str, tested[name]), reverse=True))
         is_well = version is not None and tested[name].contains(version, prereleases=True)
+        if is_well and name not in ("python", *PACKAGES):
+            others.append(f"{name} {version}")
+            continue
         found = (
             f"{version}, tested with {wanted}" if is_well else f"{version}; midtune is tested with {wanted}"
         )
         fix = f"use Python {wanted}" if name == "python" else f'pip install "{name}{wanted}"'
         found = "not installed" if version is None else found
         yield Check.of(name, found, is_well, fix, otherwise="problem")
+    yield Check("libraries", "ok", ", ".join([f"midtune {metadata.version('midtune')}", *others]))
 
 
 def _devices() -> Iterator[Check]:

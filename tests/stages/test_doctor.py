@@ -147,7 +147,9 @@ def test_of_an_error_the_first_line_is_shown() -> None:
 def test_ranges_are_those_that_the_package_asks_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     installed = dict.fromkeys(doctor.PACKAGES, "2.5") | {"torch": "2.9.1+cu126", "trl": "3.0", "peft": "2.4"}
     del installed["accelerate"]
-    asked = [f"{name}<3,>=2.5" for name in doctor.PACKAGES] + ['pytest<10,>=9; extra == "dev"']
+    installed |= {"numpy": "2.6", "scipy": "1.0"}
+    asked = [f"{name}<3,>=2.5" for name in (*doctor.PACKAGES, "numpy", "scipy")]
+    asked.append('pytest<10,>=9; extra == "dev"')
     needs = "".join(f"Requires-Dist: {one}\n" for one in asked)
     for name, version in {**installed, "midtune": "1"}.items():
         folder = tmp_path / f"{name}-{version}.dist-info"
@@ -156,7 +158,9 @@ def test_ranges_are_those_that_the_package_asks_for(monkeypatch: pytest.MonkeyPa
         (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{more}")
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     found = {check.name: check for check in doctor._versions()}
-    assert list(found) == ["python", *doctor.PACKAGES]
+    assert list(found) == ["python", *doctor.PACKAGES, "scipy", "libraries"]
+    assert found["scipy"].status == "problem"
+    assert found["libraries"] == Check("libraries", "ok", "midtune 1, numpy 2.6")
     assert found["python"].status == "ok"
     assert found["torch"] == Check("torch", "ok", "2.9.1+cu126, tested with >=2.5,<3")
     fix = 'pip install "trl>=2.5,<3"'
