@@ -90,7 +90,12 @@ PARAMETERS = {
     ),
     "reward": _setting("task.reward", metavar="NAME[=WEIGHT]"),
     "resume": _switch("continue a run exactly; its folder is MODEL or --out", "stage"),
-    "recipe": Parameter(Path, "a YAML file of settings; options override it", reader="config"),
+    "recipe": Parameter(
+        Path,
+        "a YAML file of settings, or a name from `midtune recipes`; options override it",
+        "FILE|NAME",
+        reader="config",
+    ),
     "set": Parameter(
         list[str], "any key of a recipe, such as training.top_p=0.9; repeatable", "KEY=VALUE", reader="config"
     ),
@@ -150,6 +155,16 @@ PARAMETERS = {
         "TASK",
     ),
     "tasks.checked": Parameter(str, "after `check`: read and try all of this task", "TASK"),
+    "init.data": Parameter(str, "what to learn; asked for without it", "DATA"),
+    "init.prompt_column": replace(_setting("task.prompt_column"), reader="stage"),
+    "init.answer_column": replace(_setting("task.answer_column"), reader="stage"),
+    "init.reward": Parameter(str, "the reward (default: the one that suits the answers)", "NAME"),
+    "init.model": Parameter(str, "the model (default: the largest of a few that fits)", "MODEL"),
+    "init.gpu": Parameter(str, "the card (default: what is free on this machine's)", "24GB|NAME|cpu"),
+    "init.out": Parameter(Path, "the recipe", "FILE", Path("recipe.yaml")),
+    "recipes.action": Parameter(str, "`show` or `copy` one of them", "show|copy"),
+    "recipes.name": Parameter(Path, "its name", "NAME"),
+    "recipes.out": Parameter(Path, "where the copy goes (default: NAME.yaml here)", "FILE"),
 }
 
 
@@ -321,6 +336,26 @@ COMMANDS = {
         "results.tasks_text",
         {ARGUMENTS: "task checked", "Task": _TASK, "Settings": "recipe set seed offline"},
         "for_tasks",
+    ),
+    "init": Command(
+        "write a recipe for your own data",
+        "Write a recipe for your own data, after a look at its columns, answers and lengths, and at the card.\n\n"
+        "On a terminal, what is not given is asked for: data, columns, reward and model. Elsewhere defaults answer.",
+        "midtune init data.jsonl --model Qwen/Qwen3-1.7B --gpu 24GB --out mine.yaml",
+        "results.init_text",
+        {
+            ARGUMENTS: "data",
+            "Recipe": "prompt_column answer_column reward model gpu",
+            "Output": "offline out",
+        },
+    ),
+    "recipes": Command(
+        "list recipes, show one, or start your own from one",
+        "List the recipes that come with midtune and what was measured with each; show one, or copy it to change it.\n\n"
+        "Any --recipe takes such a name in place of a file. A copy brings the task file that it names.",
+        "midtune recipes\n  midtune recipes show smollm2-chain-sum\n  midtune recipes copy smollm2-math --out mine.yaml",
+        "results.recipes_text",
+        {ARGUMENTS: "action name", "Output": "out"},
     ),
     "doctor": Command(
         "say whether this machine is ready",

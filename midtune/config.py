@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from midtune.errors import InputError, bounded
 from midtune.published import CARDS, find_card
+from midtune.recipes import beside, recipe_file
 
 BUNDLED_MODEL = "tiny"
 BUNDLED_RECIPE = Path(__file__).parent / "assets" / BUNDLED_MODEL / "recipe.yaml"
@@ -37,6 +38,8 @@ MOST_STEPS, MOST_PROBLEMS, MOST_TOKENS, MOST_COMPLETIONS = 1_000_000, 10_000_000
 MOST_SEED = 2**32 - 1  # NumPy's limit
 # Limits of a recipe: characters, and values with `*aliases` expanded.
 _RECIPE_CHARACTERS, _RECIPE_VALUES = 1_000_000, 20_000
+# Settings whose files may lie beside the recipe.
+NAME_FILES = (("task", "name"), ("task", "eval_file"), ("task", "reward"), ("blocks", "probe"))
 _UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 T = TypeVar("T")
 
@@ -352,7 +355,7 @@ KEYS = tuple(SETTINGS)
 
 
 def load_config(recipe: Path | None, overrides: Mapping[str, Any]) -> RunConfig:
-    """The configuration of a recipe, None for the defaults, with `overrides` (such as `training.lr`) applied.
+    """The configuration of a recipe (path or name; None: the defaults), with `overrides` (such as `training.lr`) applied.
 
     The bundled model's own recipe lies underneath where no recipe is given, or one that names no task.
     Naming another task drops the arguments that a recipe gives to its own.
@@ -452,9 +455,8 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _read_recipe(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise InputError(f"recipe {path} does not exist; give the path of a YAML file.")
+def _read_recipe(given: Path) -> dict[str, Any]:
+    path = recipe_file(given)
     try:
         with path.open(encoding="utf-8") as file:
             data = _load_yaml(file.read(_RECIPE_CHARACTERS + 1))
@@ -466,7 +468,11 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise InputError(f"recipe {path} holds no settings; it needs keys such as `model:` and `training:`.")
     # A heading whose keys are all commented out has the value None.
-    return {str(key): value for key, value in data.items() if value is not None}
+    data = {str(key): value for key, value in data.items() if value is not None}
+    for part, key in NAME_FILES:
+        if isinstance(data.get(part), dict) and key in data[part]:
+            data[part] = data[part] | {key: beside(data[part][key], path.parent)}
+    return data
 
 
 def _load_yaml(text: str) -> Any:

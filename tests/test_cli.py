@@ -133,11 +133,12 @@ def test_version(run: Run) -> None:
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
 def test_a_pipe_of_another_encoding_gets_what_it_can_write(encoding: str) -> None:
-    line = [sys.executable, "-m", "midtune", "plan", "tiny"]
+    sweep = Path(midtune.__file__).parents[1] / "recipes/results/sweep-tiny-chain-sum.json"
+    line = [sys.executable, "-m", "midtune", "compare", str(sweep), str(sweep)]
     environment = os.environ | {"PYTHONIOENCODING": encoding}
     found = subprocess.run(line, capture_output=True, env=environment)
     assert found.returncode == 0, found.stderr
-    assert b"way to train" in found.stdout and b"----+----" in found.stdout
+    assert b"closeness to the middle" in found.stdout and b"----+----" in found.stdout
 
 
 def test_a_shell_completes_commands_and_options() -> None:

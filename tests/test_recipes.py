@@ -8,7 +8,9 @@ import yaml
 
 from midtune.cli import app
 from midtune.config import BUNDLED_RECIPE, RunConfig, dump_config, load_config, require_task
+from midtune.errors import InputError
 from midtune.probe.selection import parse_layers, ranking_of, read_probe
+from midtune.recipes import beside, recipe_file
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(ROOT.glob("recipes/*.yaml"))
@@ -36,6 +38,35 @@ def test_the_first_line_is_the_command(recipe: Path) -> None:
     words = shlex.split(first.removeprefix("# "))
     assert words[1] in COMMANDS
     assert words[2:] == ["--recipe", str(recipe.relative_to(ROOT))]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_is_found_by_its_name_anywhere(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert recipe_file(Path(recipe.stem)) == recipe_file(Path("recipes", recipe.name)) == recipe
+    assert load_config(Path(recipe.stem), {}) == load_config(recipe, {})
+    text = recipe.read_text(encoding="utf-8")
+    assert ("Not run yet" in text) != ("\n# Measured: " in text)
+
+
+def test_an_unknown_recipe_is_refused_with_the_nearest_names() -> None:
+    with pytest.raises(InputError, match="a name such as smollm2-math or "):
+        recipe_file(Path("smollm2-mat"))
+    with pytest.raises(InputError, match="a name that `midtune recipes` lists"):
+        recipe_file(Path("x" * 5000))
+
+
+def test_files_are_found_beside_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = tmp_path / "there"
+    there.mkdir()
+    for name in ("task.py", "more.py", "here.py"):
+        (there / name).touch()
+    (tmp_path / "here.py").touch()
+    monkeypatch.chdir(tmp_path)
+    given = ["task.py", "more.py:best", "here.py", "gone.py", "math", 3]
+    assert beside(given, there) == [f"{there}/task.py", f"{there}/more.py:best", *given[2:]]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

@@ -216,6 +216,32 @@ def tasks_text(result: Mapping[str, Any]) -> RenderableType:
     return Group(shown, *sections)
 
 
+def init_text(result: Mapping[str, Any]) -> RenderableType:
+    """Show `midtune init`: the recipe that was written, and how to go on."""
+    fits = {None: "whether it fits is not known", True: "it fits as it is", False: "made leaner to fit"}
+    changes = result["changes"]
+    return Text(
+        f"{result['file']}: {result['model']} on {result['task']}, {result['problems']} problems; on {result['card']}, "
+        f"{fits[None if changes is None else not changes]}.\n"
+        f"See what it would do with `midtune train --recipe {result['file']} --dry-run`."
+    )
+
+
+def recipes_text(result: Mapping[str, Any]) -> RenderableType:
+    """Show `midtune recipes`: each recipe with what was measured; the text of one; or the files that were copied."""
+    if "text" in result:
+        return Text(result["text"].rstrip())
+    if "copied" in result:
+        return Text("\n".join(result["copied"]), overflow="fold")
+    shown = Text()
+    for recipe in result["recipes"]:
+        shown.append(recipe["name"], "bold").append(f"\n  {recipe['about']}.\n")
+        shown.append(f"  {recipe['model']} on {recipe['task']}\n  {recipe['measured'] or 'not run yet'}\n")
+    return shown.append(
+        "\nStart with `midtune train --recipe NAME`, sweeps with `midtune probe --recipe NAME`."
+    )
+
+
 def doctor_table(result: Mapping[str, Any]) -> RenderableType:
     """Show `midtune doctor`: a line per check, with what to do below it if needed."""
     rows = []

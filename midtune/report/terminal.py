@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TextIO
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
+from rich.text import Text
 
 from midtune.errors import plain
 from midtune.report.display import TrainingDisplay, WorkDisplay, say
@@ -56,6 +58,18 @@ class Terminal:
     def message(self, text: str) -> None:
         """Print a line."""
         say(self.console, text)
+
+    @property
+    def interactive(self) -> bool:
+        """Whether someone can be asked."""
+        return sys.stdin.isatty() and self.console.is_terminal and not self.quiet
+
+    def ask(self, question: str, default: str = "") -> str:
+        """Ask for a line; nothing typed, or nobody there, is the default. Raises EOFError at the end of the input."""
+        if not self.interactive:
+            return default
+        self.console.print(Text(f"{question} [{default}]: " if default else f"{question}: "), end="")
+        return input().strip() or default
 
     def progress(self, description: str, total: float | None) -> WorkDisplay:
         """A display of other work, a context to call as units of work get done."""

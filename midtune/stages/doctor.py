@@ -99,7 +99,9 @@ def _tried(name: str, look: Callable[[], Iterator[Check]]) -> list[Check]:
 def _versions() -> Iterator[Check]:
     """Compare Python and the libraries with the version ranges that midtune requires."""
     asked = map(Requirement, metadata.requires("midtune") or [])
-    tested = {one.name: one.specifier for one in asked if not one.marker or one.marker.evaluate({"extra": ""})}
+    tested = {
+        one.name: one.specifier for one in asked if not one.marker or one.marker.evaluate({"extra": ""})
+    }
     versions = installed(list(dict.fromkeys([*PACKAGES, *tested])))
     tested["python"] = SpecifierSet(metadata.metadata("midtune")["Requires-Python"])
     others = []
