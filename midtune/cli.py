@@ -111,8 +111,8 @@ class Given:
         tasks = own.pop("tasks") or [None]
         return {**own, "configs": [self.config(own["target"], task, not own["lm_eval"]) for task in tasks]}
 
-    def for_vote(self) -> dict[str, Any]:
-        return {"config": self.config(self["targets"][0]), **self.own()}
+    def for_target(self) -> dict[str, Any]:
+        return {"config": self.config(self["target"] or self["targets"][0]), **self.own()}
 
     def for_tasks(self) -> dict[str, Any]:
         task, checked, check = self["task"], self["checked"], self["task"] == "check"
@@ -218,6 +218,18 @@ def _perform(command: Command, given: Given) -> None:
         command = replace(COMMANDS["plan"], stage="dry_run", printer="plans.dry_run_text")
     from midtune.report.terminal import PlainConsole, PlainStream, Terminal
 
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
+    out = PlainConsole(file=sys.stdout, width=width)
+
+    def show(result: Any, indent: int | None = 2) -> None:
+        if given["json"]:
+            # JSON has no NaN.
+            values = json.loads(json.dumps(result, default=str), parse_constant=lambda name: None)
+            print(escaped(json.dumps(values, indent=indent, ensure_ascii=False)), file=out.file, flush=True)
+        else:
+            module, function = command.printer.split(".")
+            out.print(getattr(import_module(f"midtune.report.{module}"), function)(result))
+
     # Keep what libraries and rewards print out of the result.
     with contextlib.redirect_stdout(PlainStream(sys.stderr)):
         terminal = Terminal(quiet=given["quiet"])
@@ -228,14 +240,11 @@ def _perform(command: Command, given: Given) -> None:
                 result = stage.run(**arguments)
         else:
             result = stage.run(**arguments, terminal=terminal)
-    if given["json"]:
-        # JSON has no NaN.
-        values = json.loads(json.dumps(result, default=str), parse_constant=lambda name: None)
-        print(escaped(json.dumps(values, indent=2, ensure_ascii=False)))
-    else:
-        module, function = command.printer.split(".")
-        width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
-        PlainConsole(width=width).print(getattr(import_module(f"midtune.report.{module}"), function)(result))
+        if inspect.isgenerator(result):
+            for each in result:
+                show(each, indent=None)
+            return
+    show(result)
     if command.stage == "doctor" and result.get("problems"):
         raise typer.Exit(1)
 

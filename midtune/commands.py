@@ -119,6 +119,15 @@ PARAMETERS = {
         REQUIRED,
         checks={"exists": True, "file_okay": False, "path_type": str},
     ),
+    "try.target": Parameter(str, "a run folder or a patch folder", "RUN", REQUIRED),
+    "try.base": _switch("the base model alone", "stage"),
+    "try.n": Parameter(int, "answer so many held-out problems, and ask for nothing", "N", checks={"min": 1}),
+    "try.temperature": Parameter(
+        float,
+        "0: the likeliest token each time; both models draw with the same numbers",
+        default=0.0,
+        checks={"min": 0},
+    ),
     "plan.gpu": Parameter(str, "the card: memory or name; or cpu", "24GB|NAME|cpu", PLANNED_CARD),
     "plan.prompt_tokens": _count("tokens of the longest prompt", PLANNED_PROMPT_TOKENS),
     "plan.new_tokens": _setting("training.max_new_tokens", "--new-tokens"),
@@ -276,7 +285,23 @@ COMMANDS = {
             "Evaluation": "task.eval_size samples",
             "Settings": "recipe set seed offline",
         },
-        "for_vote",
+        "for_target",
+    ),
+    "try": Command(
+        "talk to a run, beside its base model",
+        "Answer prompts with the base model and the trained one, side by side, as the run put them.\n\n"
+        "On a terminal, type a prompt, or Enter for a held-out problem with its score. Elsewhere prompts are read from "
+        "stdin, a line each; --json prints a line of JSON for each. The model is loaded once.",
+        "midtune try runs/tiny\n  echo 'What is 12 + 30?' | midtune try runs/tiny",
+        "results.Answers",
+        {
+            ARGUMENTS: "target",
+            "Model": "quantize device",
+            "Sampling": "base n temperature training.max_new_tokens",
+            "Settings": "set seed offline",
+        },
+        "for_target",
+        stage="talk",
     ),
     "plan": Command(
         "say what fits on a card, before anything is loaded",
@@ -351,9 +376,9 @@ COMMANDS = {
     ),
     "recipes": Command(
         "list recipes, show one, or start your own from one",
-        "List the recipes that come with midtune and what was measured with each; show one, or copy it to change it.\n\n"
+        "List the recipes that come with midtune, with what was measured; show one, or copy it to change it.\n\n"
         "Any --recipe takes such a name in place of a file. A copy brings the task file that it names.",
-        "midtune recipes\n  midtune recipes show smollm2-chain-sum\n  midtune recipes copy smollm2-math --out mine.yaml",
+        "midtune recipes\n  midtune recipes show smollm2-math\n  midtune recipes copy smollm2-math",
         "results.recipes_text",
         {ARGUMENTS: "action name", "Output": "out"},
     ),

@@ -355,7 +355,7 @@ KEYS = tuple(SETTINGS)
 
 
 def load_config(recipe: Path | None, overrides: Mapping[str, Any]) -> RunConfig:
-    """The configuration of a recipe (path or name; None: the defaults), with `overrides` (such as `training.lr`) applied.
+    """The configuration of a recipe (path or name; None: the defaults), with `overrides` (`training.lr`) applied.
 
     The bundled model's own recipe lies underneath where no recipe is given, or one that names no task.
     Naming another task drops the arguments that a recipe gives to its own.

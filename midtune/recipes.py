@@ -23,7 +23,7 @@ def recipes() -> dict[str, Path]:
 
 
 def recipe_file(given: Path) -> Path:
-    """The file of a recipe given by path or by name, `recipes/NAME.yaml` included; raises InputError if there is none."""
+    """The file of a recipe given by path or name, `recipes/NAME.yaml` included; raises InputError without one."""
     if os.path.isfile(given):
         return given
     known = recipes()
@@ -36,8 +36,9 @@ def recipe_file(given: Path) -> Path:
 
 
 def beside(value: Any, folder: Path) -> Any:
-    """A file's name, such as `rewards.py` or `rewards.py:function`, or a list of them; as a path in `folder` if the file
-    is there and not in the working directory.
+    """A file's name, such as `rewards.py` or `rewards.py:function`, or a list of them.
+
+    It becomes a path in `folder` if the file is there and not in the working directory.
     """
     if isinstance(value, list):
         return [beside(each, folder) for each in value]

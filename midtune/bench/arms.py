@@ -129,9 +129,11 @@ def full_training(
     Weights are in fp32, activations in `dtype`.
 
     Returns `step`: seconds of the fastest step (the first one also warms up); `phases`: its `rollout`, `reward` and
-    `update`; `peak`: peak bytes while training; `completion_length`: mean tokens of a completion.
+    `update`; `peak` and `libraries`: peak bytes while training, and bytes before the model was loaded;
+    `completion_length`: mean tokens of a completion.
     """
     meter = Meter(device)
+    libraries = meter.current_bytes()
     prompts = settings.prompts_per_step
     ordered = in_order(rows, settings.steps * prompts, seed)[: steps * prompts]
     tokenizer = load_tokenizer(source)
@@ -146,6 +148,7 @@ def full_training(
         "step": fastest.pop("step"),
         "phases": fastest,
         "peak": meter.peak_bytes(),
+        "libraries": libraries,
         "completion_length": _mean_length(trainer),
     }
 

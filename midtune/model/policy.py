@@ -176,17 +176,24 @@ class Policy:
         if self.adapter is None:
             self._reference = {k: copy.deepcopy(self.blocks[k]).requires_grad_(False) for k in self._frozen}
 
-    @contextlib.contextmanager
-    def reference(self) -> Iterator[None]:
+    def reference(self) -> AbstractContextManager[None]:
         """Compute as the model did at `keep_reference` (LoRA: as the base does)."""
+        return self._with(self._reference)
+
+    def untrained(self) -> AbstractContextManager[None]:
+        """Compute as the base does, with the blocks that thawing replaced."""
+        return self._with(self._frozen)
+
+    @contextlib.contextmanager
+    def _with(self, blocks: Mapping[int, nn.Module]) -> Iterator[None]:
         if self.adapter is not None:
             with self.adapter.disable_adapter():
                 yield
             return
-        current = {k: self.blocks[k] for k in self._reference}
+        current = {k: self.blocks[k] for k in blocks}
         outside = {parameter: parameter.data for parameter in self._outside}
         try:
-            self._put(self._reference, self._outside)
+            self._put(blocks, self._outside)
             yield
         finally:
             self._put(current, outside)

@@ -35,7 +35,7 @@ def estimated(
     measured: Mapping[str, float],
     process_bytes: int,
 ) -> dict[str, Any]:
-    """Seconds of a `step` and of its `phases`, and `peak` bytes, of TRL on the steps of a run.
+    """Seconds of a `step` and of its `phases`, `peak` bytes, and those of the `libraries` in it, of TRL on a run's steps.
 
     Memory is for completions of the mean length, though TRL pads to the longest of a step. If the architecture cannot
     run on tensors without data, `peak` is None and `note` says why. `steps` are the run's lines of
@@ -59,6 +59,7 @@ def estimated(
         {"training.max_new_tokens": max(math.ceil(batch.new_tokens), 2)}
     )
     found: dict[str, Any] = {"step": sum(phases.values()), "phases": phases, "peak": None, "note": ""}
+    found["libraries"] = planner.process
     try:
         found["peak"] = peak(planner.phases(arm, mean))[1]
     except MidtuneError as error:

@@ -46,7 +46,7 @@ class TrainingDisplay:
         self._live = Live(self, console=console, refresh_per_second=2)
 
     def __enter__(self) -> Self:
-        if _is_live(self._console):
+        if is_live(self._console):
             self._live.start()
         elif self._title:
             say(self._console, self._title)
@@ -136,7 +136,7 @@ class WorkDisplay:
         self._live = Live(self, console=console, transient=True, refresh_per_second=4)
 
     def __enter__(self) -> Self:
-        if _is_live(self._console):
+        if is_live(self._console):
             self._live.start()
         return self
 
@@ -176,5 +176,6 @@ def sparkline(values: Sequence[float], *, ascii_only: bool = False) -> str:
     return "".join(levels[round((value - least) * scale)] for value in values)
 
 
-def _is_live(console: Console) -> bool:
+def is_live(console: Console) -> bool:
+    """Whether what a console shows can be redrawn."""
     return console.is_terminal and not console.is_dumb_terminal and not console.quiet

@@ -214,9 +214,9 @@ def _times(time: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _memories(memory: Mapping[str, Any]) -> list[dict[str, Any]]:
-    peaks = {f"midtune ({MEMORY_SOURCES[memory['source']]})": ("measured", memory["peak"])}
+    peaks = {f"midtune ({MEMORY_SOURCES[memory['source']]})": ("measured", held_bytes(memory) or 0)}
     for key, name in OTHERS.items():
-        if (peak := finite(memory.get(f"{key}_peak"))) is not None:
+        if (peak := held_bytes(memory, f"{key}_")) is not None:
             peaks[name] = (memory[f"{key}_source"], peak)
     return [_bar(name, source, peak, {"memory": peak}) for name, (source, peak) in peaks.items()]
 

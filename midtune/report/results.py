@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich import box
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.table import Column, Table
 from rich.text import Text
 
 from midtune.report.formats import (
@@ -214,6 +217,34 @@ def tasks_text(result: Mapping[str, Any]) -> RenderableType:
         shown.append(f"\n  {key}={value}", style="not bold")
     sections = [Text(f"\n{title}\n", style="bold").append(body, "not bold") for title, body in parts.items()]
     return Group(shown, *sections)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Show an answer of `midtune try`: on a terminal base and trained in columns, elsewhere below each other."""
+
+    result: Mapping[str, Any]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        arms = [arm for arm in ("base", "trained") if arm in self.result]
+        scores = [self.result[arm]["score"] for arm in arms]
+        titles = [
+            f"{arm}{'' if score is None else f' ({score:g})'}"
+            for arm, score in zip(arms, scores, strict=True)
+        ]
+        texts = [Text(self.result[arm]["completion"].strip()) for arm in arms]
+        answer = "" if self.result["answer"] is None else f"  [answer: {self.result['answer']}]"
+        yield Text("> ", "bold").append(self.result["prompt"] + answer, "not bold")
+        if options.is_terminal:
+            table = Table(
+                *(Column(title, ratio=1, overflow="fold") for title in titles), box=box.SIMPLE, expand=True
+            )
+            table.add_row(*texts)
+            yield table
+        else:
+            yield Group(
+                *(Text(f"{title}: ").append(text) for title, text in zip(titles, texts, strict=True)), ""
+            )
 
 
 def init_text(result: Mapping[str, Any]) -> RenderableType:

@@ -28,6 +28,7 @@ def build(
     steps: Sequence[Mapping[str, Any]],
     time: Mapping[str, Any],
     peak_bytes: int,
+    process_bytes: int,
     memory_source: Literal["cuda_allocated", "resident"],
     full: Mapping[str, Any],
     full_source: Literal["measured", "estimated"],
@@ -47,8 +48,9 @@ def build(
         deployed: scores of greedy completions on the unquantized model.
         steps: lines of metrics.jsonl, which also hold peaks from before a resume.
         time: see `step_times`.
+        process_bytes: what was held before the model was loaded; savings compare what was held above that.
         memory_source: what peaks count, tensors on the CUDA device or the process's physical memory.
-        full, qlora: `step` and `phases` in seconds and `peak` in bytes (None: unknown); `full` also has the mean
+        full, qlora: `step` and `phases` in seconds, `peak` (None: unknown) and `libraries` in bytes; `full` also has the mean
             `completion_length` in tokens, if measured.
         probe: how the blocks were chosen, for people.
     """
@@ -77,13 +79,16 @@ def build(
         "memory": {
             "peak": peak,
             "source": memory_source,
+            "libraries": process_bytes,
             "full_peak": full["peak"],
+            "full_libraries": full["libraries"],
             "full_source": full_source,
             "phases": phases or None,
             "reserved": max(phase_peaks(steps, "reserved_bytes").values(), default=None),
             "qlora_peak": qlora["peak"],
+            "qlora_libraries": qlora["libraries"],
             "qlora_source": "estimated",
-            "saving": 1 - peak / full["peak"] if full["peak"] else None,
+            "saving": 1 - (peak - process_bytes) / (full["peak"] - full["libraries"]) if full["peak"] else None,
         },
         "trainable_parameters": trainable_parameters,
         "total_parameters": total_parameters,

@@ -67,6 +67,12 @@ def report_table(report: Mapping[str, Any]) -> RenderableType:
     return titled(title, "", *_quality(report), "", *_savings(report), "", *notes)
 
 
+def held_bytes(memory: Mapping[str, Any], arm: str = "") -> int | None:
+    """Peak bytes of the run, or of `full_` or `qlora_` training, above the libraries; older reports count those too."""
+    peak = memory.get(f"{arm}peak")
+    return None if peak is None else peak - (memory.get(f"{arm}libraries") or 0)
+
+
 def _quality(report: Mapping[str, Any]) -> Iterable[RenderableType]:
     shown = score_kinds(report)
     fractions = are_fractions(shown)
@@ -93,11 +99,12 @@ def _savings(report: Mapping[str, Any]) -> Iterable[RenderableType]:
     if compared is not None:
         # Completion lengths change as a model learns, so only steps on the same prompts compare.
         rows.append(("  on the first prompts", seconds_text(compared), *versus_full))
-    full_peak, saved = memory["full_peak"], memory["saving"]
-    peak = "-" if full_peak is None else f"{bytes_text(full_peak)}, {memory['full_source']}"
-    saving = "" if saved is None else saving_text(saved)
-    rows.append(("peak memory", bytes_text(memory["peak"]), peak, saving))
+    held, full_held, saved = held_bytes(memory), held_bytes(memory, "full_"), memory["saving"]
+    peak = "-" if full_held is None else f"{bytes_text(full_held)}, {memory['full_source']}"
+    rows.append(("peak memory", bytes_text(held or 0), peak, "" if saved is None else saving_text(saved)))
     yield plain_table("training", numbers=("midtune, measured", "full training", ""), rows=rows)
-    yield f"Peak memory is that of the {MEMORY_SOURCES[memory['source']]}."
+    libraries = memory.get("libraries")
+    above = f", above the {bytes_text(libraries)} before the model was loaded" if libraries else ""
+    yield f"Peak memory is that of the {MEMORY_SOURCES[memory['source']]}{above}."
     if (here := finite(time.get("compared_tokens"))) and (there := finite(time.get("full_tokens"))):
         yield f"First prompts: completions of {here:.1f} tokens here, of {there:.1f} in full training."

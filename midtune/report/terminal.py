@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TextIO
 
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.live import Live
 from rich.segment import Segment
 from rich.text import Text
 
 from midtune.errors import plain
-from midtune.report.display import TrainingDisplay, WorkDisplay, say
+from midtune.report.display import TrainingDisplay, WorkDisplay, is_live, say
 
 
 class PlainConsole(Console):
@@ -74,6 +76,15 @@ class Terminal:
     def progress(self, description: str, total: float | None) -> WorkDisplay:
         """A display of other work, a context to call as units of work get done."""
         return WorkDisplay(description, total, self.console)
+
+    @contextlib.contextmanager
+    def live(self) -> Iterator[Callable[[RenderableType], None]]:
+        """Give a function that shows each thing in place of the last, and removes it at the end; only on a terminal."""
+        if not is_live(self.console):
+            yield lambda _: None
+            return
+        with Live(console=self.console, transient=True, redirect_stdout=False, redirect_stderr=False) as live:
+            yield live.update
 
     def training(self, total_steps: int, title: str) -> TrainingDisplay:
         """A display of training, a context."""

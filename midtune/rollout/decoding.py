@@ -7,7 +7,7 @@ gap for an environment's answer.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,12 +68,18 @@ class Decoder:
         self._mask = prompt_mask.repeat_interleave(group_size, 0)
 
     def draw(
-        self, sampling: Sampling, limits: Sequence[int], uniforms: torch.Tensor | None, *, leave: bool
+        self,
+        sampling: Sampling,
+        limits: Sequence[int],
+        uniforms: torch.Tensor | None,
+        *,
+        leave: bool,
+        on_tokens: Callable[[torch.Tensor], None] | None = None,
     ) -> Drawn:
         """Draw tokens for every row until it ends or reaches its limit [B]; does not feed its last token yet.
 
         `uniforms` is [T, B], one U(0, 1) per token; None when greedy. Rows that end `leave` the batch, or wait for
-        `follow`.
+        `follow`. `on_tokens` is called with each step's tokens, of the rows in the batch.
         """
         rows, longest, device = len(limits), max(limits), self._mask.device
         ids = torch.full((rows, longest), self.policy.tokenizer.pad_token_id, device=device)
@@ -93,6 +99,8 @@ class Decoder:
                 None if uniforms is None else uniforms[step, live],
             )
             ids[live, step] = tokens
+            if on_tokens is not None:
+                on_tokens(tokens)
             lengths[live] += going
             stopped = going & ends(ids[live, : step + 1])
             ended[live] |= stopped

@@ -29,7 +29,7 @@ def run(action: str | None, name: Path | None, *, out: Path | None, terminal: Te
         return {"recipes": [_described(name, file) for name, file in recipes().items()]}
     if action not in ("show", "copy") or name is None:
         raise InputError(
-            f"`midtune recipes {action}` was asked for; write `midtune recipes show NAME` or `midtune recipes copy NAME`."
+            f"`midtune recipes {action}` is unclear; write `midtune recipes show NAME` or `midtune recipes copy NAME`."
         )
     file = recipe_file(name)
     if action == "show":

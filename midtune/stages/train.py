@@ -306,6 +306,7 @@ def _report(
         steps=steps,
         time=time,
         peak_bytes=peak_bytes,
+        process_bytes=training.process_bytes,
         memory_source=training.meter.source,
         full=full,
         full_source=config.evaluation.baseline,

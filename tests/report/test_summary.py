@@ -17,7 +17,7 @@ STEPS: list[dict[str, Any]] = [
     for step, whole, length in ((1, 6.0, 10.0), (2, 5.0, 20.0), (3, 2.5, 60.0))
 ]
 FULL_PHASES = {"rollout": 3.0, "reward": 0.5, "update": 6.5}
-FULL = {"step": 10.0, "phases": FULL_PHASES, "peak": 4000}
+FULL = {"step": 10.0, "phases": FULL_PHASES, "peak": 4000, "libraries": 100}
 
 
 def built(**changes: Any) -> dict[str, Any]:
@@ -25,6 +25,7 @@ def built(**changes: Any) -> dict[str, Any]:
         **{"model": "tiny", "task": "reasoning-gym:chain_sum", "blocks": (2, 3)},
         **{"quality": (BEFORE, AFTER), "sampled": None, "deployed": None},
         **{"steps": STEPS, "time": step_times(STEPS), "peak_bytes": 1000, "memory_source": "resident"},
+        **{"process_bytes": 200},
         **{"full": FULL, "full_source": "estimated", "qlora": {**FULL, "peak": None}},
         **{"trainable_parameters": 20, "total_parameters": 100, "patch_bytes": 80},
         **{"probe": "given with --layers", "seed": 7},
