@@ -24,7 +24,7 @@ from midtune.report.formats import (
 )
 from midtune.report.plots import smoothed, smoothing_width
 from midtune.report.summary import COMPARED, PHASES, are_fractions, score_kinds
-from midtune.report.tables import MEMORY_SOURCES
+from midtune.report.tables import MEMORY_SOURCES, held_bytes
 
 GENERATOR = '<meta name="generator" content="midtune">'
 # Prefixes of report.json's keys for what midtune is compared with.

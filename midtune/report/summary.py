@@ -88,7 +88,9 @@ def build(
             "qlora_peak": qlora["peak"],
             "qlora_libraries": qlora["libraries"],
             "qlora_source": "estimated",
-            "saving": 1 - (peak - process_bytes) / (full["peak"] - full["libraries"]) if full["peak"] else None,
+            "saving": 1 - (peak - process_bytes) / (full["peak"] - full["libraries"])
+            if full["peak"]
+            else None,
         },
         "trainable_parameters": trainable_parameters,
         "total_parameters": total_parameters,

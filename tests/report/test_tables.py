@@ -57,6 +57,16 @@ REPORT: dict[str, Any] = {
 }
 
 
+def test_memory_is_shown_above_the_libraries() -> None:
+    memory = {**REPORT["memory"], "source": "resident", "libraries": 600 * 2**20, "full_libraries": 2**30}
+    lines = rendered(report_table({**REPORT, "memory": memory}))
+    (row,) = [line.split() for line in lines if line.startswith("peak memory")]
+    assert row == "peak memory 600.0 MiB 2.00 GiB, measured 61% less".split()
+    assert "Peak memory is that of the process, above the 600.0 MiB before the model was loaded." in " ".join(
+        lines
+    )
+
+
 def test_report_on_80_columns() -> None:
     assert rendered(report_table(REPORT)) == [
         "HuggingFaceTB/SmolLM2-135M-Instruct on reasoning-gym:chain_sum: block 15 trained",

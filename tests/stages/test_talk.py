@@ -105,7 +105,10 @@ def test_prompts_are_piped_in_line_by_line(
 
 def test_on_a_terminal_they_stand_side_by_side_in_80_columns() -> None:
     result = {"prompt": "2 + 3?", "answer": "5"}
-    result |= {"base": {"completion": "four " * 20, "score": 0.0}, "trained": {"completion": "5", "score": 1.0}}
+    result |= {
+        "base": {"completion": "four " * 20, "score": 0.0},
+        "trained": {"completion": "5", "score": 1.0},
+    }
     file = io.StringIO()
     Console(file=file, width=80, force_terminal=True, color_system=None).print(Answers(result))
     prompt, _, titles, _, first, *_ = file.getvalue().splitlines()
