@@ -214,7 +214,7 @@ def _perform(command: Command, given: Given) -> None:
     if given["offline"]:
         go_offline()
     arguments = getattr(given, command.arguments)()
-    if given["dry_run"]:
+    if given["dry_run"] and given.parameters["dry_run"].reader == "cli":
         command = replace(COMMANDS["plan"], stage="dry_run", printer="plans.dry_run_text")
     from midtune.report.terminal import PlainConsole, PlainStream, Terminal
 

@@ -133,6 +133,16 @@ PARAMETERS = {
     "plan.new_tokens": _setting("training.max_new_tokens", "--new-tokens"),
     "merge.target": Parameter(Path, "the folder of a run", "RUN", REQUIRED),
     "merge.out": Parameter(Path, "folder for the checkpoint", default=REQUIRED),
+    "push.target": Parameter(str, "a run folder or a patch folder", "RUN", REQUIRED),
+    "push.repository": Parameter(str, "the repository, which is created if needed", "ORG/NAME", REQUIRED),
+    "push.export": Parameter(
+        Path, "send this folder or file that `midtune export` wrote, not the patch", "PATH"
+    ),
+    "push.token_file": Parameter(Path, "a file that holds the token", "FILE"),
+    "push.token_env": Parameter(str, "the environment variable that holds the token", "NAME"),
+    "push.public": _switch("let everyone see it", "stage"),
+    "push.dry_run": _switch("write the folder that would be sent, and send nothing", "stage"),
+    "push.out": Parameter(Path, "that folder (default: NAME here)"),
     "report.folders": Parameter(list[Path], "the folders of one or more runs", "RUN", REQUIRED),
     "report.out": Parameter(
         Path,
@@ -324,6 +334,19 @@ COMMANDS = {
         "midtune merge runs/tiny --out merged",
         "results.merge_text",
         {ARGUMENTS: "target", "Output": "out"},
+    ),
+    "push": Command(
+        "put a run on the hub, with a model card",
+        "Send a run's patch, or an exported form of it, to the hub, with a model card made from its report.\n\n"
+        "The repository is private unless --public is given. The token is read only from where you say, never from "
+        "HF_TOKEN or a saved login. Nothing else is sent.",
+        "midtune push runs/tiny me/tiny-sums --dry-run\n  midtune push runs/tiny me/tiny-sums --token-file token",
+        "results.push_text",
+        {
+            ARGUMENTS: "target repository",
+            "Hub": "export token_file token_env public offline",
+            "Output": "dry_run out",
+        },
     ),
     "report": Command(
         "write the HTML page of a run, or of several compared",

@@ -1,4 +1,4 @@
-"""Small random models of every supported architecture, written to disk as real checkpoints."""
+"""Small random models of every supported architecture, written to disk as real checkpoints, and a hub."""
 
 from __future__ import annotations
 
@@ -113,3 +113,21 @@ def load(random_checkpoint: Callable[..., Path]) -> Callable[..., Policy]:
         return load_policy(resolve(str(folder)), quantize=quantize, device="cpu")
 
     return load
+
+
+@pytest.fixture
+def use_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """A function that takes an address as the hub's; what comes from there is kept in `tmp_path / "hub"`."""
+    from huggingface_hub import constants
+
+    def use(address: str) -> None:
+        for name, value in {
+            "ENDPOINT": address,
+            "HUGGINGFACE_CO_URL_TEMPLATE": address + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(tmp_path / "hub"),
+            "HF_HUB_OFFLINE": False,
+        }.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+
+    return use

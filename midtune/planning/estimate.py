@@ -35,7 +35,7 @@ def estimated(
     measured: Mapping[str, float],
     process_bytes: int,
 ) -> dict[str, Any]:
-    """Seconds of a `step` and of its `phases`, `peak` bytes, and those of the `libraries` in it, of TRL on a run's steps.
+    """Seconds of a `step` and of its `phases`, `peak` bytes and the `libraries`' in it, of TRL on a run's steps.
 
     Memory is for completions of the mean length, though TRL pads to the longest of a step. If the architecture cannot
     run on tensors without data, `peak` is None and `note` says why. `steps` are the run's lines of

@@ -28,7 +28,7 @@ _HOW = {
     "nf4": _TRANSFORMERS.replace("{install}", "```bash\npip install transformers bitsandbytes\n```\n\n"),
     "gguf": "```bash\nllama-server -m {name}\n```\n\nAnything else that is built on llama.cpp loads it too.",
     "patch": "The patch belongs to the base model above, which it needs beside it.\n\n```bash\npip install midtune\n"
-    "midtune eval {name}\nmidtune merge {name} --out merged\n```",
+    "{fetch}midtune eval {here}\nmidtune merge {here} --out merged\n```",
 }
 
 
@@ -66,7 +66,12 @@ def model_card(
     if scores := _scores(report, exports or {}):
         parts += ["## What it gained", scores]
     of_base = f"is {licence}" if licence else "is not known here; look it up before you pass this on"
-    parts += ["## How to load it", _HOW[form].format(name=name)]
+    on_hub = "/" in name
+    fetch = f"hf download {name} --local-dir patch\n" if on_hub else ""
+    parts += [
+        "## How to load it",
+        _HOW[form].format(name=name, fetch=fetch, here="patch" if on_hub else name),
+    ]
     parts += ["## Licence", f"The licence of the base model {of_base}. It holds for this model too."]
     return "\n\n".join(parts) + "\n"
 

@@ -88,6 +88,14 @@ def merge_text(result: Mapping[str, Any]) -> RenderableType:
     return Text(f"{result['folder']}: {result['tensors']} tensors replaced, {bytes_text(result['bytes'])}.")
 
 
+def push_text(result: Mapping[str, Any]) -> RenderableType:
+    """Show `midtune push`: where what went."""
+    what = f"{', '.join(result['files'])} ({bytes_text(result['bytes'])})"
+    if result["url"] is None:
+        return Text(f"{result['folder']} holds what would be sent to {result['repository']}: {what}.")
+    return Text(f"{'Public' if result['public'] else 'Private'}: {result['url']}\n{what}.", overflow="fold")
+
+
 def page_text(result: Mapping[str, Any]) -> RenderableType:
     """Show the file that `midtune report` wrote: `page`."""
     return Text(result["page"], overflow="fold")

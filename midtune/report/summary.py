@@ -50,8 +50,8 @@ def build(
         time: see `step_times`.
         process_bytes: what was held before the model was loaded; savings compare what was held above that.
         memory_source: what peaks count, tensors on the CUDA device or the process's physical memory.
-        full, qlora: `step` and `phases` in seconds, `peak` (None: unknown) and `libraries` in bytes; `full` also has the mean
-            `completion_length` in tokens, if measured.
+        full, qlora: `step` and `phases` in seconds, `peak` (None: unknown) and `libraries` in bytes; `full` also has
+            the mean `completion_length` in tokens, if measured.
         probe: how the blocks were chosen, for people.
     """
     compared_step = time["step"] if time["compared_step"] is None else time["compared_step"]

@@ -36,8 +36,8 @@ def run(
     `config` is the run's own with command-line changes. On a terminal completions are shown while they are sampled.
     `base` samples the base model alone.
 
-    Yields the `prompt`, its `answer` and, for `base` and `trained`, the `completion` and its `score`; a prompt that is no
-    problem of the task has neither answer nor scores.
+    Yields the `prompt`, its `answer` and, for `base` and `trained`, the `completion` and its `score`; a prompt that is
+    no problem of the task has neither answer nor scores.
 
     Raises InputError for an unfinished run, or a task that is played in turns.
     """
@@ -81,7 +81,7 @@ def complete(
     uniforms: torch.Tensor | None,
     on_text: Callable[[str], None],
 ) -> tuple[str, list[int]]:
-    """Complete a prompt by plain decoding; `on_text` is called with the text so far. Returns the text and its tokens."""
+    """Complete a prompt by plain decoding, calling `on_text` with the text so far; returns the text and its tokens."""
     tokenizer, said = policy.tokenizer, list[int]()
 
     def text() -> str:

@@ -1,4 +1,4 @@
-"""Small model folders, a cache of their own, and a hub."""
+"""Small model folders, and a cache of their own."""
 
 from __future__ import annotations
 
@@ -28,24 +28,6 @@ def folder(tmp_path: Path) -> Path:
     (path / "config.json").write_text('{"model_type": "llama"}')
     save_file({"a": torch.ones(2), "b": torch.zeros(3)}, path / "model.safetensors")
     return path
-
-
-@pytest.fixture
-def use_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """A function that takes an address as the hub's; what comes from there is kept in `tmp_path / "hub"`."""
-    from huggingface_hub import constants
-
-    def use(address: str) -> None:
-        for name, value in {
-            "ENDPOINT": address,
-            "HUGGINGFACE_CO_URL_TEMPLATE": address + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_CACHE": str(tmp_path / "hub"),
-            "HF_HUB_OFFLINE": False,
-        }.items():
-            monkeypatch.setattr(constants, name, value)
-        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-
-    return use
 
 
 @pytest.fixture(scope="session")
