@@ -44,6 +44,7 @@ SMALL = {
     "eval": "--max-new-tokens 4 --eval-size 2",
     "vote": "--max-new-tokens 4 --eval-size 2 --samples 0",
     "compare": "--top-k 2",
+    "try": "--max-new-tokens 4",
     "tasks": "--set sandbox.allow_weak=true",
 }
 # What they say depends on a card, on processes of their own or on the network; their own tests run them.
@@ -133,7 +134,8 @@ class Reader:
             reached.append([*arguments, resume])
             return {}
 
-        name = "dry_run" if "--dry-run" in words else {"eval": "evaluate"}.get(words[0], words[0])
+        name = cli.COMMANDS[words[0]].stage or words[0]
+        name = "dry_run" if "--dry-run" in words and words[0] == "train" else name
         with self._patched.context() as patched:
             patched.setitem(sys.modules, f"midtune.stages.{name}", SimpleNamespace(run=stage))
             patched.setattr(stages, name, SimpleNamespace(run=stage), raising=False)
