@@ -6,46 +6,39 @@ They do what the commands of their names do, with the same settings, files and e
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Settings = Mapping[str, Any]
-
 
 def train(
     recipe: str | Path | None = None,
-    settings: Settings | None = None,
+    settings: Mapping[str, Any] | None = None,
     *,
     out: str | Path | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Train blocks as `midtune train` does; returns report.json, with the run's folder as `run`.
 
-    Args:
-        recipe: a YAML file, or a name that `midtune recipes` lists; None: the bundled model and its task.
-        settings: keys of a recipe, such as `{"training.steps": 50}`, which override it.
-        out: the run's folder; by default a new one under `runs/`.
-        quiet: show no progress.
+    `recipe` is a file, or a name that `midtune recipes` lists (None: the bundled model and its task). `settings` are
+    keys of a recipe, such as `{"training.steps": 50}`, which override it. `out` is the run's folder, by default a new
+    one under `runs/`.
     """
-    from midtune.stages import train as stage
-
-    return stage.run(**_asked(recipe, settings, out, quiet))
+    return _run("train", recipe, settings, out, quiet)
 
 
 def probe(
     recipe: str | Path | None = None,
-    settings: Settings | None = None,
+    settings: Mapping[str, Any] | None = None,
     *,
     out: str | Path | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Rank the blocks as `midtune probe` does; returns probe.json. Arguments are those of `train`."""
-    from midtune.stages import probe as stage
-
-    return stage.run(**_asked(recipe, settings, out, quiet))
+    return _run("probe", recipe, settings, out, quiet)
 
 
 def load(
@@ -72,13 +65,16 @@ def load(
     return policy.model.eval().requires_grad_(False), policy.tokenizer
 
 
-def _asked(
-    recipe: str | Path | None, settings: Settings | None, out: str | Path | None, quiet: bool
+def _run(
+    stage: str, recipe: Any, settings: Mapping[str, Any] | None, out: Any, quiet: bool
 ) -> dict[str, Any]:
     from midtune.config import load_config, require_task
     from midtune.report.terminal import Terminal
 
     config = load_config(None if recipe is None else Path(recipe), settings or {})
     require_task(config)
-    folder = None if out is None else Path(out)
-    return {"config": config, "out": folder, "resume": None, "terminal": Terminal(quiet=quiet)}
+    run = import_module(f"midtune.stages.{stage}").run
+    found: dict[str, Any] = run(
+        config, out=None if out is None else Path(out), resume=None, terminal=Terminal(quiet=quiet)
+    )
+    return found

@@ -39,8 +39,6 @@ def test_data_with_known_columns_needs_no_answers(terminal: Terminal) -> None:
         "model": "tiny",
         "task": data,
         "problems": 20,
-        "question_characters": 7,
-        "answer_characters": 2,
         "card": "8GB",
         "changes": {},
     }
