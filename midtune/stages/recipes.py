@@ -54,9 +54,7 @@ def _described(name: str, file: Path) -> dict[str, Any]:
     return {
         "name": name,
         "model": config.model.name,
-        "task": Path(config.task.name or "").name
-        if str(config.task.name).endswith(".py")
-        else config.task.name,
+        "task": str(config.task.name).removeprefix(f"{file.parent}/"),
         "about": about[1].replace("\n# ", " ") if about else "",
         "measured": measured[1] if measured else None,
     }
