@@ -84,6 +84,7 @@ def test_what_is_missing_is_asked_for(terminal: Terminal, monkeypatch: pytest.Mo
     assert load_config(Path("r.yaml"), {}).task.template == "none"
 
 
+@pytest.mark.slow
 def test_a_card_is_offered_the_largest_model_that_fits_and_a_leaner_run(
     terminal: Terminal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
