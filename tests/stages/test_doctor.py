@@ -113,7 +113,7 @@ def only(checks: Any) -> Check:
 def test_everything_is_looked_at_and_two_requests_are_sent(network: Network, terminal: Terminal) -> None:
     result = doctor.run(RunConfig(), terminal=terminal)
     assert [check["name"] for check in result["checks"]] == [
-        *("python", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate"),
+        *("python", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "libraries"),
         *("device", "memory", "runs", "cache", "hub cache", "4-bit", "a step"),
         *("hub", "package index", "telemetry"),
     ]
