@@ -17,13 +17,13 @@ Progress = Callable[[str, "int | None", "int | None"], None]
 OTHER_DISK = "set MIDTUNE_CACHE and HF_HOME to another disk"
 
 
-def cache_folder() -> Path:
-    """The folder of converted models: `$MIDTUNE_CACHE`, else the platform's cache folder."""
+def cache_folder(kind: str = "models") -> Path:
+    """The folder of converted models, or of another kind: in `$MIDTUNE_CACHE`, else the platform's cache folder."""
     import platformdirs
 
     chosen = os.environ.get("MIDTUNE_CACHE")
     root = Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("midtune"))
-    return root / "models"
+    return root / kind
 
 
 def silent(message: str, done: int | None, total: int | None) -> None:

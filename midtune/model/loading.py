@@ -26,8 +26,9 @@ def load_policy(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
     on_message: Callable[[str], None] = lambda text: None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Policy:
-    """Load a model with every parameter frozen.
+    """Load a model with every parameter frozen, and its tokenizer, unless it is given.
 
     With `quantize="nf4"`, the blocks' linear layers are quantized one by one while the checkpoint is read, so a
     full-precision copy never exists. Embeddings, norms and head stay as stored.
@@ -37,7 +38,7 @@ def load_policy(
     """
     target = resolve_device(device)
     compute_dtype = dtype or compute_dtype_of(target)
-    tokenizer = load_tokenizer(source, trust_remote_code)
+    tokenizer = tokenizer or load_tokenizer(source, trust_remote_code)
     config = read_config(source.folder, trust_remote_code=trust_remote_code)
     stored = getattr(config, "quantization_config", None)
     method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)

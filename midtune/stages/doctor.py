@@ -29,7 +29,7 @@ from midtune.device import compute_dtype, cuda_devices, dtype_named, resolve_dev
 from midtune.measure.cards import card_names
 from midtune.measure.meter import card_of
 from midtune.model.cache import cache_folder
-from midtune.model.hub import PACKAGE
+from midtune.model.hub import PACKAGED
 from midtune.network import within
 from midtune.report.formats import bytes_text, card_text
 from midtune.report.terminal import Terminal
@@ -241,7 +241,8 @@ def _hub() -> Iterator[Check]:
 
 def _index() -> Iterator[Check]:
     """Check that pip finds the package that provides SmolLM2 when the hub is out of reach."""
-    name = PACKAGE.partition("==")[0]
+    (wheel,) = PACKAGED["smollm2-135m"].wheels
+    name = wheel.partition("==")[0]
     command = [sys.executable, "-m", "pip", "index", "versions", name, "--disable-pip-version-check"]
     command += ["--no-input", "--retries=0", f"--timeout={REQUEST_TIMEOUT_S:.0f}"]
     try:

