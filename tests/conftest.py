@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from midtune.model.cache import cache_folder
+
 if TYPE_CHECKING:
     from midtune.model.policy import Policy
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Prepared models are this machine's; base models' scores are kept for this session alone.
+_MODELS = cache_folder()
+_SESSION = tempfile.TemporaryDirectory()
+_MODELS.mkdir(parents=True, exist_ok=True)
+(Path(_SESSION.name) / "models").symlink_to(_MODELS)
+os.environ["MIDTUNE_CACHE"] = _SESSION.name
 # Under nohup or in a shell's background they are ignored, and what is ignored stays so in runs that are tested.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -192,7 +192,7 @@ def by_sweep(trials: Trials, blocks: Sequence[int]) -> tuple[Rows, dict[str, Any
 
 
 def _race_problems(task: Task, config: RunConfig) -> int:
-    return min(config.task.eval_size, len(task.train) // 3)
+    return min(config.task.most_held_out, len(task.train) // 3)
 
 
 def _gains(trials: Sequence[Trial], base: Trial) -> dict[str, Any]:

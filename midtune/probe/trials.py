@@ -21,9 +21,9 @@ from midtune.errors import InputError
 from midtune.measure.meter import Meter
 from midtune.model.memory import give_back
 from midtune.report.terminal import Terminal
+from midtune.rl.scoring import score_rows
 from midtune.rl.trainer import load_trained
-from midtune.rl.training import sampling_of, train_blocks
-from midtune.rollout.evaluation import evaluate
+from midtune.rl.training import train_blocks
 from midtune.rollout.sampling import Sampler
 from midtune.rollout.text import AlikeSampler, FirstRollouts
 from midtune.runs import RunFolder, read_jsonl, sealed
@@ -225,17 +225,10 @@ class Trials:
     def _scored(self, key: Key, what: str, step_s: float = 0.0, train_s: float = 0.0) -> Trial:
         trained, seed, steps, count = key
         started = time.perf_counter()
-        samples = self.config.evaluation.samples
-        with self.terminal.progress(f"scoring {what}", count * (1 + samples)) as advance:
-            found = evaluate(
-                self.sampler,
-                self.problems[:count],
-                self.task.score,
-                sampling_of(self.config.training),
-                samples=samples,
-                seed=self.config.seed,
-                on_problems=lambda problems, tokens: advance(problems, tokens=tokens),
-            )
+        rows = [*self.problems[:count]]
+        found = score_rows(
+            self.sampler, rows, self.task, self.config, f"scoring {what}", self.terminal.progress
+        )
         sampled = None if found.sampled is None else found.sampled.tolist()
         score_s = time.perf_counter() - started
         trial = Trial(trained, seed, steps, found.greedy.tolist(), sampled, step_s, train_s, score_s)

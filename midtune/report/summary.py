@@ -39,6 +39,7 @@ def build(
     probe: str,
     seed: int,
     notes: Sequence[str] = (),
+    scoring: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Build report.json: what a run gained and saved, in bytes, seconds and fractions.
 
@@ -53,6 +54,8 @@ def build(
         full, qlora: `step` and `phases` in seconds, `peak` (None: unknown) and `libraries` in bytes; `full` also has
             the mean `completion_length` in tokens, if measured.
         probe: how the blocks were chosen, for people.
+        scoring: the `problems` scored, the `planned_share` of the run, and whether scores of the base were `kept` from
+            an earlier run: of the model as `trained`, and `unquantized`.
     """
     compared_step = time["step"] if time["compared_step"] is None else time["compared_step"]
     phases = phase_peaks(steps)
@@ -98,6 +101,7 @@ def build(
         "probe": probe,
         "seed": seed,
         "notes": list(notes),
+        "scoring": scoring,
     }
 
 

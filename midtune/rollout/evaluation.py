@@ -29,6 +29,7 @@ class Evaluation:
     sampled: NDArray[np.float64] | None  # [n] mean over `samples`; None without
     completions: list[str]  # the greedy ones
     samples: NDArray[np.float64] | None = None  # [n, samples] at the training temperature
+    kept: bool = False  # from an earlier run
 
 
 def evaluate(
@@ -48,7 +49,8 @@ def evaluate(
     called with the completions finished since the last call and their tokens.
     """
     policy = sampler.policy
-    lengths = [len(prompt_ids(policy.tokenizer, row["prompt"])) for row in rows]
+    tokenized = [prompt_ids(policy.tokenizer, row["prompt"]) for row in rows]
+    lengths = [len(ids) for ids in tokenized]
     # Batch problems of similar length, to keep padding small.
     order = sorted(range(len(rows)), key=lengths.__getitem__)
 
@@ -60,8 +62,13 @@ def evaluate(
         for part in slices(len(order), max(1, sampler.most_rows // draws)):
             batch = order[part]
             together = rows_that_fit(policy, lengths[batch[-1]] + how.max_new_tokens)
-            repeated = [rows[i] for i in batch for _ in range(draws)]
-            prompts = [row["prompt"] for row in sampler.begin(repeated)]
+            places = [i for i in batch for _ in range(draws)]
+            repeated = [rows[i] for i in places]
+            # An environment begins with a prompt of its own.
+            prompts = [
+                tokenized[i] if begun is rows[i] else begun["prompt"]
+                for i, begun in zip(places, sampler.begin(repeated), strict=True)
+            ]
             with sampler.limits.rows.at_most(together):
                 rollout = sampler.sample(prompts, how)
             ids = rollout.completions()

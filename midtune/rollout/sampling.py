@@ -180,8 +180,8 @@ class Sampler(Protocol):
     ) -> Rollout:
         """Draw a completion for each prompt, and with `boundary_block` the states that enter that block.
 
-        Prompts are texts or chats of rows that have begun; a group's equal prompts are adjacent. Raises RunStopped if a
-        single group does not fit into memory.
+        Prompts are texts, chats or tokens of rows that have begun; a group's equal prompts are adjacent. Raises
+        RunStopped if a single group does not fit into memory.
         """
 
 

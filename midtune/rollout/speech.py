@@ -66,11 +66,13 @@ class Text:
         return ids
 
 
-def prompt_ids(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
-    """Tokenize a prompt as TRL does: a text as it is, a chat up to where the answer begins."""
+def prompt_ids(tokenizer: Any, prompt: Any) -> list[int]:
+    """Tokenize a prompt as TRL does: a text as it is, a chat up to where the answer begins; tokens stay as they are."""
     if isinstance(prompt, str):
         ids: list[int] = tokenizer(prompt)["input_ids"]
         return ids
+    if prompt and isinstance(prompt[0], int):
+        return list(prompt)
     return chat_ids(tokenizer, prompt, add_generation_prompt=True)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from midtune.config import PLANNED_CARD, PLANNED_PROMPT_TOKENS, RunConfig, require_task
 from midtune.errors import InputError
 from midtune.model.configs import config_of
+from midtune.planning.scoring import plan_scoring
 from midtune.planning.search import planner_of
 from midtune.planning.step_size import work_of
 from midtune.runs import RunFolder, run_stem
@@ -19,11 +20,11 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None = None) -> d
 
     Returns:
         `model`, `quantize`, `task`, `reward`, `algorithm`, `layers` as configured; `step`: its `prompts`, `group_size`,
-        `completions` and at most `tokens` new ones; `steps`; `evaluation`: its `problems` and `samples`; `out`: the run
-        folder; `downloads`: what is fetched unless cached; `weights_bytes`: their size at 2 bytes a parameter, or null.
-        `plan`: the `blocks`, `trainable_parameters`, the `card` and `prompt_tokens` planned for, `peak` bytes and its
-        `phase`, whether it `fits`, and the least `seconds` of each phase; null, with a `note`, if the model's
-        configuration is not at hand.
+        `completions` and at most `tokens` new ones; `steps`; `evaluation`: its `problems`, `samples` and estimated
+        `share` of the run; `out`: the run folder; `downloads`: what is fetched unless cached; `weights_bytes`: their
+        size at 2 bytes a parameter, or null. `plan`: the `blocks`, `trainable_parameters`, the `card` and
+        `prompt_tokens` planned for, `peak` bytes and its `phase`, whether it `fits`, and the least `seconds` of each
+        phase; null, with a `note`, if the model's configuration is not at hand.
 
     Raises InputError if there is no such model or block, or the run cannot be saved there.
     """
@@ -34,6 +35,7 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None = None) -> d
     folder = RunFolder.create(out, stem) if resume is None else RunFolder.open(resume)
     task = require_task(config)
     downloads = {f"the weights of {name}": _is_fetched(name), f"the problems of {task}": is_dataset(task)}
+    scoring = plan_scoring(config, config.task.most_held_out)
     found: dict[str, Any] = {
         "schema": 1,
         "model": name,
@@ -49,7 +51,11 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None = None) -> d
             "tokens": completions * training.max_new_tokens,
         },
         "steps": training.steps,
-        "evaluation": {"problems": config.task.eval_size, "samples": config.evaluation.samples},
+        "evaluation": {
+            "problems": scoring.problems,
+            "samples": config.evaluation.samples,
+            "share": scoring.share,
+        },
         "out": str(folder),
         "downloads": [what for what, needed in downloads.items() if needed],
         "weights_bytes": None,

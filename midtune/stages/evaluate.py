@@ -69,8 +69,10 @@ def run(
     tasks = [each.task for each in named]
     policy = first.policy()
 
-    def score_all(what: str) -> tuple[list[Evaluation], list[tuple[str, PerProblem]]]:
-        found = [each.score(each.sampler(policy), f"{what} on {each.task.name}") for each in named]
+    def score_all(what: str, of_base: bool = False) -> tuple[list[Evaluation], list[tuple[str, PerProblem]]]:
+        found = [
+            each.score(each.sampler(policy), f"{what} on {each.task.name}", of_base=of_base) for each in named
+        ]
         scores = [
             (each.task.name, scores_by_kind(own, each.config.evaluation.k or []))
             for each, own in zip(named, found, strict=True)
@@ -83,7 +85,7 @@ def run(
 
     arms = {}
     if patch_folder is not None:
-        arms["before"] = score_all("scoring the base")
+        arms["before"] = score_all("scoring the base", of_base=True)
         apply_patch(policy, patch_folder)
     arms["after"] = score_all("scoring")
     if results is not None:

@@ -96,6 +96,7 @@ class Opened:
                 dtype=dtype_named(model.dtype),
                 trust_remote_code=model.trust_remote_code,
                 on_message=self.terminal.message,
+                tokenizer=self.tokenizer,
             )
         if (embeddings or model.embeddings) == "host":
             embed_on_host(policy.model, policy.source.name)
@@ -115,23 +116,16 @@ class Opened:
         game = self.task.game
         return TextSampler(policy, limits) if game is None else EpisodeSampler(policy, limits, game)
 
-    def score(self, sampler: Sampler, what: str, *, samples: int | None = None) -> Evaluation:
-        """Score the held-out problems; `samples` per problem besides the greedy one default to the configuration's."""
-        from midtune.rl.training import sampling_of
-        from midtune.rollout.evaluation import evaluate
+    def score(self, sampler: Sampler, what: str, **how: Any) -> Evaluation:
+        """Score the held-out problems; for `how` see `score_rows`."""
+        from midtune.rl.scoring import score_rows
 
-        config, rows = self.config, self.task.held_out
-        samples = config.evaluation.samples if samples is None else samples
-        with self.terminal.progress(what, len(rows) * (1 + samples)) as advance:
-            return evaluate(
-                sampler,
-                rows,
-                self.task.score,
-                sampling_of(config.training),
-                samples=samples,
-                seed=config.seed,
-                on_problems=lambda problems, tokens: advance(problems, tokens=tokens),
-            )
+        found = score_rows(
+            sampler, self.task.held_out, self.task, self.config, what, self.terminal.progress, **how
+        )
+        if found.kept:
+            self.terminal.message(f"{what}: known from an earlier run with the same settings")
+        return found
 
     @cached_property
     def _card(self) -> Card | None:

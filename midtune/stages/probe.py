@@ -33,7 +33,7 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
             f"{config.model.quantize}, so its runs would not start alike; add --quantize none."
         )
     # A race scores on extra problems of its own.
-    opened = Opened(config, terminal, more_problems=config.task.eval_size if method == "race" else 0)
+    opened = Opened(config, terminal, more_problems=config.task.most_held_out if method == "race" else 0)
     task = opened.task
     name = f"probe-{Path(config.model.name).name}-{Path(task.name.rpartition(':')[2]).stem}"
     folder = RunFolder.create(out, name) if resume is None else RunFolder.resumed(resume, "probe")

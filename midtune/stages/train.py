@@ -7,7 +7,7 @@ block is the study's, unless a recipe says otherwise.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from midtune.model.host import embed_on_host
 from midtune.model.memory import give_back
 from midtune.model.patch import apply_patch, save_patch
 from midtune.model.policy import Policy, count_parameters
+from midtune.planning.scoring import ScoringPlan, plan_scoring
 from midtune.report import summary
 from midtune.report.formats import numbers_text, sentence
 from midtune.report.page import run_page
@@ -56,6 +57,7 @@ class Training:
     blocks: list[int]
     meter: Meter
     process_bytes: int
+    scoring: ScoringPlan
 
     @property
     def policy(self) -> Policy:
@@ -138,7 +140,11 @@ def _checked(config: RunConfig) -> RunConfig:
 
 def _open(config: RunConfig, folder: RunFolder, terminal: Terminal) -> Training:
     opened = Opened(config, terminal)
-    task, source = opened.task, opened.source
+    plan = plan_scoring(config, len(opened.task.held_out))
+    terminal.message(str(plan))
+    # What is held out does not depend on how much of it is scored.
+    opened.task = task = replace(opened.task, held_out=opened.task.held_out[: plan.problems])
+    source = opened.source
     if config.evaluation.baseline == "measured":
         task.require_one_turn("--baseline measured")
     if config.training.vllm is not None:
@@ -173,7 +179,7 @@ def _open(config: RunConfig, folder: RunFolder, terminal: Terminal) -> Training:
     sampler.limits.rows.rows = config.training.sampled_prompts * config.training.group_size or None
     blocks = list(range(policy.num_blocks)) if config.blocks.select == "boost" else choice.blocks
     opened.config = config
-    return Training(folder, opened, sampler, choice, blocks, meter, process_bytes)
+    return Training(folder, opened, sampler, choice, blocks, meter, process_bytes, plan)
 
 
 def _begin(training: Training) -> None:
@@ -192,14 +198,15 @@ def _score_before(training: Training) -> Evaluation:
     known = folder.read_json(folder.start)
     if "greedy" in known:
         sampled = None if known["sampled"] is None else np.array(known["sampled"])
-        return Evaluation(np.array(known["greedy"]), sampled, known.get("completions", []))
-    before = training.opened.score(training.sampler, "scoring before training")
+        greedy, kept = np.array(known["greedy"]), known.get("kept", False)
+        return Evaluation(greedy, sampled, known.get("completions", []), kept=kept)
+    before = training.opened.score(training.sampler, "scoring before training", of_base=True)
     scores = {
         "completions": before.completions[:SHOWN_PROBLEMS],
         "greedy": before.greedy.tolist(),
         "sampled": None if before.sampled is None else before.sampled.tolist(),
     }
-    folder.write_json(folder.start, {**known, **scores})
+    folder.write_json(folder.start, {**known, **scores, "kept": before.kept})
     return before
 
 
@@ -280,6 +287,7 @@ def _report(
 
     scores_deployed = config.evaluation.deployed and not stored_quantized
     deployed = _score_deployed(opened, folder) if scores_deployed else None
+    kept = {"trained": before.kept, "unquantized": deployed is not None and deployed[0].kept}
     if measured:
         terminal.message(f"measuring full training: {FULL_STEPS} steps in a process of its own")
         full = in_own_process(
@@ -302,7 +310,7 @@ def _report(
         sampled=(
             None if before.sampled is None or after.sampled is None else (before.sampled, after.sampled)
         ),
-        deployed=deployed,
+        deployed=None if deployed is None else (deployed[0].greedy, deployed[1].greedy),
         steps=steps,
         time=time,
         peak_bytes=peak_bytes,
@@ -317,18 +325,19 @@ def _report(
         probe=folder.read_json(folder.start)["choice"],
         seed=config.seed,
         notes=[*([f"{sentence(str(collapse))}."] if collapse else []), *unknown],
+        scoring={"problems": len(before.greedy), "planned_share": training.scoring.share, "kept": kept},
     )
 
 
-def _score_deployed(opened: Opened, folder: RunFolder) -> summary.BeforeAfter:
+def _score_deployed(opened: Opened, folder: RunFolder) -> tuple[Evaluation, Evaluation]:
     policy = opened.policy(quantize="none")
     sampler = opened.sampler(policy)
-    before = opened.score(sampler, "scoring the unquantized model", samples=0)
+    before = opened.score(sampler, "scoring the unquantized model", samples=0, of_base=True)
     apply_patch(policy, folder.patch)
     after = opened.score(sampler, "scoring it with the patch", samples=0)
     del policy, sampler
     give_back()
-    return before.greedy, after.greedy
+    return before, after
 
 
 def _write_before_after(folder: RunFolder, task: Task, before: Evaluation, after: Evaluation) -> None:

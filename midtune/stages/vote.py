@@ -63,7 +63,7 @@ def run(targets: Sequence[str], config: RunConfig, *, terminal: Terminal) -> dic
             apply_patch(policy, folder)
             policy.restore()
             advance()
-    base = opened.score(sampler, "scoring the base model", samples=0)
+    base = opened.score(sampler, "scoring the base model", samples=0, of_base=True)
     found = []
     for number, folder in enumerate(folders, start=1):
         apply_patch(policy, folder)
@@ -125,16 +125,16 @@ def _mention_known_problems(
     targets: Sequence[str], folders: Sequence[Path], config: RunConfig, terminal: Terminal
 ) -> None:
     """Say which runs may have trained on problems that are held out here."""
-    here = f"seed {config.seed} and {config.task.eval_size} held-out problems"
+    here = f"seed {config.seed} and {config.task.most_held_out} held-out problems"
     for target, folder in zip(targets, folders, strict=True):
         recipe = folder.absolute().parent / "config.yaml"
         if not recipe.is_file():
             continue
         own = load_config(recipe, {})
         if own.task.name == config.task.name and (
-            own.seed != config.seed or own.task.eval_size < config.task.eval_size
+            own.seed != config.seed or own.task.most_held_out < config.task.most_held_out
         ):
             terminal.message(
-                f"{target} was trained with seed {own.seed} and {own.task.eval_size} held-out problems, and is "
+                f"{target} was trained with seed {own.seed} and {own.task.most_held_out} held-out problems, and is "
                 f"scored with {here}: it may have learned from some of them."
             )

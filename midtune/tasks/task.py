@@ -98,7 +98,7 @@ def load_task(
     judges = [text for text in weights if text not in SHAPING]
     own = {text: load_reward(text) for text in weights if is_own(text)}
     columns = _columns(name, settings, judges)
-    sizes = Sizes(settings.train_size, settings.eval_size, seed)
+    sizes = Sizes(settings.train_size, settings.most_held_out, seed)
     found = _problems(name, settings, sizes, columns, judges, tools=tools is not None)
     weights = weights or {found.default: 1.0}
     if "verifier" in weights and found.verifier is None:
