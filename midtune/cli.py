@@ -114,6 +114,9 @@ class Given:
     def for_target(self) -> dict[str, Any]:
         return {"config": self.config(self["target"] or self["targets"][0]), **self.own()}
 
+    def for_bench(self) -> dict[str, Any]:
+        return {**self.own(), "config": self.config(needs_task=self["until"] is not None)}
+
     def for_tasks(self) -> dict[str, Any]:
         task, checked, check = self["task"], self["checked"], self["task"] == "check"
         if check and checked is None:

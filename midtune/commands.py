@@ -162,6 +162,16 @@ PARAMETERS = {
     "bench.new_tokens": _count("tokens of every completion", 24),
     "bench.group_size": _count("completions of a prompt", 8, least=2),
     "bench.steps": _count("steps counted, after one that warms up", 5),
+    "bench.until": Parameter(
+        str,
+        "train the arms on the task instead, for so many steps (60) or until a held-out score (0.45 or 45%), and "
+        "compare what they learn in the same time; settings are the recipe's",
+        "STEPS|SCORE",
+    ),
+    "bench.rates": _count("with --until: learning rates tried for each arm, a factor of 3 apart", 3),
+    "bench.every": Parameter(
+        int, "with --until: steps between scorings (default: a sixth of all)", "N", checks={"min": 1}
+    ),
     "bench.profile": _switch("say where the first arm's time goes, in one more step", "stage"),
     "compare.files": Parameter(
         list[Path], "probe.json files, or run folders that hold one", "PROBE", REQUIRED
@@ -358,17 +368,23 @@ COMMANDS = {
     ),
     "bench": Command(
         "compare with TRL on the same prompts and completions",
-        "Train the same prompts and completions with midtune and with TRL, and compare time and memory.",
-        "midtune bench smollm2-135m --arms midtune,trl-full",
+        "Train the same prompts and completions with midtune and with TRL, and compare time and memory.\n\n"
+        "With --until, compare what is learned on a task in the same time. Each run leaves a file in the run folder: "
+        "the same command with --out goes on where it stopped.",
+        "midtune bench smollm2-135m --arms midtune,trl-full\n"
+        "  midtune bench --recipe recipes/smollm2-chain-sum.yaml --until 60",
         "results.bench_table",
         {
             ARGUMENTS: "model",
             "Model": "model_option device",
-            "Settings": "set seed",
-            "Bench": "arms prompts prompt_tokens new_tokens group_size steps training.micro_batch_tokens profile",
-            "Blocks": "layers",
+            "Task": "task task_arg",
+            "Settings": "recipe set seed offline",
+            "Bench": "arms prompts prompt_tokens new_tokens group_size steps training.micro_batch_tokens profile "
+            "until rates every",
+            "Blocks": "layers top_k",
             "Output": "out",
         },
+        "for_bench",
     ),
     "compare": Command(
         "say how far rankings of blocks agree",

@@ -16,21 +16,28 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
 from trl import GRPOConfig, GRPOTrainer
 
+from midtune.bench.curve import Curve
 from midtune.bench.flops import Batch, rollout_flops, update_flops
 from midtune.bench.profile import BenchMeter, Profile, operators_per_token, peak_flops_per_s
 from midtune.bench.workload import ARMS, Workload, qlora
 from midtune.config import TrainingConfig
 from midtune.measure.meter import Meter
 from midtune.model.loading import load_policy, load_tokenizer
-from midtune.model.policy import count_parameters
+from midtune.model.policy import Policy, count_parameters
 from midtune.model.quantize import forbid_cpu_packing, nf4_config
 from midtune.model.sizes import sizes_of
 from midtune.model.sources import Source
 from midtune.rl.trainer import LayerGRPOTrainer
-from midtune.rl.training import in_order, trl_arguments
+from midtune.rl.training import in_order, train_blocks, trl_arguments
 from midtune.rollout.decoding import ready_to_sample
 from midtune.rollout.engine import serves
 from midtune.rollout.sampling import Sampling, SamplingLimits
@@ -80,9 +87,8 @@ def run_arm(
             # An arm does its work in full-size batches, or fails.
             sampler.limits.rows.halves = trainer.update_rows.halves = False
         else:
-            trainer = stock_trainer(
-                arm, source, args, rows, lambda **_: rewards, meter, device, dtype, work.block
-            )
+            policy = stock_policy(arm, source, device, dtype)
+            trainer = stock_trainer(arm, policy, args, rows, lambda **_: rewards, meter, [work.block])
         meter.during_rollout = partial(_decided, trainer.model, completions)
         steps = _train(trainer, meter, watched)
     model = trainer.model
@@ -140,7 +146,8 @@ def full_training(
     longest = max(len(prompt_ids(tokenizer, row["prompt"])) for row in ordered)
     few = settings.model_copy(update={"steps": steps})
     with _arguments("trl-full", few, longest, seed, device, dtype) as args:
-        trainer = stock_trainer("trl-full", source, args, ordered, reward, meter, device, dtype)
+        policy = stock_policy("trl-full", source, device, dtype)
+        trainer = stock_trainer("trl-full", policy, args, ordered, reward, meter)
         meter.reset_peak()
         timed = _train(trainer, meter)
     fastest = min(timed, key=lambda step: step["step"])
@@ -153,34 +160,96 @@ def full_training(
     }
 
 
-def stock_trainer(
+def learn(
     arm: str,
     source: Source,
+    rows: Sequence[Row],
+    reward: Reward,
+    settings: TrainingConfig,
+    blocks: Sequence[int],
+    curve: Curve,
+    *,
+    quantize: str,
+    seed: int,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """Train an arm on a run's prompts in its order, scored along `curve`, until that is done.
+
+    `blocks` are those of an arm that trains blocks, over others held as `quantize` says. Weights and activations are
+    those of `full_training`.
+
+    Returns the curve's `points`; `peak` and `libraries`: peak bytes while training, and bytes before the model was
+    loaded; `memory_source`; `trainable`: parameters.
+    """
+    meter, device = curve.meter, curve.device
+    libraries = meter.current_bytes()
+    policy = stock_policy(arm, source, device, dtype, quantize)
+    curve.begin(policy)
+    if arm == "midtune":
+        for block in blocks:
+            policy.thaw(block)
+        with tempfile.TemporaryDirectory() as scratch:
+            train_blocks(
+                TextSampler(policy, SamplingLimits()),
+                rows,
+                reward,
+                settings,
+                folder=Path(scratch),
+                seed=seed,
+                meter=meter,
+                on_step=lambda metrics: curve.after(metrics["step"], metrics["step_s"]),
+                stop_requested=lambda: curve.reached,
+                checkpoints=False,
+            )
+    else:
+        ordered = in_order(rows, settings.steps * settings.prompts_per_step, seed)
+        longest = max(len(prompt_ids(policy.tokenizer, row["prompt"])) for row in ordered)
+        with _arguments(arm, settings, longest, seed, device, dtype) as args:
+            _train(stock_trainer(arm, policy, args, ordered, reward, meter, blocks), meter, curve=curve)
+    return {
+        "points": curve.points,
+        "peak": curve.peak,
+        "libraries": libraries,
+        "memory_source": meter.source,
+        "trainable": sum(p.numel() for p in policy.model.parameters() if p.requires_grad),
+    }
+
+
+def stock_policy(
+    arm: str, source: Source, device: torch.device, dtype: torch.dtype, quantize: str = "nf4"
+) -> Policy:
+    """An arm's model, nothing of it trained yet; `quantize` is how blocks lie that stay frozen around a trained one."""
+    if ARMS[arm].trains == "blocks":
+        return load_policy(source, quantize=quantize, device=str(device), dtype=dtype)
+    full = ARMS[arm].trains == "all"
+    model = AutoModelForCausalLM.from_pretrained(
+        source.folder,
+        # Trained weights in fp32, as RL learning rates need; frozen ones in the compute dtype.
+        dtype=torch.float32 if full else dtype,
+        device_map={"": device},
+        use_safetensors=True,
+        **({} if full else {"quantization_config": nf4_config(dtype, keep=["lm_head"])}),
+    )
+    forbid_cpu_packing(model)
+    return Policy(model, load_tokenizer(source), source, compute_dtype=dtype)
+
+
+def stock_trainer(
+    arm: str,
+    policy: Policy,
     args: GRPOConfig,
     rows: Sequence[Row],
     reward: Reward,
     meter: Meter,
-    device: torch.device,
-    dtype: torch.dtype,
-    block: int = 0,
+    blocks: Sequence[int] = (),
 ) -> GRPOTrainer:
-    """TRL's own trainer on an arm's model, charging `rollout` and `reward` to the meter; `trl-block` trains `block`."""
-    tokenizer = load_tokenizer(source)
-    if arm == "trl-block":
-        policy = load_policy(source, device=str(device), dtype=dtype)
-        policy.thaw(block)
-        model = policy.model
-    else:
-        full = ARMS[arm].trains == "all"
-        model = AutoModelForCausalLM.from_pretrained(
-            source.folder,
-            # Trained weights in fp32, as RL learning rates need; frozen ones in the compute dtype.
-            dtype=torch.float32 if full else dtype,
-            device_map={"": device},
-            use_safetensors=True,
-            **({} if full else {"quantization_config": nf4_config(dtype, keep=["lm_head"])}),
-        )
-        forbid_cpu_packing(model)
+    """TRL's trainer on a `stock_policy`, charging `rollout` and `reward` to the meter; `trl-block` trains `blocks`."""
+    tokenizer, model = policy.tokenizer, policy.model
+    if ARMS[arm].trains == "blocks":
+        for block in blocks:
+            policy.thaw(block)
+    elif ARMS[arm].trains == "all":
+        model.requires_grad_(True)
     trainer = GRPOTrainer(
         model=model,
         args=args,
@@ -200,17 +269,20 @@ def stock_trainer(
 
 
 class _Clock(TrainerCallback):
-    """Seconds of each step, by phase; see `Meter.end_step`."""
+    """Seconds of each step, by phase; see `Meter.end_step`. A `curve` ends training once it has reached its target."""
 
-    def __init__(self, meter: Meter) -> None:
+    def __init__(self, meter: Meter, curve: Curve | None = None) -> None:
         self.steps: list[dict[str, float]] = []
-        self._meter = meter
+        self._meter, self._curve = meter, curve
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self._meter.begin_step()
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.steps.append(self._meter.end_step())
+        if self._curve is not None:
+            self._curve.after(state.global_step, self.steps[-1]["step"])
+            control.should_training_stop |= self._curve.reached
 
 
 @contextlib.contextmanager
@@ -231,8 +303,10 @@ def _arguments(
         )
 
 
-def _train(trainer: GRPOTrainer, meter: Meter, watched: Profile | None = None) -> list[dict[str, float]]:
-    clock = _Clock(meter)
+def _train(
+    trainer: GRPOTrainer, meter: Meter, watched: Profile | None = None, curve: Curve | None = None
+) -> list[dict[str, float]]:
+    clock = _Clock(meter, curve)
     trainer.add_callback(clock)
     if watched is not None:
         trainer.add_callback(watched)

@@ -88,6 +88,27 @@ def contribution_curve(probe: Mapping[str, Any], file: Path) -> None:
     _save(figure, file)
 
 
+def clock_curve(result: Mapping[str, Any], file: Path) -> None:
+    """Draw the held-out score of every arm of `midtune bench --until` against minutes, with its 95% interval."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for arm in result["arms"]:
+        minutes = [point["seconds"] / 60 for point in arm["points"]]
+        lr = arm["lr"] if isinstance(arm["lr"], str) else f"{arm['lr']:.2g}"
+        scores, low, high = ([point[key] for point in arm["points"]] for key in ("score", "low", "high"))
+        (line,) = axes.plot(minutes, scores, marker="o", markersize=3, label=f"{arm['arm']}, rate {lr}")
+        axes.fill_between(minutes, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
+    if result["target"] is not None:
+        axes.axhline(result["target"], color="0.6", linewidth=0.8, linestyle=":")
+    axes.set_xlabel("minutes of training")
+    axes.set_ylabel("held-out score and 95% interval")
+    axes.set_title(f"{result['model']} on {result['task']}", fontsize=10, parse_math=False)
+    _finish(axes)
+    _save(figure, file)
+
+
 def rankings_curve(rankings: Mapping[str, Mapping[str, Any]], file: Path) -> None:
     """Draw rankings by name over relative depth k/(L−1), each with mean 0 and standard deviation 1."""
     import numpy as np

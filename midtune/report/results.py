@@ -12,9 +12,12 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from midtune.report.formats import (
+    blocks_text,
     bytes_text,
     interval_text,
+    interval_texts,
     numbers_text,
+    percent_text,
     seconds_text,
     sentence,
     share_text,
@@ -103,6 +106,8 @@ def page_text(result: Mapping[str, Any]) -> RenderableType:
 
 def bench_table(result: Mapping[str, Any]) -> RenderableType:
     """Show `midtune bench`: seconds and bytes of each arm, and ratios to the first arm's."""
+    if "until" in result:
+        return _until_table(result)
 
     def cells(arm: Mapping[str, Any]) -> Iterable[str]:
         yield arm["arm"]
@@ -130,6 +135,38 @@ def bench_table(result: Mapping[str, Any]) -> RenderableType:
     notes += map(sentence, result["failed"].values())
     table = plain_table("", numbers=("sampling", "update", "step", "memory"), rows=rows)
     return titled(f"{result['model']}, block {result['block']}", "", table, "", *notes)
+
+
+def _until_table(result: Mapping[str, Any]) -> RenderableType:
+    """Show `midtune bench --until`: what each arm learned in the same time, at the best of its learning rates."""
+    target, limit = result["target"], result["equal_time"]
+    reach = "to the score" if target is None else f"to {percent_text(target)}"
+    at = "score then" if limit is None else f"at {seconds_text(limit)}"
+
+    def cells(arm: Mapping[str, Any]) -> Iterable[str]:
+        first, last, lr = arm["reached"], arm["points"][-1], arm["lr"]
+        yield f"{arm['arm']}, {blocks_text(arm['blocks'])}" if arm["blocks"] else arm["arm"]
+        yield lr if isinstance(lr, str) else f"{lr:.2g}"
+        yield "not reached" if first is None else seconds_text(first["seconds"])
+        yield "-" if first is None else f"{first['samples']:,}"
+        for point in (arm["at_equal_time"], last):
+            yield with_interval(*interval_texts(point, fractions=True))
+        yield seconds_text(last["seconds"])
+        yield bytes_text(arm["peak"] - arm["libraries"])
+
+    rows = [[*cells(arm)] for arm in result["arms"]]
+    columns = ("rate", reach, "completions", at, "at the end", "which took", "memory")
+    notes = [
+        f"{result['problems']} held-out problems, the same for all; in brackets 95% intervals. Seconds are those of "
+        "training: scoring is not counted. Each arm is shown at the best of its learning rates by this score, on the "
+        "model as it trains: where frozen blocks are in 4-bit, on the 4-bit model.",
+        "The score to reach is full training's last."
+        if result["until"].isdigit() and target is not None
+        else "",
+        *map(sentence, result["failed"].values()),
+    ]
+    table = plain_table("", numbers=columns, rows=rows)
+    return titled(f"{result['model']} on {result['task']}", "", table, "", *filter(None, notes))
 
 
 def _profile_text(phase: str, seconds: Mapping[str, float], result: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from midtune.errors import InputError, MidtuneError
 from midtune.probe.selection import parse_layers
 from midtune.report.terminal import Terminal
 from midtune.runs import RunFolder, describe_environment
+from midtune.stages import learning
 from midtune.stages.opening import Opened
 from midtune.stages.subprocess_job import in_own_process
 
@@ -31,11 +32,15 @@ def run(
     profile: bool,
     out: Path | None,
     terminal: Terminal,
+    until: str | None = None,
+    rates: int = 3,
+    every: int | None = None,
 ) -> dict[str, Any]:
     """Run the arms (from `BENCHED`) one after the other, compare them with the first, and write bench.json into `out`.
 
     `config` names model, device, dtype, the micro-batch size of all arms, and the block. Each arm runs one warm-up step
-    before its `steps` measured ones; `profile` profiles one extra step of the first arm.
+    before its `steps` measured ones; `profile` profiles one extra step of the first arm. With `until`, the arms are
+    trained instead, on the task: see `learning.run`, which also takes `rates` and `every`.
 
     Returns:
         The content of bench.json: the workload, and `arms` with `step`, `rollout` and `update` (median, least and
@@ -51,6 +56,11 @@ def run(
     from transformers import AutoConfig
 
     from midtune.model.loading import load_tokenizer
+
+    if until is not None:
+        return learning.run(
+            config, until=until, arms=arms, rates=rates, every=every, out=out, terminal=terminal
+        )
 
     unknown = [arm for arm in arms if arm not in BENCHED]
     if unknown or not arms:
