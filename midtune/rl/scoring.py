@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
@@ -72,33 +73,25 @@ def score_rows(
 
 def _read(file: Path, problems: int, samples: int) -> Evaluation | None:
     """Kept scores; None if there are none, or they are damaged or of another shape."""
-    try:
+    with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
         data = unsealed(file.read_bytes())
-        greedy, completions = (
-            np.array(data["greedy"], dtype=float),
-            [str(text) for text in data["completions"]],
-        )
-        drawn = None if data["samples"] is None else np.array(data["samples"], dtype=float)
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-    shape = None if drawn is None else drawn.shape
-    expected = (problems, samples) if samples else None
-    if greedy.shape != (problems,) or len(completions) != problems or shape != expected:
-        return None
-    mean = None if drawn is None else drawn.mean(axis=1)
-    return replace(Evaluation(greedy, mean, completions, drawn), kept=True)
+        greedy, completions = np.array(data["greedy"], float), [str(text) for text in data["completions"]]
+        drawn = np.array(data["samples"], float) if samples else None
+        shapes = greedy.shape, len(completions), None if drawn is None else drawn.shape
+        if shapes == ((problems,), problems, (problems, samples) if samples else None):
+            return Evaluation(
+                greedy, None if drawn is None else drawn.mean(axis=1), completions, drawn, kept=True
+            )
+    return None
 
 
 def _digest_of(sampler: Sampler, rows: list[Row], task: Task, config: RunConfig, samples: int) -> str:
     """Digest of all that decides a base model's scores."""
     policy = sampler.policy
+    settings = config.model.model_dump(exclude={"name", "revision", "quantize", "device"})
     decides = [
-        *(_code(), _contents(policy.source)),
-        *(
-            policy.computes,
-            policy.quantized,
-            config.model.model_dump(exclude={"name", "revision", "quantize"}),
-        ),
+        *(_code(), _contents(policy.source), settings),
+        *(policy.computes, str(policy.model.dtype), policy.quantized),
         *(task.fingerprint, rows, config.sandbox.model_dump()),
         *(asdict(sampling_of(config.training)), config.training.graphs, samples, config.seed),
     ]
@@ -108,12 +101,12 @@ def _digest_of(sampler: Sampler, rows: list[Row], task: Task, config: RunConfig,
 
 @functools.lru_cache(maxsize=1)
 def _code() -> list[str]:
-    """midtune's own code, and every installed package with its version."""
+    """midtune's own code, Python's version and that of every installed package."""
     seen = hashlib.sha256()
     for file in sorted(Path(midtune.__file__).parent.rglob("*.py")):
         seen.update(file.read_bytes())
     packages = sorted(f"{package.name} {package.version}" for package in metadata.distributions())
-    return [midtune.__version__, seen.hexdigest(), *packages]
+    return [seen.hexdigest(), sys.version, *packages]
 
 
 def _contents(source: Source) -> list[str]:

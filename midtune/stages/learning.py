@@ -57,41 +57,36 @@ def run(
     steps, score = parse_until(until)
     if unknown := [arm for arm in arms if arm not in ARMS]:
         raise InputError(f"arm {unknown[0]} is not known; choose among {', '.join(ARMS)}.")
-    if steps is not None:
-        config = with_settings(config, {"training.steps": steps})
-    steps = config.training.steps
+    config = with_settings(config, {"training.steps": steps or config.training.steps})
     opened = Opened(config, terminal)
     opened.task.require_one_turn("`bench --until`")
-    source = opened.source
-    chosen = blocks_of(config, arms, read_config(source.folder).get_text_config().num_hidden_layers)
-    problems = min(
-        PROBLEMS if config.task.eval_size == "auto" else config.task.eval_size, len(opened.task.held_out)
-    )
+    source, problems = opened.source, len(opened.task.held_out)
+    depth = read_config(source.folder).get_text_config().num_hidden_layers
+    # What is the same for all runs; blocks are named apart, so that a longer span leaves finished runs as they are.
+    known = {"model.revision": source.revision, "blocks.layers": None, "blocks.top_k": 1}
+    same = {
+        "config": with_settings(config, known).model_dump(mode="json"),
+        "problems": min(problems, PROBLEMS) if config.task.eval_size == "auto" else problems,
+        "every": every or max(1, config.training.steps // SCORINGS),
+        "target": score,
+    }
+    jobs: list[dict[str, Any]] = [
+        {"arm": arm, "blocks": blocks, "lr": lr, **same}
+        for arm, blocks in blocks_of(config, arms, depth).items()
+        for lr in rates_of(arm, config, rates)
+    ]
     resumed = out is not None and (out / "arms").is_dir()
     folder = RunFolder(out.absolute()) if resumed and out else RunFolder.create(out, f"until-{source.name}")
-    jobs: list[dict[str, Any]] = [
-        {
-            "arm": arm,
-            "blocks": blocks,
-            "lr": lr,
-            "config": with_settings(config, {"model.revision": source.revision}).model_dump(mode="json"),
-            "problems": problems,
-            "every": every or max(1, steps // SCORINGS),
-            "target": score,
-        }
-        for arm, blocks in chosen.items()
-        for lr in rates_of(ARMS.get(arm, ARMS["midtune"]).trains, arm.startswith("trl"), config, rates)
-    ]
     found: dict[str, list[dict[str, Any]]] = {}
     failed: dict[str, str] = {}
     with folder.locked(), terminal.progress("runs", len(jobs)) as advance:
         folder.make()
         (folder.path / "arms").mkdir(exist_ok=True)
         terminal.message(
-            f"{len(jobs)} runs; if they are interrupted, the same command with --out {folder} goes on"
+            f"{len(jobs)} runs; the same command with --out {folder} goes on where this one stops"
         )
         for job in jobs:
-            name = f"{job['arm']} at {job['lr'] if isinstance(job['lr'], str) else format(job['lr'], '.3g')}"
+            name = f"{job['arm']}-{job['lr'] if isinstance(job['lr'], str) else format(job['lr'], '.3g')}"
             try:
                 found.setdefault(job["arm"], []).append(_learned(folder, name, job, terminal))
             except MidtuneError as error:
@@ -102,16 +97,15 @@ def run(
             "schema": 1,
             "model": source.name,
             "task": opened.task.name,
-            "problems": problems,
-            "steps": steps,
+            "problems": same["problems"],
+            "steps": config.training.steps,
             "until": until,
             **compared(found, score),
             "failed": failed,
             "environment": describe_environment(config.model.device, config.seed),
         }
         folder.write_json(folder.path / "learning.json", result)
-        if result["arms"]:
-            clock_curve(result, folder.path / "learning.svg")
+        clock_curve(result, folder.path / "learning.svg")
     return {**result, "run": str(folder)}
 
 
@@ -144,13 +138,13 @@ def blocks_of(config: RunConfig, arms: Sequence[str], depth: int) -> dict[str, l
     return chosen
 
 
-def rates_of(trains: str, stock: bool, config: RunConfig, count: int) -> list[float | str]:
+def rates_of(arm: str, config: RunConfig, count: int) -> list[float | str]:
     """Learning rates to try, around `training.lr`; full training's are around `probe.full_lr`, or a tenth of that."""
     lr: Any = config.training.lr
-    if lr == "auto" and not stock:
+    if lr == "auto" and arm.startswith("midtune"):
         return [lr]
     centre = RATE if lr == "auto" else lr
-    if trains == "all":
+    if arm in ARMS and ARMS[arm].trains == "all":
         centre = config.probe.full_lr or FULL_RATE_SHARE * centre
     return [centre * RATE_FACTOR**place for place in range(-(count // 2), count - count // 2)]
 
@@ -189,15 +183,15 @@ def compared(found: Mapping[str, Sequence[Mapping[str, Any]]], score: float | No
 
 def _learned(folder: RunFolder, name: str, job: dict[str, Any], terminal: Terminal) -> dict[str, Any]:
     """A run's figures, from its file if the same run has left one, else from a process of its own."""
-    file = folder.path / "arms" / f"{name.replace(' at ', '-')}.json"
+    file = folder.path / "arms" / f"{name}.json"
     with suppress(InputError):
         known = folder.read_json(file)
         if known.pop("job", None) == job:
             terminal.message(f"{name}: known from {file.name}")
             return known
     terminal.message(f"{name}: training")
-    job_name = f"{__name__}:{learn_alone.__name__}"
-    found = in_own_process(job_name, job, what=f"the run {name}", instead="leave its arm out with --arms")
+    entry = f"{__name__}:{learn_alone.__name__}"
+    found = in_own_process(entry, job, what=f"the run {name}", instead="leave its arm out with --arms")
     folder.write_json(file, {**found, "job": job})
     return found
 
@@ -214,19 +208,17 @@ def learn_alone(
     """Train an arm at one learning rate in this process; see `bench.arms.learn`."""
     from midtune.bench.arms import learn
     from midtune.bench.curve import Curve
-    from midtune.rl.scoring import score_rows
+    from midtune.measure.meter import Meter
     from midtune.rollout.sampling import SamplingLimits
     from midtune.rollout.text import TextSampler
 
     settings = RunConfig.model_validate(config)
-    opened = Opened(settings, Terminal(quiet=True))
-    task, device = opened.task, resolve_device(settings.model.device)
-    rows = task.held_out[:problems]
+    opened, device = Opened(settings, Terminal(quiet=True)), resolve_device(settings.model.device)
+    opened.score_first(problems)
+    task = opened.task
 
     def score(policy: Any, of_base: bool) -> Any:
-        sampler = TextSampler(policy, SamplingLimits())
-        progress = opened.terminal.progress
-        found = score_rows(sampler, rows, task, settings, "scoring", progress, of_base=of_base)
+        found = opened.score(TextSampler(policy, SamplingLimits()), "scoring", of_base=of_base)
         return found.greedy if found.sampled is None else found.sampled
 
     # An arm without a signal goes on like the others.
@@ -240,7 +232,8 @@ def learn_alone(
         task.reward,
         training,
         blocks,
-        Curve(score, device, training.steps, every, drawn, target),
+        Curve(score, Meter(device), training.steps, every, drawn, target),
+        device=device,
         quantize=settings.model.quantize,
         seed=settings.seed,
         dtype=compute_dtype(settings.model.dtype, device),

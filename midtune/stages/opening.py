@@ -116,6 +116,10 @@ class Opened:
         game = self.task.game
         return TextSampler(policy, limits) if game is None else EpisodeSampler(policy, limits, game)
 
+    def score_first(self, problems: int) -> None:
+        """Score the first held-out problems alone; the others stay out of training too."""
+        self.task = replace(self.task, held_out=self.task.held_out[:problems])
+
     def score(self, sampler: Sampler, what: str, **how: Any) -> Evaluation:
         """Score the held-out problems; for `how` see `score_rows`."""
         from midtune.rl.scoring import score_rows

@@ -7,7 +7,7 @@ block is the study's, unless a recipe says otherwise.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +142,8 @@ def _open(config: RunConfig, folder: RunFolder, terminal: Terminal) -> Training:
     opened = Opened(config, terminal)
     plan = plan_scoring(config, len(opened.task.held_out))
     terminal.message(str(plan))
-    # What is held out does not depend on how much of it is scored.
-    opened.task = task = replace(opened.task, held_out=opened.task.held_out[: plan.problems])
-    source = opened.source
+    opened.score_first(plan.problems)
+    task, source = opened.task, opened.source
     if config.evaluation.baseline == "measured":
         task.require_one_turn("--baseline measured")
     if config.training.vllm is not None:

@@ -142,9 +142,9 @@ def test_anything_else_is_neither(text: str) -> None:
 
 def test_rates_lie_around_the_configured_one() -> None:
     config = load_config(None, {"training.lr": 9e-4})
-    assert learning.rates_of("blocks", False, config, 3) == pytest.approx([3e-4, 9e-4, 27e-4])
-    assert learning.rates_of("all", True, config, 1) == pytest.approx([9e-5])
-    assert learning.rates_of("all", True, with_settings(config, {"probe.full_lr": 1e-5}), 1) == [1e-5]
+    assert learning.rates_of("trl-block", config, 3) == pytest.approx([3e-4, 9e-4, 27e-4])
+    assert learning.rates_of("trl-full", config, 1) == pytest.approx([9e-5])
+    assert learning.rates_of("trl-full", with_settings(config, {"probe.full_lr": 1e-5}), 1) == [1e-5]
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_an_arm_that_fails_does_not_cost_the_others(
     monkeypatch.setattr(learning, "clock_curve", lambda *_: None)
     found = go(configured(), tmp_path / "until", terminal, arms=["midtune", "trl-full"])
     assert ([arm["arm"] for arm in found["arms"]], found["target"]) == (["midtune"], None)
-    assert [*found["failed"]] == ["trl-full at 0.001"]
+    assert [*found["failed"]] == ["trl-full-0.001"]
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
-from midtune.config import RunConfig, dump_config, load_config
+from midtune.config import RunConfig, dump_config, load_config, with_settings
 from midtune.errors import InputError, Interrupted, RunStopped
 from midtune.measure.meter import Meter
 from midtune.model.loading import load_policy
@@ -529,3 +529,27 @@ def test_a_folder_that_vanishes_ends_the_run(
     reward = at_a_moment(tmp_path, "(run / 'metrics.jsonl').exists()", "shutil.rmtree(run)")
     with pytest.raises(RunStopped, match=f"{run} was removed while it was worked in; start again"):
         go(configured(task__reward=reward), run, terminal)
+
+
+def test_scores_of_the_base_are_those_of_an_earlier_run(
+    configured: Configured, tmp_path: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MIDTUNE_CACHE", str(tmp_path / "cache"))
+    settings = {"task__reward": "exact", "training__steps": 1, "task__eval_size": "auto", "training__lr": 1.0}
+    config = configured(**settings, training__stop_after_equal_rewards=0)
+    first = go(config, tmp_path / "first", terminal)
+    # 13 problems are a third of 40, and fewer than the floor.
+    assert first["scoring"] == {
+        "problems": 13,
+        # 13 · 2 · (1 + 2 + 1) completions, beside 1 · 2 · 4 at 1.3.
+        "planned_share": 104 / (104 + 10.4),
+        "kept": {"trained": False, "unquantized": False},
+    }
+    # Another block starts from the same base.
+    second = go(with_settings(config, {"blocks.layers": "1"}), tmp_path / "second", terminal)
+    assert second["scoring"]["kept"] == {"trained": True, "unquantized": True}
+    for kind in ("quality", "sampled", "deployed"):
+        assert second[kind]["before"] == first[kind]["before"]
+    said = terminal.console.file.getvalue()  # type: ignore[attr-defined]
+    assert "scoring 13 problems before and after: about 91% of the run" in said
+    assert "scoring before training: known from an earlier run with the same settings" in said
