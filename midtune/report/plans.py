@@ -116,8 +116,8 @@ def dry_run_text(found: Mapping[str, Any]) -> RenderableType:
         "blocks": found["layers"],
         "step": f"{step['prompts']} prompts x {step['group_size']} completions, at most {step['tokens']:,} new tokens",
         "steps": str(found["steps"]),
-        "evaluation": f"{scored['problems']} problems, greedily and {scored['samples']} samples each, before and "
-        f"after: about {scored['share']:.0%} of the run",
+        "evaluation": f"{scored['problems']} problems, greedily and {scored['samples']} samples each, twice: "
+        f"{scored['share']:.0%} of the run",
         "memory": found["note"],
     }
     if plan is not None:

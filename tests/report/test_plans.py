@@ -93,7 +93,7 @@ def test_a_dry_run_names_what_a_run_would_do() -> None:
         "blocks      as a ranking says, else the middle",
         "step        128 prompts x 16 completions, at most 33,554,432 new tokens",
         "steps       1000",
-        "evaluation  12032 problems, greedily and 16 samples each, before and after: about 31% of the run",
+        "evaluation  12032 problems, greedily and 16 samples each, twice: 31% of the run",
         "memory      no plan",
         "saved in    runs/x",
         "downloads   nothing from the hub",

@@ -134,7 +134,7 @@ def dry_run() -> dict[str, Any]:
         **{"model": MODEL, "quantize": "nf4", "task": TASK, "reward": ["numeric", "format", "code"]},
         **{"algorithm": "dr_grpo", "layers": "as a ranking says, else the middle", "steps": 1000},
         "step": {"prompts": 128, "group_size": 16, "completions": 2048, "tokens": 33_554_432},
-        **{"evaluation": {"problems": 12_032, "samples": 16}, "out": RUN, "note": None},
+        **{"evaluation": {"problems": 12_032, "samples": 16, "share": 0.31}, "out": RUN, "note": None},
         "downloads": [f"the weights of {MODEL}", f"the problems of {TASK}"],
         "weights_bytes": 123 * 2**30,
         "plan": {
