@@ -88,6 +88,7 @@ PARAMETERS = {
     "task_arg": Parameter(
         list[str], "argument of a reasoning-gym dataset; repeatable", "KEY=VALUE", reader="config"
     ),
+    "task.eval_size": _setting("task.eval_size", metavar="N|auto"),
     "reward": _setting("task.reward", metavar="NAME[=WEIGHT]"),
     "resume": _switch("continue a run exactly; its folder is MODEL or --out", "stage"),
     "recipe": Parameter(

@@ -40,6 +40,7 @@ from midtune.tasks.rewards import completion_text
 
 # Held-out problems whose completions are saved.
 SHOWN_PROBLEMS = 4
+KEPT = "Scores of the base model are those that an earlier run with the same settings took."
 
 
 @dataclass
@@ -323,7 +324,11 @@ def _report(
         patch_bytes=patch_bytes,
         probe=folder.read_json(folder.start)["choice"],
         seed=config.seed,
-        notes=[*([f"{sentence(str(collapse))}."] if collapse else []), *unknown],
+        notes=[
+            *([f"{sentence(str(collapse))}."] if collapse else []),
+            *unknown,
+            *[KEPT] * any(kept.values()),
+        ],
         scoring={"problems": len(before.greedy), "planned_share": training.scoring.share, "kept": kept},
     )
 

@@ -548,6 +548,7 @@ def test_scores_of_the_base_are_those_of_an_earlier_run(
     # Another block starts from the same base.
     second = go(with_settings(config, {"blocks.layers": "1"}), tmp_path / "second", terminal)
     assert second["scoring"]["kept"] == {"trained": True, "unquantized": True}
+    assert train.KEPT in second["notes"] and train.KEPT not in first["notes"]
     for kind in ("quality", "sampled", "deployed"):
         assert second[kind]["before"] == first[kind]["before"]
     said = terminal.console.file.getvalue()  # type: ignore[attr-defined]
