@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 
-import midtune
 from midtune.config import RunConfig
 from midtune.model.cache import cache_folder
 from midtune.model.sources import Source
@@ -103,7 +102,7 @@ def _digest_of(sampler: Sampler, rows: list[Row], task: Task, config: RunConfig,
 def _code() -> list[str]:
     """midtune's own code, Python's version and that of every installed package."""
     seen = hashlib.sha256()
-    for file in sorted(Path(midtune.__file__).parent.rglob("*.py")):
+    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
         seen.update(file.read_bytes())
     packages = sorted(f"{package.name} {package.version}" for package in metadata.distributions())
     return [seen.hexdigest(), sys.version, *packages]
