@@ -73,9 +73,10 @@ STUDY: dict[str, tuple[str, dict[str, object]]] = {
 }
 
 
-@pytest.fixture(scope="session")
-def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A function: architecture name → folder with a random checkpoint and a tokenizer (made once)."""
+def write_checkpoint(
+    folder: Path, architecture: str, *, shard_size: str = "5GB", **overrides: object
+) -> None:
+    """Write a random model and a tokenizer of bytes."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -83,27 +84,33 @@ def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        architecture, **{**COMMON, **ARCHITECTURES.get(architecture, {}), **overrides}
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder, max_shard_size=shard_size)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+    fast.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}>"
+    fast.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A function: architecture name → folder with a random checkpoint and a tokenizer (made once)."""
     made: dict[str, Path] = {}
 
-    def make(architecture: str = "qwen3", *, shard_size: str = "5GB", **overrides: object) -> Path:
-        key = f"{architecture}-{shard_size}-{sorted(overrides.items())}"
+    def make(architecture: str = "qwen3", **overrides: object) -> Path:
+        key = f"{architecture}-{sorted(overrides.items())}"
         if key not in made:
             folder = tmp_path_factory.mktemp(architecture)
-            torch.manual_seed(0)
-            config = AutoConfig.for_model(
-                architecture, **{**COMMON, **ARCHITECTURES.get(architecture, {}), **overrides}
-            )
-            AutoModelForCausalLM.from_config(config).save_pretrained(folder, max_shard_size=shard_size)
-            alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-            vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
-            tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-            tokenizer.decoder = decoders.ByteLevel()
-            fast = PreTrainedTokenizerFast(
-                tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-            )
-            fast.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}>"
-            fast.save_pretrained(folder)
+            write_checkpoint(folder, architecture, **overrides)  # type: ignore[arg-type]
             made[key] = folder
         return made[key]
 

@@ -4,36 +4,38 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 
-from midtune.errors import WHY, InputError, explained
+from midtune.errors import InputError
 
 KNOWN = "model such as Qwen, Llama, Mistral, Gemma 3, Phi-3 or SmolLM3"
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Find the decoder blocks by structure: a stack of equal modules, as many as the config has layers.
+    """Find the decoder blocks by structure: the largest stack of modules right inside the decoder.
 
-    Returns the stack's name inside `model` (`model.layers`) and the live stack; raises InputError if there is none.
+    Its blocks may be of several kinds. Returns the stack's name inside `model` (`model.layers`) and the live stack;
+    raises InputError if there is none.
     """
-    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    decoder = model.get_decoder()
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len(module) != depth:
-            continue
-        inside = any(module is child for child in decoder.children())
-        alike = len({type(block) for block in module}) == 1
-        if inside and alike and any(isinstance(part, nn.Linear) for part in module[0].modules()):
-            return name, module
+    # Some architectures name their head the decoder.
+    inside = {id(child) for part in (model.get_decoder(), *model.children()) for child in part.children()}
+    stacks = [
+        (sum(p.numel() for p in module.parameters()), name)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and id(module) in inside
+    ]
+    if stacks:
+        name = max(stacks)[1]
+        return name, cast(nn.ModuleList, model.get_submodule(name))
     raise InputError(
-        f"{type(model).__name__} has no stack of {depth} equal decoder blocks that midtune could recognise; "
+        f"{type(model).__name__} has no stack of decoder blocks that midtune could recognise; "
         f"use a decoder-only {KNOWN}."
     )
 
@@ -41,9 +43,9 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 class TailCache(DynamicCache):
     """Keys and values of blocks first…L−1 only, under those blocks' own layer numbers.
 
-    An empty cache is written once. A cache made from `held`, [N, heads, P, D] for each block, never changes: a block
-    reads it and its own keys and values, and `rows` [B] says which of the N prefixes each row continues. So in both
-    cases a block may run on it again.
+    Masks ask for layer 0, and get the lengths of block `first`. An empty cache is written once. A cache made from
+    `held`, [N, heads, P, D] for each block, never changes: a block reads it and its own keys and values, and `rows` [B]
+    says which of the N prefixes each row continues. So in both cases a block may run on it again.
     """
 
     def __init__(
@@ -68,34 +70,123 @@ class TailCache(DynamicCache):
         return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
 
 
-def tail_of(model: PreTrainedModel, stack_name: str, first: int, *, checkpointing: bool = False) -> nn.Module:
-    """The inner model without its blocks below `first`: pass it their output as `inputs_embeds`.
+def with_part(module: nn.Module, name: str, part: nn.Module) -> nn.Module:
+    """A view of `module` with `part` in the place of its submodule `name`; it shares everything else."""
+    first, _, rest = name.partition(".")
+    view = copy.copy(module)
+    # copy.copy shares the dict of submodules; replacing an entry there would change the module itself.
+    view._modules = dict(module._modules)
+    own = view._modules[first]
+    assert own is not None
+    view._modules[first] = with_part(own, rest, part) if rest else part
+    return view
 
-    It shares every parameter with `model` and makes its own masks and positions, so sliding windows and rotary
-    embeddings are the architecture's. Make a new one after replacing a block. With `checkpointing`, each block keeps
-    only its inputs and runs again for the gradient.
-    """
-    inner_name, _, attribute = stack_name.rpartition(".")
-    inner = model.get_submodule(inner_name)
-    blocks: nn.ModuleList = getattr(inner, attribute)
-    tail = copy.copy(inner)
-    # copy.copy shares the dict of submodules; replacing an entry there would change the model itself.
-    tail._modules = dict(inner._modules)
-    parts = [_checkpointed(block) for block in blocks[first:]] if checkpointing else blocks[first:]
-    setattr(tail, attribute, nn.ModuleList(parts))
-    tail.config = config_from(inner.config, first, len(blocks))
-    return tail
+
+def _with_forward(module: nn.Module, forward: Callable[..., Any]) -> nn.Module:
+    view = copy.copy(module)
+    view.forward = forward
+    return view
 
 
 def _checkpointed(block: nn.Module) -> nn.Module:
     """A checkpointed view of a block; transformers' own checkpointing drops the cache."""
-    view = copy.copy(block)
-    view.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-    return view
+    return _with_forward(
+        block, partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    )
+
+
+def resumed(
+    model: PreTrainedModel,
+    stack_name: str,
+    first: int,
+    states: torch.Tensor | None,
+    *,
+    returned: int = 0,
+    checkpointing: bool = False,
+) -> nn.Module:
+    """The model without its head, in which blocks below `first` do nothing and `states` [B, T, H] enter that one.
+
+    Pass it token ids [B, T] and what else the model takes: the architecture's own code makes masks, positions and
+    whatever it passes to its blocks. With states None, what leaves the blocks below enters block `first`, which is
+    right for block 0. It shares every parameter with `model`; make a new one after replacing a block.
+
+    Args:
+        returned: how many values a block returns as a tuple; 0 if a tensor; see `returned_by`.
+        checkpointing: each block keeps only its inputs and runs again for the gradient.
+    """
+    body_name, _, place = stack_name.partition(".")
+    blocks: Any = model.get_submodule(stack_name)
+
+    def skip(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (hidden_states, *[None] * (returned - 1)) if returned else hidden_states
+
+    def enter(*args: Any, **kwargs: Any) -> Any:
+        name, own = entering(args, kwargs)
+        given = own if states is None else states
+        if given.dim() < own.dim():
+            given = given.unflatten(-1, (-1, own.size(-1))).movedim(2, 0)
+        return after[0](given, *args[1:], **kwargs) if args else after[0](**{**kwargs, name: given})
+
+    after = [_checkpointed(block) if checkpointing else block for block in blocks[first:]]
+    parts = [_with_forward(block, skip) for block in blocks[:first]]
+    parts += [_with_forward(blocks[first], enter), *after[1:]]
+    return with_part(model.get_submodule(body_name), place, nn.ModuleList(parts))
+
+
+@torch.no_grad()
+def returned_by(model: PreTrainedModel, block: nn.Module) -> int:
+    """How many values a block returns as a tuple; 0 if it returns a tensor."""
+    found = []
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        found.append(len(output) if isinstance(output, tuple) else 0)
+        raise Reached
+
+    hook = block.register_forward_hook(note)
+    try:
+        with contextlib.suppress(Reached):
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+    finally:
+        hook.remove()
+    return found[0]
+
+
+class Given:
+    """What a model without its head returns: hidden states [B, T, H], and None for all else that may be asked for."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, place: int) -> torch.Tensor | None:
+        return self.last_hidden_state if place == 0 else None
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+def logits_of(model: PreTrainedModel, stack_name: str, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits [T, V] of the states [T, H] that leave the last norm: the architecture's own code scales and caps them."""
+    view: nn.Module = copy.copy(model)
+    # Trainers wrap the model's forward in place, bound to the model itself.
+    vars(view).pop("forward", None)
+    place = ""
+    for name in stack_name.split(".")[:-1]:
+        place = f"{place}.{name}".lstrip(".")
+        view = with_part(
+            view, place, _with_forward(view.get_submodule(place), lambda *_, **__: Given(hidden[None]))
+        )
+    ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+    logits: torch.Tensor = view(input_ids=ids, use_cache=False).logits
+    return logits[0]
 
 
 class Reached(Exception):
     """Ends a forward pass at a block."""
+
+
+def entering(args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> tuple[str, torch.Tensor]:
+    """The hidden states among a block's arguments, and the name under which they are passed."""
+    return ("", args[0]) if args else ("hidden_states", kwargs["hidden_states"])
 
 
 @contextlib.contextmanager
@@ -109,7 +200,10 @@ def captured(
     states: list[torch.Tensor] = []
 
     def keep(module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
-        state = args[0] if args else kwargs["hidden_states"]
+        _, state = entering(args, kwargs)
+        if state.dim() == 4:
+            # Several streams, [A, B, T, H], are kept as one of their joint width.
+            state = state.movedim(0, 2).flatten(2)
         states.append(state if storage is None else state.to(storage))
         if stop:
             raise Reached
@@ -122,26 +216,6 @@ def captured(
         yield states
     finally:
         hook.remove()
-
-
-@torch.no_grad()
-def check_tail(model: PreTrainedModel, stack_name: str) -> None:
-    """Check that a tail's input reaches its block unchanged; raises InputError.
-
-    Some architectures add positions to their inputs, scale them, or also need token ids.
-    """
-    last = len(model.get_submodule(stack_name)) - 1
-    width = model.config.get_text_config().hidden_size
-    given = torch.linspace(-1, 1, width, dtype=model.dtype, device=model.device).view(1, 1, width)
-    block = model.get_submodule(f"{stack_name}.{last}")
-    ones = torch.ones(1, 1, dtype=torch.long, device=model.device)
-    refused = f"{type(model).__name__} cannot be run from a block in the middle ({WHY}); use a {KNOWN}."
-    # An unknown architecture may raise anything.
-    with explained(refused, keep=(torch.OutOfMemoryError,)), captured(block) as entered:
-        forward = partial(tail_of(model, stack_name, last), inputs_embeds=given, attention_mask=ones)
-        forward(position_ids=ones, past_key_values=TailCache(last), use_cache=True)
-        if not torch.equal(entered[0], given):
-            raise ValueError("it changes what it is given on the way to its blocks")
 
 
 def config_from(config: Any, first: int, depth: int) -> Any:

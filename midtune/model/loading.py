@@ -10,11 +10,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from midtune.device import compute_dtype_of, resolve_device
 from midtune.errors import WHY, InputError, explained
-from midtune.model.blocks import check_tail, find_blocks
+from midtune.model.blocks import find_blocks
 from midtune.model.configs import read_config
 from midtune.model.memory import freed_at_once
 from midtune.model.policy import Policy
-from midtune.model.quantize import clear_quantized_markers, forbid_cpu_packing, nf4_config
+from midtune.model.quantize import (
+    clear_quantized_markers,
+    forbid_cpu_packing,
+    nf4_config,
+    weights_read_directly,
+)
 from midtune.model.sources import Source
 
 
@@ -33,8 +38,7 @@ def load_policy(
     With `quantize="nf4"`, the blocks' linear layers are quantized one by one while the checkpoint is read, so a
     full-precision copy never exists. Embeddings, norms and head stay as stored.
     `dtype` is that of activations (None: see `compute_dtype_of`); a model that overflows fp16 computes in fp32, and
-    `on_message` is told. Raises InputError if there is no such device, or the
-    model is not decoder-only or cannot run from a middle block.
+    `on_message` is told. Raises InputError if there is no such device, or the model is not decoder-only.
     """
     target = resolve_device(device)
     compute_dtype = dtype or compute_dtype_of(target)
@@ -61,6 +65,7 @@ def load_policy(
         if quantize == "nf4" and not stored_quantized:
             linears = [name for name, part in skeleton.named_modules() if isinstance(part, nn.Linear)]
             outside = [name for name in linears if not name.startswith(f"{stack_name}.")]
+            outside += weights_read_directly(skeleton)
             quantization = nf4_config(compute_dtype, keep=outside or ["lm_head"])
         with freed_at_once():
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -73,7 +78,6 @@ def load_policy(
             )
     clear_quantized_markers(model)
     forbid_cpu_packing(model)
-    check_tail(model, stack_name)
     if compute_dtype == torch.float16 and _overflows(model, tokenizer):
         on_message(f"{source.name} overflows fp16, so it computes in fp32, in more memory.")
         compute_dtype = torch.float32

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from midtune.errors import InputError
-from midtune.model.blocks import find_blocks, tail_of
+from midtune.model.blocks import find_blocks, logits_of, resumed, returned_by
 from midtune.model.host import is_here
 from midtune.model.quantize import is_quantized, thawed
 from midtune.model.sources import Source, checkpoint_files, stored_tensors
@@ -41,6 +43,9 @@ class Policy:
         self.model = model.eval().requires_grad_(False)
         # Whether the decode engine serves this model; None until it is tried.
         self.in_slots: bool | None = None
+        # The plain decoder that is exact for this model, and by first block the tail that is; tried once each.
+        self.decoder: Any = None
+        self.tails: dict[int, str] = {}
         self.tokenizer, self.source = tokenizer, source
         self.compute_dtype, self.stored_quantized = compute_dtype, stored_quantized
         self.stack_name, self.blocks = find_blocks(model)
@@ -68,6 +73,13 @@ class Policy:
     def num_blocks(self) -> int:
         return len(self.blocks)
 
+    def kinds(self, blocks: list[int]) -> str:
+        """What some blocks mix tokens with, for people, where a model's blocks differ: ` (linear attention)`."""
+        config: Any = self.model.config.get_text_config()
+        known = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
+        found = dict.fromkeys(known[block].replace("_", " ") for block in blocks if block < len(known))
+        return f" ({', '.join(found)})" if len(set(known)) > 1 and found else ""
+
     @property
     def trained(self) -> list[int]:
         """Numbers of the blocks trained now, ascending."""
@@ -92,17 +104,44 @@ class Policy:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
 
-    def tail(self, first: int, *, checkpointing: bool = False) -> nn.Module:
-        """Blocks first…L−1 and the final norm; see `tail_of`."""
-        return tail_of(self.model, self.stack_name, first, checkpointing=checkpointing)
+    @cached_property
+    def cache_argument(self) -> str:
+        """The name under which the model takes its cache."""
+        known = inspect.signature(type(self.model).forward).parameters
+        return next((name for name in ("cache", "cache_params") if name in known), "past_key_values")
+
+    @cached_property
+    def _returned(self) -> int:
+        return returned_by(self.model, self.blocks[0])
+
+    def tail(self, first: int, states: torch.Tensor | None, *, checkpointing: bool = False) -> nn.Module:
+        """The model without its head, with `states` entering block `first`; see `resumed`."""
+        returned = self._returned if first > 0 else 0
+        return resumed(
+            self.model, self.stack_name, first, states, returned=returned, checkpointing=checkpointing
+        )
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [T, V] of states [T, H] that leave the last norm, as the architecture makes them."""
+        return logits_of(self.model, self.stack_name, hidden)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Name in the model → parameter, for everything that requires a gradient."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def thaw(self, block: int) -> None:
-        """Replace `block` by trainable fp32 masters from the checkpoint; raises InputError if it does not exist."""
+        """Replace `block` by trainable fp32 masters from the checkpoint.
+
+        Raises InputError if it does not exist, or if other blocks use its parameters too.
+        """
         self.check_block(block)
+        own = {id(parameter) for parameter in self.blocks[block].parameters()}
+        for other, part in enumerate(self.blocks):
+            if other != block and any(id(parameter) in own for parameter in part.parameters()):
+                raise InputError(
+                    f"block {block} was asked for, but in {self.source.name} it shares parameters with block {other}, "
+                    "so it cannot be trained alone; choose a block with its own."
+                )
         if block not in self._frozen:
             frozen = self.blocks[block]
             self.blocks[block] = thawed(frozen, self.original_tensors(block))

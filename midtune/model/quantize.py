@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
+import re
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
 
 from midtune.model.memory import freed_at_once
 from midtune.model.products import unpacked_is_faster
@@ -30,6 +33,21 @@ def nf4_config(compute_dtype: torch.dtype, keep: list[str]) -> BitsAndBytesConfi
         bnb_4bit_compute_dtype=compute_dtype,
         llm_int8_skip_modules=keep,
     )
+
+
+def weights_read_directly(model: nn.Module) -> list[str]:
+    """Linear layers whose weight the parent's forward pass reads, as state-space blocks do: 4-bit would break them."""
+    found = []
+    for name, parent in model.named_modules():
+        children = [child for child, part in parent.named_children() if type(part) is nn.Linear]
+        source = inspect.getsource(type(parent).forward) if children else ""
+        prefix = f"{name}." if name else ""
+        found += [
+            f"{prefix}{child}"
+            for child in children
+            if re.search(rf"self\.{child}\.weight\b(?!\.(dtype|device|shape))", source)
+        ]
+    return found
 
 
 def clear_quantized_markers(model: PreTrainedModel) -> None:
@@ -79,9 +97,15 @@ def thawed(block: nn.Module, originals: Mapping[str, torch.Tensor]) -> nn.Module
     return fresh
 
 
-def _as_linear(part: bnb.nn.Linear4bit, original: torch.Tensor | None) -> nn.Linear:
-    linear = nn.Linear(part.in_features, part.out_features, bias=part.bias is not None, device="meta")
+def _as_linear(part: bnb.nn.Linear4bit, original: torch.Tensor | None) -> nn.Module:
+    linear: nn.Module = nn.Linear(
+        part.in_features, part.out_features, bias=part.bias is not None, device="meta"
+    )
     weight = original if original is not None else dequantized(part.weight)
+    if getattr(part, "source_cls", None) is Conv1D:
+        # GPT-2 stores its weights as [in, out].
+        linear = cast(Any, Conv1D)(part.out_features, part.in_features)
+        weight = weight if original is not None else weight.T.contiguous()
     linear.weight = nn.Parameter(weight.to(part.weight.device, torch.float32))
     if part.bias is not None:
         linear.bias = nn.Parameter(part.bias.detach().clone())
@@ -133,6 +157,9 @@ def unpacked(model: nn.Module, dtype: torch.dtype, *, rows: int, most_bytes: int
             if not isinstance(part, nn.Linear):
                 continue
             packed = isinstance(part, bnb.nn.Linear4bit)
+            # Routers and the like may do more than a product.
+            if not packed and type(part) is not nn.Linear:
+                continue
             wanted = dtype if packed else part.weight.dtype
             # oneDNN's product needs inputs of the weight's dtype, and inputs have the compute dtype.
             fast = wanted == dtype and _has_fast_layout(part.weight.device, dtype)

@@ -51,6 +51,8 @@ class SkeletonPolicy(Policy):
     def __init__(self, model: Loaded, depth: int, trained: int, vocabulary: int | None = None) -> None:
         built, self.mode = skeleton(model, depth, vocabulary, trained)
         super().__init__(built, cast(Any, None), cast(Any, None), compute_dtype=model.dtype)
+        # Without data nothing can be compared.
+        self.tails = dict.fromkeys(range(depth), "shared")
         for block in range(trained):
             self.thaw(block)
 
@@ -64,16 +66,17 @@ class SkeletonPolicy(Policy):
                     setattr(part, name, nn.Parameter(parameter.detach().float()))
         self._frozen[block] = frozen
 
-    def tail(self, first: int, *, checkpointing: bool = False) -> nn.Module:
+    def tail(self, first: int, states: torch.Tensor | None, *, checkpointing: bool = False) -> nn.Module:
         """As in `Policy`, but large masks get no data, so transformers cannot see that they mask nothing."""
 
         def enter(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            mask = kwargs["attention_mask"]
-            if mask.numel() * mask.size(1) > LARGE_MASK:
+            # Views of a model share its hooks, and the head's gives no mask.
+            mask = kwargs.get("attention_mask")
+            if mask is not None and mask.numel() * mask.size(1) > LARGE_MASK:
                 kwargs["attention_mask"] = self.mode.from_tensor(mask)
             return args, kwargs
 
-        found = super().tail(first, checkpointing=checkpointing)
+        found = super().tail(first, states, checkpointing=checkpointing)
         found.register_forward_pre_hook(enter, with_kwargs=True)
         return found
 

@@ -23,7 +23,7 @@ from midtune.rl.algorithms import algorithm_arguments, groups_per_micro_batch, o
 from midtune.rl.checks import check_trainable
 from midtune.rl.gradients import Bf16Gradients
 from midtune.rl.recorder import StepRecorder
-from midtune.rl.tail import tail_settings
+from midtune.rl.tail import tail_note, tail_settings
 from midtune.rl.trainer import LayerGRPOTrainer
 from midtune.rollout.sampling import Sampler, Sampling
 from midtune.rollout.vllm import VLLMSampler
@@ -77,6 +77,8 @@ def train_blocks(
     ordered = in_order(rows, settings.steps * settings.prompts_per_step, seed)
     different = [*{row["question"]: row for row in ordered}.values()]
     policy, sampling = sampler.policy, sampling_of(settings)
+    for note in tail_note(policy):
+        on_message(note)
     longest = max(sampler.prompt_lengths(different))
     if settings.vllm is not None:
         sampler = VLLMSampler(settings.vllm, policy, sampler.limits, folder / "vllm")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import DynamicCache
@@ -20,6 +20,9 @@ from midtune.model.policy import Policy
 
 if TYPE_CHECKING:
     from midtune.rollout.sampling import Rollout, Sampler
+
+# Largest mean |Δ log-prob| that rounding explains, between two ways of computing the same.
+MOST_APART = {torch.float32: 2e-5, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
 @dataclass
@@ -73,28 +76,83 @@ def with_boundary(sampler: Sampler, rollout: Rollout, block: int | None) -> Roll
     return replace(rollout, boundary=boundary)
 
 
-def _below(policy: Policy, block: int, rollout: Rollout) -> list[torch.Tensor]:
+def _below(policy: Policy, block: int, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
     """The states of prompts and of their completions, which pass through the blocks below `block`."""
-    cache = DynamicCache()
+    from midtune.rollout.apart import decoder_of
+    from midtune.rollout.decoding import Decoder
 
-    def below(ids: torch.Tensor, mask: torch.Tensor) -> None:
-        width = ids.size(1)
+    def below(ids: torch.Tensor, **passed: Any) -> None:
         with contextlib.suppress(Reached):
-            policy.model(
-                input_ids=ids,
+            policy.model(input_ids=ids, **passed)
+
+    shared = decoder_of(policy) is Decoder
+    with captured(policy.blocks[block], stop=True) as states, policy.autocast():
+        if not shared:
+            below(whole_rows(rollout)[0], use_cache=False)
+            return boundary_of(states[0], rollout)
+        cache = DynamicCache()
+
+        def onto(ids: torch.Tensor, mask: torch.Tensor) -> None:
+            width = ids.size(1)
+            below(
+                ids,
                 # Below block 0 there is nothing to attend to, and no cache.
                 attention_mask=mask if block > 0 else mask[:, -width:],
                 position_ids=positions(mask)[:, -width:],
-                past_key_values=cache,
                 use_cache=True,
+                **{policy.cache_argument: cache},
             )
 
-    with captured(policy.blocks[block], stop=True) as states, policy.autocast():
-        below(rollout.prompt_ids, rollout.prompt_mask)
+        onto(rollout.prompt_ids, rollout.prompt_mask)
         cache.batch_repeat_interleave(rollout.group_size)
         prompt_mask = rollout.prompt_mask.repeat_interleave(rollout.group_size, 0)
-        below(rollout.completion_ids, torch.cat([prompt_mask, rollout.completion_mask], 1))
-    return states
+        onto(rollout.completion_ids, torch.cat([prompt_mask, rollout.completion_mask], 1))
+    prompt, completion = states
+    return prompt, completion
+
+
+def whole_rows(rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Each completion after its prompt: token ids [N·G, P + C], padded on the right only, and lengths [N·G].
+
+    Between them the order, [N·G, P + C]: where each token lies when prompts are padded on the left.
+    """
+    ids, mask = (
+        torch.cat([prompts.repeat_interleave(rollout.group_size, 0), completions], 1)
+        for prompts, completions in (
+            (rollout.prompt_ids, rollout.completion_ids),
+            (rollout.prompt_mask, rollout.completion_mask),
+        )
+    )
+    order = mask.argsort(dim=1, descending=True, stable=True)
+    return ids.gather(1, order), order, mask.sum(1)
+
+
+def _apart(values: torch.Tensor, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values [N·G, P + C, ·] of whole rows as those of prompts [N·G, P, ·] and of completions [N·G, C, ·]."""
+    _, order, _ = whole_rows(rollout)
+    back = order.argsort(dim=1)[..., None].expand(-1, -1, values.size(-1))
+    prompts, completions = values.gather(1, back).split(
+        [rollout.prompt_ids.size(1), rollout.completion_ids.size(1)], 1
+    )
+    return prompts, completions
+
+
+def boundary_of(states: torch.Tensor, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
+    """States [N·G, P + C, H] of whole rows as those of the N prompts and of the completions."""
+    prompts, completions = _apart(states, rollout)
+    return prompts[:: rollout.group_size], completions
+
+
+def plain_log_probs(policy: Policy, rollout: Rollout) -> torch.Tensor:
+    """Log-probs [N·G, C] of the completions by one plain forward pass without a cache; undefined on padding.
+
+    Ways of computing them that are faster are compared with these; see `MOST_APART`.
+    """
+    ids, _, _ = whole_rows(rollout)
+    with policy.autocast():
+        logits = policy.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    found = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])
+    return _apart(torch.cat([torch.zeros_like(found[:, :1]), found], 1), rollout)[1][..., 0]
 
 
 def stacked(parts: Sequence[torch.Tensor], padding: float = 0) -> torch.Tensor:

@@ -50,6 +50,9 @@ class Decoder:
     Prompts are [N, P], left-padded; the `group_size` rows of each are adjacent. Keys and values get `room` more tokens.
     """
 
+    # Without keys there is nothing to mask, and some architectures then take the mask for that of the new tokens.
+    attends = True
+
     def __init__(
         self,
         policy: Policy,
@@ -90,7 +93,6 @@ class Decoder:
         ended = torch.zeros_like(most, dtype=torch.bool)
         ends, warpers = Ends(self.policy, sampling), sampling.warpers()
         live, going = torch.arange(rows, device=device), ~ended
-        position = self._mask.sum(1, keepdim=True)
         for step in range(longest):
             tokens, log_probs[live, step], entropies[live, step] = choose(
                 self.logits,
@@ -109,26 +111,31 @@ class Decoder:
                 break
             if leave and not going.all():
                 kept = closed_up(going)
-                self._cache.batch_select_indices(kept)
-                live, tokens, position = live[kept], tokens[kept], position[kept]
-                self._mask, going = self._mask[kept], going[kept]
-            self._mask = torch.cat([self._mask, going[:, None].to(self._mask)], 1)
-            self.logits = self._forward(tokens[:, None], position)
-            position = position + going[:, None]
+                self._keep(kept)
+                live, tokens, going = live[kept], tokens[kept], going[kept]
+            self.logits = self._feed_drawn(tokens, going)
             self.fed.append(live)
         return Drawn(ids, log_probs, entropies, lengths, ~ended)
 
     def follow(self, rows: Sequence[int], said: Sequence[list[int]]) -> None:
         """Keep the rows of these ascending numbers, and feed each one or more tokens after its last drawn one."""
-        kept = torch.tensor(rows, device=self._mask.device)
-        self._cache.batch_select_indices(kept)
-        self._mask = self._mask[kept]
+        self._keep(torch.tensor(rows, device=self._mask.device))
         self._close_up()
         if max(map(len, said)) > 1:
             self._feed([tokens[:-1] for tokens in said])
             self._close_up()
         # Feed the last tokens separately: only their logits are needed.
         self.logits = self._feed([tokens[-1:] for tokens in said])
+
+    def _keep(self, kept: torch.Tensor) -> None:
+        self._cache.batch_select_indices(kept)
+        self._mask = self._mask[kept]
+
+    def _feed_drawn(self, tokens: torch.Tensor, going: torch.Tensor) -> torch.Tensor:
+        """Feed every row one token [B], which counts for rows that are `going` only; returns logits [B, V]."""
+        position = self._mask.sum(1, keepdim=True)
+        self._mask = torch.cat([self._mask, going[:, None].to(self._mask)], 1)
+        return self._forward(tokens[:, None], position)
 
     def _feed(self, said: Sequence[list[int]]) -> torch.Tensor:
         ids, mask = padded(self.policy, said, "right")
@@ -139,11 +146,11 @@ class Decoder:
         """Feed the tokens [B, T] of the mask's last columns; returns the last one's logits [B, V]."""
         logits: torch.Tensor = self.policy.model(
             input_ids=ids,
-            attention_mask=self._mask,
+            attention_mask=self._mask if self.attends else None,
             position_ids=position_ids,
-            past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self.policy.cache_argument: self._cache},
         ).logits
         return logits[:, -1]
 

@@ -15,6 +15,7 @@ import torch
 from midtune.errors import InputError
 from midtune.model.memory import slices
 from midtune.model.policy import Policy
+from midtune.rollout.apart import decoder_of
 from midtune.rollout.boundary import with_boundary
 from midtune.rollout.decoding import Decoder, ready_to_sample
 from midtune.rollout.engine import Engine, serves
@@ -122,7 +123,7 @@ class EpisodeSampler:
             decoder: Engine | Decoder = (
                 Engine(policy, *start, shared, replayed=self.limits.replayed(policy))
                 if in_slots
-                else Decoder(policy, *start, shared)
+                else decoder_of(policy, self.limits.rows.on_message)(policy, *start, shared)
             )
             for match in playing:
                 match.rewind()

@@ -13,6 +13,7 @@ from midtune.device import random_state, set_random_state
 from midtune.model.blocks import captured
 from midtune.model.memory import slices
 from midtune.model.policy import Policy
+from midtune.rollout.apart import decoder_of
 from midtune.rollout.boundary import BoundaryStates, storage_device, with_boundary
 from midtune.rollout.decoding import ROOM, Decoder, Drawn, ready_to_sample
 from midtune.rollout.engine import Engine, serves
@@ -82,11 +83,12 @@ def sample(
         drawn = engine.draw(sampling, most, uniforms, leave=True)
         return _rollout_of(ids, mask, drawn, boundary_block, engine.states)
 
-    def plainly(part: slice) -> Rollout:
+    def plainly(part: slice, make: type[Decoder], boundary_block: int | None) -> Rollout:
         own = slice(part.start * group_size, part.stop * group_size)
         watched = None if boundary_block is None else policy.blocks[boundary_block]
         with captured(watched, storage=storage) as states:
-            decoder = Decoder(policy, ids[part], mask[part], group_size, min(sampling.max_new_tokens, ROOM))
+            room = min(sampling.max_new_tokens, ROOM)
+            decoder = make(policy, ids[part], mask[part], group_size, room)
             drawn = decoder.draw(
                 sampling, most[own], None if uniforms is None else uniforms[:, own], leave=True
             )
@@ -102,8 +104,16 @@ def sample(
         with ready_to_sample(policy, groups * group_size, unpack=limits.unpack):
             if serves(policy, limits):
                 return in_slots(groups)
-            parts = [plainly(part) for part in slices(len(prompts), groups)]
-        return Rollout.joined(parts, policy.tokenizer.pad_token_id)
+            make = decoder_of(policy, limits.rows.on_message)
+            # Other decoders feed rows in parts or again, so their states are made afterwards.
+            watched = boundary_block if make is Decoder else None
+            parts = [plainly(part, make, watched) for part in slices(len(prompts), groups)]
+        rollout = Rollout.joined(parts, policy.tokenizer.pad_token_id)
+        return (
+            rollout
+            if make is Decoder
+            else with_boundary(TextSampler(policy, limits), rollout, boundary_block)
+        )
 
     return limits.rows.fitting(len(prompts), group_size, run)
 

@@ -246,7 +246,7 @@ def choose_blocks(wanted: BlocksConfig, policy: Policy, task: Task, terminal: Te
         how = f"boost of {names} by {wanted.boost:g}: {how}"
     else:
         how = f"the worst of {how}" if wanted.select == "worst" and wanted.layers is None else how
-        terminal.message(f"training {names} ({how})")
+        terminal.message(f"training {names} of {policy.num_blocks}{policy.kinds(blocks)}, chosen by {how}")
     return Choice(blocks, how, ranking)
 
 

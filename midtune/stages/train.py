@@ -26,6 +26,7 @@ from midtune.report.page import run_page
 from midtune.report.plots import learning_curve
 from midtune.report.terminal import Terminal
 from midtune.rl.collapse import collapse_in
+from midtune.rl.tail import tail_note
 from midtune.rl.training import require_one_process, require_tracker, train_blocks
 from midtune.rollout.evaluation import Evaluation
 from midtune.rollout.sampling import Sampler
@@ -327,6 +328,7 @@ def _report(
         notes=[
             *([f"{sentence(str(collapse))}."] if collapse else []),
             *unknown,
+            *tail_note(training.policy),
             *[KEPT] * any(kept.values()),
         ],
         scoring={"problems": len(before.greedy), "planned_share": training.scoring.share, "kept": kept},

@@ -160,17 +160,14 @@ WANTED = [
     Read(
         "rl/trainer.py:LayerGRPOTrainer._scored_for_update", "needed.nonzero()", "which groups are left out"
     ),
-    Read(
-        "rl/tail.py:completion_log_probs", "rollout.prompt_mask.argmax(1).min()", "padding of all is cut off"
-    ),
-    Read("rl/tail.py:completion_log_probs.<locals>.prompts", "tail(", NO_MASK, MASKS),
-    Read("rl/tail.py:completion_log_probs", "prompt_of_row[scored]", "first tokens that have log-probs"),
-    Read("rl/tail.py:completion_log_probs", "scored.nonzero()", "first tokens that have log-probs"),
-    Read("rl/tail.py:completion_log_probs", "(lengths - 1).tolist()", "packs are of like length"),
+    Read("rl/tail.py:_on_shared_prompts", "rollout.prompt_mask.argmax(1).min()", "padding of all is cut off"),
+    Read("rl/tail.py:_on_shared_prompts.<locals>.run", "policy.tail(", NO_MASK, MASKS),
+    Read("rl/tail.py:_on_shared_prompts", "prompt_of_row[scored]", "first tokens that have log-probs"),
+    Read("rl/tail.py:_on_shared_prompts", "scored.nonzero()", "first tokens that have log-probs"),
+    Read("rl/tail.py:_on_shared_prompts", "(lengths - 1).tolist()", "packs are of like length"),
     # Once a pack.
-    Read("rl/tail.py:completion_log_probs", "int(lengths[pack].max())", "a pack is cut to its longest row"),
-    Read("rl/tail.py:completion_log_probs", "kept.nonzero()", "tokens that have log-probs"),
-    Read("rl/tail.py:completion_log_probs.<locals>.completions", "tail(", NO_MASK, MASKS),
+    Read("rl/tail.py:_on_shared_prompts", "int(lengths[pack].max())", "a pack is cut to its longest row"),
+    Read("rl/tail.py:_on_shared_prompts", "kept.nonzero()", "tokens that have log-probs"),
     # Once a run, or a checkpoint.
     Read("rl/checks.py:compare_log_probs", "difference =", "the update has to compute what the sampler did"),
     Read("rl/checks.py:_checksum", "return int(", "no frozen tensor may move"),

@@ -14,6 +14,7 @@ from torch import nn
 from midtune.errors import InputError
 from midtune.model.policy import Policy
 from midtune.model.quantize import dequantized
+from tests.architectures import RECURRENT
 from tests.conftest import ARCHITECTURES
 from tests.model.toy_training import logits_of, perturb
 
@@ -273,3 +274,16 @@ def test_everything_thawed_comes_back_bit_for_bit(load: Load) -> None:
 def test_a_model_in_4_bit_is_not_trained_whole(load: Load) -> None:
     with pytest.raises(InputError, match="4-bit.*--quantize none"):
         load("qwen3").thaw_all()
+
+
+def test_the_kind_of_a_block_is_said_where_blocks_differ(load: Load) -> None:
+    assert load("qwen3").kinds([1]) == ""
+    mixed = load("lfm2", **RECURRENT["lfm2"])
+    assert mixed.kinds([2]) == " (conv)"
+    assert mixed.kinds([2, 3]) == " (conv, full attention)"
+
+
+def test_a_block_that_shares_its_parameters_is_not_trained_alone(load: Load) -> None:
+    policy = load("zamba", "none", **RECURRENT["zamba"])
+    with pytest.raises(InputError, match="block 3 was asked for, but .* it shares parameters with block 1"):
+        policy.thaw(3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from torch import nn
 from midtune.model import quantize
 from midtune.model.policy import Policy
 from midtune.model.quantize import unpacked
+from tests.architectures import RECURRENT
 
 Load = Callable[..., Policy]
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
@@ -108,3 +110,17 @@ def test_gradients_pass_4bit_layers_after_sampling(load: Load, monkeypatch: pyte
     assert torch.allclose(logits, before, atol=1e-5)
     (gradient,) = torch.autograd.grad(logits.sum(), embedded)
     assert gradient.abs().min() > 0
+
+
+def test_weights_that_are_read_directly_stay_as_they_are(load: Load) -> None:
+    mixer = load("mamba", "nf4", **RECURRENT["mamba"]).blocks[0].get_submodule("mixer")
+    assert type(mixer.dt_proj) is nn.Linear
+    assert isinstance(mixer.in_proj, bnb.nn.Linear4bit)
+
+
+def test_weights_stored_transposed_are_thawed_as_stored(load: Load) -> None:
+    policy, plain = load("gpt2", "nf4"), load("gpt2", "none")
+    assert isinstance(policy.blocks[1].get_submodule("attn.c_attn"), bnb.nn.Linear4bit)
+    policy.thaw(1)
+    for name, parameter in plain.blocks[1].named_parameters():
+        assert torch.equal(policy.blocks[1].get_parameter(name), parameter)

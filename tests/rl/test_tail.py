@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from midtune.model.loading import load_policy
 from midtune.model.policy import Policy
 from midtune.model.sources import resolve
-from midtune.rl.tail import completion_log_probs, packs
+from midtune.rl import tail
+from midtune.rl.tail import completion_log_probs, packs, tail_kind, tail_note
 from midtune.rollout.boundary import with_boundary
 from midtune.rollout.sampling import Rollout, Sampling, SamplingLimits
 from midtune.rollout.text import TextSampler, sample
+from tests.architectures import EVERY
 from tests.conftest import ARCHITECTURES, STUDY
 from tests.plain import PROMPTS, plain_log_probs, stop_early
 
@@ -138,6 +140,54 @@ def test_logits_are_capped_as_the_model_caps_them(load: Load) -> None:
     rollout = rollout_of(policy)
     found = completion_log_probs(policy, rollout, temperature=1.0)
     assert_same(policy, found, plain_log_probs(policy, rollout, 1.0))
+
+
+@pytest.mark.parametrize("recompute_tokens", [0, 40])
+@pytest.mark.parametrize("most_padding", [0.15, 1.0])
+@pytest.mark.parametrize("kind", [tail.ROWS, tail.WHOLE])
+def test_slower_tails_compute_the_same(
+    load: Load, kind: str, most_padding: float, recompute_tokens: int
+) -> None:
+    policy = load("gemma3_text")
+    policy.thaw(2)
+    rollout = rollout_of(policy)
+    policy.tails[2] = kind
+    found = completion_log_probs(
+        policy,
+        rollout,
+        temperature=0.7,
+        entropy_gradient=True,
+        recompute_tokens=recompute_tokens,
+        most_padding=most_padding,
+    )
+    assert_same(policy, found, plain_log_probs(policy, rollout, 0.7))
+
+
+@pytest.mark.parametrize("kind", [tail.ROWS, tail.WHOLE])
+def test_slower_tails_train_every_parameter(load: Load, kind: str) -> None:
+    policy = load("qwen3", "none")
+    policy.thaw_all()
+    rollout = rollout_of(policy)
+    policy.tails[0] = kind
+    found = completion_log_probs(policy, rollout, temperature=1.0)
+    assert_same(policy, found, plain_log_probs(policy, rollout, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "block", "kind", "says"),
+    [
+        ("qwen3", 2, tail.SHARED, []),
+        ("lfm2", 2, tail.ROWS, ["The update repeats each prompt for all its completions"]),
+        ("gemma4_text", 3, tail.WHOLE, ["The update runs all blocks"]),
+    ],
+)
+def test_the_fastest_tail_that_is_exact_is_taken(
+    load: Load, architecture: str, block: int, kind: str, says: list[str]
+) -> None:
+    policy = load(architecture, **EVERY[architecture])
+    policy.thaw(block)
+    assert tail_kind(policy, block) == kind
+    assert [note.partition(",")[0] for note in tail_note(policy)] == says
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "mistral"])
