@@ -18,7 +18,8 @@ from midtune.model.policy import Policy
 from midtune.report.results import Answers
 from midtune.report.terminal import Terminal
 from midtune.rl.training import sampling_of
-from midtune.rollout.decoding import Decoder, ready_to_sample
+from midtune.rollout.apart import decoder_of
+from midtune.rollout.decoding import ready_to_sample
 from midtune.rollout.evaluation import score_completions
 from midtune.rollout.sampling import Sampling, padded
 from midtune.rollout.speech import prompt_ids
@@ -94,7 +95,7 @@ def complete(
 
     ids, mask = padded(policy, [prompt_ids(tokenizer, prompt)], "left")
     with ready_to_sample(policy, 1, unpack=False):
-        decoder = Decoder(policy, ids, mask, 1)
+        decoder = decoder_of(policy)(policy, ids, mask, 1)
         decoder.draw(sampling, [sampling.max_new_tokens], uniforms, leave=False, on_tokens=stream)
     return text(), said
 
