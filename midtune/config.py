@@ -4,8 +4,8 @@ A recipe is a YAML file with the shape of `RunConfig`; any key can be set on the
 `--set part.key=value`. Precedence, lowest first: the defaults here, a recipe, command-line options.
 
 Defaults of the training part are the settings of the study that midtune rests on (arXiv 2607.01232:
-AdamW, learning rate 5e-6, group size 4, KL 0.001, clip 0.2) for a single block, except where a
-comment says that one consumer card calls for something smaller.
+AdamW, group size 4, KL 0.001, clip 0.2) for a single block, except where a comment says that one consumer
+card calls for something smaller, and for the learning rate: its 5e-6 is meant for batches of 512 completions.
 """
 
 from __future__ import annotations
@@ -211,7 +211,10 @@ class TrainingConfig(Part):
     gigpo_scale: bool = described(True, "divide GiGPO's differences from the mean by standard deviations")
     gigpo_gamma: float = described(0.95, "GiGPO's discount of later rewards", gt=0, le=1)
     steps: int = described(100, "optimizer steps", ge=1, le=MOST_STEPS)
-    lr: float = described(5e-6, "learning rate", gt=0, le=10)
+    lr: Annotated[float, Field(gt=0, le=10)] | Literal["auto"] = described(
+        "auto",
+        "learning rate; auto: whatever moves the policy by the same small KL divergence a step",
+    )
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = described(0, "steps over which the learning rate rises", ge=0, le=MOST_STEPS)
     weight_decay: float = Field(0.0, ge=0, le=10)

@@ -28,7 +28,7 @@ from trl import GRPOConfig, GRPOTrainer
 from midtune.bench.curve import Curve
 from midtune.bench.flops import Batch, rollout_flops, update_flops
 from midtune.bench.profile import BenchMeter, Profile, operators_per_token, peak_flops_per_s
-from midtune.bench.workload import ARMS, Workload, qlora
+from midtune.bench.workload import ARMS, STOCK_RATE, Workload, qlora
 from midtune.config import TrainingConfig
 from midtune.measure.meter import Meter
 from midtune.model.loading import load_policy, load_tokenizer
@@ -38,6 +38,7 @@ from midtune.model.sizes import sizes_of
 from midtune.model.sources import Source
 from midtune.rl.trainer import LayerGRPOTrainer
 from midtune.rl.training import in_order, train_blocks, trl_arguments
+from midtune.rl.trust_region import TrustRegion
 from midtune.rollout.decoding import ready_to_sample
 from midtune.rollout.engine import serves
 from midtune.rollout.sampling import Sampling, SamplingLimits
@@ -63,6 +64,7 @@ def run_arm(
     completions = _completions(tokenizer, work)
     rewards = [float(row % work.group_size) for row in range(len(completions))]
     settings = TrainingConfig(
+        lr="auto" if arm == "midtune" else STOCK_RATE,
         steps=work.warmup + work.steps + work.profile,
         beta=0.0,
         prompts_per_step=len(work.prompts),
@@ -84,6 +86,7 @@ def run_arm(
             trainer = LayerGRPOTrainer(sampler, sampling, args, [lambda **_: rewards], rows, meter=meter)
             # Skip the log-prob check: a decided token has probability 1 in sampling, not in the update.
             trainer._compared = True
+            trainer.add_callback(TrustRegion(trainer))
             # An arm does its work in full-size batches, or fails.
             sampler.limits.rows.halves = trainer.update_rows.halves = False
         else:
@@ -109,7 +112,9 @@ def run_arm(
         found["profile"] = watched.found
         found["flops"] = {
             "rollout": rollout_flops(sizes, batch, arm),
-            "update": update_flops(sizes, batch, arm, tail=sizes.blocks - work.block, trained=1),
+            "update": update_flops(
+                sizes, batch, arm, tail=sizes.blocks - work.block, trained=1, checked=arm == "midtune"
+            ),
         }
         found["peak_flops_per_s"] = peak_flops_per_s(device, dtype)
         if arm == "midtune":
@@ -144,7 +149,8 @@ def full_training(
     ordered = in_order(rows, settings.steps * prompts, seed)[: steps * prompts]
     tokenizer = load_tokenizer(source)
     longest = max(len(prompt_ids(tokenizer, row["prompt"])) for row in ordered)
-    few = settings.model_copy(update={"steps": steps})
+    lr = STOCK_RATE if settings.lr == "auto" else settings.lr
+    few = settings.model_copy(update={"steps": steps, "lr": lr})
     with _arguments("trl-full", few, longest, seed, device, dtype) as args:
         policy = stock_policy("trl-full", source, device, dtype)
         trainer = stock_trainer("trl-full", policy, args, ordered, reward, meter)

@@ -46,18 +46,20 @@ def update_flops(
     trained: int,
     recompute: bool = False,
     reference: bool = False,
+    checked: bool = False,
 ) -> float:
     """Operations of the update.
 
     Each block counts once for its forward pass, once for the gradient of its inputs, once for that of its weights,
-    and once for each extra forward pass: recomputed activations, or the reference of a KL term. `tail` blocks start at
-    the first trained one. `recompute` is midtune's setting; TRL always recomputes if it checkpoints.
+    and once for each extra forward pass: recomputed activations, the reference of a KL term, or the trust region's
+    check. `tail` blocks start at the first trained one. `recompute` and `checked` are midtune's settings; TRL always
+    recomputes if it checkpoints.
     """
     scored = batch.rows * batch.new_tokens
     if arm == "midtune":
         tokens = batch.prompts * batch.prompt_tokens + batch.rows * (batch.new_tokens - 1)
-        blocks = (2 + recompute + reference) * tail + trained
-        head = 2 + reference
+        blocks = (2 + recompute + reference + checked) * tail + trained
+        head = 2 + reference + checked
     else:
         tokens = batch.rows * (batch.prompt_tokens + batch.new_tokens)
         whole = ARMS[arm].trains == "all"

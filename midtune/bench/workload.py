@@ -31,6 +31,8 @@ ARMS = {
 PLANNED = ("midtune", "trl-block", "trl-qlora", "trl-full", "trl-full-kept")
 BENCHED = tuple(arm for arm in ARMS if arm != "trl-full-kept")
 LORA_RANK = 16
+# TRL has no `auto`: with this rate, the study's, a few steps leave completions as long as they were.
+STOCK_RATE = 5e-6
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,7 @@ def estimated_phases(
         trained=len(blocks),
         recompute=config.training.recompute,
         reference=config.training.beta > 0,
+        checked=config.training.lr == "auto",
     )
     ratio = flops(arm) / (flops("midtune") * max(updated_share, 1 / batch.prompts))
     return {

@@ -139,10 +139,16 @@ class Planner:
         # Each token reads every weight and, on average, half of the keys and values.
         each = sampling_passes * (read + 2 * sizes.projection) + held["keys and values"] / 2
         products = update_flops(
-            sizes, batch, arm, tail=self.tail, trained=len(self.blocks), recompute=training.recompute
+            sizes,
+            batch,
+            arm,
+            tail=self.tail,
+            trained=len(self.blocks),
+            recompute=training.recompute,
+            checked=(checked := training.lr == "auto"),
         )
         if arm == "midtune":
-            passes = (2 + training.recompute) * self.tail / sizes.blocks
+            passes = (2 + training.recompute + checked) * self.tail / sizes.blocks
         else:
             passes = 2.0 + ARMS[arm].checkpointing
         micro_batches = batch.prompts // work.micro_prompts

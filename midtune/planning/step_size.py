@@ -131,13 +131,15 @@ def standing(model: Loaded, sizes: Sizes, arm: str, work: Work, *, trained: int)
         parts["reference"] = (parameters if ours else sizes.total) * 4
     # On a card the optimizer updates all tensors at once, with a temporary copy of each.
     temporary = parameters if model.on_card else 2 * largest
+    # The tensors as they were, for the trust region; in RAM where there is a card. Later they replace the gradients.
+    copied = parameters * 4 if ours and training.lr == "auto" and not model.on_card else 0
     # With bf16 gradients, only one is in fp32 at a time.
     bf16 = ours and training.gradients == "bf16"
     return Standing(
         {name: size for name, size in parts.items() if size},
         parameters * 2 + largest * 4 if bf16 else parameters * bytes_each,
         parameters * bytes_each,
-        temporary * bytes_each if optimizer == "adamw" else 0,
+        (temporary * bytes_each if optimizer == "adamw" else 0) + copied,
     )
 
 

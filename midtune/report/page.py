@@ -30,7 +30,12 @@ GENERATOR = '<meta name="generator" content="midtune">'
 # Prefixes of report.json's keys for what midtune is compared with.
 OTHERS = {"full": "full training", "qlora": "QLoRA"}
 RATES = {"Learning rate": "training.lr", "KL weight": "training.beta", "Temperature": "training.temperature"}
-CURVES = {"reward": "Reward", "completion_length": "Completion length, tokens"}
+CURVES = {
+    "reward": "Reward",
+    "completion_length": "Completion length, tokens",
+    "step_kl": "KL of a step, per token",
+    "lr": "Learning rate",
+}
 # Names that are more than capital letters.
 ALGORITHM_NAMES = {"dr_grpo": "Dr. GRPO", "gigpo": "GiGPO"}
 QUANTIZED = {"nf4": "linear layers in 4-bit NF4", "none": "unquantized"}
@@ -137,7 +142,11 @@ def _asked(run: Run) -> dict[str, str]:
         "Parameters": f"{trained:,} of {parameters:,} trained ({percent_text(trained / parameters)}), "
         f"a patch of {bytes_text(report['patch_bytes'])}",
         "Training": work if run.config.get("training") else None,
-        **{name: f"{get(key):g}" for name, key in RATES.items() if get(key) is not None},
+        **{
+            name: f"{value:g}" if isinstance(value, float) else value
+            for name, key in RATES.items()
+            if (value := get(key)) is not None
+        },
         "Seed": report["seed"],
         "Device": run.environment.get("device"),
     }
@@ -179,7 +188,8 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for key, name in CURVES.items():
         _, values, means = smoothed(metrics, key)
-        if values:
+        # A rate that never changes is in the table.
+        if values and (key != "lr" or len(set(values)) > 1):
             width = smoothing_width(len(values))
             label = (
                 f"{name} over {len(values)} steps: {means[width - 1]:.3g} in the mean of the first {width}, "

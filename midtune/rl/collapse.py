@@ -23,7 +23,7 @@ class Collapse:
         return (
             f"in steps {self.steps - WINDOW + 1} to {self.steps} all completions of each prompt got equal rewards, and "
             f"their mean was {self.now:.2g}, after {self.best:.2g} at best: training seems to have collapsed; start "
-            "again with a lower --lr, or with a KL term (--beta) above the one it had"
+            "again with --lr auto or a lower number, or with a KL term (--beta) above the one it had"
         )
 
 

@@ -17,6 +17,7 @@ from midtune.tasks.rewards import completion_text
 
 if TYPE_CHECKING:
     from midtune.rl.trainer import LayerGRPOTrainer
+    from midtune.rl.trust_region import TrustRegion
 
 SAMPLES_PER_STEP = 2
 # Seconds between checkpoints, as a multiple of the seconds that one takes: 2% of the time goes into them.
@@ -46,7 +47,8 @@ class StepRecorder(TrainerCallback):
     The line that `on_step` receives holds:
 
     - step, reward, rewards (the mean of each part of a weighted sum), equal_groups (share of groups whose rewards are
-      all equal), completion_length (tokens), clipped (share cut at the limit), loss, grad_norm, lr;
+      all equal), completion_length (tokens), clipped (share cut at the limit), loss, grad_norm, lr; with
+      a trust region, step_kl (how far the step moved the policy) if any group taught;
     - in tasks played in turns, turns and shown_length (actions of an episode, tokens its environment showed); with
       vLLM, vllm_difference (mean difference of a token's log-prob between vLLM and the policy);
     - rollout_s, reward_s, update_s, step_s, tokens_per_s (of the rollout), memory_bytes, elapsed_s; if the meter has
@@ -63,6 +65,7 @@ class StepRecorder(TrainerCallback):
     stop_after: int | None  # a step after which training ends likewise
     settings: TrainingConfig
     trainer: LayerGRPOTrainer = field(init=False)
+    trust_region: TrustRegion | None = None
 
     def __post_init__(self) -> None:
         self._started = self.meter.clock()
@@ -118,6 +121,8 @@ class StepRecorder(TrainerCallback):
             return
         metrics: dict[str, Any] = {"step": state.global_step}
         metrics |= {ours: logs[theirs] for theirs, ours in FIELDS.items() if theirs in logs}
+        if self.trust_region is not None:
+            metrics |= self.trust_region.figures
         metrics["clipped"] = self.trainer.cut_share
         if len(names := self.trainer.reward_func_names) > 1:
             metrics["rewards"] = {name: logs[f"rewards/{name}/mean"] for name in names}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -34,8 +35,9 @@ from midtune.rl.algorithms import Advantages
 from midtune.rl.checks import check_trainable, compare_log_probs, frozen_checksums
 from midtune.rl.gradients import Bf16Gradients
 from midtune.rl.tail import completion_log_probs
+from midtune.rl.trust_region import divergence
 from midtune.rl.turns import figures_of, token_advantages, turns_of
-from midtune.rollout.sampling import Rollout, Sampler, Sampling
+from midtune.rollout.sampling import Rollout, Sampler, Sampling, Which
 from midtune.runs import checkpoints_in
 from midtune.whole import written_whole
 
@@ -227,6 +229,8 @@ class LayerGRPOTrainer(GRPOTrainer):
             if self.own_advantages is not None:
                 advantages = self._form_advantages(self.own_advantages, rollout)
                 batch["advantages"] = advantages.to(batch["advantages"])
+            # Replaced by the update's own, which round as those after the step do.
+            batch["log_probs_before"] = rollout.log_probs.clone()
             groups = len(rollout.prompt_ids)
             self._buffered_inputs = [groups_of(batch, part) for part in slices(groups, groups // parts)]
         return self._buffered_inputs[self._step % parts]
@@ -292,20 +296,39 @@ class LayerGRPOTrainer(GRPOTrainer):
         of tokens by entropy. TRL still counts them where it normalises.
         """
         rollout: Rollout = self._piece["rollout"]
-        needed = self._piece["advantages"].reshape(len(rollout.prompt_ids), -1).any(1)
+        prompts = teaching(self._piece)
         weighed_otherwise = self.beta > 0 or self.top_entropy_quantile < 1 or self._entropy_bonus_enabled
-        if weighed_otherwise or bool(needed.all()):
-            return self._scored(rollout)
-        # Every trained tensor gets a gradient, zero if need be: Adam moves on its momentum.
-        zero = torch.stack([p.flatten()[0] for p in self.policy.trained_parameters().values()]).sum() * 0
-        log_probs, entropies = rollout.log_probs + zero, rollout.entropies
-        prompts = needed.nonzero()[:, 0]
-        if len(prompts) > 0:
-            rows = rollout.rows_of(prompts)
-            scored = self._scored(rollout.groups(prompts))
-            log_probs = log_probs.index_copy(0, rows, scored[0])
-            entropies = entropies.index_copy(0, rows, scored[1])
+        if weighed_otherwise or len(prompts) == len(rollout.prompt_ids):
+            log_probs, entropies = self._scored(rollout)
+        else:
+            # Every trained tensor gets a gradient, zero if need be: Adam moves on its momentum.
+            zero = torch.stack([p.flatten()[0] for p in self.policy.trained_parameters().values()]).sum() * 0
+            log_probs, entropies = rollout.log_probs + zero, rollout.entropies
+            if len(prompts) > 0:
+                rows = rollout.rows_of(prompts)
+                scored = self._scored(rollout.groups(prompts))
+                log_probs = log_probs.index_copy(0, rows, scored[0])
+                entropies = entropies.index_copy(0, rows, scored[1])
+        self._piece["log_probs_before"].copy_(log_probs.detach())
         return log_probs, entropies
+
+    def teaches(self) -> bool:
+        """Whether any group of the step has advantages, in any process."""
+        found = sum(len(teaching(part)) for part in self._buffered_inputs or [])
+        return bool(self.accelerator.reduce(torch.tensor(found, device=self.policy.device), "sum") > 0)
+
+    def step_kl(self) -> float:
+        """KL of the policy before the optimizer's step from the policy now, per token of the groups that teach."""
+        found = torch.zeros(2, dtype=torch.float64, device=self.policy.device)
+        for part in self._buffered_inputs or []:
+            if len(prompts := teaching(part)) > 0:
+                groups = groups_of(part, prompts)
+                with torch.no_grad():
+                    after, _ = self._scored_in_slices(groups["rollout"])
+                mask = groups["rollout"].scored
+                found += torch.stack([divergence(groups["log_probs_before"], after, mask), mask.sum()])
+        total, tokens = self.accelerator.reduce(found, "sum").tolist()
+        return float(total / tokens) if math.isfinite(total) else math.inf
 
     def _scored(self, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
         scored = completion_log_probs(
@@ -386,8 +409,16 @@ def load_trained(policy: Policy, checkpoint: Path) -> None:
             parameter.copy_(tensors[name])
 
 
-def groups_of(batch: dict[str, Any], groups: slice) -> dict[str, Any]:
-    """The part of a batch (TRL's inputs of whole groups, and their `rollout`) of some groups, sharing its memory."""
+def teaching(inputs: dict[str, Any]) -> torch.Tensor:
+    """The numbers of the groups that have advantages, which those of equal rewards do not."""
+    return inputs["advantages"].reshape(len(inputs["rollout"].prompt_ids), -1).any(1).nonzero()[:, 0]
+
+
+def groups_of(batch: dict[str, Any], groups: Which) -> dict[str, Any]:
+    """The part of a batch (TRL's inputs of whole groups, and their `rollout`) of some groups.
+
+    A slice shares its memory.
+    """
     rollout: Rollout = batch["rollout"]
     rows = rollout.rows_of(groups)
     part = {

@@ -25,6 +25,7 @@ from midtune.rl.gradients import Bf16Gradients
 from midtune.rl.recorder import StepRecorder
 from midtune.rl.tail import tail_note, tail_settings
 from midtune.rl.trainer import LayerGRPOTrainer
+from midtune.rl.trust_region import FIRST_RATE, TrustRegion
 from midtune.rollout.sampling import Sampler, Sampling
 from midtune.rollout.vllm import VLLMSampler
 from midtune.tasks import Reward, Row, parts_of
@@ -120,6 +121,9 @@ def train_blocks(
     )
     trainer.remove_callback(PrinterCallback)
     recorder.trainer = trainer
+    if settings.lr == "auto":
+        recorder.trust_region = TrustRegion(trainer)
+        trainer.add_callback(recorder.trust_region)
     try:
         with bf16_gradients or contextlib.nullcontext():
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from is not None else None)
@@ -193,7 +197,7 @@ def trl_arguments(
         **{name: getattr(settings, name) for name in SAME_NAME},
         **algorithm_arguments(settings),
         optim=OPTIMIZERS[settings.optimizer],
-        learning_rate=settings.lr,
+        learning_rate=FIRST_RATE if settings.lr == "auto" else settings.lr,
         lr_scheduler_type=settings.lr_schedule,
         max_steps=settings.steps,
         # Rows already come in order, so a resumed run finds its place by counting.

@@ -1,0 +1,109 @@
+"""A trust region in place of a learning rate: `training.lr: auto`.
+
+After the optimizer's step, a forward pass of the tail gives new log-probs of the completions that were learned from,
+and with them how far the policy moved, in KL divergence. The rate follows, so that every step moves it about as far.
+A step that went far beyond the target is taken back in part, and one that fell far short, such as the first, is
+stretched: so no first guess and no warm-up matter.
+
+Sources: TRPO (arXiv 1502.05477) measures steps in KL and searches along them; PPO (1707.06347, section 4) lets a
+coefficient follow the KL. Here the optimizer's rate follows it, and the target is per token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+if TYPE_CHECKING:
+    from midtune.rl.trainer import LayerGRPOTrainer
+
+# Where the search for a rate begins: rather too high, since the KL of short steps drowns in rounding in bf16.
+FIRST_RATE = 1e-3
+# KL of a step, per token of the groups that were learned from.
+TARGET = 1e-3
+# A step's KL may be this many times the target, or a target this many times it, before the step itself is changed.
+MOST_OVER, MOST_UNDER = 4.0, 64.0
+# A changed step is measured again and changed again, at most this often, and each time by at most this factor.
+TRIES, MOST_CHANGE = 6, 100.0
+
+
+def divergence(before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Sum over the tokens of `mask` of KL(before ‖ after), from the log-probs of tokens that `before` drew.
+
+    A token counts r − 1 − log r with r = after/before, which is never negative and right on average ("k3", Schulman,
+    joschu.net/blog/kl-approx.html).
+    """
+    log_ratio = (after - before).double() * mask
+    return (log_ratio.expm1() - log_ratio).sum()
+
+
+def factor_towards(target: float, kl: float) -> float:
+    """By how much to lengthen a step for its KL, which grows with the square of its length, to reach the target."""
+    ratio = target / kl if kl > 0 else math.inf
+    return min(max(math.sqrt(ratio), 1 / MOST_CHANGE), MOST_CHANGE)
+
+
+def fitted_step(
+    parameters: Sequence[torch.Tensor],
+    before: Sequence[torch.Tensor],
+    target: float,
+    kl: float,
+    measure: Callable[[], float],
+) -> tuple[float, float, float]:
+    """Lengthen or shorten the step from `before` to `parameters`, in place, until its KL, now `kl`, is near the target.
+
+    Returns the factor of the step's length, its KL, and the factor of the next steps' rate. The rate goes half of the
+    way to the target, on a log scale, because the KL of one step is noisy; a change of the step itself it keeps whole.
+    """
+    length = 1.0
+    for _ in range(TRIES):
+        if target / MOST_UNDER <= kl <= target * MOST_OVER:
+            break
+        factor = factor_towards(target, kl)
+        with torch.no_grad():
+            for parameter, start in zip(parameters, before, strict=True):
+                start = start.to(parameter.device)
+                parameter.sub_(start).mul_(factor).add_(start)
+        length *= factor
+        kl = measure()
+    return length, kl, length * math.sqrt(factor_towards(target, kl))
+
+
+@dataclass(eq=False)
+class TrustRegion(TrainerCallback):
+    """Fits every step of a trainer to the target, and the rate to its KL.
+
+    The rate is the scheduler's, in whose state a checkpoint keeps it. A schedule multiplies the length of steps: with
+    half of the rate left, a quarter of the KL is the target. Steps in which no group teaches change nothing.
+    """
+
+    trainer: LayerGRPOTrainer
+    # Of the last step: its `lr` and, if it was measured, `step_kl`.
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        # In RAM, so that a card's peak stays what it was.
+        self._before = [parameter.detach().to("cpu", copy=True) for parameter in self._parameters()]
+
+    def on_optimizer_step(self, *args: Any, optimizer: Any, lr_scheduler: Any, **kwargs: Any) -> None:
+        before, self._before = self._before, []
+        trainer = self.trainer
+        # Nothing reads them any more, and the copy takes their place.
+        optimizer.zero_grad()
+        scheduled = optimizer.param_groups[0]["lr"] / lr_scheduler.base_lrs[0]
+        self.figures = {"lr": lr_scheduler.get_last_lr()[0]}
+        target = TARGET * scheduled**2
+        if trainer.accelerator.optimizer_step_was_skipped or target == 0 or not trainer.teaches():
+            return
+        length, kl, change = fitted_step(self._parameters(), before, target, trainer.step_kl(), trainer.step_kl)
+        lr_scheduler.base_lrs = [rate * change for rate in lr_scheduler.base_lrs]
+        self.figures = {"lr": self.figures["lr"] * length, "step_kl": kl}
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return list(self.trainer.policy.trained_parameters().values())
