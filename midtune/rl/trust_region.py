@@ -101,7 +101,9 @@ class TrustRegion(TrainerCallback):
         target = TARGET * scheduled**2
         if trainer.accelerator.optimizer_step_was_skipped or target == 0 or not trainer.teaches():
             return
-        length, kl, change = fitted_step(self._parameters(), before, target, trainer.step_kl(), trainer.step_kl)
+        length, kl, change = fitted_step(
+            self._parameters(), before, target, trainer.step_kl(), trainer.step_kl
+        )
         lr_scheduler.base_lrs = [rate * change for rate in lr_scheduler.base_lrs]
         self.figures = {"lr": self.figures["lr"] * length, "step_kl": kl}
 

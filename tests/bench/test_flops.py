@@ -24,6 +24,7 @@ def test_an_update_of_midtune() -> None:
     assert update("midtune") == 2 * (44 * 1000 * 5 + 30 * 500 * 2)
     assert update("midtune", recompute=True) == 2 * (44 * 1000 * 7 + 30 * 500 * 2)
     assert update("midtune", reference=True) == 2 * (44 * 1000 * 7 + 30 * 500 * 3)
+    assert update("midtune", checked=True) == 2 * (44 * 1000 * 7 + 30 * 500 * 3)
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,14 @@ def test_the_measured_update_is_scaled(arm: str, recompute: bool, beta: float) -
         asked = {"tail": 4, "trained": 2, "recompute": recompute, "reference": beta > 0}
         return update_flops(SIZES, BATCH, name, **asked)  # type: ignore[arg-type]
 
-    found = phases(arm, beta=beta, recompute=recompute)
+    found = phases(arm, beta=beta, recompute=recompute, lr=1e-4)
     assert found == {**MEASURED, "update": pytest.approx(flops(arm) / flops("midtune"))}
+
+
+def test_the_check_of_a_trust_region_is_part_of_the_measured_update() -> None:
+    asked = {"tail": 4, "trained": 2}
+    full, ours = (update_flops(SIZES, BATCH, arm, **asked, checked=True) for arm in ("trl-full", "midtune"))  # type: ignore[arg-type]
+    assert phases("trl-full", beta=0.0, lr="auto")["update"] == pytest.approx(full / ours)
 
 
 def test_skipped_groups_made_the_measured_update_shorter() -> None:

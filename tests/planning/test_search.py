@@ -93,11 +93,14 @@ def seconds(
 
 @pytest.mark.parametrize("arm", PLANNED)
 @pytest.mark.parametrize("recompute", [False, True])
-def test_what_has_to_be_computed(arm: str, recompute: bool) -> None:
+@pytest.mark.parametrize("lr", [1e-4, "auto"])
+def test_what_has_to_be_computed(arm: str, recompute: bool, lr: object) -> None:
     card = PublishedCard("all memory at once", 1, 10.0, math.inf)
     # A KL term's reference is left out.
-    update = update_flops(SIZES, STEP.batch(), arm, tail=2, trained=1, recompute=recompute)
-    assert seconds(arm, card, recompute=recompute, beta=0.1) == {
+    update = update_flops(
+        SIZES, STEP.batch(), arm, tail=2, trained=1, recompute=recompute, checked=lr == "auto"
+    )
+    assert seconds(arm, card, recompute=recompute, beta=0.1, lr=lr) == {
         "sampling": rollout_flops(SIZES, STEP.batch(), arm) / 10,
         "update": update / 10,
     }
@@ -113,6 +116,8 @@ def test_what_has_to_be_read() -> None:
     assert seconds("midtune", card, sampled_prompts=1)["sampling"] == 5 * 2 * (4 * packed + 2 * 500)
     assert ours["update"] == 2 * 2 * packed
     assert seconds("midtune", card, micro_batch_tokens=1)["update"] == 2 * 2 * 2 * packed
+    # Forward once more, to see how far the step went.
+    assert seconds("midtune", card, lr="auto")["update"] == 3 * 2 * packed
     assert seconds("trl-qlora", card)["update"] == 3 * 4 * packed
 
 

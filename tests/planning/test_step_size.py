@@ -51,8 +51,10 @@ def test_states_in_eight_bits_take_a_quarter_and_their_scales() -> None:
 def test_a_cpu_steps_tensors_one_by_one() -> None:
     model = Loaded(PretrainedConfig(), torch.bfloat16, quantized=True, on_card=False)
     found = standing(model, SIZES, "midtune", PLAIN, trained=1)
-    # The largest of a block is taken to be half of it.
-    assert found.step == 2 * (16384 // 2) * 4
+    # The largest of a block is taken to be half of it; the trust region keeps a copy of the whole.
+    assert found.step == 2 * (16384 // 2) * 4 + 16484 * 4
+    by_number = PLAIN.changed({"training.lr": 1e-4})
+    assert standing(model, SIZES, "midtune", by_number, trained=1).step == 2 * (16384 // 2) * 4
 
 
 def test_an_embedding_on_the_host_is_not_held() -> None:

@@ -128,7 +128,9 @@ def test_a_schedule_shortens_steps_and_not_the_rate_beneath(load: Load, tmp_path
         assert target / MOST_UNDER <= line["step_kl"] <= target * MOST_OVER
 
 
-@pytest.mark.parametrize("settings", [{}, {"optimizer": "adamw_8bit"}, {"lr_schedule": "cosine", "beta": 0.1}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"optimizer": "adamw_8bit"}, {"lr_schedule": "cosine", "beta": 0.1}]
+)
 def test_resuming_continues_to_the_last_bit(load: Load, tmp_path: Path, settings: dict[str, Any]) -> None:
     settings = {"steps": 6, "lr": "auto", **settings}
     straight, resumed = thawed(load, 2), thawed(load, 2)
