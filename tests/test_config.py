@@ -105,6 +105,8 @@ def test_wrong_types_say_what_is_valid(tmp_path: Path) -> None:
         None, training__steps="many"
     )
     assert "finite number" in message(None, training__lr=float("inf"))
+    assert "'fast', but it must be a valid number or 'auto'; change it" in message(None, training__lr="fast")
+    assert "must be greater than 0 or 'auto'" in message(None, training__lr=-1)
     assert "greater than or equal to 1" in message(None, training__steps=0)
     assert "at least 2" in message(None, training__group_size=1)
     assert "`training.lr` is one value" in message(None, training__lr__start=1)
@@ -132,6 +134,7 @@ def test_a_heading_with_nothing_under_it_is_no_error(tmp_path: Path) -> None:
     ("text", "expected"),
     [
         ("training.lr=1e-5", ("training.lr", 1e-5)),
+        ("training.lr=auto", ("training.lr", "auto")),
         ("training.steps=3", ("training.steps", 3)),
         ("blocks.layers=14", ("blocks.layers", "14")),
         ("model.revision=0123456", ("model.revision", "0123456")),

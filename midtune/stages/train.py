@@ -1,8 +1,8 @@
 """`midtune train`: choose blocks, train only them, score before and after, report.
 
 Departures from the study (arXiv 2607.01232): frozen linear layers are in 4-bit; scores are given for that model
-and for the unquantized one that will be deployed; batches fit one consumer card. The learning rate of a single
-block is the study's, unless a recipe says otherwise.
+and for the unquantized one that will be deployed; batches fit one consumer card. The learning rate follows a trust
+region (`rl.trust_region`), unless a recipe names one.
 """
 
 from __future__ import annotations

@@ -42,6 +42,13 @@ def piped() -> tuple[Console, io.StringIO]:
     return Console(file=file, width=80, force_terminal=False), file
 
 
+def test_a_rate_that_follows_the_kl_is_shown_with_it() -> None:
+    console, file = piped()
+    with TrainingDisplay(1, console) as display:
+        display.update(metrics(1, lr=4.2e-4, step_kl=1.13e-3))
+    assert " | rate 0.00042, which moved the policy by a KL of 0.0011 a token | text " in file.getvalue()
+
+
 def test_a_pipe_gets_a_line_a_step() -> None:
     console, file = piped()
     with TrainingDisplay(4, console, "block 2 of tiny") as display:

@@ -105,6 +105,19 @@ def test_figures_have_words_for_those_who_do_not_see_them() -> None:
     assert "completion" not in page.ids and max(Counter(page.ids).values()) == 1
 
 
+def test_a_page_of_a_run_without_a_rate_shows_what_it_became() -> None:
+    run = toy_run()
+    config = {**run.config, "training": {**run.config["training"], "lr": "auto"}}
+    metrics = [{**line, "lr": 1e-4 * line["step"], "step_kl": 1e-3} for line in run.metrics]
+    page = Read(run_page(replace(run, config=config, metrics=metrics)))
+    assert "Learning rate auto KL weight 0" in page.text
+    labels = [value for _, key, value in page.attributes if key == "aria-label"]
+    assert labels[2:4] == [
+        "KL of a step, per token over 20 steps: 0.001 in the mean of the first 2, 0.001 of the last 2.",
+        "Learning rate over 20 steps: 0.00015 in the mean of the first 2, 0.00195 of the last 2.",
+    ]
+
+
 def widths(page: str) -> list[float]:
     """The parts of the bars in percent, in order."""
     return [float(width) for width in re.findall(r'<i class="\w+" style="width: ([0-9.]+)%"', page)]

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from midtune.model.loading import load_policy
 from midtune.model.sources import resolve
 from midtune.rl.algorithms import groups_per_micro_batch
+from midtune.rl.trust_region import TrustRegion
 from tests.rl.toy_training import (
     DecidedSampler,
     question_rows,
@@ -48,6 +49,8 @@ def main(checkpoint: str, out: str, algorithm: str, processes: int) -> None:
         },
     )
     assert trainer.accelerator.num_processes == processes
+    # All processes have to fit the step alike.
+    trainer.add_callback(TrustRegion(trainer))
     assert len(question_rows()) > 4
     trainer.train()
     if trainer.accelerator.is_main_process:
