@@ -213,7 +213,7 @@ class TrainingConfig(Part):
     steps: int = described(100, "optimizer steps", ge=1, le=MOST_STEPS)
     lr: Annotated[float, Field(gt=0, le=10)] | Literal["auto"] = described(
         "auto",
-        "learning rate; auto: whatever moves the policy by the same small KL divergence a step",
+        "learning rate; auto: what moves the policy by a hundredth of its entropy a step",
     )
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = described(0, "steps over which the learning rate rises", ge=0, le=MOST_STEPS)
@@ -559,7 +559,7 @@ def _explain(error: ValidationError, recipe: Path | None, overrides: Mapping[str
             f"set one of {', '.join(f'`{name}`' for name in KEYS if name.startswith(f'{key}.'))}."
         )
     same = [first, *(other for other in others if key == parent and other["loc"][:-1] == first["loc"][:-1])]
-    message = " or ".join(_asked_for(one["msg"]) for one in same).replace(" or must ", " or ")
+    message = " or ".join(_asked_for(one["msg"]) for one in same).replace(" or must be ", " or ")
     return f"`{bounded(key, 200)}` {source} was {bounded(repr(value), 200)}, but it {message}; change it."
 
 

@@ -104,10 +104,8 @@ class TrainingDisplay:
         if "equal_groups" in known:
             yield "groups", f"{known['equal_groups']:.0%} with equal rewards, so no advantage"
         if "step_kl" in known:
-            yield (
-                "rate",
-                f"{known['lr']:.2g}, which moved the policy by a KL of {known['step_kl']:.2g} a token",
-            )
+            moved = f"which moved the policy by {known['step_kl']:.1%} of its entropy"
+            yield "rate", f"{known['lr']:.2g}, {moved}"
         text = []
         if "completion_length" in known:
             cut = f" ({known['clipped']:.0%} cut at the limit)" if "clipped" in known else ""

@@ -33,7 +33,7 @@ RATES = {"Learning rate": "training.lr", "KL weight": "training.beta", "Temperat
 CURVES = {
     "reward": "Reward",
     "completion_length": "Completion length, tokens",
-    "step_kl": "KL of a step, per token",
+    "step_kl": "KL of a step, as a share of the entropy",
     "lr": "Learning rate",
 }
 # Names that are more than capital letters.

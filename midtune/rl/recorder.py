@@ -48,7 +48,7 @@ class StepRecorder(TrainerCallback):
 
     - step, reward, rewards (the mean of each part of a weighted sum), equal_groups (share of groups whose rewards are
       all equal), completion_length (tokens), clipped (share cut at the limit), loss, grad_norm, lr; with
-      a trust region, step_kl (how far the step moved the policy) if any group taught;
+      a trust region, step_kl (by what share of its entropy the step moved the policy) if any group taught;
     - in tasks played in turns, turns and shown_length (actions of an episode, tokens its environment showed); with
       vLLM, vllm_difference (mean difference of a token's log-prob between vLLM and the policy);
     - rollout_s, reward_s, update_s, step_s, tokens_per_s (of the rollout), memory_bytes, elapsed_s; if the meter has

@@ -230,7 +230,7 @@ class LayerGRPOTrainer(GRPOTrainer):
                 advantages = self._form_advantages(self.own_advantages, rollout)
                 batch["advantages"] = advantages.to(batch["advantages"])
             # Replaced by the update's own, which round as those after the step do.
-            batch["log_probs_before"] = rollout.log_probs.clone()
+            batch["before"] = torch.stack([rollout.log_probs, rollout.entropies], -1)
             groups = len(rollout.prompt_ids)
             self._buffered_inputs = [groups_of(batch, part) for part in slices(groups, groups // parts)]
         return self._buffered_inputs[self._step % parts]
@@ -309,7 +309,7 @@ class LayerGRPOTrainer(GRPOTrainer):
                 scored = self._scored(rollout.groups(prompts))
                 log_probs = log_probs.index_copy(0, rows, scored[0])
                 entropies = entropies.index_copy(0, rows, scored[1])
-        self._piece["log_probs_before"].copy_(log_probs.detach())
+        self._piece["before"].copy_(torch.stack([log_probs, entropies], -1).detach())
         return log_probs, entropies
 
     def teaches(self) -> bool:
@@ -318,17 +318,21 @@ class LayerGRPOTrainer(GRPOTrainer):
         return bool(self.accelerator.reduce(torch.tensor(found, device=self.policy.device), "sum") > 0)
 
     def step_kl(self) -> float:
-        """KL of the policy before the optimizer's step from the policy now, per token of the groups that teach."""
+        """KL of the policy before the optimizer's step from the policy now, on the groups that teach.
+
+        It is a share of their entropy before the step.
+        """
         found = torch.zeros(2, dtype=torch.float64, device=self.policy.device)
         for part in self._buffered_inputs or []:
             if len(prompts := teaching(part)) > 0:
                 groups = groups_of(part, prompts)
                 with torch.no_grad():
                     after, _ = self._scored_in_slices(groups["rollout"])
-                mask = groups["rollout"].scored
-                found += torch.stack([divergence(groups["log_probs_before"], after, mask), mask.sum()])
-        total, tokens = self.accelerator.reduce(found, "sum").tolist()
-        return float(total / tokens) if math.isfinite(total) else math.inf
+                log_probs, entropies = groups["before"].unbind(-1)
+                kl = divergence(log_probs, after, groups["rollout"].scored)
+                found += torch.stack([kl, entropies.double().sum()])
+        kl, entropy = self.accelerator.reduce(found, "sum").tolist()
+        return float(kl / max(entropy, 1e-9)) if math.isfinite(kl) else math.inf
 
     def _scored(self, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
         scored = completion_log_probs(

@@ -45,8 +45,8 @@ def piped() -> tuple[Console, io.StringIO]:
 def test_a_rate_that_follows_the_kl_is_shown_with_it() -> None:
     console, file = piped()
     with TrainingDisplay(1, console) as display:
-        display.update(metrics(1, lr=4.2e-4, step_kl=1.13e-3))
-    assert " | rate 0.00042, which moved the policy by a KL of 0.0011 a token | text " in file.getvalue()
+        display.update(metrics(1, lr=4.2e-4, step_kl=0.0113))
+    assert " | rate 0.00042, which moved the policy by 1.1% of its entropy | text " in file.getvalue()
 
 
 def test_a_pipe_gets_a_line_a_step() -> None:

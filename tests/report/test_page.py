@@ -113,7 +113,7 @@ def test_a_page_of_a_run_without_a_rate_shows_what_it_became() -> None:
     assert "Learning rate auto KL weight 0" in page.text
     labels = [value for _, key, value in page.attributes if key == "aria-label"]
     assert labels[2:4] == [
-        "KL of a step, per token over 20 steps: 0.001 in the mean of the first 2, 0.001 of the last 2.",
+        "KL of a step, as a share of the entropy over 20 steps: 0.001 in the mean of the first 2, 0.001 of the last 2.",
         "Learning rate over 20 steps: 0.00015 in the mean of the first 2, 0.00195 of the last 2.",
     ]
 
