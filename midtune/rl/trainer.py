@@ -37,7 +37,7 @@ from midtune.rl.gradients import Bf16Gradients
 from midtune.rl.tail import completion_log_probs
 from midtune.rl.trust_region import divergence
 from midtune.rl.turns import figures_of, token_advantages, turns_of
-from midtune.rollout.sampling import Rollout, Sampler, Sampling, Which
+from midtune.rollout.sampling import Rollout, Sampler, Sampling
 from midtune.runs import checkpoints_in
 from midtune.whole import written_whole
 
@@ -325,11 +325,11 @@ class LayerGRPOTrainer(GRPOTrainer):
         found = torch.zeros(2, dtype=torch.float64, device=self.policy.device)
         for part in self._buffered_inputs or []:
             if len(prompts := teaching(part)) > 0:
-                groups = groups_of(part, prompts)
+                groups = part["rollout"].groups(prompts)
                 with torch.no_grad():
-                    after, _ = self._scored_in_slices(groups["rollout"])
-                log_probs, entropies = groups["before"].unbind(-1)
-                kl = divergence(log_probs, after, groups["rollout"].scored)
+                    after, _ = self._scored_in_slices(groups)
+                log_probs, entropies = part["before"][part["rollout"].rows_of(prompts)].unbind(-1)
+                kl = divergence(log_probs, after, groups.scored)
                 found += torch.stack([kl, entropies.double().sum()])
         kl, entropy = self.accelerator.reduce(found, "sum").tolist()
         return float(kl / max(entropy, 1e-9)) if math.isfinite(kl) else math.inf
@@ -418,11 +418,8 @@ def teaching(inputs: dict[str, Any]) -> torch.Tensor:
     return inputs["advantages"].reshape(len(inputs["rollout"].prompt_ids), -1).any(1).nonzero()[:, 0]
 
 
-def groups_of(batch: dict[str, Any], groups: Which) -> dict[str, Any]:
-    """The part of a batch (TRL's inputs of whole groups, and their `rollout`) of some groups.
-
-    A slice shares its memory.
-    """
+def groups_of(batch: dict[str, Any], groups: slice) -> dict[str, Any]:
+    """The part of a batch (TRL's inputs of whole groups, and their `rollout`) of some groups, sharing its memory."""
     rollout: Rollout = batch["rollout"]
     rows = rollout.rows_of(groups)
     part = {

@@ -64,8 +64,10 @@ def fitted_step(
 
     Returns the factor of the step's length, its KL, and the factor of the next steps' rate. The rate goes half of the
     way to where the step would have met the target, on a log scale, because the KL of one step is noisy; if it was far
-    off, it goes the whole way.
+    off, it goes the whole way. A KL of exactly 0, where nothing moved, says nothing.
     """
+    if kl == 0:
+        return 1.0, kl, 1.0
     length = 1.0
     for _ in range(TRIES):
         if target / MOST_UNDER <= kl <= target * MOST_OVER:

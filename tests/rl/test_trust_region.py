@@ -84,6 +84,10 @@ def test_a_step_far_from_the_target_is_brought_there_with_the_rate(length: float
     assert change == pytest.approx(factor, rel=0.02)
 
 
+def test_a_step_that_moved_nothing_leaves_the_rate() -> None:
+    assert stepped(0.0) == (1.0, 0.0, 1.0, 1.0)
+
+
 def test_a_step_into_nowhere_is_shortened_a_hundredfold_a_time() -> None:
     parameter, before = torch.tensor([100.0]), torch.tensor([0.0])
     kls = iter([math.inf, 2e-4])
