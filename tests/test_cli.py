@@ -174,7 +174,10 @@ def test_every_command_has_help_with_an_example(run: Run, command: str) -> None:
 
 def test_help_reads_defaults_and_choices_from_the_configuration(run: Run) -> None:
     text = " ".join(run("train", "--help").out.split())
-    assert "learning rate; auto: what moves the policy by a hundredth of its entropy a step (default: auto)" in text
+    assert (
+        "learning rate; auto: what moves the policy by a hundredth of its entropy a step (default: auto)"
+        in text
+    )
     assert "nf4|none" in text
     for panel in ("Model", "Task", "Blocks", "Training", "Evaluation", "Output"):
         assert f" {panel}: --" in text
