@@ -147,6 +147,12 @@ WANTED = [
         "fp16 leaves out a step whose gradients overflow",
         "accelerate/optimizer.py",
     ),
+    # With training.lr=auto.
+    Read(
+        "rl/trainer.py:LayerGRPOTrainer.teaches", "return bool(", "without advantages there is no step to fit"
+    ),
+    Read("rl/trainer.py:LayerGRPOTrainer.step_kl", ".tolist()", "the rate follows how far the step went"),
+    Read("rl/trust_region.py:TrustRegion.on_pre_optimizer_step", '.to("cpu"', "a step may be taken back"),
     # Once a micro-batch.
     Read("rl/trainer.py:LayerGRPOTrainer._take_gradient", "super()._compute_loss(", TRL_LOGS, "trl/"),
     Read(
@@ -154,12 +160,7 @@ WANTED = [
         "return float(",
         "a piece's share of its micro-batch's tokens",
     ),
-    Read(
-        "rl/trainer.py:LayerGRPOTrainer._scored_for_update", "needed.all()", "are there groups to leave out"
-    ),
-    Read(
-        "rl/trainer.py:LayerGRPOTrainer._scored_for_update", "needed.nonzero()", "which groups are left out"
-    ),
+    Read("rl/trainer.py:teaching", ".nonzero()", "groups that teach nothing are left out"),
     Read("rl/tail.py:_on_shared_prompts", "rollout.prompt_mask.argmax(1).min()", "padding of all is cut off"),
     Read("rl/tail.py:_on_shared_prompts.<locals>.run", "policy.tail(", NO_MASK, MASKS),
     Read("rl/tail.py:_on_shared_prompts", "prompt_of_row[scored]", "first tokens that have log-probs"),

@@ -165,6 +165,7 @@ def test_lora_is_trained(on_card: OnCardPolicy, watch: Callable[[Policy], Watche
 @pytest.mark.parametrize(
     "settings",
     [
+        {"lr": "auto", "micro_batch_tokens": 64},
         {"recompute": True, "micro_batch_tokens": 64},
         {"top_p": 0.9, "top_k": 20, "min_p": 0.01, "temperature": 0.8, "stop_strings": ["ab"]},
         {"algorithm": "gspo", "reward": short_questions_only},
