@@ -97,10 +97,10 @@ class TrustRegion(TrainerCallback):
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         # In RAM, so that a card's peak stays what it was.
-        self._before = [parameter.detach().to("cpu", copy=True) for parameter in self._parameters()]
+        self._before = tuple(parameter.detach().to("cpu", copy=True) for parameter in self._parameters())
 
     def on_optimizer_step(self, *args: Any, optimizer: Any, lr_scheduler: Any, **kwargs: Any) -> None:
-        before, self._before = self._before, []
+        before, self._before = self._before, ()
         trainer = self.trainer
         # Nothing reads them any more, and the copy takes their place.
         optimizer.zero_grad()

@@ -152,7 +152,11 @@ WANTED = [
         "rl/trainer.py:LayerGRPOTrainer.teaches", "return bool(", "without advantages there is no step to fit"
     ),
     Read("rl/trainer.py:LayerGRPOTrainer.step_kl", ".tolist()", "the rate follows how far the step went"),
-    Read("rl/trust_region.py:TrustRegion.on_pre_optimizer_step", '.to("cpu"', "a step may be taken back"),
+    Read(
+        "rl/trust_region.py:TrustRegion.on_pre_optimizer_step.<locals>.<genexpr>",
+        '.to("cpu"',
+        "a step may be taken back",
+    ),
     # Once a micro-batch.
     Read("rl/trainer.py:LayerGRPOTrainer._take_gradient", "super()._compute_loss(", TRL_LOGS, "trl/"),
     Read(
