@@ -26,8 +26,6 @@ TOKEN_CHARACTERS = 3
 SHORT_ANSWER = 80
 # Written down whatever they are, since most people change them.
 NAMED = tuple(f"training.{name}" for name in ("steps", "lr", "prompts_per_step", "group_size"))
-LR = "  lr: 5.0e-06"
-WHY_LR = "  # The study's, for 512 completions a step; in batches of 64, SmolLM2-135M learned at 4e-4.\n"
 
 
 def run(
@@ -115,5 +113,4 @@ def _yaml(config: RunConfig, keys: list[str]) -> str:
     values = config.model_dump(mode="json")
     for part, _, name in (key.partition(".") for key in keys):
         parts[part][name] = values[part][name]
-    text = yaml.safe_dump(parts, sort_keys=False, allow_unicode=True)
-    return text.replace(LR, WHY_LR + LR)
+    return yaml.safe_dump(parts, sort_keys=False, allow_unicode=True)
