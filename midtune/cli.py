@@ -117,6 +117,9 @@ class Given:
     def for_bench(self) -> dict[str, Any]:
         return {**self.own(), "config": self.config(needs_task=self["until"] is not None)}
 
+    def for_export(self) -> dict[str, Any]:
+        return {**self.own(), "config": self.config(str(self["target"]), needs_task=False)}
+
     def for_tasks(self) -> dict[str, Any]:
         task, checked, check = self["task"], self["checked"], self["task"] == "check"
         if check and checked is None:

@@ -144,6 +144,25 @@ PARAMETERS = {
     "push.public": _switch("let everyone see it", "stage"),
     "push.dry_run": _switch("write the folder that would be sent, and send nothing", "stage"),
     "push.out": Parameter(Path, "that folder (default: NAME here)"),
+    "export.target": Parameter(Path, "the folder of a run, or its patch", "RUN", REQUIRED),
+    "export.out": Parameter(Path, "a new folder; for gguf also a file", default=REQUIRED),
+    "export.to": Parameter(
+        str, "4-bit as trained, unquantized, or a GGUF with the blocks in it", "nf4|hf|gguf", REQUIRED
+    ),
+    "export.base": Parameter(
+        Path, "the GGUF to put the blocks into (default: the one the run was loaded from)", "FILE"
+    ),
+    "export.dtype": Parameter(
+        str,
+        "of the weights; file: of each its own in the GGUF (default: the checkpoint's, if the model computes in it)",
+        "bf16|fp16|fp32|file",
+    ),
+    "export.score": Parameter(
+        bool,
+        "score it on the run's held-out problems (default: yes)",
+        default=True,
+        flag="--score/--no-score",
+    ),
     "report.folders": Parameter(list[Path], "the folders of one or more runs", "RUN", REQUIRED),
     "report.out": Parameter(
         Path,
@@ -343,8 +362,26 @@ COMMANDS = {
         "write a checkpoint with the trained blocks in place",
         "Write a complete checkpoint: the base model with the trained blocks in place.",
         "midtune merge runs/tiny --out merged",
-        "results.merge_text",
+        "results.export_text",
         {ARGUMENTS: "target", "Output": "out"},
+        "for_export",
+        stage="export",
+    ),
+    "export": Command(
+        "write a run as 4-bit, unquantized or GGUF, and score it",
+        "Write the model with the trained blocks in place, in a form that other programs load, and score it.\n\n"
+        "nf4 is the model as it was trained and hf the unquantized checkpoint, both for transformers and vLLM. gguf is "
+        "for llama.cpp, and needs no unquantized checkpoint.",
+        "midtune export runs/tiny --to nf4 --out exported",
+        "results.export_text",
+        {
+            ARGUMENTS: "target",
+            "Export": "to base dtype score",
+            "Model": "device",
+            "Settings": "offline",
+            "Output": "out",
+        },
+        "for_export",
     ),
     "push": Command(
         "put a run on the hub, with a model card",

@@ -56,6 +56,7 @@ class RunFolder:
     checkpoints = _inside("checkpoints")  # folder of `checkpoint-N` folders
     patch = _inside("patch")  # folder of the trained blocks
     report = _inside("report.json")  # quality, time and memory: the result
+    exports = _inside("export.json")  # the forms it was exported in, with their scores
     curve = _inside("curve.svg")  # the reward over the steps, with the scores before and after
     page = _inside("report.html")  # the report for a browser
 

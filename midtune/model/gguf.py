@@ -147,7 +147,7 @@ def convert(path: Path, out: Path, progress: Progress) -> Path:
         "use the safetensors of that model."
     )
     kept = (OSError, torch.OutOfMemoryError)
-    with _reported(progress, f"converting {path.name}"), explained(unread, keep=kept):
+    with reported(progress, f"converting {path.name}"), explained(unread, keep=kept):
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
         loaded, info = auto.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
     if info["missing_keys"]:
@@ -172,7 +172,7 @@ def convert(path: Path, out: Path, progress: Progress) -> Path:
 
 
 @contextmanager
-def _reported(progress: Progress, message: str) -> Iterator[None]:
+def reported(progress: Progress, message: str) -> Iterator[None]:
     """Send the progress bar of transformers' GGUF reader to `progress`."""
     from transformers import modeling_gguf_pytorch_utils as reader
 

@@ -68,7 +68,7 @@ PACKAGED = {
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")
 _FILES: dict[str, Any] = {
-    "allow_patterns": "*.json *.safetensors *.jinja *.model *.tiktoken merges.txt vocab.txt *.py".split(),
+    "allow_patterns": "*.json *.safetensors *.jinja *.model *.tiktoken merges.txt vocab.txt *.py README.md".split(),
     "ignore_patterns": ["*/*", "consolidated*", "*.fp16.safetensors", "*.fp32.safetensors"],
 }
 

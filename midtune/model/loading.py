@@ -16,6 +16,7 @@ from midtune.model.memory import freed_at_once
 from midtune.model.policy import Policy
 from midtune.model.quantize import (
     clear_quantized_markers,
+    compute_in,
     forbid_cpu_packing,
     nf4_config,
     weights_read_directly,
@@ -77,6 +78,8 @@ def load_policy(
                 **({"quantization_config": quantization} if quantization is not None else {}),
             )
     clear_quantized_markers(model)
+    if stored_quantized:
+        compute_in(model, compute_dtype)
     forbid_cpu_packing(model)
     if compute_dtype == torch.float16 and _overflows(model, tokenizer):
         on_message(f"{source.name} overflows fp16, so it computes in fp32, in more memory.")

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,7 +27,8 @@ from midtune.whole import MANIFEST, damage, require_space, written_whole
 TENSORS = "patch.safetensors"
 DESCRIPTION = "patch.json"
 RESTORE = "train again or restore the file"
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+# Of a model's folder: its weights, and the card of what is no longer in it.
+NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", "README.md")
 
 
 @dataclass(frozen=True)
@@ -135,36 +137,63 @@ def apply_patch(policy: Policy, folder: Path) -> Patch:
             policy.thaw(block)
     check_base(policy.source, replaced_names(policy), patch, folder)
     if patch.adapter == "full":
-        tensors = _tensors_in(folder)
-        with torch.no_grad():
-            for block in patch.blocks:
-                parameters = dict(policy.blocks[block].named_parameters())
-                for inner, name in policy.checkpoint_names(block).items():
-                    if name not in tensors or tensors[name].shape != parameters[inner].shape:
-                        raise InputError(f"{folder / TENSORS} is damaged (no fitting {name}); {RESTORE}.")
-                    parameters[inner].copy_(tensors[name])
+        put_blocks(policy, patch.blocks, tensors_in(folder), folder / TENSORS)
     return patch
 
 
-def merge_patch(source: Source, tensors: dict[str, torch.Tensor], out: Path) -> int:
-    """Write a complete checkpoint, the base's files with `tensors` replaced; returns the bytes written.
+@torch.no_grad()
+def put_blocks(
+    policy: Policy, blocks: Iterable[int], tensors: Mapping[str, torch.Tensor], origin: Path
+) -> None:
+    """Thaw blocks and set them to tensors under checkpoint names; raises InputError if `origin` has no such ones."""
+    for block in blocks:
+        policy.thaw(block)
+        parameters = dict(policy.blocks[block].named_parameters())
+        for inner, name in policy.checkpoint_names(block).items():
+            if name not in tensors or tensors[name].shape != parameters[inner].shape:
+                raise InputError(f"{origin} is damaged (no fitting {name}); {RESTORE}.")
+            parameters[inner].copy_(tensors[name])
 
-    Keeps one shard in memory at a time; `out` appears when complete. Raises InputError if `out` is not empty, the disk
-    is too full, or the base is stored in 4-bit.
+
+@contextmanager
+def new_model(source: Source, out: Path) -> Iterator[Path]:
+    """Yield a scratch folder with the base's files but its weights, which becomes `out` at the end.
+
+    Raises InputError if `out` is not empty or the disk too full.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} already exists and is not empty; choose another --out.")
-    check_unquantized(source)
-    files = checkpoint_files(source.folder)
-    need = sum(file.stat().st_size for file in set(files.values()))
+    need = sum(file.stat().st_size for file in set(checkpoint_files(source.folder).values()))
     require_space(out, need, "the merged model", "choose another --out")
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     # Programs that load the checkpoint expect only its own files.
     with written_whole(out.absolute(), sealed=False) as scratch:
         for file in sorted(source.folder.iterdir()):
-            if file.is_file() and not file.name.endswith(WEIGHTS):
+            if file.is_file() and not file.name.endswith(NOT_COPIED):
                 shutil.copy(file, scratch / file.name)
-        changed = {files[name] for name in tensors}
+        yield scratch
+        if out.exists():
+            # Unlike rmtree, this refuses if something was put there meanwhile.
+            out.rmdir()
+
+
+def merge_patch(
+    source: Source,
+    tensors: Mapping[str, torch.Tensor],
+    out: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    finish: Callable[[Path], None] = lambda folder: None,
+) -> int:
+    """Write a complete checkpoint, the base's files with `tensors` replaced; returns the bytes written.
+
+    With `dtype`, all weights are written in it. Keeps one shard in memory at a time; `out` appears when complete, after
+    `finish` was called with the folder. Raises InputError if the base is stored in 4-bit, or as `new_model`.
+    """
+    check_unquantized(source)
+    files = checkpoint_files(source.folder)
+    with new_model(source, out) as scratch:
+        changed = {files[name] for name in tensors} if dtype is None else set(files.values())
         for shard in sorted(set(files.values())):
             if shard not in changed:
                 shutil.copy(shard, scratch / shard.name)
@@ -172,12 +201,10 @@ def merge_patch(source: Source, tensors: dict[str, torch.Tensor], out: Path) -> 
             with safe_open(shard, framework="pt") as opened:
                 metadata = opened.metadata() or {"format": "pt"}
                 whole = {name: opened.get_tensor(name) for name in opened.keys()}
-            for name in tensors.keys() & whole.keys():
-                whole[name] = tensors[name].to(whole[name].dtype)
+            for name, was in whole.items():
+                whole[name] = tensors.get(name, was).to(dtype or was.dtype)
             save_file(whole, scratch / shard.name, metadata=metadata)
-        if out.exists():
-            # Unlike rmtree, this refuses if something was put there meanwhile.
-            out.rmdir()
+        finish(scratch)
     return sum(file.stat().st_size for file in out.iterdir())
 
 
@@ -193,19 +220,20 @@ def check_unquantized(source: Source) -> None:
 def deployed_tensors(source: Source, folder: Path) -> dict[str, torch.Tensor]:
     """The trained blocks of a patch, under the checkpoint's names; LoRA is multiplied into the base.
 
-    Raises InputError if the patch is damaged or belongs to another base, or the base is stored in 4-bit.
+    Raises InputError if the patch is damaged or belongs to another base, or it is LoRA on a base stored in 4-bit.
     """
     patch = read_patch(folder)
-    check_unquantized(source)
     if patch.adapter == "full":
-        tensors = _tensors_in(folder)
+        tensors = tensors_in(folder)
         check_base(source, tensors, patch, folder)
         return tensors
+    check_unquantized(source)
     policy = load_policy(source, quantize="none", device="cpu")
     apply_patch(policy, folder)
     return policy.deployed_blocks(as_stored=True)
 
 
-def _tensors_in(folder: Path) -> dict[str, torch.Tensor]:
+def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a patch that is no LoRA; raises InputError if they are damaged."""
     with explained(f"{folder / TENSORS} is damaged ({WHY}); {RESTORE}."):
         return load_file(folder / TENSORS)

@@ -94,9 +94,7 @@ class Policy:
     def stop_token_ids(self) -> list[int]:
         """Every token that ends a completion, by the generation config and the tokenizer."""
         declared = self.model.generation_config.eos_token_id if self.model.generation_config else None
-        ids = [declared] if isinstance(declared, int) else list(declared or [])
-        own = self.tokenizer.eos_token_id
-        return list(dict.fromkeys(ids + ([own] if own is not None else [])))
+        return stop_ids(declared, self.tokenizer)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Let fp32 blocks work among activations of the compute dtype; does nothing in fp32."""
@@ -292,6 +290,13 @@ class Policy:
                 f"block {block} was asked for, but {self.source.name} has {self.num_blocks} blocks, "
                 f"numbered 0 to {self.num_blocks - 1}; choose among those."
             )
+
+
+def stop_ids(declared: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends a completion: those that a generation config declares, and the tokenizer's own."""
+    ids = [declared] if isinstance(declared, int) else list(declared or [])
+    own = tokenizer.eos_token_id
+    return list(dict.fromkeys(ids + ([own] if own is not None else [])))
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:

@@ -72,6 +72,16 @@ def forbid_cpu_packing(model: nn.Module) -> None:
             part.support_avx512bf16_for_cpu = False
 
 
+def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Compute in `dtype`; transformers leaves the plain weights of a model that is stored in 4-bit in their own."""
+    for part in model.modules():
+        if isinstance(part, bnb.nn.Linear4bit):
+            part.compute_dtype = dtype
+    for parameter in model.parameters():
+        if parameter.dtype.is_floating_point:
+            parameter.data = parameter.data.to(dtype)
+
+
 def is_quantized(module: nn.Module) -> bool:
     """Whether `module` holds 4-bit linear layers."""
     return any(isinstance(part, bnb.nn.Linear4bit) for part in module.modules())

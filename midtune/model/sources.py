@@ -67,6 +67,28 @@ def resolve(name: str, revision: str | None = None, *, progress: Progress = sile
     )
 
 
+def hub_id(name: str) -> str | None:
+    """The id on the hub of a model as `resolve` takes it; None for one that is there under no id."""
+    if name == "smollm2-135m":
+        return SMOLLM2_HUB_ID
+    return None if Path(name).expanduser().exists() or name.count("/") != 1 else name
+
+
+def licence_of(name: str, folder: Path | None) -> str | None:
+    """The licence that a model's GGUF file, or the card in its folder, names, such as `apache-2.0`, if any."""
+    if name == "smollm2-135m":
+        return "apache-2.0"
+    if name.endswith(".gguf"):
+        named = gguf.read_header(Path(name)).metadata.get("general.license")
+        return str(named) if named else None
+    if folder is None:
+        return None
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    found = re.search(r"\A---\n(?:.*\n)*?license: *([\w.-]+)", text)
+    return found[1] if found else None
+
+
 def checkpoint_files(folder: Path) -> dict[str, Path]:
     """Tensor name → the safetensors file that holds it; see `stored_tensors`.
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from midtune.report.card import form_rows
 from midtune.report.depth import points, value_name
 from midtune.report.figures import line_style, metric_curve, ranking_curves, reward_curves
 from midtune.report.formats import (
@@ -52,6 +53,7 @@ class Run:
     environment: Mapping[str, Any] = field(default_factory=dict)
     problems: Sequence[Mapping[str, Any]] = ()  # of before_after.json
     probe: Mapping[str, Any] | None = None
+    exports: Mapping[str, Any] = field(default_factory=dict)  # the forms of export.json
 
 
 def run_page(run: Run) -> str:
@@ -65,6 +67,7 @@ def run_page(run: Run) -> str:
         report=report,
         asked=_asked(run),
         gains=_gains(report),
+        forms=form_rows(report, run.exports) if run.exports else [],
         in_points=in_points,
         scale=[f"{end:.0%}" if in_points else f"{end:.3g}" for end in _scale(report)],
         curves=_curves(run.metrics),
@@ -77,8 +80,10 @@ def run_page(run: Run) -> str:
         ],
         commands={
             "Reproduce": shlex.join(["midtune", "train", "--recipe", f"{run.path}/config.yaml"]),
-            "Merge into a checkpoint": shlex.join(["midtune", "merge", run.path, "--out", "merged"]),
-            "Serve": "vllm serve merged",
+            "Export as trained, in 4-bit": shlex.join(
+                ["midtune", "export", run.path, "--to", "nf4", "--out", "exported"]
+            ),
+            "Serve": "vllm serve exported",
         },
     )
 

@@ -11,6 +11,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.table import Column, Table
 from rich.text import Text
 
+from midtune.report.card import form_rows
 from midtune.report.formats import (
     blocks_text,
     bytes_text,
@@ -86,9 +87,13 @@ def vote_table(result: Mapping[str, Any]) -> RenderableType:
     )
 
 
-def merge_text(result: Mapping[str, Any]) -> RenderableType:
-    """Show `midtune merge`: `folder`, `tensors`, `bytes`."""
-    return Text(f"{result['folder']}: {result['tensors']} tensors replaced, {bytes_text(result['bytes'])}.")
+def export_text(result: Mapping[str, Any]) -> RenderableType:
+    """Show `midtune export`: what was written, and the scores of every form that was."""
+    said = f"{result['path']}: {result['tensors']} tensors replaced, {bytes_text(result['bytes'])}."
+    if not result["scores"]:
+        return Text(said)
+    columns = ("before", "after", "gain")
+    return titled(said, "", plain_table("form", numbers=columns, rows=form_rows({}, result["forms"])))
 
 
 def push_text(result: Mapping[str, Any]) -> RenderableType:

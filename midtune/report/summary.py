@@ -65,9 +65,9 @@ def build(
         "model": model,
         "task": task,
         "blocks": list(blocks),
-        "quality": _compared(quality),
-        "sampled": _compared(sampled),
-        "deployed": _compared(deployed),
+        "quality": compared(quality),
+        "sampled": compared(sampled),
+        "deployed": compared(deployed),
         "time": {
             **time,
             "full_step": full["step"],
@@ -140,7 +140,8 @@ def are_fractions(kinds: Mapping[str, Mapping[str, Any]]) -> bool:
     return all(0 <= score <= 1 for score in scores)
 
 
-def _compared(scores: BeforeAfter | None) -> dict[str, Any] | None:
+def compared(scores: BeforeAfter | None) -> dict[str, Any] | None:
+    """Scores before and after with their intervals, and the paired gain."""
     from midtune.report.statistics import paired_gain, score_interval
 
     if scores is None:

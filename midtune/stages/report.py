@@ -57,6 +57,7 @@ def read_run(folder: RunFolder) -> Run:
         environment=_optional(folder, folder.environment),
         problems=_optional(folder, folder.before_after).get("problems", []),
         probe=_ranking(folder, report),
+        exports=_optional(folder, folder.exports).get("forms", {}),
     )
 
 

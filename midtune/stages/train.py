@@ -94,8 +94,11 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
         before = _score_before(training)
         training.thaw()
         peak_bytes = _train(training, checkpoint, stop)
-        after = training.opened.score(training.sampler, "scoring after training")
         patch_bytes = save_patch(training.policy, folder.patch)
+        if training.policy.adapter is None:
+            # What is scored is what was saved, in the checkpoint's dtype.
+            apply_patch(training.policy, folder.patch)
+        after = training.opened.score(training.sampler, "scoring after training")
         _write_before_after(folder, training.opened.task, before, after)
         report = _report(training, before, after, peak_bytes, patch_bytes)
         folder.write_json(folder.report, report)
