@@ -364,7 +364,6 @@ COMMANDS = {
         "midtune merge runs/tiny --out merged",
         "results.export_text",
         {ARGUMENTS: "target", "Output": "out"},
-        "for_export",
         stage="export",
     ),
     "export": Command(

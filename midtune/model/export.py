@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 from midtune.errors import InputError
 from midtune.model.configs import read_config
 from midtune.model.policy import Policy, stop_ids
-from midtune.model.quantize import nf4_config
+from midtune.model.quantize import compute_in, nf4_config
 from midtune.model.sources import Source
 
 # Largest activation on one prompt that leaves room in fp16 for other prompts.
@@ -38,10 +38,9 @@ def save_quantized(policy: Policy, folder: Path, dtype: torch.dtype) -> None:
     model.config.quantization_config = {**quantization, "llm_int8_skip_modules": list(keep)}
     # The base's own settings, which save_pretrained may find fault with, are put in by `complete`.
     model.generation_config = GenerationConfig()
-    plain = {name for name, parameter in model.named_parameters() if parameter.dtype.is_floating_point}
-    state = {name: value.to(dtype) if name in plain else value for name, value in model.state_dict().items()}
+    compute_in(model, dtype)
     (folder / "model.safetensors.index.json").unlink(missing_ok=True)
-    model.save_pretrained(folder, state_dict=state)
+    model.save_pretrained(folder)
 
 
 def complete(

@@ -137,21 +137,23 @@ def apply_patch(policy: Policy, folder: Path) -> Patch:
             policy.thaw(block)
     check_base(policy.source, replaced_names(policy), patch, folder)
     if patch.adapter == "full":
-        put_blocks(policy, patch.blocks, tensors_in(folder), folder / TENSORS)
+        tensors = tensors_in(folder)
+        with torch.no_grad():
+            for block in patch.blocks:
+                parameters = dict(policy.blocks[block].named_parameters())
+                for inner, name in policy.checkpoint_names(block).items():
+                    if name not in tensors or tensors[name].shape != parameters[inner].shape:
+                        raise InputError(f"{folder / TENSORS} is damaged (no fitting {name}); {RESTORE}.")
+                    parameters[inner].copy_(tensors[name])
     return patch
 
 
 @torch.no_grad()
-def put_blocks(
-    policy: Policy, blocks: Iterable[int], tensors: Mapping[str, torch.Tensor], origin: Path
-) -> None:
-    """Thaw blocks and set them to tensors under checkpoint names; raises InputError if `origin` has no such ones."""
-    for block in blocks:
-        policy.thaw(block)
+def put_blocks(policy: Policy, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Set the thawed blocks to tensors under checkpoint names."""
+    for block in policy.trained:
         parameters = dict(policy.blocks[block].named_parameters())
         for inner, name in policy.checkpoint_names(block).items():
-            if name not in tensors or tensors[name].shape != parameters[inner].shape:
-                raise InputError(f"{origin} is damaged (no fitting {name}); {RESTORE}.")
             parameters[inner].copy_(tensors[name])
 
 

@@ -73,10 +73,10 @@ def forbid_cpu_packing(model: nn.Module) -> None:
 
 
 def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
-    """Compute in `dtype`; transformers leaves the plain weights of a model that is stored in 4-bit in their own."""
+    """Compute in `dtype`, plain weights too, which transformers leaves as they are in a model stored in 4-bit."""
     for part in model.modules():
         if isinstance(part, bnb.nn.Linear4bit):
-            part.compute_dtype = dtype
+            part.compute_dtype = part.weight.quant_state.dtype = dtype
     for parameter in model.parameters():
         if parameter.dtype.is_floating_point:
             parameter.data = parameter.data.to(dtype)

@@ -26,6 +26,7 @@ from midtune.model.patch import (
     new_model,
     put_blocks,
     read_patch,
+    replaced_names,
     require_patch,
     tensors_in,
 )
@@ -46,10 +47,10 @@ from midtune.whole import require_writable, write_bytes
 def run(
     target: Path,
     *,
-    config: RunConfig,
     out: Path,
     terminal: Terminal,
     to: str = "hf",
+    config: RunConfig | None = None,
     base: Path | None = None,
     dtype: str | None = None,
     score: bool = False,
@@ -57,9 +58,9 @@ def run(
     """Write the trained blocks of a run or patch folder, within their model, to `out`, which appears once complete.
 
     Args:
-        config: the run's; a configuration without a task is not scored.
         out: a new folder; for GGUF also a file.
         to: `hf`, `nf4` or `gguf`; see `FORMS`.
+        config: the run's; without a task in it nothing is scored.
         base: the GGUF to put the blocks into; default: the one that the run was loaded from.
         dtype: bf16, fp16 or fp32, for GGUF also `file`; default: the checkpoint's own, if the model computes in it;
             for nf4 what the run computed in.
@@ -76,6 +77,7 @@ def run(
         raise InputError(f"--base names a GGUF file, and {to} is made from the base model; leave it out.")
     patch_folder = require_patch(str(target))
     patch = read_patch(patch_folder)
+    config = config or RunConfig()
     opened = Opened(
         with_settings(config, {"model.name": patch.base_model, "model.revision": patch.revision}), terminal
     )
@@ -129,7 +131,8 @@ class _Export:
         tensors = deployed_tensors(source, self.patch_folder)
         dtype = dtype_named(self.dtype or "auto") or self._run_dtype()
         policy = self.opened.policy(quantize="nf4")
-        put_blocks(policy, self.patch.blocks, tensors, self.patch_folder)
+        self._thaw(policy)
+        put_blocks(policy, tensors)
         with new_model(source, self.out) as scratch:
             save_quantized(policy, scratch, dtype)
             del policy
@@ -174,10 +177,8 @@ class _Export:
         policy = self.base.policy(quantize=quantize)
         before = self._score(policy, "the base")
         if to == "gguf":
-            names = {name for block in self.patch.blocks for name in policy.checkpoint_names(block).values()}
-            put_blocks(
-                policy, self.patch.blocks, {name: self.held[inner_name(name)] for name in names}, self.out
-            )
+            self._thaw(policy)
+            put_blocks(policy, {name: self.held[inner_name(name)] for name in replaced_names(policy)})
         else:
             del policy
             give_back()
@@ -220,6 +221,10 @@ class _Export:
             "dtype": str(dtype).removeprefix("torch."),
             "tensors": tensors,
         }
+
+    def _thaw(self, policy: Policy) -> None:
+        for block in self.patch.blocks:
+            policy.thaw(block)
 
     def _score(self, policy: Policy, what: str) -> NDArray[Any]:
         return self.opened.score(self.opened.sampler(policy), f"scoring {what}", samples=0).greedy

@@ -7,7 +7,7 @@ from midtune.report.results import (
     bench_table,
     compare_table,
     doctor_table,
-    merge_text,
+    export_text,
     page_text,
     score_table,
     tasks_text,
@@ -179,6 +179,6 @@ def test_tasks_are_listed_shown_or_checked() -> None:
 
 
 def test_files_that_were_written() -> None:
-    merged = {"folder": "merged[x]", "tensors": 14, "bytes": 3 * 2**19}
-    assert rendered(merge_text(merged)) == ["merged[x]: 14 tensors replaced, 1.5 MiB."]
+    merged = {"path": "merged[x]", "tensors": 14, "bytes": 3 * 2**19, "scores": None}
+    assert rendered(export_text(merged)) == ["merged[x]: 14 tensors replaced, 1.5 MiB."]
     assert rendered(page_text({"page": "runs/a[x].html"})) == ["runs/a[x].html"]

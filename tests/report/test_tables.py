@@ -10,7 +10,7 @@ from midtune.report.results import (
     bench_table,
     compare_table,
     doctor_table,
-    merge_text,
+    export_text,
     page_text,
     score_table,
     tasks_text,
@@ -149,7 +149,7 @@ WIDE: list[tuple[Callable[[dict[str, Any]], RenderableType], dict[str, Any]]] = 
     (dry_run_text, toy_results.dry_run()),
     (doctor_table, toy_results.checks()),
     (tasks_text, toy_results.problem()),
-    (merge_text, {"folder": f"{toy_results.RUN}/merged", "tensors": 1234, "bytes": 2**40}),
+    (export_text, toy_results.exported()),
     (page_text, {"page": f"{toy_results.RUN}/report.html"}),
 ]
 

@@ -155,6 +155,17 @@ def checks() -> dict[str, Any]:
     return {"checks": [check, {**check, "status": "warning"}], "problems": 1, "warnings": 1}
 
 
+def exported() -> dict[str, Any]:
+    """One form scored of two."""
+    scores = {
+        "before": {"score": 0.327, "low": 0.276, "high": 0.382, "n": 300},
+        "after": {"score": 0.577, "low": 0.52, "high": 0.631, "n": 300},
+        "gain": {"value": 0.25, "low": 0.203, "high": 0.3},
+    }
+    forms = {"nf4": {"scores": scores}, "hf": {"scores": None}}
+    return {"path": f"{RUN}/exported", "tensors": 1234, "bytes": 2**40, "scores": scores, "forms": forms}
+
+
 def problem() -> dict[str, Any]:
     """What `midtune tasks` shows of a task."""
     return {

@@ -23,7 +23,7 @@ from midtune.model.loading import load_policy
 from midtune.model.patch import apply_patch
 from midtune.model.sources import resolve
 from midtune.report.terminal import Terminal
-from midtune.stages import evaluate, merge, probe, train
+from midtune.stages import evaluate, export, probe, train
 from midtune.stages.opening import Opened
 from midtune.whole import damage
 from tests.stages.conftest import Configured
@@ -111,7 +111,7 @@ def test_a_merged_run_scores_as_the_patch_on_the_unquantized_base(
     finished: tuple[Path, dict[str, Any]], tmp_path: Path, terminal: Terminal
 ) -> None:
     run, report = finished
-    merged = merge.run(run, out=tmp_path / "merged", terminal=terminal)
+    merged = export.run(run, out=tmp_path / "merged", terminal=terminal)
     assert merged["tensors"] == 11
     config = load_config(run / "config.yaml", {"model.quantize": "none"})
     found = evaluate.run(str(tmp_path / "merged"), [config], terminal=terminal)
@@ -227,7 +227,7 @@ def test_the_worst_blocks_are_known_only_by_a_ranking(
 def test_lora_trains_scores_and_merges(configured: Configured, tmp_path: Path, terminal: Terminal) -> None:
     report = go(configured(model__adapter="lora", model__lora_rank=4), tmp_path / "run", terminal)
     assert (tmp_path / "run/patch/adapter_model.safetensors").is_file()
-    merge.run(tmp_path / "run", out=tmp_path / "merged", terminal=terminal)
+    export.run(tmp_path / "run", out=tmp_path / "merged", terminal=terminal)
     config = load_config(tmp_path / "run/config.yaml", {"model.quantize": "none"})
     found = evaluate.run(str(tmp_path / "merged"), [config], terminal=terminal)
     assert found["greedy"]["score"] == pytest.approx(report["deployed"]["after"]["score"], abs=1e-6)
