@@ -16,6 +16,7 @@ import pytest
 
 import midtune
 from midtune import cli
+from midtune.commands import COMMANDS
 from midtune.config import RunConfig, dump_config
 from midtune.errors import InputError, Interrupted, RunStopped
 from midtune.network import HUB_OFFLINE, OFFLINE, hub_is_offline, is_offline
@@ -260,7 +261,7 @@ def test_what_is_no_setting_reaches_the_stage(
     run: Run, stage: Stage, line: str, arguments: dict[str, Any]
 ) -> None:
     command, *rest = line.split()
-    calls = stage(command)
+    calls = stage(COMMANDS[command].stage or command)
     assert run(command, *rest, "--json").code == 0
     assert [{name: call[name] for name in call if name != "terminal"} for call in calls] == [arguments]
     assert f"midtune {command} --help" in one_error(run(command))

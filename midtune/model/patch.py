@@ -149,9 +149,10 @@ def apply_patch(policy: Policy, folder: Path) -> Patch:
 
 
 @torch.no_grad()
-def put_blocks(policy: Policy, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Set the thawed blocks to tensors under checkpoint names."""
-    for block in policy.trained:
+def put_blocks(policy: Policy, blocks: Iterable[int], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Thaw blocks and set them to tensors under checkpoint names."""
+    for block in blocks:
+        policy.thaw(block)
         parameters = dict(policy.blocks[block].named_parameters())
         for inner, name in policy.checkpoint_names(block).items():
             parameters[inner].copy_(tensors[name])

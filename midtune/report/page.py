@@ -80,10 +80,11 @@ def run_page(run: Run) -> str:
         ],
         commands={
             "Reproduce": shlex.join(["midtune", "train", "--recipe", f"{run.path}/config.yaml"]),
-            "Export as trained, in 4-bit": shlex.join(
+            "Export as trained": shlex.join(
                 ["midtune", "export", run.path, "--to", "nf4", "--out", "exported"]
             ),
-            "Serve": "vllm serve exported",
+            "Merge into a checkpoint": shlex.join(["midtune", "merge", run.path, "--out", "merged"]),
+            "Serve": "vllm serve merged",
         },
     )
 

@@ -6,6 +6,7 @@ model in the same form.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,11 @@ from midtune.model.patch import (
     new_model,
     put_blocks,
     read_patch,
-    replaced_names,
     require_patch,
     tensors_in,
 )
 from midtune.model.policy import Policy
-from midtune.model.sources import hub_id, licence_of
+from midtune.model.sources import checkpoint_files, hub_id, licence_of
 from midtune.report.card import FORMS, model_card
 from midtune.report.formats import numbers_text
 from midtune.report.page import run_page
@@ -83,7 +83,7 @@ def run(
     )
     folder = RunFolder(patch_folder.absolute().parent)
     scoring = score and config.task.name is not None
-    export = _Export(opened, patch, patch_folder, folder, out, dtype, check=scoring)
+    export = _Export(opened, patch, patch_folder, folder, out, dtype, check=scoring, base=opened)
     what = f"blocks {numbers_text(patch.blocks)} of {patch.base_model}"
     terminal.message(f"writing {what} as {FORMS[to]}")
     entry = getattr(export, to)(*([base] if to == "gguf" else []))
@@ -98,24 +98,19 @@ def run(
     return {"to": to, **entry, "forms": export.describe(to, entry)}
 
 
+@dataclass
 class _Export:
     """One export; `hf`, `nf4` and `gguf` each write a form and return its entry in export.json."""
 
-    def __init__(
-        self,
-        opened: Opened,
-        patch: Patch,
-        patch_folder: Path,
-        folder: RunFolder,
-        out: Path,
-        dtype: str | None,
-        *,
-        check: bool,
-    ) -> None:
-        self.opened, self.patch, self.patch_folder = opened, patch, patch_folder
-        self.folder, self.out, self.dtype, self.check = folder, out, dtype, check
-        # For GGUF: the base it is compared with, and the weights as the file holds them.
-        self.base, self.held = opened, dict[str, torch.Tensor]()
+    opened: Opened
+    patch: Patch
+    patch_folder: Path
+    folder: RunFolder  # may be none
+    out: Path
+    dtype: str | None
+    check: bool
+    base: Opened  # what it is compared with
+    held: dict[str, torch.Tensor] = field(default_factory=dict)  # the trained weights in a GGUF
 
     def hf(self) -> dict[str, Any]:
         source = self.opened.source
@@ -131,8 +126,7 @@ class _Export:
         tensors = deployed_tensors(source, self.patch_folder)
         dtype = dtype_named(self.dtype or "auto") or self._run_dtype()
         policy = self.opened.policy(quantize="nf4")
-        self._thaw(policy)
-        put_blocks(policy, tensors)
+        put_blocks(policy, self.patch.blocks, tensors)
         with new_model(source, self.out) as scratch:
             save_quantized(policy, scratch, dtype)
             del policy
@@ -177,8 +171,9 @@ class _Export:
         policy = self.base.policy(quantize=quantize)
         before = self._score(policy, "the base")
         if to == "gguf":
-            self._thaw(policy)
-            put_blocks(policy, {name: self.held[inner_name(name)] for name in replaced_names(policy)})
+            names = checkpoint_files(policy.source.folder)
+            held = {name: self.held[key] for name in names if (key := inner_name(name)) in self.held}
+            put_blocks(policy, self.patch.blocks, held)
         else:
             del policy
             give_back()
@@ -215,16 +210,8 @@ class _Export:
             require_finite(folder, self._prompt(), resolve_device(self.opened.config.model.device))
 
     def _entry(self, path: Path, written: int, dtype: Any, tensors: int) -> dict[str, Any]:
-        return {
-            "path": str(path),
-            "bytes": written,
-            "dtype": str(dtype).removeprefix("torch."),
-            "tensors": tensors,
-        }
-
-    def _thaw(self, policy: Policy) -> None:
-        for block in self.patch.blocks:
-            policy.thaw(block)
+        named = str(dtype).removeprefix("torch.")
+        return {"path": str(path), "bytes": written, "dtype": named, "tensors": tensors}
 
     def _score(self, policy: Policy, what: str) -> NDArray[Any]:
         return self.opened.score(self.opened.sampler(policy), f"scoring {what}", samples=0).greedy
