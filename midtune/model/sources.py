@@ -69,15 +69,15 @@ def resolve(name: str, revision: str | None = None, *, progress: Progress = sile
 
 def hub_id(name: str) -> str | None:
     """The id on the hub of a model as `resolve` takes it; None for one that is there under no id."""
-    if name == "smollm2-135m":
-        return SMOLLM2_HUB_ID
+    if name in hub.PACKAGED:
+        return hub.PACKAGED[name].hub_id
     return None if Path(name).expanduser().exists() or name.count("/") != 1 else name
 
 
 def licence_of(name: str, folder: Path | None) -> str | None:
     """The licence that a model's GGUF file, or the card in its folder, names, such as `apache-2.0`, if any."""
-    if name == "smollm2-135m":
-        return "apache-2.0"
+    if name in hub.PACKAGED:
+        return hub.PACKAGED[name].licence.lower()
     if name.endswith(".gguf"):
         named = gguf.read_header(Path(name)).metadata.get("general.license")
         return str(named) if named else None
