@@ -9,6 +9,7 @@ from typing import Any
 
 from midtune.errors import InputError, reason
 from midtune.model.patch import DESCRIPTION, read_patch, require_patch
+from midtune.model.sources import hub_id, licence_of
 from midtune.network import hub_is_offline, transport_errors
 from midtune.report.card import model_card
 from midtune.report.terminal import Terminal
@@ -89,14 +90,14 @@ def _content(patch_folder: Path, repository: str, export: Path | None) -> dict[s
     if export is None and CARD in content:
         # PEFT writes a card of its own, which the manifest knows.
         content.pop(MANIFEST, None)
-    is_hub_id = patch.base_model.count("/") == 1 and not Path(patch.base_model).exists()
     exports = run.path / "export.json"
     card = model_card(
         run.read_json(run.report) if run.report.is_file() else {},
         form,
         repository,
         exports=run.read_json(exports)["forms"] if exports.is_file() else None,
-        base=patch.base_model if is_hub_id else None,
+        base=hub_id(patch.base_model),
+        licence=licence_of(patch.base_model, None),
     )
     return {**content, CARD: card.encode()}
 
