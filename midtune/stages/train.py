@@ -286,6 +286,7 @@ def _report(
     }
     trainable = sum(p.numel() for p in policy.trained_parameters().values())
     total, stored_quantized = policy.total_parameters, policy.stored_quantized
+    slower = tail_note(policy)
     del policy, training.sampler
     give_back()
 
@@ -331,7 +332,7 @@ def _report(
         notes=[
             *([f"{sentence(str(collapse))}."] if collapse else []),
             *unknown,
-            *tail_note(training.policy),
+            *slower,
             *[KEPT] * any(kept.values()),
         ],
         scoring={"problems": len(before.greedy), "planned_share": training.scoring.share, "kept": kept},
