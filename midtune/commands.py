@@ -263,7 +263,7 @@ COMMANDS = {
         "tables.report_table",
         {
             ARGUMENTS: "model",
-            "Model": "quantize device adapter",
+            "Model": "quantize device adapter experts",
             "Task": f"task {_TASK}",
             "Blocks": "layers top_k probe select",
             "Training": "algorithm steps lr beta prompts_per_step group_size max_new_tokens temperature "
@@ -353,7 +353,7 @@ COMMANDS = {
             ARGUMENTS: "model",
             "Plan": "gpu prompt_tokens new_tokens training.group_size training.prompts_per_step",
             "Blocks": "layers top_k",
-            "Model": "quantize",
+            "Model": "quantize experts",
             "Settings": "recipe set offline",
         },
         progress="planning {config.model.name}",

@@ -88,6 +88,11 @@ class ModelConfig(Part):
     )
     adapter: Literal["full", "lora"] = described("full", "train whole blocks, or LoRA on them")
     lora_rank: int = described(16, "rank of the LoRA matrices", ge=1, le=65_536)
+    experts: Literal["all", "frozen"] | None = described(
+        None,
+        "in mixtures of experts, train a block with its experts, or its router, attention and norms over frozen "
+        "ones; default: all, unless they are stored in 4-bit",
+    )
     unpack: Literal["auto", "never"] = described(
         "auto", "dequantize weights once a rollout where half the free memory holds them: faster"
     )

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import (
-    AutoModelForCausalLM,
     PrinterCallback,
     TrainerCallback,
     TrainerControl,
@@ -31,6 +30,8 @@ from midtune.bench.profile import BenchMeter, Profile, operators_per_token, peak
 from midtune.bench.workload import ARMS, STOCK_RATE, Workload, qlora
 from midtune.config import TrainingConfig
 from midtune.measure.meter import Meter
+from midtune.model.architectures import built, text_class
+from midtune.model.configs import read_config
 from midtune.model.loading import load_policy, load_tokenizer
 from midtune.model.policy import Policy, count_parameters
 from midtune.model.quantize import forbid_cpu_packing, nf4_config
@@ -229,8 +230,11 @@ def stock_policy(
     if ARMS[arm].trains == "blocks":
         return load_policy(source, quantize=quantize, device=str(device), dtype=dtype)
     full = ARMS[arm].trains == "all"
-    model = AutoModelForCausalLM.from_pretrained(
+    with torch.device("meta"):
+        skeleton = built(read_config(source.folder, source.name))
+    model = text_class(skeleton).from_pretrained(
         source.folder,
+        config=skeleton.config,
         # Trained weights in fp32, as RL learning rates need; frozen ones in the compute dtype.
         dtype=torch.float32 if full else dtype,
         device_map={"": device},

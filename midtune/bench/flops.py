@@ -34,7 +34,7 @@ def rollout_flops(sizes: Sizes, batch: Batch, arm: str) -> float:
     prompts = batch.prompts if arm == "midtune" else batch.rows
     fed_back = batch.rows * (batch.new_tokens - 1)
     fed = prompts * batch.prompt_tokens + fed_back
-    return 2 * (sizes.blocks * sizes.linear * fed + sizes.projection * (prompts + fed_back))
+    return 2 * (sizes.blocks * sizes.linear_passed * fed + sizes.projection * (prompts + fed_back))
 
 
 def update_flops(
@@ -68,4 +68,4 @@ def update_flops(
         blocks = sizes.blocks * (1 + ARMS[arm].checkpointing + reference) + backward
         # TRL's chunked head always runs again for its gradient.
         head = 3 + whole + reference
-    return 2 * (tokens * sizes.linear * blocks + scored * sizes.projection * head)
+    return 2 * (tokens * sizes.linear_passed * blocks + scored * sizes.projection * head)

@@ -14,8 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 
 from midtune.errors import InputError
-
-KNOWN = "model such as Qwen, Llama, Mistral, Gemma 3, Phi-3 or SmolLM3"
+from midtune.model.architectures import KNOWN
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -219,10 +218,20 @@ def captured(
 
 
 def config_from(config: Any, first: int, depth: int) -> Any:
-    """Copy `config` for the blocks from `first` on, and cut its per-block lists to match."""
+    """Copy the configuration of a model of `depth` blocks for those from `first` on, with what it says of each."""
     cut = copy.copy(config)
+    text = config.get_text_config()
+    if text is not config:
+        place = next(key for key, value in vars(config).items() if value is text)
+        vars(cut)[place] = config_from(text, first, depth)
+        return cut
     for key, value in vars(config).items():
         if isinstance(value, list) and len(value) == depth:
             vars(cut)[key] = value[first:]
     vars(cut)["num_hidden_layers"] = depth - first
+    if vars(cut).get("num_kv_shared_layers"):
+        # Blocks whose keys and values others share may be missing; so each has its own.
+        vars(cut)["num_kv_shared_layers"] = 0
+    overrides = config.to_dict().get("per_layer_config") or {}
+    cut.per_layer_config = {int(k) - first: own for k, own in overrides.items() if int(k) >= first} or None
     return cut

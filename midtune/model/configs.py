@@ -22,13 +22,15 @@ def config_of(name: str, *, trust_remote_code: bool = False, network: bool = Tru
     """Read a model's configuration from a folder, from midtune's own copies, or from the hub.
 
     `name` is a folder, `tiny`, a hub id, or the last part of the id of a model whose sizes midtune ships (`qwen3-8b`).
-    Raises InputError if it is none of these, or the hub is needed and cannot be asked.
+    Raises InputError if it is none of these, cannot be trained, or the hub is needed and cannot be asked.
     """
     from transformers import AutoConfig
 
+    from midtune.model.architectures import check_trainable
+
     folder = TINY if name == "tiny" else Path(name).expanduser()
     if (folder / "config.json").is_file():
-        return read_config(folder, trust_remote_code=trust_remote_code)
+        return read_config(folder, name, trust_remote_code=trust_remote_code)
     shipped: dict[str, dict[str, Any]] = json.loads(SHIPPED.read_text(encoding="utf-8"))
     wanted = PACKAGED[name].hub_id if name in PACKAGED else name
     for known, sizes in shipped.items():
@@ -36,9 +38,11 @@ def config_of(name: str, *, trust_remote_code: bool = False, network: bool = Tru
             return AutoConfig.for_model(**sizes)
     if network and name.count("/") == 1 and not folder.exists():
         try:
-            return within(
+            found = within(
                 REACH_TIMEOUT_S, lambda: AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
             )
+            check_trainable(found, name)
+            return found
         except (OSError, ValueError) as error:
             raise InputError(
                 f"the configuration of {name} is not shipped with midtune and could not be fetched "
@@ -52,14 +56,21 @@ def config_of(name: str, *, trust_remote_code: bool = False, network: bool = Tru
     )
 
 
-def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
-    """Read the configuration in a model folder; raises InputError if it cannot be read or has an impossible count."""
+def read_config(folder: Path, name: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Read the configuration in a model folder.
+
+    Raises InputError if it cannot be read or has an impossible count, or the model, called `name`, cannot be trained.
+    """
     from transformers import AutoConfig
+
+    from midtune.model.architectures import check_trainable
 
     path = folder / "config.json"
     check_config(path)
     with explained(f"{path} cannot be read ({WHY}); correct it or fetch it again."):
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        check_trainable(config, name)
+    return config
 
 
 def _plain(name: str) -> str:

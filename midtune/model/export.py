@@ -33,7 +33,7 @@ def save_quantized(policy: Policy, folder: Path, dtype: torch.dtype) -> None:
         for name, part in model.named_modules()
         if type(part) is nn.Linear
     )
-    stored = getattr(read_config(policy.source.folder), "quantization_config", None)
+    stored = getattr(read_config(policy.source.folder, policy.source.name), "quantization_config", None)
     quantization = nf4_config(dtype, list(keep)).to_dict() if stored is None else dict(stored)
     model.config.quantization_config = {**quantization, "llm_int8_skip_modules": list(keep)}
     # The base's own settings, which save_pretrained may find fault with, are put in by `complete`.
@@ -51,7 +51,9 @@ def complete(
         (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
     file = source.folder / "generation_config.json"
     settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    declared = settings.get("eos_token_id") or read_config(source.folder).get_text_config().eos_token_id
+    declared = (
+        settings.get("eos_token_id") or read_config(source.folder, source.name).get_text_config().eos_token_id
+    )
     settings["eos_token_id"] = stop_ids(declared, tokenizer)
     settings.setdefault("pad_token_id", tokenizer.pad_token_id)
     _write_json(folder / file.name, settings)

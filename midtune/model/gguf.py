@@ -26,6 +26,8 @@ _SCALARS = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
 # Limits above any real file's: bytes of one text, bytes before the tensors, dimensions of one tensor.
 _MOST_TEXT_BYTES, _MOST_HEADER_BYTES, _MOST_DIMENSIONS = 2**24, 2**29, 8
+# Above the number of any quantization type that there may be.
+_MOST_TYPES = 256
 # Metadata keys for a model's dimensions; none exceeds the length of the model's largest tensor.
 _LENGTHS = (
     *("embedding_length", "feed_forward_length", "vocab_size"),
@@ -36,11 +38,12 @@ _MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Header:
-    """Header of a GGUF file: its scalar metadata, its parameter count and where its data ends."""
+    """Header of a GGUF file: its scalar metadata, its parameter count, where its data ends, and how it is quantized."""
 
     metadata: dict[str, Any]
     parameters: int
     end_bytes: int
+    types: frozenset[int]
 
 
 def read_header(path: Path) -> Header:
@@ -54,10 +57,10 @@ def read_header(path: Path) -> Header:
                 raise InputError(
                     f"{path} has GGUF version {version}, but 2 and 3 are read; convert it again."
                 )
-            return _header(file, tensors, pairs)
+            return _header(file, tensors, pairs, path)
 
 
-def _header(file: BinaryIO, tensors: int, pairs: int) -> Header:
+def _header(file: BinaryIO, tensors: int, pairs: int, path: Path) -> Header:
     """Read `pairs` of metadata and the tensor descriptions; raises on impossible ones."""
     import gguf
 
@@ -69,6 +72,7 @@ def _header(file: BinaryIO, tensors: int, pairs: int) -> Header:
         if file.tell() > _MOST_HEADER_BYTES:
             raise ValueError("too long")
     parameters, last, longest = 0, 0, 0
+    types: set[int] = set()
     for _ in range(tensors):
         _string(file)
         (dims,) = _unpack(file, "I")
@@ -77,6 +81,12 @@ def _header(file: BinaryIO, tensors: int, pairs: int) -> Header:
         shape = _unpack(file, f"{dims}Q")
         count = math.prod(shape)
         kind, offset = _unpack(file, "IQ")
+        if max(gguf.GGMLQuantizationType) < kind < _MOST_TYPES:
+            raise InputError(
+                f"{path} holds tensors in quantization type {kind} of GGUF, which the gguf package here does not know; "
+                "update that package, or use the safetensors of that model."
+            )
+        types.add(kind)
         block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
         parameters += count
         last = max(last, offset + count // block * block_bytes)
@@ -88,7 +98,24 @@ def _header(file: BinaryIO, tensors: int, pairs: int) -> Header:
     blocks = _whole(metadata, f"{architecture}.block_count", 0)
     if alignment < 1 or (parts <= 1 and (blocks > tensors or max(sizes.values()) > longest)):
         raise ValueError("sizes that its tensors do not have")
-    return Header(metadata, parameters, -(-file.tell() // alignment) * alignment + last)
+    end_bytes = -(-file.tell() // alignment) * alignment + last
+    return Header(metadata, parameters, end_bytes, frozenset(types))
+
+
+def _check_types(path: Path, types: Iterable[int]) -> None:
+    """Raise InputError if a quantization type cannot be unpacked."""
+    import gguf
+    import numpy as np
+
+    for kind in sorted(types):
+        named = gguf.GGMLQuantizationType(kind)
+        try:
+            gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[named][1]), np.uint8), named)
+        except NotImplementedError:
+            raise InputError(
+                f"{path} holds tensors in {named.name}, which the gguf package cannot unpack; use a file in another "
+                "quantization, such as Q4_K_M, or the safetensors of that model."
+            ) from None
 
 
 def _whole(metadata: dict[str, Any], key: str, default: int) -> int:
@@ -140,7 +167,9 @@ def convert(path: Path, out: Path, progress: Progress) -> Path:
     # Any: transformers' annotations do not know the pair that output_loading_info returns.
     auto: Any = transformers.AutoModelForCausalLM
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    metadata = read_header(path).metadata
+    header = read_header(path)
+    _check_types(path, header.types)
+    metadata = header.metadata
     kind = metadata.get("general.architecture", "unknown")
     unread = (
         f"{path} holds a `{kind}` model that transformers cannot read from GGUF ({WHY}); "
@@ -157,6 +186,8 @@ def convert(path: Path, out: Path, progress: Progress) -> Path:
         )
     # transformers refuses to convert and save a model marked as GGUF.
     clear_quantized_markers(loaded)
+    # Save it under the names that models of its kind are published with.
+    vars(loaded).pop("_weight_conversions", None)
     # fp16 rounds by at most 2^-11 of a weight: for SmolLM2's Q4_1 file a relative error of 1.9e-4 (bfloat16:
     # 1.4e-3), far below that of 4-bit rounding, at half the bytes of float32.
     limit = torch.finfo(torch.float16).max

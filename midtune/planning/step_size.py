@@ -14,7 +14,7 @@ from midtune.bench.workload import ARMS, LORA_RANK
 from midtune.config import RunConfig
 from midtune.errors import InputError
 from midtune.model.sizes import Sizes
-from midtune.planning.budget import Loaded, Phases, Standing, packed_bytes
+from midtune.planning.budget import Loaded, Phases, Standing, frozen_bytes
 from midtune.rl.algorithms import groups_per_micro_batch
 
 ADAM_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 2 * 4 / 256}
@@ -105,7 +105,7 @@ def standing(model: Loaded, sizes: Sizes, arm: str, work: Work, *, trained: int)
     ours, trains = arm == "midtune", ARMS[arm].trains
     training, weight_bytes = work.config.training, model.weight_dtype.itemsize
     optimizer = training.optimizer if ours else "adamw"
-    kept = packed_bytes(sizes.linear) if model.quantized else sizes.linear * weight_bytes
+    kept = frozen_bytes(model, sizes)
     # A tied embedding is also the head and has to stay.
     on_host = ours and model.on_card and work.config.model.embeddings == "host" and sizes.head
     embedding = 0 if on_host else sizes.embedding
@@ -121,8 +121,9 @@ def standing(model: Loaded, sizes: Sizes, arm: str, work: Work, *, trained: int)
         largest = parameters // sizes.blocks
         parts["adapters"] = parameters * bytes_each
     else:
-        blocks = trained if ours else 1
-        parameters, bytes_each, largest = blocks * sizes.block, 4, sizes.linear // 2
+        frozen = 0 if model.with_experts else sizes.experts
+        parameters = (trained if ours else 1) * (sizes.block - frozen)
+        bytes_each, largest = 4, (sizes.linear - frozen) // 2
         parts["trained blocks, fp32"] = parameters * 4
     moments = ADAM_BYTES[optimizer] * (bytes_each / 4 if optimizer == "adamw" else 1)
     parts["optimizer"] = round(parameters * moments)

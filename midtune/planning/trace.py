@@ -20,7 +20,7 @@ from midtune.bench.workload import ARMS, qlora
 from midtune.model.blocks import find_blocks
 from midtune.model.sizes import blocks_of
 from midtune.planning.budget import Held, Loaded
-from midtune.planning.skeleton import SkeletonPolicy, chunked_log_probs, skeleton
+from midtune.planning.skeleton import SkeletonPolicy, chunked_log_probs, has_slots, skeleton
 from midtune.planning.tracker import Tracker
 from midtune.rl import tail
 from midtune.rollout.boundary import BoundaryStates, positions
@@ -119,13 +119,14 @@ def whole_update(model: Loaded, batch: Batch, arm: str, block: int = 0) -> Held:
 def sampling(model: Loaded, batch: Batch, *, shared: bool) -> Held:
     """Keys and values of sampling all rows at once, and the peak: traces the prompt pass and the last step.
 
-    With `shared`, as in midtune, each prompt passes once and is held once, and rows have slots.
+    With `shared`, as in midtune, each prompt passes once and is held once, and rows have slots, where the model allows.
     """
     prompt_tokens = int(batch.prompt_tokens)
     depth = blocks_of(model.config)
     built = min(depth, FEW_BLOCKS)
     held, mode = skeleton(model, built)
     held.eval()
+    shared = shared and has_slots(held)
     prompts = batch.prompts if shared else batch.rows
     ones = torch.ones(prompts, prompt_tokens, dtype=torch.long)
     with (
@@ -133,7 +134,7 @@ def sampling(model: Loaded, batch: Batch, *, shared: bool) -> Held:
         _mixed(model.dtype),
         tracker.repeated(find_blocks(held)[1], 1),
     ):
-        cache = DynamicCache()
+        cache = DynamicCache(config=held.config.get_text_config())
         held(
             input_ids=torch.zeros_like(ones),
             attention_mask=ones,
@@ -153,6 +154,9 @@ def _last_step(held: Any, mode: Any, tracker: Tracker, cache: Any, batch: Batch)
     new_tokens = int(batch.new_tokens)
     for number, layer in enumerate(cache.layers):
         with tracker.made_by_repeated() if number == 1 else contextlib.nullcontext():
+            if not hasattr(layer, "keys"):
+                # A recurrent state does not grow.
+                continue
             rows, heads, _, width = layer.keys.shape
             with mode:
                 shape = (rows, heads, max(new_tokens - 2, 0), width)

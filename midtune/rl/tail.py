@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from midtune.config import TrainingConfig
 from midtune.errors import InputError
-from midtune.model.blocks import KNOWN, TailCache, captured
+from midtune.model.architectures import KNOWN
+from midtune.model.blocks import TailCache, captured
 from midtune.model.memory import is_out_of_memory
 from midtune.model.policy import Policy, full_precision
 from midtune.rollout.boundary import (

@@ -196,6 +196,8 @@ def trl_arguments(
         generation_kwargs={"stop_strings": settings.stop_strings} if settings.stop_strings else None,
         **{name: getattr(settings, name) for name in SAME_NAME},
         **algorithm_arguments(settings),
+        # Losses that balance experts come from a pass through all blocks, which the update does not take.
+        router_aux_loss_coef=0.0,
         optim=OPTIMIZERS[settings.optimizer],
         learning_rate=FIRST_RATE if settings.lr == "auto" else settings.lr,
         lr_scheduler_type=settings.lr_schedule,

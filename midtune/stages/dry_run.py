@@ -65,16 +65,17 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None = None) -> d
     try:
         config_of(name, network=False)
     except InputError:
-        if name.count("/") != 1:
+        if not _is_fetched(name):
             raise
         return {**found, "note": "memory not known: config not at hand"}
     named = training.fit if training.fit not in (None, "auto", "none") else PLANNED_CARD
     planner = planner_of(config, named)
     sizes = planner.sizes
-    each = sizes.block if config.model.adapter == "full" else config.model.lora_rank * sizes.widths
+    whole = sizes.block - (0 if planner.model.with_experts else sizes.experts)
+    each = whole if config.model.adapter == "full" else config.model.lora_rank * sizes.widths
     trained = len(planner.blocks) * each
     if config.blocks.select == "boost":
-        trained = sizes.blocks * sizes.block
+        trained = sizes.blocks * whole
     work = work_of(config, PLANNED_PROMPT_TOKENS)
     changes = {} if training.fit in (None, "none") else planner.fitting(work) or {}
     arm = planner.arm("midtune", work.changed(changes))

@@ -126,6 +126,11 @@ class _Export:
         tensors = deployed_tensors(source, self.patch_folder)
         dtype = dtype_named(self.dtype or "auto") or self._run_dtype()
         policy = self.opened.policy(quantize="nf4")
+        if policy.model.config.get_text_config() is not policy.model.config:
+            raise InputError(
+                f"{source.name} also sees, and only its text part was loaded, so no whole 4-bit model can be written; "
+                "use --to hf."
+            )
         put_blocks(policy, self.patch.blocks, tensors)
         with new_model(source, self.out) as scratch:
             save_quantized(policy, scratch, dtype)

@@ -61,7 +61,7 @@ def run(
     opened = Opened(config, terminal)
     opened.task.require_one_turn("`bench --until`")
     source, problems = opened.source, len(opened.task.held_out)
-    depth = read_config(source.folder).get_text_config().num_hidden_layers
+    depth = read_config(source.folder, source.name).get_text_config().num_hidden_layers
     # What is the same for all runs; blocks are named apart, so that a longer span leaves finished runs as they are.
     known = {"model.revision": source.revision, "blocks.layers": None, "blocks.top_k": 1}
     same = {

@@ -92,6 +92,7 @@ class Opened:
             policy = load_policy(
                 self.source,
                 quantize=quantize or model.quantize,
+                experts=model.experts,
                 device=model.device,
                 dtype=dtype_named(model.dtype),
                 trust_remote_code=model.trust_remote_code,

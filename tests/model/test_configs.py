@@ -7,6 +7,7 @@ import pytest
 from midtune.errors import InputError
 from midtune.model import configs
 from midtune.model.configs import config_of
+from midtune.model.sizes import sizes_of
 from tests.model import fake_hub
 
 
@@ -62,4 +63,33 @@ def test_a_damaged_configuration_is_named(folder: Path) -> None:
 def test_every_shipped_model_is_listed_once() -> None:
     names = [name.partition("/")[2] for name in json.loads(configs.SHIPPED.read_text())]
     assert [config_of(name).model_type for name in names]
-    assert len({name.lower().replace("-instruct", "") for name in names}) == len(names) == 25
+    assert len({name.lower().replace("-instruct", "") for name in names}) == len(names) == 29
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"model_type": "bart"}, "is an encoder-decoder"),
+        ({"model_type": "bert"}, "is an encoder, which fills gaps in a text"),
+        ({"model_type": "vit"}, "has no language model in transformers"),
+        ({"model_type": "diffusion_gemma"}, "does not write one token after another"),
+        (
+            {"model_type": "llama", "quantization_config": {"quant_method": "gptq", "bits": 4}},
+            "with gptq quantization",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_by_its_configuration(
+    folder: Path, settings: dict[str, object], why: str
+) -> None:
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=why):
+        config_of(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("Qwen3-30B-A3B", 30.5), ("Qwen3.5-4B", 4.2), ("gemma-4-E4B", 7.5), ("gpt-oss-20b", 20.9)],
+)
+def test_mixtures_and_text_parts_are_counted_whole(name: str, billions: float) -> None:
+    assert sizes_of(config_of(name)).total / 1e9 == pytest.approx(billions, abs=0.05)

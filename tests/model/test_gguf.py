@@ -77,3 +77,17 @@ def test_a_cut_gguf_is_refused_wherever_it_is_cut(tmp_path: Path) -> None:
         path.write_bytes(whole[:length])
         with pytest.raises(InputError, match=r"cut short|damaged"):
             resolve(str(path))
+
+
+def test_a_quantization_type_that_cannot_be_unpacked_is_named(tmp_path: Path) -> None:
+    path = toy_gguf.write(tmp_path / "toy.gguf")
+    described = path.read_bytes()
+    # The type of each tensor, F32, follows its shape.
+    place = described.index(b"output_norm.weight") + len(b"output_norm.weight") + 4 + 8
+    for kind, words in (
+        (26, "holds tensors in I32, which"),
+        (77, "quantization type 77 of GGUF"),
+    ):
+        path.write_bytes(described[:place] + int(kind).to_bytes(4, "little") + described[place + 4 :])
+        with pytest.raises(InputError, match=words):
+            resolve(str(path))

@@ -33,7 +33,8 @@ def test_a_hub_model_is_fetched_and_then_found_without_the_hub(
         source = resolve("org/toy", progress=lambda *args: told.append(args))
     assert (source.name, source.revision) == ("org/toy", fake_hub.COMMIT)
     assert {p.name for p in source.folder.iterdir()} == set(files)
-    total = sum(map(len, files.values()))
+    # The configuration came before, to say whether the rest is worth it.
+    total = sum(len(content) for name, content in files.items() if name != "config.json")
     assert told[-1] == ("downloading org/toy", total, total)
     assert resolve("org/toy") == source  # the server has gone
     monkeypatch.setenv(network.OFFLINE, "1")
@@ -48,6 +49,15 @@ def test_hub_repositories_that_cannot_be_used(tmp_path: Path, use_hub: UseHub) -
         with pytest.raises(InputError, match="no model org/absent on the hub"):
             resolve("org/absent")
     assert not (tmp_path / "hub").exists()
+
+
+def test_a_model_that_cannot_be_trained_is_not_downloaded(tmp_path: Path, use_hub: UseHub) -> None:
+    config = b'{"model_type": "t5", "is_encoder_decoder": true}'
+    with fake_hub.serve({"org/t5": {"config.json": config, "model.safetensors": b"weights"}}) as address:
+        use_hub(address)
+        with pytest.raises(InputError, match="org/t5 is a t5 model, which is an encoder-decoder"):
+            resolve("org/t5")
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_no_hub_is_told_apart_from_no_repository(use_hub: UseHub, monkeypatch: pytest.MonkeyPatch) -> None:
