@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, cast
@@ -130,6 +131,12 @@ def resumed(
     parts = [_with_forward(block, skip) for block in blocks[:first]]
     parts += [_with_forward(blocks[first], enter), *after[1:]]
     return with_part(model.get_submodule(body_name), place, nn.ModuleList(parts))
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """The name under which a model takes its cache."""
+    known = inspect.signature(type(model).forward).parameters
+    return next((name for name in ("cache", "cache_params") if name in known), "past_key_values")
 
 
 @torch.no_grad()

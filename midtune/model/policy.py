@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -15,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from midtune.errors import InputError
-from midtune.model.blocks import find_blocks, logits_of, resumed, returned_by
+from midtune.model.blocks import cache_argument, find_blocks, logits_of, resumed, returned_by
 from midtune.model.host import is_here
 from midtune.model.names import Names
 from midtune.model.quantize import count_values, expert_modules, is_quantized, plain_name, thawed
@@ -106,9 +105,7 @@ class Policy:
 
     @cached_property
     def cache_argument(self) -> str:
-        """The name under which the model takes its cache."""
-        known = inspect.signature(type(self.model).forward).parameters
-        return next((name for name in ("cache", "cache_params") if name in known), "past_key_values")
+        return cache_argument(self.model)
 
     @cached_property
     def _returned(self) -> int:

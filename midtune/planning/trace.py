@@ -17,7 +17,7 @@ from transformers import DynamicCache, LogitsProcessorList
 
 from midtune.bench.flops import Batch
 from midtune.bench.workload import ARMS, qlora
-from midtune.model.blocks import find_blocks
+from midtune.model.blocks import cache_argument, find_blocks
 from midtune.model.sizes import blocks_of
 from midtune.planning.budget import Held, Loaded
 from midtune.planning.skeleton import SkeletonPolicy, chunked_log_probs, has_slots, skeleton
@@ -139,9 +139,9 @@ def sampling(model: Loaded, batch: Batch, *, shared: bool) -> Held:
             input_ids=torch.zeros_like(ones),
             attention_mask=ones,
             position_ids=positions(ones),
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{cache_argument(held): cache},
         )
         last = _last_step_in_slots if shared else _last_step
         logits = last(held, mode, tracker, cache, batch)
@@ -169,8 +169,8 @@ def _last_step(held: Any, mode: Any, tracker: Tracker, cache: Any, batch: Batch)
         input_ids=torch.zeros(batch.rows, 1, dtype=torch.long),
         attention_mask=ones,
         position_ids=positions(ones)[:, -1:],
-        past_key_values=cache,
         use_cache=True,
+        **{cache_argument(held): cache},
     ).logits
     return found[:, -1]
 

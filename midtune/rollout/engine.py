@@ -241,9 +241,9 @@ class Engine:
                 input_ids=ids,
                 attention_mask=mask,
                 position_ids=positions(mask),
-                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **{self.policy.cache_argument: cache},
             ).logits[:, -1]
         if self._watched is not None:
             self._prompt_states.append((groups, states[0]))

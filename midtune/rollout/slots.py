@@ -15,6 +15,7 @@ import torch
 from transformers import AttentionInterface, Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from midtune.model.blocks import cache_argument
 from midtune.model.rotary import NAME, rotations
 
 # The name under which transformers finds `attend`.
@@ -156,7 +157,7 @@ class Slots(Cache):
             raise NotInSlots("it holds other states than keys and values")
         windows = [getattr(kind, "sliding_window", None) for kind in kinds]
         super().__init__(layers=[SlotLayer(self, window) for window in windows])
-        self._model = model
+        self._model, self._argument = model, cache_argument(model)
         # A block that is trained has its own.
         configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
         # Objects, names of their attributes, usual values, and those in a pass. Products pay on a card alone.
@@ -174,9 +175,9 @@ class Slots(Cache):
             found: torch.Tensor = self._model(
                 input_ids=ids,
                 position_ids=passing.positions,
-                past_key_values=self,
                 use_cache=True,
                 logits_to_keep=1,
+                **{self._argument: self},
             ).logits
         finally:
             for part, name, usual, _ in self._replaced:
