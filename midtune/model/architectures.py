@@ -25,7 +25,7 @@ STORED = ("mxfp4", "bitsandbytes", None)
 def check_trainable(config: PretrainedConfig, name: str) -> None:
     """Raise InputError if the model `name` of this configuration cannot be trained, for reasons that it tells."""
     text = config.get_text_config()
-    auto = _auto_class(config)
+    auto = auto_class(config)
     why = None
     if config.is_encoder_decoder or text.is_encoder_decoder:
         why = "is an encoder-decoder"
@@ -66,14 +66,15 @@ def trains_experts(config: PretrainedConfig, asked: str | None, name: str) -> bo
     return asked != "frozen" and not in_mxfp4
 
 
-def _auto_class(config: PretrainedConfig) -> Any:
+def auto_class(config: PretrainedConfig) -> Any:
+    """What loads a whole model of this configuration, of one that also sees with its vision part."""
     sees = type(config) in AutoModelForImageTextToText._model_mapping
     return AutoModelForImageTextToText if sees else AutoModelForCausalLM
 
 
 def built(config: PretrainedConfig, *, trust_remote_code: bool = False, **settings: Any) -> PreTrainedModel:
     """A new model of the class that `config` describes; of one that also sees or hears, its text part."""
-    auto = _auto_class(config)
+    auto = auto_class(config)
     model: PreTrainedModel = auto.from_config(config, trust_remote_code=trust_remote_code, **settings)
     return _drop(model)
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from midtune.errors import InputError
+from midtune.model.architectures import auto_class
 from midtune.model.configs import read_config
 from midtune.model.policy import Policy, stop_ids
 from midtune.model.quantize import compute_in, nf4_config
@@ -88,7 +89,8 @@ def largest_activation(policy: Policy, ids: Sequence[int]) -> float:
 @torch.no_grad()
 def require_finite(folder: Path, ids: Sequence[int], device: torch.device) -> None:
     """Sample from a model folder in plain transformers; raises InputError if it gives anything but finite logits."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, device_map={"": device}, use_safetensors=True)
+    auto = auto_class(AutoConfig.from_pretrained(folder))
+    model: Any = auto.from_pretrained(folder, device_map={"": device}, use_safetensors=True)
     given = torch.tensor([list(ids)], device=device)
     tokens = model.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=8, do_sample=False)
     if not bool(model(tokens).logits.isfinite().all()):
