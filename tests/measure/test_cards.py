@@ -63,13 +63,19 @@ def test_other_processes_are_those_on_the_card_but_for_this_one(
     found = [process(9, None), process(7, 2**30), process(os.getpid(), 2**31), process(8, 2**32)]
     on_cards = {0: [], 1: [*found, process(10**6, 5)]}
     library(nvmlDeviceGetComputeRunningProcesses=on_cards.__getitem__)
-    assert other_processes("2-3") == [
+    assert other_processes("2-3", 2**31) == [
         CardProcess(8, "ollama", 2**32),
         CardProcess(7, "python3", 2**30),
         CardProcess(10**6, "process", 5),
         CardProcess(9, "Xorg", None),
     ]
-    assert other_processes("0-1") == []
+    assert other_processes("0-1", 0) == []
+
+
+def test_in_a_container_this_one_is_what_holds_as_much(library: Callable[..., None]) -> None:
+    on_cards = {0: [], 1: [process(10**6, 2**30 + 5), process(10**6 + 1, 2**32)]}
+    library(nvmlDeviceGetComputeRunningProcesses=on_cards.__getitem__)
+    assert other_processes("2-3", 2**30) == [CardProcess(10**6 + 1, "process", 2**32)]
 
 
 @pytest.mark.parametrize("function", ["nvmlInit", "nvmlDeviceGetCount"])
@@ -81,4 +87,4 @@ def test_without_a_driver_nothing_is_known(library: Callable[..., None], functio
 def test_without_the_library_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert card_names() == []
-    assert other_processes("0-1") == []
+    assert other_processes("0-1", 0) == []

@@ -135,6 +135,8 @@ def test_turns_are_those_of_trls_loop(
         unknown = torch.zeros(ids.shape)
         return Drawn(ids, unknown, unknown, mask.sum(1), torch.zeros(len(now), dtype=torch.bool))
 
+    # Not to be tried, which would take from the script.
+    policy.decoder = Decoder
     monkeypatch.setattr(Decoder, "draw", draw)
     matches = task.game.matches(4)
     begun = [match.reset(row)["prompt"] for match in matches]
