@@ -271,7 +271,7 @@ def test_aliases_of_ordinary_recipes_are_read(tmp_path: Path) -> None:
     ("key", "value", "most"),
     [
         ("training.steps", 10**6 + 1, "1000000"),
-        ("task.eval_size", 10**30, "10000000 or be 'auto'"),
+        ("task.eval_size", 10**30, "10000000 or 'auto'"),
         ("seed", 2**32, "4294967295"),
         ("training.group_size", 10**5, "10000"),
         ("training.max_new_tokens", 10**9, "1000000"),

@@ -22,6 +22,7 @@ from midtune.config import BUNDLED_MODEL, SETTINGS, RunConfig, TaskConfig, dump_
 from midtune.runs import RunFolder
 from midtune.tasks import check_reward, load_task
 from midtune.tasks.sources.hub_dataset import is_dataset
+from tests.tasks.conftest import opened
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -184,6 +185,9 @@ def test_it_opens_with_the_two_commands_that_ci_runs() -> None:
 def test_commands_work_from_top_to_bottom(
     page: str, made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if page.endswith("programs.md"):
+        # Skips where no program can be run.
+        opened(allow_weak=True)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     monkeypatch.chdir(tmp_path)
     for block in blocks(page):
@@ -215,7 +219,12 @@ def test_the_environment_that_the_guide_shows_is_sound(tmp_path: Path) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_options_and_settings_exist(page: str) -> None:
     found = typer.main.get_command(cli.app).commands.values()  # type: ignore[attr-defined]
-    known = {option for command in found for parameter in command.params for option in parameter.opts}
+    known = {
+        option
+        for command in found
+        for parameter in command.params
+        for option in (*parameter.opts, *parameter.secondary_opts)
+    }
     for option in re.findall(r"`(--[a-z-]+)", PAGES[page]):
         assert option in known, option
     parts = "|".join(RunConfig.model_fields)

@@ -38,7 +38,7 @@ from midtune.model.policy import Policy
 from midtune.probe.methods import subject
 from midtune.probe.selection import best, from_the_middle, middle
 from midtune.report.terminal import Terminal
-from midtune.rl.tail import completion_log_probs
+from midtune.rl.tail import completion_log_probs, tail_kind
 from midtune.rl.training import sampling_of
 from midtune.rollout.boundary import positions
 from midtune.rollout.evaluation import score_completions
@@ -257,6 +257,8 @@ def pair_products(
     # A group without advantages has a gradient of exactly zero: it counts, but need not be computed.
     kept = rollout.groups(torch.as_tensor(unequal, device=policy.device))
     assert kept.boundary is not None
+    # Tried once, in passes that are not to be watched.
+    tail_kind(policy, kept.boundary.block)
     with torch.enable_grad(), watched(policy, blocks, len(unequal), len(advantages)) as gradients:
         # Autograd starts at these states, so the blocks below the lowest one are left alone.
         inputs = [kept.boundary.prompt.requires_grad_(), kept.boundary.completion.requires_grad_()]
