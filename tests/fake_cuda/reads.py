@@ -87,6 +87,8 @@ def site_of(frame: FrameType | None) -> Site:
 
 MASKS = "transformers/masking_utils.py:_ignore_causal_mask_sdpa"
 NO_MASK = "Transformers drops a mask that masks nothing, for a faster kernel"
+PACKED = "transformers/masking_utils.py:find_packed_sequence_indices"
+SEVERAL_TEXTS = "Transformers looks for several texts in a row"
 TRL_LOGS = "TRL logs means, each by itself"
 
 WANTED = [
@@ -106,6 +108,11 @@ WANTED = [
         "columns without tokens are dropped",
     ),
     Read("rollout/engine.py:check_engine", "apart = float(", "whether logits are equal"),
+    # Once a policy: decoders and tails are held against the plain model.
+    Read("rollout/boundary.py:plain_log_probs", "policy.model(", SEVERAL_TEXTS, PACKED),
+    Read("model/blocks.py:returned_by", "model(input_ids=", SEVERAL_TEXTS, PACKED),
+    Read("rl/tail.py:_exact_tail", "apart = float(", "whether log-probs are equal"),
+    Read("rl/tail.py:_exact_tail.<locals>.<genexpr>", "isfinite()", "whether gradients are numbers"),
     # Once a rollout, and once more where waiting prompts take the room.
     Read("model/norms.py:_added_by", "torch.allclose(", "whether norms can be fused"),
     Read("rollout/engine.py:Engine._prefill", "self.policy.model(", NO_MASK, MASKS),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,9 @@ def test_a_run_that_has_not_finished_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def trained(finished: tuple[Path, dict[str, Any]]) -> tuple[Path, RunConfig]:
-    """A finished run, and its configuration."""
-    run, _ = finished
+def trained(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> tuple[Path, RunConfig]:
+    """A copy of a finished run, to which an export adds, and its configuration."""
+    run = shutil.copytree(finished[0], tmp_path / "run")
     return run, load_config(run / "config.yaml", {})
 
 
