@@ -90,6 +90,7 @@ def test_schema_1() -> None:
         "probe": "given with --layers",
         "seed": 7,
         "notes": [],
+        "scoring": None,
     }
 
 
