@@ -20,48 +20,17 @@ from midtune.model.patch import apply_patch, deployed_tensors, merge_patch, save
 from midtune.model.policy import Policy
 from midtune.model.quantize import dequantized, expert_modules, plain_name
 from midtune.model.sources import Source, resolve
+from tests.architectures import EVERY as ARCHITECTURES
+from tests.architectures import EXPERTS
 from tests.conftest import COMMON
 from tests.model.toy_training import TOKENS, logits_of, perturb
 
 Make = Callable[[str], Path]
 Settings = dict[str, Any]
 
-# Each family reads the names that it knows.
-EXPERTS: Settings = {
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 32,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "n_shared_experts": 1,
-    "head_dim": 16,
-}
-LATENT: Settings = {
-    **EXPERTS,
-    "num_key_value_heads": 4,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 16,
-    "head_dim": 8,
-}
-MIXTURES: dict[str, Settings] = {
-    "qwen3_moe": EXPERTS,
-    "qwen2_moe": EXPERTS,
-    "mixtral": EXPERTS,
-    "glm4_moe": EXPERTS,
-    "deepseek_v2": LATENT,
-    "deepseek_v3": LATENT,
-    "granitemoe": EXPERTS,
-    "dots1": EXPERTS,
-    "minimax_m2": {**EXPERTS, "rotary_dim": 8},
-    "gpt_oss": {**EXPERTS, "sliding_window": 6},
-}
+MIXTURES = (
+    "qwen3_moe qwen2_moe mixtral glm4_moe deepseek_v2 deepseek_v3 granitemoe dots1 minimax_m2 gpt_oss".split()
+)
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 SECTIONS = {"head_dim": 16, "rope_parameters": {**ROPE, "mrope_section": [2, 3, 3]}}
 TOWER: Settings = {
@@ -140,7 +109,7 @@ def made(random_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPa
     def make(name: str) -> Path:
         if name not in known:
             if name in MIXTURES:
-                config = AutoConfig.for_model(name, **{**COMMON, **MIXTURES[name]})
+                config = AutoConfig.for_model(name, **{**COMMON, **ARCHITECTURES[name]})
             else:
                 whole, text, tower = SEEING[name]
                 config = AutoConfig.for_model(
