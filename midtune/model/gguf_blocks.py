@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from midtune.errors import WHY, InputError, explained
+from midtune.model.architectures import built
 from midtune.model.blocks import find_blocks
 from midtune.model.cache import silent
 from midtune.model.gguf import read_header, reported
@@ -139,7 +140,7 @@ def _as_in_file(
 
 def _loader(base: Path, reader: Any, blocks: Sequence[int]) -> Callable[[Stored], dict[str, torch.Tensor]]:
     """A function that gives what transformers makes of tensors that stand in the place of `base`'s, by `inner_name`."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     def of_file(stored: Stored, read: Callable[[Path], Any]) -> Any:
@@ -151,7 +152,7 @@ def _loader(base: Path, reader: Any, blocks: Sequence[int]) -> Callable[[Stored]
     unread = f"transformers cannot read {base} ({WHY}); use the GGUF of a model that it reads."
     with explained(unread, keep=(OSError,)), torch.device("meta"):
         config = of_file({}, lambda path: AutoConfig.from_pretrained(path.parent, gguf_file=path.name))
-        model = AutoModelForCausalLM.from_config(config)
+        model = built(config)
     # The reader takes a tenth of a second for every module of the model.
     _, stack = find_blocks(model)
     stack._modules = {str(block): stack[block] for block in blocks}
