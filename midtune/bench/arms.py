@@ -33,6 +33,7 @@ from midtune.measure.meter import Meter
 from midtune.model.architectures import built, text_class
 from midtune.model.configs import read_config
 from midtune.model.loading import load_policy, load_tokenizer
+from midtune.model.memory import give_back
 from midtune.model.policy import Policy, count_parameters
 from midtune.model.quantize import forbid_cpu_packing, nf4_config
 from midtune.model.sizes import sizes_of
@@ -190,6 +191,7 @@ def learn(
     loaded; `memory_source`; `trainable`: parameters.
     """
     meter = curve.meter
+    give_back()
     libraries = meter.current_bytes()
     policy = stock_policy(arm, source, device, dtype, quantize)
     curve.begin(policy)

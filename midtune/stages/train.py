@@ -17,7 +17,7 @@ from midtune.errors import InputError, Interrupted
 from midtune.measure.meter import Meter
 from midtune.model.host import embed_on_host
 from midtune.model.memory import give_back
-from midtune.model.patch import apply_patch, save_patch
+from midtune.model.patch import apply_patch, save_patch, tensors_in
 from midtune.model.policy import Policy, count_parameters
 from midtune.planning.scoring import ScoringPlan, plan_scoring
 from midtune.report import summary
@@ -97,7 +97,7 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: T
         patch_bytes = save_patch(training.policy, folder.patch)
         if training.policy.adapter is None:
             # What is scored is what was saved, in the checkpoint's dtype.
-            apply_patch(training.policy, folder.patch)
+            training.policy.load_blocks(tensors_in(folder.patch))
         after = training.opened.score(training.sampler, "scoring after training")
         _write_before_after(folder, training.opened.task, before, after)
         report = _report(training, before, after, peak_bytes, patch_bytes)
@@ -154,6 +154,8 @@ def _open(config: RunConfig, folder: RunFolder, terminal: Terminal) -> Training:
     if config.training.vllm is not None:
         require_server(config.training.vllm, source.folder)
     meter = Meter(resolve_device(config.model.device))
+    # What is left of earlier work in this process does not count.
+    give_back()
     # On a CPU peaks count the whole process, so full training's estimate has to begin there too.
     process_bytes = meter.current_bytes()
     policy = opened.policy(embeddings="device")

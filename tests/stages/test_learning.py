@@ -59,8 +59,7 @@ def test_arms_are_trained_scored_and_compared(
             (0, 0, 8), (1, 8, 8), (2, 16, 8)
         ]  # fmt: skip
         assert arm["points"][0]["seconds"] == 0 < arm["points"][1]["seconds"] < arm["points"][2]["seconds"]
-        # Here all arms share a process, whose memory others have left behind.
-        assert min(arm["peak"], arm["libraries"]) > 0
+        assert arm["peak"] > arm["libraries"] > 0
     # A single block of four, of the same checkpoint; and nothing is trained by accident.
     block = arms["midtune"]["trainable"]
     assert arms["trl-block"]["trainable"] == block == arms["midtune-span"]["trainable"] // 2
