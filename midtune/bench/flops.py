@@ -6,10 +6,11 @@ left out.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from midtune.bench.workload import ARMS
 from midtune.model.sizes import Sizes
+from midtune.rl.trust_region import measured_completions
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,19 @@ def update_flops(
 
     Each block counts once for its forward pass, once for the gradient of its inputs, once for that of its weights,
     and once for each extra forward pass: recomputed activations, the reference of a KL term, or the trust region's
-    check. `tail` blocks start at the first trained one. `recompute` and `checked` are midtune's settings; TRL always
-    recomputes if it checkpoints.
+    check, which runs on some completions. `tail` blocks start at the first trained one. `recompute` and `checked` are
+    midtune's settings; TRL always recomputes if it checkpoints.
     """
     scored = batch.rows * batch.new_tokens
+    extra = 0.0
     if arm == "midtune":
-        tokens = batch.prompts * batch.prompt_tokens + batch.rows * (batch.new_tokens - 1)
-        blocks = (2 + recompute + reference + checked) * tail + trained
-        head = 2 + reference + checked
+        tokens = _tail_tokens(batch)
+        blocks = (2 + recompute + reference) * tail + trained
+        head = 2 + reference
+        if checked:
+            few = replace(batch, group_size=measured_completions(batch.group_size, scored))
+            extra = _tail_tokens(few) * sizes.linear_passed * tail
+            extra += few.rows * few.new_tokens * sizes.projection
     else:
         tokens = batch.rows * (batch.prompt_tokens + batch.new_tokens)
         whole = ARMS[arm].trains == "all"
@@ -68,4 +74,9 @@ def update_flops(
         blocks = sizes.blocks * (1 + ARMS[arm].checkpointing + reference) + backward
         # TRL's chunked head always runs again for its gradient.
         head = 3 + whole + reference
-    return 2 * (tokens * sizes.linear_passed * blocks + scored * sizes.projection * head)
+    return 2 * (tokens * sizes.linear_passed * blocks + scored * sizes.projection * head + extra)
+
+
+def _tail_tokens(batch: Batch) -> float:
+    """Tokens that pass through midtune's tail: each prompt once, and completions without their last token."""
+    return batch.prompts * batch.prompt_tokens + batch.rows * (batch.new_tokens - 1)

@@ -33,6 +33,9 @@ TARGET = 0.01
 FAR = 10.0
 # A step's KL may be this many times the target, or a target this many times it, before the step itself is changed.
 MOST_OVER, MOST_UNDER = 4.0, FAR**2
+# With about this many tokens, the KL of a step is known well enough: it enters as a square root, and the rate goes half
+# of the way. More completions of a group are not measured, so the measurement costs little where texts are long.
+ENOUGH_TOKENS = 256
 # A changed step is measured again and changed again, at most this often, and each time by at most this factor.
 TRIES, MOST_CHANGE = 6, 100.0
 
@@ -45,6 +48,11 @@ def divergence(before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor) ->
     """
     log_ratio = (after - before).double() * mask
     return (log_ratio.expm1() - log_ratio).sum()
+
+
+def measured_completions(group_size: int, tokens: float) -> int:
+    """How many completions of each group are measured, if all have `tokens` tokens together; at least two."""
+    return min(group_size, max(2, math.ceil(group_size * ENOUGH_TOKENS / max(tokens, 1))))
 
 
 def factor_towards(target: float, kl: float) -> float:

@@ -123,9 +123,12 @@ class Rollout:
         rows = zip(values.tolist(), self.completion_mask.sum(1).tolist(), strict=True)
         return [row[:length] for row, length in rows]
 
-    def groups(self, prompts: Which) -> Rollout:
-        """Select whole groups by their prompts: a slice (shares memory with this rollout) or numbers."""
-        rows = self.rows_of(prompts)
+    def groups(self, prompts: Which, most: int | None = None) -> Rollout:
+        """Select groups by their prompts: a slice (shares memory with this rollout) or numbers.
+
+        With `most`, only that many completions of each are kept; see `rows_of`.
+        """
+        rows = self.rows_of(prompts, most)
         return Rollout(
             self.prompt_ids[prompts],
             self.prompt_mask[prompts],
@@ -138,11 +141,11 @@ class Rollout:
             None if self.drawn is None else self.drawn[rows],
         )
 
-    def rows_of(self, prompts: Which) -> Which:
-        """The rows that hold the completions of some prompts."""
+    def rows_of(self, prompts: Which, most: int | None = None) -> Which:
+        """The rows that hold the completions of some prompts, or the first `most` of each prompt given by number."""
         if isinstance(prompts, slice):
             return slice(prompts.start * self.group_size, prompts.stop * self.group_size)
-        within = torch.arange(self.group_size, device=prompts.device)
+        within = torch.arange(min(most or self.group_size, self.group_size), device=prompts.device)
         return (prompts[:, None] * self.group_size + within).flatten()
 
     @staticmethod

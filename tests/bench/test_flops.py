@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from midtune.bench.flops import Batch, rollout_flops, update_flops
@@ -24,7 +26,13 @@ def test_an_update_of_midtune() -> None:
     assert update("midtune") == 2 * (44 * 1000 * 5 + 30 * 500 * 2)
     assert update("midtune", recompute=True) == 2 * (44 * 1000 * 7 + 30 * 500 * 2)
     assert update("midtune", reference=True) == 2 * (44 * 1000 * 7 + 30 * 500 * 3)
+    # A check of 30 tokens takes them all. Of 6 completions of 500 tokens it takes two each: 3 is a third too many.
     assert update("midtune", checked=True) == 2 * (44 * 1000 * 7 + 30 * 500 * 3)
+    long = replace(BATCH, new_tokens=500)
+    plain, checked = (
+        update_flops(SIZES, long, "midtune", tail=2, trained=1, checked=checked) for checked in (False, True)
+    )
+    assert checked - plain == 2 * ((20 + 4 * 499) * 1000 * 2 + 4 * 500 * 500)
 
 
 @pytest.mark.parametrize(

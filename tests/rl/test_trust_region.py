@@ -19,6 +19,7 @@ from midtune.rl.trust_region import (
     divergence,
     factor_towards,
     fitted_step,
+    measured_completions,
 )
 from tests.rl.toy_training import (
     Load,
@@ -116,6 +117,39 @@ def test_the_kl_is_of_the_groups_that_teach(load: Load, tmp_path: Path) -> None:
     assert rows.sum() == 3 * 4
     mask = rollout.scored[rows]
     # The sampler's log-probs are those before the step, but for rounding.
+    kl = divergence(rollout.log_probs[rows], after[rows].detach(), mask)
+    expected = float(kl / (rollout.entropies[rows] * mask).sum())
+    assert region.figures["step_kl"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_completions_that_are_measured() -> None:
+    # 64 completions of 4 tokens are 256; of 16 tokens, a quarter of each group is enough.
+    assert measured_completions(8, 64 * 4) == 8
+    assert measured_completions(8, 64 * 16) == 2
+    assert measured_completions(8, 64 * 8 + 1) == 4
+    # Two of each, however long they are.
+    assert measured_completions(8, 64 * 10_000) == 2
+    assert measured_completions(2, 10**6) == 2
+    assert measured_completions(8, 0) == 8
+
+
+def test_of_long_completions_only_some_are_measured(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = thawed(load, 2, quantize="none")
+    trainer = trainer_of(
+        policy, tmp_path, settings_of(steps=1, lr=1e-3, prompts_per_step=6), short_questions_only
+    )
+    trainer.add_callback(region := TrustRegion(trainer))
+    monkeypatch.setattr("midtune.rl.trust_region.ENOUGH_TOKENS", 1)
+    trainer.train()
+    (inputs,) = trainer._buffered_inputs or []
+    rollout = inputs["rollout"]
+    after, _ = trainer._scored_in_slices(rollout)
+    # The first two of the four completions of each group.
+    rows = inputs["advantages"].bool() & (torch.arange(24) % 4 < 2)
+    assert rows.sum() == 3 * 2
+    mask = rollout.scored[rows]
     kl = divergence(rollout.log_probs[rows], after[rows].detach(), mask)
     expected = float(kl / (rollout.entropies[rows] * mask).sum())
     assert region.figures["step_kl"] == pytest.approx(expected, rel=1e-3)
