@@ -31,22 +31,37 @@ def go(checkpoint: Path, out: Path, terminal: Terminal, **changes: Any) -> dict[
     return bench.run(config, out=out, terminal=terminal, **{"arms": ["midtune"], **sizes, **changes})
 
 
-def test_arms_run_in_their_own_processes_and_are_compared(
-    random_checkpoint: Callable[..., Path], tmp_path: Path, terminal: Terminal
-) -> None:
-    checkpoint = random_checkpoint("qwen3")
-    found = go(checkpoint, tmp_path / "bench", terminal, arms=["midtune", "trl-full"])
-    assert unsealed((tmp_path / "bench/bench.json").read_bytes()) == found
+@pytest.fixture(scope="module")
+def measured(
+    random_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """The folder and the result of three arms in their own processes: the first is profiled, the second fails."""
+    in_own_process = bench.in_own_process
+
+    def failing(job: str, arguments: dict[str, Any], **said: str) -> dict[str, Any]:
+        if arguments["arm"] == "trl-block":
+            raise MidtuneError("the arm trl-block failed (no memory); leave it out.")
+        return in_own_process(job, arguments, **said)
+
+    out, terminal = tmp_path_factory.mktemp("measured") / "bench", Terminal(quiet=True)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(bench, "in_own_process", failing)
+        arms = ["midtune", "trl-block", "trl-full"]
+        return out, go(random_checkpoint("qwen3"), out, terminal, arms=arms, profile=True)
+
+
+def test_arms_run_in_their_own_processes_and_are_compared(measured: tuple[Path, dict[str, Any]]) -> None:
+    out, found = measured
+    assert unsealed((out / "bench.json").read_bytes()) == found
     first, full = found["arms"]
+    assert (first["arm"], full["arm"]) == ("midtune", "trl-full")
     assert first["ratios"]["step"] == 1
     assert full["ratios"]["update"] == pytest.approx(full["update"]["median"] / first["update"]["median"])
     assert full["completion_tokens"] == first["completion_tokens"] == 4 * 4
 
 
-def test_a_profile_says_where_the_first_arms_time_goes(
-    random_checkpoint: Callable[..., Path], tmp_path: Path, terminal: Terminal
-) -> None:
-    found = go(random_checkpoint("qwen3"), tmp_path, terminal, arms=["midtune", "trl-block"], profile=True)
+def test_a_profile_says_where_the_first_arms_time_goes(measured: tuple[Path, dict[str, Any]]) -> None:
+    _, found = measured
     assert found["profile"].keys() == {"rollout", "update"}
     for seconds in found["profile"].values():
         assert seconds["matrix products"] > 0
@@ -61,6 +76,28 @@ def test_a_profile_says_where_the_first_arms_time_goes(
     assert found["flops"]["update"] == 2 * ((3 * (4 - found["block"]) + 1) * block * 36 + 3 * 260 * 64 * 16)
     assert found["peak_flops_per_s"] > 1e9
     assert all(20 < count < 80 for count in found["operators"].values())
+
+
+def test_an_arm_that_fails_does_not_cost_the_others(measured: tuple[Path, dict[str, Any]]) -> None:
+    _, found = measured
+    assert list(found["failed"]) == ["trl-block"]
+    console = Console(file=io.StringIO(), width=80)
+    console.print(bench_table(found))
+    assert "The arm trl-block failed (no memory)" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_the_first_arm_has_to_work(
+    random_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    terminal: Terminal,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def failing(*_: Any, **__: Any) -> dict[str, Any]:
+        raise MidtuneError("the arm midtune failed (no memory); leave it out.")
+
+    monkeypatch.setattr(bench, "in_own_process", failing)
+    with pytest.raises(MidtuneError, match="no memory"):
+        go(random_checkpoint("qwen3"), tmp_path / "bench", terminal)
 
 
 def arm(step: float, tokens: int) -> dict[str, Any]:
@@ -107,29 +144,3 @@ def test_bad_input(
     with pytest.raises(InputError, match=words):
         go(random_checkpoint("qwen3"), tmp_path / "bench", terminal, **changes)
     assert not (tmp_path / "bench").exists()
-
-
-def test_an_arm_that_fails_does_not_cost_the_others(
-    random_checkpoint: Callable[..., Path],
-    tmp_path: Path,
-    terminal: Terminal,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    in_own_process = bench.in_own_process
-
-    def failing(job: str, arguments: dict[str, Any], **said: str) -> dict[str, Any]:
-        if arguments["arm"] == "trl-full":
-            raise MidtuneError("the arm trl-full failed (no memory); leave it out.")
-        return in_own_process(job, arguments, **said)
-
-    monkeypatch.setattr(bench, "in_own_process", failing)
-    arms = ["midtune", "trl-full", "trl-block"]
-    found = go(random_checkpoint("qwen3"), tmp_path / "bench", terminal, arms=arms)
-    assert [arm["arm"] for arm in found["arms"]] == ["midtune", "trl-block"]
-    assert list(found["failed"]) == ["trl-full"]
-    assert unsealed((tmp_path / "bench/bench.json").read_bytes()) == found
-    console = Console(file=io.StringIO(), width=80)
-    console.print(bench_table(found))
-    assert "The arm trl-full failed (no memory)" in console.file.getvalue()  # type: ignore[attr-defined]
-    with pytest.raises(MidtuneError, match="no memory"):
-        go(random_checkpoint("qwen3"), tmp_path / "other", terminal, arms=["trl-full"])

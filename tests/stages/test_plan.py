@@ -98,10 +98,12 @@ def test_a_run_stays_within_what_it_was_given(tmp_path: Any, monkeypatch: pytest
     quick = {
         "model.name": "tiny",
         "training.steps": 1,
+        "training.prompts_per_step": 2,
         "task.eval_size": 4,
         "task.train_size": 40,
         "evaluation.samples": 0,
         "evaluation.deployed": False,
+        "evaluation.baseline": "estimated",
     }
     config = load_config(None, {**quick, "training.fit": "0.52GB"})
     train.run(config, out=tmp_path / "run", resume=None, terminal=Terminal(quiet=True))

@@ -24,7 +24,7 @@ from midtune.model.patch import apply_patch
 from midtune.model.sources import resolve
 from midtune.report.terminal import Terminal
 from midtune.stages import evaluate, export, probe, train
-from midtune.stages.opening import Opened
+from midtune.stages.opening import Choice, Opened, choose_blocks
 from midtune.whole import damage
 from tests.stages.conftest import Configured
 
@@ -119,14 +119,19 @@ def test_a_merged_run_scores_as_the_patch_on_the_unquantized_base(
     assert found["patch"] is None
 
 
+def chosen(config: RunConfig, terminal: Terminal) -> Choice:
+    """The blocks that a run would train."""
+    opened = Opened(config, terminal)
+    return choose_blocks(config.blocks, opened.policy(), opened.task, terminal)
+
+
 def test_without_a_ranking_the_middle_is_trained(
     configured: Configured, tmp_path: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    report = go(configured(blocks__layers=None, training__steps=1), tmp_path / "run", terminal)
-    assert report["blocks"] == [1]
-    assert report["probe"].startswith("the geometric middle: `midtune probe` has not ranked")
-    assert not (tmp_path / "run/probe.json").exists()
+    choice = chosen(configured(blocks__layers=None), terminal)
+    assert (choice.blocks, choice.ranking) == ([1], None)
+    assert choice.how.startswith("the geometric middle: `midtune probe` has not ranked")
 
 
 def test_the_latest_fitting_ranking_under_runs_chooses(
@@ -139,10 +144,10 @@ def test_the_latest_fitting_ranking_under_runs_chooses(
     report = go(config, None, terminal)
     assert report["probe"].startswith("the ranking of runs/probe-")
     assert report["blocks"] == ranking["selected"]
-    other = configured(blocks__layers=None, training__steps=1, task__eval_size=9)
-    assert go(other, None, terminal)["blocks"] == ranking["selected"]
-    exact = configured(blocks__layers="middle", task__reward="exact", training__steps=1)
-    assert go(exact, None, terminal)["probe"] == "--layers middle"
+    other = configured(blocks__layers=None, task__eval_size=9)
+    assert chosen(other, terminal).blocks == ranking["selected"]
+    exact = configured(blocks__layers="middle", task__reward="exact")
+    assert chosen(exact, terminal).how == "--layers middle"
 
 
 @pytest.fixture
@@ -166,9 +171,9 @@ def about(ranking: Path, config: RunConfig, terminal: Terminal) -> RunConfig:
 def test_a_given_ranking_chooses_if_it_is_about_this_model_and_task(
     configured: Configured, tmp_path: Path, terminal: Terminal, ranked: Path
 ) -> None:
-    config = configured(blocks__layers=None, blocks__probe=ranked, training__steps=1)
-    report = go(about(ranked, config, terminal), tmp_path / "b", terminal)
-    assert (report["blocks"], report["probe"]) == ([3], f"the ranking of {ranked} (sweep)")
+    config = configured(blocks__layers=None, blocks__probe=ranked)
+    choice = chosen(about(ranked, config, terminal), terminal)
+    assert (choice.blocks, choice.how) == ([3], f"the ranking of {ranked} (sweep)")
     other = configured(blocks__layers=None, blocks__probe=ranked, task__reward="exact")
     with pytest.raises(InputError, match="probe again, or choose with --layers"):
         go(other, tmp_path / "c", terminal)
@@ -177,14 +182,12 @@ def test_a_given_ranking_chooses_if_it_is_about_this_model_and_task(
 
 @pytest.mark.parametrize(("select", "blocks"), [("best", [0, 3]), ("worst", [1, 2]), ("middle", [1, 2])])
 def test_strategies_take_the_best_the_worst_or_the_middle(
-    configured: Configured, tmp_path: Path, terminal: Terminal, ranked: Path, select: str, blocks: list[int]
+    configured: Configured, terminal: Terminal, ranked: Path, select: str, blocks: list[int]
 ) -> None:
-    config = configured(
-        blocks__layers=None, blocks__probe=ranked, blocks__select=select, blocks__top_k=2, training__steps=1
-    )
-    report = go(about(ranked, config, terminal), tmp_path / "run", terminal)
-    assert report["blocks"] == blocks
-    assert ("the worst of" in report["probe"]) == (select == "worst")
+    config = configured(blocks__layers=None, blocks__probe=ranked, blocks__select=select, blocks__top_k=2)
+    choice = chosen(about(ranked, config, terminal), terminal)
+    assert choice.blocks == blocks
+    assert ("the worst of" in choice.how) == (select == "worst")
 
 
 def test_boost_trains_all_blocks_and_the_best_faster(
@@ -346,42 +349,50 @@ def test_resume_with_nothing_to_resume(configured: Configured, tmp_path: Path, t
         go(config, None, terminal, resume=tmp_path / "run")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_run_stopped_by_a_signal_goes_on_exactly(
-    configured: Configured, tmp_path: Path, terminal: Terminal, number: int
+    configured: Configured, tmp_path: Path, terminal: Terminal
 ) -> None:
-    config = configured(training__steps=60)
-    recipe = tmp_path / "recipe.yaml"
+    config = configured(training__steps=40)
+    recipe, run = tmp_path / "recipe.yaml", tmp_path / "run"
     recipe.write_text(dump_config(config))
-    command = [
-        sys.executable,
-        "-m",
-        "midtune",
-        "train",
-        "--recipe",
-        str(recipe),
-        "--out",
-        str(tmp_path / "run"),
-    ]
+    command = [sys.executable, "-m", "midtune", "train", "--recipe", str(recipe), "--out", str(run)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    written = tmp_path / "run/metrics.jsonl"
+    written = run / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (written.is_file() and written.read_text().count("\n") >= 2):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "go on with `midtune train --resume" in err
-    stopped_at = len(metrics(tmp_path / "run"))
-    assert 2 <= stopped_at < 60
-    assert not (tmp_path / "run/patch").exists()
+    stopped_at = len(metrics(run))
+    assert 2 <= stopped_at < 40
+    assert not (run / "patch").exists()
 
-    resumed = go(load_config(tmp_path / "run/config.yaml", {}), None, terminal, resume=tmp_path / "run")
+    resumed = go(load_config(run / "config.yaml", {}), None, terminal, resume=run)
     whole = go(config, tmp_path / "whole", terminal)
-    assert trajectory(tmp_path / "run") == trajectory(tmp_path / "whole")
+    assert trajectory(run) == trajectory(tmp_path / "whole")
     assert resumed["quality"] == whole["quality"]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_ends_training_after_its_step(
+    configured: Configured,
+    finished: tuple[Path, dict[str, Any]],
+    tmp_path: Path,
+    terminal: Terminal,
+    name: str,
+) -> None:
+    run = tmp_path / "run"
+    reward = at_a_moment(tmp_path, "(run / 'metrics.jsonl').exists()", f"os.kill(os.getpid(), signal.{name})")
+    config = configured(task__reward=reward)
+    with pytest.raises(Interrupted, match="stopped after step 2 of 3; go on with `midtune train --resume"):
+        go(config, run, terminal)
+    (tmp_path / "armed").unlink()
+    go(load_config(run / "config.yaml", {}), None, terminal, resume=run)
+    assert trajectory(run) == trajectory(finished[0])
 
 
 def at_a_moment(folder: Path, when: str, does: str) -> str:
@@ -496,10 +507,14 @@ def test_an_older_checkpoint_takes_the_place_of_a_damaged_one(
 
 @pytest.mark.parametrize("where", ["start", "checkpoint", "metrics", "patch"])
 def test_a_full_disk_ends_a_run_in_a_sentence_and_it_goes_on_with_room(
-    configured: Configured, tmp_path: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch, where: str
+    finished: tuple[Path, dict[str, Any]],
+    configured: Configured,
+    tmp_path: Path,
+    terminal: Terminal,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
 ) -> None:
-    config, run = configured(training__steps=2), tmp_path / "run"
-    go(config, tmp_path / "whole", terminal)
+    config, run, whole = configured(), tmp_path / "run", finished[0]
     fsync, writing = os.fsync, {"start": "start.json", "metrics": "metrics.jsonl"}.get(where, f".{where}")
 
     def full(descriptor: int) -> None:
@@ -517,9 +532,9 @@ def test_a_full_disk_ends_a_run_in_a_sentence_and_it_goes_on_with_room(
     assert not list(run.rglob(".*"))
     assert all(damage(path) is None for path in (run / "checkpoints").glob("*"))
     go(load_config(run / "config.yaml", {}), None, terminal, resume=run)
-    assert trajectory(run) == trajectory(tmp_path / "whole")
+    assert trajectory(run) == trajectory(whole)
     for file in ("start.json", "before_after.json", "patch/patch.safetensors"):
-        assert (run / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+        assert (run / file).read_bytes() == (whole / file).read_bytes()
 
 
 def test_a_folder_that_vanishes_ends_the_run(
