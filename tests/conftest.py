@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -26,6 +27,13 @@ os.environ["MIDTUNE_CACHE"] = _SESSION.name
 # Under nohup or in a shell's background they are ignored, and what is ignored stays so in runs that are tested.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported by now out of the search for garbage, which every run begins several times."""
+    gc.collect()
+    gc.freeze()
+
 
 COMMON = {
     "vocab_size": 260,
@@ -129,6 +137,28 @@ def load(random_checkpoint: Callable[..., Path]) -> Callable[..., Policy]:
         return load_policy(resolve(str(folder)), quantize=quantize, device="cpu")
 
     return load
+
+
+@pytest.fixture(scope="session")
+def traced_once() -> Iterator[None]:
+    """What a step would hold is worked out once, however many runs take the same step."""
+    from midtune.planning import search
+
+    def cached(trace: Callable[..., Any]) -> Callable[..., Any]:
+        known: dict[str, Any] = {}
+
+        def traced(model: Any, *step: Any, **settings: Any) -> Any:
+            key = repr((vars(model), step, settings))
+            if key not in known:
+                known[key] = trace(model, *step, **settings)
+            return known[key]
+
+        return traced
+
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("sampling", "block_update", "whole_update"):
+            patched.setattr(search, name, cached(getattr(search, name)))
+        yield
 
 
 @pytest.fixture

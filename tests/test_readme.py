@@ -78,6 +78,8 @@ def steps(page: str) -> list[tuple[str, str]]:
     return found
 
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 WITH_COMMANDS = [page for page in PAGES if steps(page)]
 
 

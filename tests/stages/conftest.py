@@ -67,14 +67,14 @@ def terminal() -> Terminal:
 
 
 @pytest.fixture
-def configured(random_checkpoint: Callable[..., Path], tmp_path: Path) -> Configured:
+def configured(random_checkpoint: Callable[..., Path], tmp_path: Path, traced_once: None) -> Configured:
     """A function: settings (`training__steps=3`) → the configuration of a small run in `tmp_path`."""
     return partial(small_run, random_checkpoint("qwen3"), tmp_path)
 
 
 @pytest.fixture(scope="session")
 def finished(
-    random_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+    random_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, traced_once: None
 ) -> tuple[Path, dict[str, Any]]:
     """A run folder and its report, made once."""
     folder = tmp_path_factory.mktemp("finished")
