@@ -60,12 +60,15 @@ class Given:
         }
 
     def arguments(self) -> dict[str, Any]:
-        """The same, and the configuration where the command has options that set it."""
+        """The same, and the configuration where the command has options that set it, over the first target."""
         keys = [known.key for known in self.parameters.values() if known.reader == "config"]
-        return self.own() | ({"config": self.config(needs_task="task.name" in keys)} if keys else {})
+        if not keys:
+            return self.own()
+        target = self["target"] or next(iter(self["targets"] or []), None)
+        return {**self.own(), "config": self.config(target, needs_task="task.name" in keys)}
 
     def config(
-        self, target: str | None = None, task: str | None = None, needs_task: bool = True
+        self, target: str | Path | None = None, task: str | None = None, needs_task: bool = True
     ) -> RunConfig:
         """The configuration that the options describe.
 
@@ -79,7 +82,7 @@ class Given:
         for text in self["task_arg"] or []:
             key, value = parse_assignment(text, "--task-arg key=value")
             overrides[f"task.args.{key}"] = value
-        own, model = _underneath(target) if target is not None else (None, {})
+        own, model = _underneath(str(target)) if target is not None else (None, {})
         config = _loaded(self["recipe"] or own, overrides | model)
         if needs_task:
             require_task(config)
@@ -111,14 +114,8 @@ class Given:
         tasks = own.pop("tasks") or [None]
         return {**own, "configs": [self.config(own["target"], task, not own["lm_eval"]) for task in tasks]}
 
-    def for_target(self) -> dict[str, Any]:
-        return {"config": self.config(self["target"] or self["targets"][0]), **self.own()}
-
     def for_bench(self) -> dict[str, Any]:
         return {**self.own(), "config": self.config(needs_task=self["until"] is not None)}
-
-    def for_export(self) -> dict[str, Any]:
-        return {**self.own(), "config": self.config(str(self["target"]), needs_task=False)}
 
     def for_tasks(self) -> dict[str, Any]:
         task, checked, check = self["task"], self["checked"], self["task"] == "check"

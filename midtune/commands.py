@@ -325,7 +325,6 @@ COMMANDS = {
             "Evaluation": "task.eval_size samples",
             "Settings": "recipe set seed offline",
         },
-        "for_target",
     ),
     "try": Command(
         "talk to a run, beside its base model",
@@ -340,7 +339,6 @@ COMMANDS = {
             "Sampling": "base n temperature training.max_new_tokens",
             "Settings": "set seed offline",
         },
-        "for_target",
         stage="talk",
     ),
     "plan": Command(
@@ -380,7 +378,6 @@ COMMANDS = {
             "Settings": "offline",
             "Output": "out",
         },
-        "for_export",
     ),
     "push": Command(
         "put a run on the hub, with a model card",
