@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ TRAIN = [
     *SMALL,
     *"--layers 5 --steps 2 --lr 1e-3 --baseline estimated --set evaluation.deployed=false".split(),
 ]
+LORA, OFTEN = "--adapter lora --beta 0.01", ["--set", "training.checkpoint_every=1"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -48,12 +51,34 @@ def half(dtype: str) -> list[str]:
     return ["--set", f"model.dtype={dtype}"]
 
 
-@pytest.fixture
-def uneven(tmp_path: Path) -> list[str]:
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A reward that differs within every group, so that everything is computed."""
-    file = tmp_path / "reward.py"
+    file = tmp_path_factory.mktemp("uneven") / "reward.py"
     file.write_text("def uneven(completions, **columns): return [i % 3 / 2 for i in range(len(completions))]")
     return ["--reward", f"{file}:uneven"]
+
+
+@pytest.fixture(scope="module")
+def trained(
+    uneven: list[str], tmp_path_factory: pytest.TempPathFactory, traced_once: None
+) -> Iterator[Callable[..., Path]]:
+    """A function: a dtype and options → the folder of a run, made once."""
+    made: dict[tuple[str, ...], Path] = {}
+
+    def run(*asked: str) -> Path:
+        if asked not in made:
+            dtype, *options = asked
+            folder = tmp_path_factory.mktemp(dtype) / "run"
+            with pytest.raises(SystemExit) as ended:
+                cli.main([*TRAIN, *half(dtype), *uneven, *options, "--out", str(folder)])
+            assert ended.value.code == 0
+            made[asked] = folder
+        return made[asked]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("CI", "1")
+        yield run
 
 
 def check_run(folder: Path) -> None:
@@ -78,48 +103,51 @@ def check_run(folder: Path) -> None:
         "--algorithm dr_grpo --beta 0.01",
         "--temperature 0.7 --set training.top_p=0.9 --set training.min_p=0.01",
         "--set training.recompute=true --quantize none",
-        "--adapter lora --beta 0.01",
+        LORA,
         "--set training.gradients=bf16 --set training.micro_batch_tokens=100 --set model.unpack=never",
         "--set training.optimizer=adamw_8bit --layers 4-6",
     ],
 )
-def test_a_run_in_bf16(midtune: Any, uneven: list[str], tmp_path: Path, options: str) -> None:
-    report = midtune(*TRAIN, *half("bf16"), *uneven, *options.split(), "--out", tmp_path / "run")
-    assert report["run"] == str(tmp_path / "run")
-    check_run(tmp_path / "run")
+def test_a_run_in_bf16(trained: Callable[..., Path], options: str) -> None:
+    check_run(trained("bf16", *options.split()))
 
 
 def test_a_run_in_fp16_scales_its_loss_and_goes_on_exactly(
-    midtune: Any, uneven: list[str], tmp_path: Path
+    midtune: Any, trained: Callable[..., Path], tmp_path: Path
 ) -> None:
-    whole, halved = tmp_path / "whole", tmp_path / "halved"
-    command = [*TRAIN, *half("fp16"), *uneven, "--set", "training.checkpoint_every=1"]
-    midtune(*command, "--out", whole)
+    whole, halved = trained("fp16", *OFTEN), tmp_path / "halved"
     check_run(whole)
-    midtune(*command, "--out", halved)
-    for left in halved.glob("checkpoints/checkpoint-2/*"):
-        left.unlink()
-    (halved / "checkpoints/checkpoint-2").rmdir()
+    shutil.copytree(whole, halved)
+    shutil.rmtree(halved / "checkpoints/checkpoint-2")
     midtune("train", "--resume", halved)
     for name in ("trained.safetensors", "scaler.pt"):
         file = f"checkpoints/checkpoint-2/{name}"
         assert (whole / file).read_bytes() == (halved / file).read_bytes()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_what_is_made_of_a_run(midtune: Any, uneven: list[str], tmp_path: Path, dtype: str) -> None:
-    report = midtune(*TRAIN, *half(dtype), *uneven, "--out", tmp_path / "run")
-    found = midtune("eval", tmp_path / "run", "--quiet")
+@pytest.mark.parametrize(
+    ("dtype", "options", "others"), [("bf16", [], LORA.split()), ("fp16", OFTEN, ["--layers", "6"])]
+)
+def test_what_is_made_of_a_run(
+    midtune: Any,
+    trained: Callable[..., Path],
+    tmp_path: Path,
+    dtype: str,
+    options: list[str],
+    others: list[str],
+) -> None:
+    run, other = trained(dtype, *options), trained(dtype, *others)
+    report = json.loads((run / "report.json").read_text())
+    found = midtune("eval", run, "--quiet")
     assert found["greedy"] == report["quality"]["after"]
     assert found["sampled"] == report["sampled"]["after"]
-    midtune("merge", tmp_path / "run", "--out", tmp_path / "merged", "--quiet")
+    midtune("merge", run, "--out", tmp_path / "merged", "--quiet")
     merged = midtune(
         "eval", tmp_path / "merged", "--task", "reasoning-gym:chain_sum", *SMALL[:4], *half(dtype)
     )
     assert merged["greedy"]["n"] == 4
-    midtune(*TRAIN, *half(dtype), *uneven, "--layers", 6, "--out", tmp_path / "other")
-    voted = midtune("vote", tmp_path / "run", tmp_path / "other", "--eval-size", 4, "--quiet", *half(dtype))
-    assert [run["blocks"] for run in voted["runs"]] == [[5], [6]]
+    voted = midtune("vote", run, other, "--eval-size", 4, "--quiet", *half(dtype))
+    assert [voter["blocks"] for voter in voted["runs"]] == [[5], [6] if "--layers" in others else [5]]
 
 
 @pytest.mark.parametrize("method", ["race", "sweep"])
