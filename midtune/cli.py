@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from midtune import __version__
+from midtune import __version__, processes
 from midtune.commands import COMMANDS, Command, Parameter
 from midtune.config import RunConfig, load_config, parse_assignment, require_task
 from midtune.device import show_one_card
@@ -219,6 +219,10 @@ def _perform(command: Command, given: Given) -> None:
     arguments = getattr(given, command.arguments)()
     if given["dry_run"] and given.parameters["dry_run"].reader == "cli":
         command = replace(COMMANDS["plan"], stage="dry_run", printer="plans.dry_run_text")
+    if command.stage != "train" and not processes.alone():
+        return
+    if command.stage == "train" and (given["devices"] or 1) > 1 and processes.count() == 1:
+        raise processes.Several(given["devices"])
     from midtune.report.terminal import PlainConsole, PlainStream, Terminal
 
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
@@ -247,7 +251,8 @@ def _perform(command: Command, given: Given) -> None:
             for each in result:
                 show(each, indent=None)
             return
-    show(result)
+    if processes.is_main():
+        show(result)
     if command.stage == "doctor" and result.get("problems"):
         raise typer.Exit(1)
 
@@ -264,7 +269,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     join_card_memory()
     trace = ""
     try:
-        code = app(arguments, prog_name="midtune", standalone_mode=False) or 0
+        try:
+            code = app(arguments, prog_name="midtune", standalone_mode=False) or 0
+        except processes.Several as asked:
+            code = processes.launch(asked.count, main, arguments)
         said = "interrupted." if code == INTERRUPTED else ""  # Typer's exit code for Ctrl-C
     except MidtuneError as error:
         code, said = error.exit_code, str(error)
@@ -280,11 +288,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             said += "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
             said += "" if debug else "; run it again with --debug to see where."
         trace = traceback.format_exc() if debug else ""
-    if said:
+    # Of errors met before they have joined, every process has the same.
+    if said and (processes.is_main() or processes.is_joined()):
         say(f"error: {bounded(said)}\n")
     say(trace)
     if not is_read(sys.stdout):
         code = code or 1
+    if processes.is_joined():
+        # Taking down a group can wait for ever for a process that has gone.
+        os._exit(code)
     sys.exit(code)
 
 

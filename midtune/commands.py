@@ -106,6 +106,13 @@ PARAMETERS = {
     "json": _switch("print the result as one JSON object"),
     "quiet": _switch("no progress and no messages"),
     "debug": _switch("show the traceback of an unexpected error"),
+    "train.devices": Parameter(
+        int,
+        "processes on this machine that share each step: a card each",
+        "N",
+        reader="cli",
+        checks={"min": 1},
+    ),
     "eval.target": Parameter(str, "a model, a run folder or a patch folder", "TARGET", REQUIRED),
     "eval.tasks": Parameter(list[str], _TASK_NAME.help, flag="--task"),
     "eval.lm_eval": Parameter(
@@ -130,6 +137,7 @@ PARAMETERS = {
         checks={"min": 0},
     ),
     "plan.gpu": Parameter(str, "the card: memory or name; or cpu", "24GB|NAME|cpu", PLANNED_CARD),
+    "plan.devices": _count("cards that share each step", 1),
     "plan.prompt_tokens": _count("tokens of the longest prompt", PLANNED_PROMPT_TOKENS),
     "plan.new_tokens": _setting("training.max_new_tokens", "--new-tokens"),
     "merge.target": Parameter(Path, "the folder of a run", "RUN", REQUIRED),
@@ -263,7 +271,7 @@ COMMANDS = {
         "tables.report_table",
         {
             ARGUMENTS: "model",
-            "Model": "quantize device adapter experts",
+            "Model": "quantize device devices adapter experts",
             "Task": f"task {_TASK}",
             "Blocks": "layers top_k probe select",
             "Training": "algorithm steps lr beta prompts_per_step group_size max_new_tokens temperature "
@@ -349,7 +357,7 @@ COMMANDS = {
         "plans.plan_table",
         {
             ARGUMENTS: "model",
-            "Plan": "gpu prompt_tokens new_tokens training.group_size training.prompts_per_step",
+            "Plan": "gpu devices prompt_tokens new_tokens training.group_size training.prompts_per_step",
             "Blocks": "layers top_k",
             "Model": "quantize experts",
             "Settings": "recipe set offline",

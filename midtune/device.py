@@ -25,13 +25,24 @@ DTYPES = ("bf16", "fp16", "fp32")
 def show_one_card(name: str, cards: int) -> None:
     """Hide every card but the one `name` (`auto`, `cpu`, `cuda` or `cuda:N`) means; call it before torch starts CUDA.
 
-    Trainer spreads a model over all visible cards, and accelerate moves it to the first. Under a launcher, which gives
-    each process its own card, nothing is hidden. `cards` is how many the machine has.
+    Trainer spreads a model over all visible cards, and accelerate moves it to the first. Each of several processes sees
+    the card of its own number. `cards` is how many the machine has; raises InputError if those are fewer.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(cards)))).split(",")
     _, _, number = name.partition(":")
     index = int(number) if number.isdecimal() else 0
-    if name == "cpu" or "LOCAL_RANK" in os.environ or ONLY_CARD in os.environ or index >= len(visible) > 0:
+    if name == "cpu" or ONLY_CARD in os.environ:
+        return
+    if cards > 0 and (processes := int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) > 1:
+        if number or processes > len(visible):
+            raise InputError(
+                f"{processes} processes need a card each, but --device {name} has {1 if number else len(visible)}; "
+                "start no more than there are cards, and choose among them with CUDA_VISIBLE_DEVICES."
+            )
+        index = int(os.environ["LOCAL_RANK"])
+        # accelerate would look for it under its old number.
+        os.environ["LOCAL_RANK"] = "0"
+    elif "LOCAL_RANK" in os.environ or index >= len(visible) > 0:
         return
     if len(visible) > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[index]

@@ -41,6 +41,9 @@ CARDS = [
     )
 ]
 
+# Between cards, bytes a second in each direction, at the published peak.
+LINKS = {"NVLink of an A100": 300e9, "PCIe 4.0 x16": 32e9, "10-gigabit Ethernet": 1.25e9}
+
 # More than any card has; a larger amount is a typo.
 MOST_GIGABYTES = 100_000
 

@@ -61,6 +61,7 @@ class RunFolder:
     page = _inside("report.html")  # the report for a browser
 
     path: Path
+    writes: bool = field(default=True, compare=False)  # False: another process does
     _unwritten: bool = field(default=False, repr=False, compare=False)
     _locking: bool = field(default=False, repr=False, compare=False)
     _lock: FileLock | None = field(default=None, repr=False, compare=False)
@@ -130,6 +131,9 @@ class RunFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Lock the folder, a new one when made; raises as `make`, and InputError if another process works in it."""
+        if not self.writes:
+            yield
+            return
         self._locking = True
         try:
             if not self._unwritten:
@@ -187,8 +191,9 @@ class RunFolder:
 
     def write_text(self, path: Path, text: str) -> None:
         """Write a file of this run with `write_bytes`."""
-        self.make()
-        whole.write_bytes(path, text.encode("utf-8", "replace"))
+        if self.writes:
+            self.make()
+            whole.write_bytes(path, text.encode("utf-8", "replace"))
 
     def begin(self, config: str, device: str, seed: int) -> None:
         """Write environment.json and config.yaml (the settings as YAML); from then on the run can be resumed."""
@@ -201,6 +206,8 @@ class RunFolder:
 
     def append_jsonl(self, path: Path, data: Mapping[str, Any]) -> None:
         """Append `data` and its digest as one line to a file of this run; infinities and NaN become null."""
+        if not self.writes:
+            return
         self.make()
         with path.open("a", encoding="utf-8", errors="replace") as file:
             file.write(_dumps(sealed(_plain(data))) + "\n")

@@ -118,9 +118,27 @@ def test_a_process_that_is_started_sees_the_same_card(cuda: SimpleNamespace) -> 
 
 
 def test_a_launcher_gives_each_process_its_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    place = {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "4,6,7"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    show_one_card("auto", 8)
+    show_one_card("auto", 8)
+    # accelerate finds it as its own first one.
+    assert (os.environ["CUDA_VISIBLE_DEVICES"], os.environ["LOCAL_RANK"]) == ("6", "0")
+
+
+def test_a_single_process_of_a_launcher_sees_what_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
     show_one_card("auto", 2)
     assert "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
+@pytest.mark.parametrize(("name", "cards"), [("auto", 2), ("cuda:1", 8)])
+def test_more_processes_than_cards(monkeypatch: pytest.MonkeyPatch, name: str, cards: int) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(InputError, match=f"3 processes need a card each, but --device {name} has"):
+        show_one_card(name, cards)
 
 
 def test_what_the_allocator_keeps_is_free(cuda: SimpleNamespace) -> None:

@@ -99,6 +99,9 @@ class Reader:
 
     def follow(self, command: str, later: Sequence[str]) -> None:
         words = shlex.split(command, comments=True)
+        if words[0] in ("torchrun", "accelerate"):
+            # `-m midtune` and what follows; tests/test_processes.py runs launchers.
+            words = words[words.index("-m") + 1 :]
         if words[0] == "pip":
             return check_installed(words)
         assert words[0] == "midtune", command
@@ -140,6 +143,9 @@ class Reader:
         name = cli.COMMANDS[words[0]].stage or words[0]
         name = "dry_run" if "--dry-run" in words and words[0] == "train" else name
         with self._patched.context() as patched:
+            if words[0] == "train" and "--devices" in words:
+                # As one of the processes, instead of starting them.
+                patched.setenv("WORLD_SIZE", words[words.index("--devices") + 1])
             patched.setitem(sys.modules, f"midtune.stages.{name}", SimpleNamespace(run=stage))
             patched.setattr(stages, name, SimpleNamespace(run=stage), raising=False)
             run([*words, "--json"])

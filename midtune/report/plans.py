@@ -44,6 +44,30 @@ def plan_table(plan: Mapping[str, Any]) -> RenderableType:
         _by_block(plan),
         "",
         *_advice(plan),
+        *(_between(plan["between"]) if plan["between"] else ()),
+    )
+
+
+def _between(found: Mapping[str, Any]) -> Iterable[RenderableType]:
+    sharded = found["sharded"]
+    links = plain_table("between cards", numbers=("seconds a step", "of a step at best"))
+    for link in found["links"]:
+        share = "-" if math.isnan(link["share"]) else f"{link['share']:.1%}"
+        links.add_row(link["name"], f"{link['seconds']:.3f}", share)
+    yield from (
+        "",
+        f"Shared among {found['devices']} cards, as above on each with {found['prompts']} of the prompts",
+    )
+    yield from (links, "")
+    yield (
+        f"In a step each card sends {bytes_text(found['sent'])} to average a gradient of "
+        f"{bytes_text(found['gradient'])}; training all parameters it would send {bytes_text(found['full_sent'])}. It "
+        "waits meanwhile, since the gradient is done when the backward pass is: more than a tenth of a step at best "
+        f"where cards send less than {found['least_speed'] / 1e9:.2f} GB a second."
+    )
+    yield (
+        f"Each card holds all frozen blocks. To share them out (FSDP2) would save {bytes_text(sharded['saved'])} of a "
+        f"card and send {bytes_text(sharded['sent'])} a step: every sampled token passes all blocks (estimated)."
     )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from midtune import processes
 from midtune.config import TrainingConfig
 from midtune.errors import RunStopped
 from midtune.measure.meter import OUTSIDE, Meter
@@ -54,6 +55,9 @@ class StepRecorder(TrainerCallback):
     - rollout_s, reward_s, update_s, step_s, tokens_per_s (of the rollout), memory_bytes, elapsed_s; if the meter has
       them, rollout_peak_bytes, reward_peak_bytes, update_peak_bytes and, on CUDA, rollout_reserved_bytes and so on;
     - after memory has run out, sampling_rows or update_rows (most completions that go together since).
+
+    Of several processes, a phase takes what the slowest took, and memory is that of the one that holds most. All others
+    are means over all completions.
     """
 
     meter: Meter  # the trainer charges its phases to it
@@ -103,7 +107,8 @@ class StepRecorder(TrainerCallback):
         if self.stop_requested() or state.global_step == self.stop_after:
             control.should_training_stop = True
         ended = control.should_training_stop or state.global_step >= state.max_steps
-        if args.save_strategy != "no" and (ended or self._checkpoint_is_due(seconds["step"])):
+        due = processes.from_main(lambda: self._checkpoint_is_due(seconds["step"]))
+        if args.save_strategy != "no" and (ended or due):
             control.should_save = True
 
     def _checkpoint_is_due(self, step_s: float) -> bool:
@@ -129,14 +134,15 @@ class StepRecorder(TrainerCallback):
         metrics |= self._phases
         rows = self.settings.prompts_per_step * self.settings.group_size
         metrics["tokens_per_s"] = metrics["completion_length"] * rows / max(self._phases["rollout_s"], 1e-9)
-        metrics["memory_bytes"] = self.meter.current_bytes()
-        metrics |= self._peaks
+        for held in processes.gathered([{"memory_bytes": self.meter.current_bytes(), **self._peaks}]):
+            metrics |= {name: max(size, metrics.get(name, 0)) for name, size in held.items()}
         metrics["elapsed_s"] = self.meter.clock() - self._started
         limits = {
             "sampling_rows": self.trainer.sampler.limits.rows.rows,
             "update_rows": self.trainer.update_rows.rows,
         }
-        metrics |= {name: rows for name, rows in limits.items() if rows is not None}
+        for limit in processes.gathered([{name: rows for name, rows in limits.items() if rows is not None}]):
+            metrics |= {name: min(rows, metrics.get(name, rows)) for name, rows in limit.items()}
         self.on_step(metrics)
         for sample in self._last_samples()[:SAMPLES_PER_STEP]:
             self.on_sample({"step": state.global_step, **sample})

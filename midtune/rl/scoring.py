@@ -9,11 +9,13 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 
+from midtune import processes
 from midtune.config import RunConfig
 from midtune.model.cache import cache_folder
 from midtune.model.sources import Source
@@ -48,9 +50,9 @@ def score_rows(
     kept = None
     if of_base and not task.own_reward and task.game is None:
         kept = cache_folder("scores") / f"{_digest_of(sampler, rows, task, config, samples)}.json"
-        if (known := _read(kept, len(rows), samples)) is not None:
+        if (known := processes.from_main(partial(_read, kept, len(rows), samples))) is not None:
             return known
-    with progress(what, len(rows) * (1 + samples)) as advance:
+    with progress(what, len(rows) * (1 + samples) / processes.count()) as advance:
         found = evaluate(
             sampler,
             rows,
@@ -60,7 +62,7 @@ def score_rows(
             seed=config.seed,
             on_problems=lambda problems, tokens: advance(problems, tokens=tokens),
         )
-    if kept is not None:
+    if kept is not None and processes.is_main():
         arrays = {"greedy": found.greedy.tolist(), "completions": found.completions}
         arrays["samples"] = None if found.samples is None else found.samples.tolist()
         # Without a cache, or with a score that is no number, they are computed again.

@@ -4,28 +4,35 @@ TRL and Transformers keep losses, advantages, logging, schedules, trackers and t
 `rollout_func`. Replaced: `_prepare_inputs` (micro-batches of whole groups, so a prompt is computed once; advantages TRL
 does not know), `_compute_loss` (slices of a micro-batch after memory ran out), `_get_per_token_logps_and_entropies`
 (the tail from boundary states), the reference model (the original blocks instead of a second model), what a checkpoint
-holds (only trained tensors) and that it is whole. These are private methods of TRL 1.16; a parity test guards them.
+holds (only trained tensors), that it is whole and the same for any number of processes. These are private methods of
+TRL 1.16; a parity test guards them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import math
 import shutil
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
+from transformers.training_args import ParallelMode
 from trl import GRPOConfig, GRPOTrainer
 
+from midtune import processes
+from midtune.device import random_state, set_random_state
 from midtune.errors import MidtuneError
 from midtune.measure.meter import Meter
 from midtune.model.memory import RowLimit, slices
@@ -59,7 +66,8 @@ LOSS_MEANS = {
 class LayerGRPOTrainer(GRPOTrainer):
     """GRPO on the trained blocks of a policy.
 
-    Under a distributed launcher every process holds the policy and computes its own groups.
+    Each of several processes holds the policy and computes its own groups. Their gradients are averaged after a step's
+    last backward pass: it ends with the trained block, so there is nothing to overlap that with.
 
     Args:
         sampler: draws the completions; its policy, already thawed or given LoRA, is trained.
@@ -117,6 +125,13 @@ class LayerGRPOTrainer(GRPOTrainer):
             callbacks=callbacks,
         )
         args.beta = self.beta = beta
+        # TRL seeds each process differently, and adapters begin at random.
+        set_random_state(policy.device, processes.from_main(lambda: random_state(policy.device)))
+        broadcast([parameter.data for parameter in policy.trained_parameters().values()])
+        # Wrapping the model would send all of it, and hold gradients twice.
+        self.accelerator.prepare_model = functools.partial(
+            self.accelerator.prepare_model, evaluation_mode=True
+        )
         if policy.compute_dtype == torch.float16:
             # accelerate makes one only on cards, and would compute in fp16 what is fp32 here.
             self.accelerator.scaler = torch.amp.GradScaler(
@@ -128,7 +143,7 @@ class LayerGRPOTrainer(GRPOTrainer):
         self.rollout_func = self._sample
         if not sampler.is_policy:
             # TRL then calls its `sync_weights`, and corrects for the difference of its log-probs.
-            self.use_vllm, self.vllm_mode, self.vllm_generation = True, "server", sampler
+            self.use_vllm, self.vllm_mode, self.vllm_generation = True, "server", self
             self._last_loaded_step = -1
         self.update_rows = RowLimit(
             "the update",
@@ -180,8 +195,11 @@ class LayerGRPOTrainer(GRPOTrainer):
         """Completions of a step's prompts, as TRL's `rollout_func` returns them."""
         # Free the last step's boundary states before sampling makes new ones.
         self._piece, self._buffered_inputs = {}, None
+        place, last = processes.index(), processes.count() - 1
+        sampling = replace(self.sampling, others=(place * len(prompts), (last - place) * len(prompts)))
         with self.meter.phase("rollout"):
-            rollout = self.sampler.sample(prompts, self.sampling, boundary_block=self.policy.trained[0])
+            rollout = self.sampler.sample(prompts, sampling, boundary_block=self.policy.trained[0])
+            self.accelerator.wait_for_everyone()
         self._piece["rollout"] = rollout
         found: dict[str, Any] = {
             "prompt_ids": [ids for ids in rollout.prompts() for _ in range(self.num_generations)],
@@ -192,11 +210,16 @@ class LayerGRPOTrainer(GRPOTrainer):
             found["env_mask"] = rollout.unpadded(rollout.drawn)
         return found
 
+    def sync_weights(self) -> None:
+        """Send the trained blocks to the server that samples, once."""
+        with processes.main_first():
+            if processes.is_main():
+                self.sampler.sync_weights()  # type: ignore[attr-defined]
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         if self.bf16_gradients is not None and self.accelerator.sync_gradients:
             self.bf16_gradients.put_back()
-        # The tail does not pass through the wrapper that would average gradients.
         if self.accelerator.num_processes > 1 and self.accelerator.sync_gradients:
             for parameter in self.policy.trained_parameters().values():
                 parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
@@ -223,9 +246,9 @@ class LayerGRPOTrainer(GRPOTrainer):
             batch = self._generate_and_score_completions(self.sampler.begin(generation_batch))
             rollout = batch["rollout"] = self._piece["rollout"]
             for name, value in figures_of(rollout.episodes).items():
-                self._metrics["train"][name].append(value)
+                self._metrics["train"][name].append(self._mean(value))
             # TRL's figure also counts completions that a stop string ended.
-            self.cut_share = float(rollout.cut.float().mean())
+            self.cut_share = self._mean(float(rollout.cut.float().mean()))
             if self.own_advantages is not None:
                 advantages = self._form_advantages(self.own_advantages, rollout)
                 batch["advantages"] = advantages.to(batch["advantages"])
@@ -234,6 +257,11 @@ class LayerGRPOTrainer(GRPOTrainer):
             groups = len(rollout.prompt_ids)
             self._buffered_inputs = [groups_of(batch, part) for part in slices(groups, groups // parts)]
         return self._buffered_inputs[self._step % parts]
+
+    @staticmethod
+    def _mean(figure: float) -> float:
+        """The mean of the processes' figures, each a mean over as many completions."""
+        return statistics.fmean(processes.gathered([figure]))
 
     def _form_advantages(self, form: Advantages, rollout: Rollout) -> torch.Tensor:
         """Advantages of the completions just scored [N·G], or of the tokens of episodes [N·G, C]."""
@@ -280,13 +308,15 @@ class LayerGRPOTrainer(GRPOTrainer):
         return total.requires_grad_()
 
     def _share(self, piece: dict[str, Any], inputs: dict[str, Any]) -> float:
-        """Weight of a piece's loss in its micro-batch's."""
+        """Weight of a piece's loss in its micro-batch's. Of these TRL takes the mean, also over processes."""
         if (mean := LOSS_MEANS.get(self.loss_type)) is None:
             raise MidtuneError(
                 f"midtune cannot slice a loss of type {self.loss_type}; choose another algorithm."
             )
         if mean == "tokens":
-            return float(piece["rollout"].scored.sum() / inputs["rollout"].scored.sum())
+            # Over the tokens of the whole step, however it is divided.
+            micro_batches = self.args.steps_per_generation * self.accelerator.num_processes
+            return float(piece["rollout"].scored.sum() / inputs["num_items_in_batch"] * micro_batches)
         return 1.0 if mean == "sum" else len(piece["advantages"]) / len(inputs["advantages"])
 
     def _scored_for_update(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -383,16 +413,18 @@ class LayerGRPOTrainer(GRPOTrainer):
         """Write none: a checkpoint of a few blocks is no model to publish."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write a whole checkpoint or none; the two newest are kept."""
+        """Have the main process write a whole checkpoint or none; the two newest are kept."""
+        if processes.is_main():
+            self._write_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+
+    def _write_checkpoint(self, model: Any, trial: Any) -> None:
         started = time.perf_counter()
         step, kept = self.state.global_step, Path(self.args.output_dir)
-        with written_whole(kept / f"checkpoint-{step}") as folder:
+        with written_whole(kept / f"checkpoint-{step}") as folder, self._as_one() as args:
             # Transformers makes a folder of this name in here.
-            self.args.output_dir = str(folder.parent)
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self.args.output_dir = str(kept)
+            args.output_dir = str(folder.parent)
+            super()._save_checkpoint(model, trial)
         found = checkpoints_in(kept)
         newest = sorted(known for known in found if known <= step)[-(self.args.save_total_limit or 1) :]
         for known in found.keys() - newest:
@@ -406,8 +438,29 @@ class LayerGRPOTrainer(GRPOTrainer):
         tensors = {name: p.detach().contiguous() for name, p in self.policy.trained_parameters().items()}
         save_file(tensors, folder / TRAINED_TENSORS)
 
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        # All processes draw the same numbers, and each keeps its own.
+        with self._as_one():
+            super()._load_rng_state(checkpoint)
+
+    @contextlib.contextmanager
+    def _as_one(self) -> Iterator[GRPOConfig]:
+        """Inside, files are those of one process, which any number can read."""
+        args, self.args = self.args, copy.copy(self.args)
+        self.args.__class__ = OneProcess
+        try:
+            yield self.args
+        finally:
+            self.args = args
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_trained(self.policy, Path(resume_from_checkpoint))
+
+
+class OneProcess(GRPOConfig):
+    """Settings of a trainer that seems to be alone."""
+
+    world_size, process_index, parallel_mode = 1, 0, ParallelMode.NOT_DISTRIBUTED
 
 
 def load_trained(policy: Policy, checkpoint: Path) -> None:

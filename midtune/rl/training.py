@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
-import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
@@ -16,6 +15,7 @@ import torch
 from transformers import PrinterCallback
 from trl import GRPOConfig
 
+from midtune import processes
 from midtune.config import TrainingConfig
 from midtune.errors import InputError
 from midtune.measure.meter import Meter
@@ -82,7 +82,8 @@ def train_blocks(
         on_message(note)
     longest = max(sampler.prompt_lengths(different))
     if settings.vllm is not None:
-        sampler = VLLMSampler(settings.vllm, policy, sampler.limits, folder / "vllm")
+        with processes.main_first():
+            sampler = VLLMSampler(settings.vllm, policy, sampler.limits, folder / "vllm")
     args = trl_arguments(
         settings,
         group_tokens=settings.group_size * (longest + settings.max_new_tokens),
@@ -137,17 +138,17 @@ def train_blocks(
 
 def sampling_of(settings: TrainingConfig) -> Sampling:
     """How to draw completions, in training and for scores."""
-    same = {field.name: getattr(settings, field.name) for field in fields(Sampling)}
+    same = {field.name: getattr(settings, field.name) for field in fields(Sampling) if field.name != "others"}
     return Sampling(**{**same, "stop_strings": tuple(settings.stop_strings)})
 
 
-def require_one_process() -> None:
-    """Raise InputError if a distributed launcher started this process as one of several."""
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes != "1":
+def require_even_shares(prompts: int) -> None:
+    """Raise InputError unless the processes can share the prompts of a step evenly."""
+    several = processes.count()
+    if prompts % several:
         raise InputError(
-            f"{processes} processes were started, but `midtune train` works in one; start it without a "
-            "distributed launcher."
+            f"{prompts} prompts a step cannot be shared evenly among {several} processes; choose a multiple of "
+            f"{several} with --prompts-per-step, or another number of processes."
         )
 
 
@@ -183,9 +184,11 @@ def trl_arguments(
 
     `group_tokens` is the most a group can have; `mixed_dtype` that of TRL's own forward passes, midtune's set theirs.
     With `activation_checkpointing`, TRL's default, blocks keep only their inputs and run again for the gradient.
+    Several processes share a step's prompts.
     """
-    groups = groups_per_micro_batch(settings.prompts_per_step, group_tokens, settings.micro_batch_tokens)
-    parts = settings.prompts_per_step // groups
+    own = settings.prompts_per_step // processes.count()
+    groups = groups_per_micro_batch(own, group_tokens, settings.micro_batch_tokens)
+    parts = own // groups
     args = GRPOConfig(
         output_dir=str(folder),
         per_device_train_batch_size=groups * settings.group_size,

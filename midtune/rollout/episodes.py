@@ -107,11 +107,7 @@ class EpisodeSampler:
         )
         matches, ids = game.matches(len(prompts)), [speech.prompt_ids(prompt) for prompt in prompts]
         most = min(game.turn_tokens or sampling.max_new_tokens, sampling.max_new_tokens)
-        uniforms = (
-            torch.rand(game.max_turns, most, len(prompts), device=policy.device)
-            if sampling.temperature > 0
-            else None
-        )
+        uniforms = sampling.uniforms(game.max_turns, most, len(prompts), device=policy.device)
 
         def together(part: slice, in_slots: bool) -> list[Episode]:
             """Play whole groups to their end."""

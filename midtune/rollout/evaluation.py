@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from midtune import processes
 from midtune.device import cuda_devices, free_bytes
 from midtune.model.memory import slices
 from midtune.model.policy import Policy
@@ -46,7 +47,8 @@ def evaluate(
 
     `score` has TRL's reward signature, and is called on all completions of a batch of problems. Greedy `sampling`
     differs only in temperature. `seed` is the samples'; the caller's random state is unchanged. `on_problems` is
-    called with the completions finished since the last call and their tokens.
+    called with the completions finished since the last call and their tokens. Processes share the problems out, and
+    all return the scores of all.
     """
     policy = sampler.policy
     tokenized = [prompt_ids(policy.tokenizer, row["prompt"]) for row in rows]
@@ -58,9 +60,12 @@ def evaluate(
         draws = how.group_size
         scores = np.zeros((len(rows), draws))
         texts = [""] * len(rows)
+        scored: list[tuple[int, list[float], str]] = []
         # Batches do not depend on free memory, or a seed's samples would.
         for part in slices(len(order), max(1, sampler.most_rows // draws)):
-            batch = order[part]
+            own = processes.share(part.stop - part.start)
+            batch = order[part][own]
+            here = replace(how, others=(own.start * draws, (part.stop - part.start - own.stop) * draws))
             together = rows_that_fit(policy, lengths[batch[-1]] + how.max_new_tokens)
             places = [i for i in batch for _ in range(draws)]
             repeated = [rows[i] for i in places]
@@ -70,16 +75,17 @@ def evaluate(
                 for i, begun in zip(places, sampler.begin(repeated), strict=True)
             ]
             with sampler.limits.rows.at_most(together):
-                rollout = sampler.sample(prompts, how)
+                rollout = sampler.sample(prompts, here)
             ids = rollout.completions()
             seen = {} if rollout.environments is None else {"environments": rollout.environments}
             decoded = policy.tokenizer.batch_decode(ids, skip_special_tokens=True)
             found = score_completions(score, repeated, decoded, ids, **seen)
             for place, i in enumerate(batch):
-                scores[i] = found[place * draws : (place + 1) * draws]
-                texts[i] = decoded[place * draws]
+                scored.append((i, found[place * draws : (place + 1) * draws], decoded[place * draws]))
             if on_problems is not None:
                 on_problems(len(ids), sum(map(len, ids)))
+        for i, values, text in processes.gathered(scored):
+            scores[i], texts[i] = values, text
         return scores, texts
 
     greedy, completions = run(replace(sampling, temperature=0.0, group_size=1))

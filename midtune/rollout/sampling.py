@@ -37,6 +37,18 @@ class Sampling:
     min_p: float = 0.0  # keep those with at least this share of the likeliest one's probability
     stop_strings: tuple[str, ...] = ()  # texts that end a completion and belong to it
     group_size: int = 1  # completions per prompt
+    others: tuple[int, int] = (0, 0)  # rows of the batch that other processes draw, before and after these
+
+    def uniforms(self, *shape: int, device: torch.device) -> torch.Tensor | None:
+        """A number of U(0, 1) for each token, whose last dimension counts rows; None when greedy.
+
+        They come from torch's global random state, and are those that one process would draw for the whole batch.
+        """
+        if self.temperature == 0:
+            return None
+        before, after = self.others
+        *tokens, rows = shape
+        return torch.rand(*tokens, before + rows + after, device=device)[..., before : before + rows]
 
     def warpers(self) -> LogitsProcessorList:
         """Processors that set the log-probs of excluded tokens to -inf."""

@@ -63,9 +63,7 @@ def sample(
     ids, mask = padded(policy, prompts, "left")
     group_size = sampling.group_size
     rows = len(prompts) * group_size
-    uniforms = (
-        torch.rand(sampling.max_new_tokens, rows, device=policy.device) if sampling.temperature > 0 else None
-    )
+    uniforms = sampling.uniforms(sampling.max_new_tokens, rows, device=policy.device)
     storage = storage_device(policy, rows * sampling.max_new_tokens)
     most = [sampling.max_new_tokens] * rows
 

@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from midtune import processes
 from midtune.errors import NO_MEMORY, Interrupted, RunStopped, lack_of
 from midtune.model.memory import is_out_of_memory
 from midtune.runs import RunFolder
 
+OTHER_LOST = "another of its processes ended early, most often killed because memory ran out; make room"
 SIGNALS = [number for name in ("SIGINT", "SIGTERM", "SIGHUP") if (number := getattr(signal, name, None))]
 
 
@@ -56,6 +58,8 @@ def at_work(folder: RunFolder, command: str) -> Iterator[Stop]:
         raise Interrupted(f"stopped; {go_on}.") from None
     except Exception as error:
         lack = NO_MEMORY if is_out_of_memory(error) else lack_of(error)
+        if processes.is_lost(error):
+            lack = OTHER_LOST
         if isinstance(error, OSError) and folder.is_gone():
             raise RunStopped(f"{folder} was removed while it was worked in; start again.") from error
         if lack is None:

@@ -36,15 +36,15 @@ def in_own_process(job: str, arguments: dict[str, Any], *, what: str, instead: s
     return result
 
 
-def full_training_of(config_file: str) -> dict[str, Any]:
-    """Measure a few steps of full training; see `bench.arms.full_training`."""
+def full_training_of(config_file: str, prompts: int) -> dict[str, Any]:
+    """Measure a few steps of full training, of `prompts` prompts each; see `bench.arms.full_training`."""
     from midtune.bench.arms import full_training
     from midtune.config import load_config
     from midtune.device import compute_dtype, resolve_device
     from midtune.report.terminal import Terminal
     from midtune.stages.opening import Opened
 
-    config = load_config(Path(config_file), {})
+    config = load_config(Path(config_file), {"training.prompts_per_step": prompts})
     opened = Opened(config, Terminal(quiet=True))
     task = opened.task
     device = resolve_device(config.model.device)

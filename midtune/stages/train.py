@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from midtune import processes
 from midtune.config import RunConfig, dump_config, with_settings
 from midtune.device import resolve_device
 from midtune.errors import InputError, Interrupted
@@ -27,7 +28,7 @@ from midtune.report.plots import learning_curve
 from midtune.report.terminal import Terminal
 from midtune.rl.collapse import collapse_in
 from midtune.rl.tail import tail_note
-from midtune.rl.training import require_one_process, require_tracker, train_blocks
+from midtune.rl.training import require_even_shares, require_tracker, train_blocks
 from midtune.rollout.evaluation import Evaluation
 from midtune.rollout.sampling import Sampler
 from midtune.rollout.vllm import require_server
@@ -41,6 +42,10 @@ from midtune.tasks.rewards import completion_text
 
 # Held-out problems whose completions are saved.
 SHOWN_PROBLEMS = 4
+SHARED = (
+    "{} processes shared each step. Full training's figures are for the prompts of one of them, without sending its "
+    "gradients."
+)
 KEPT = "Scores of the base model are those that an earlier run with the same settings took."
 
 
@@ -77,30 +82,43 @@ class Training:
 def run(config: RunConfig, *, out: Path | None, resume: Path | None, terminal: Terminal) -> dict[str, Any]:
     """Train, and return report.json.
 
-    When resuming, `config` is the one in the folder. Without `out`, the folder is made under `runs/`.
+    When resuming, `config` is the one in the folder. Without `out`, the folder is made under `runs/`. Several processes
+    share prompts and problems; the main one writes, prints and returns the report, and the others return nothing.
 
     Raises:
         InputError: something asked for is wrong or missing; nothing has been written.
         RunStopped: there was nothing to learn from, or disk or memory ran out.
         Interrupted: Ctrl-C, SIGTERM or SIGHUP.
     """
+    with processes.together(lambda: resolve_device(config.model.device).type == "cpu"):
+        return _run(config, out, resume, terminal if processes.is_main() else Terminal(quiet=True))
+
+
+def _run(config: RunConfig, out: Path | None, resume: Path | None, terminal: Terminal) -> dict[str, Any]:
     stem = run_stem(config.model.name, config.task.name)
-    folder = RunFolder.create(out, stem) if resume is None else RunFolder.resumed(resume, "train")
+    folder = processes.from_main(
+        lambda: RunFolder.create(out, stem) if resume is None else RunFolder.resumed(resume, "train")
+    )
+    folder.writes = processes.is_main()
     with at_work(folder, "train") as stop:
-        checkpoint = _checkpoint(folder, terminal) if resume is not None else None
+        checkpoint = processes.from_main(
+            lambda: _checkpoint(folder, terminal) if resume is not None else None
+        )
         training = _open(_checked(config), folder, terminal)
         if resume is None:
-            _begin(training)
+            processes.from_main(lambda: _begin(training))
         before = _score_before(training)
         training.thaw()
         peak_bytes = _train(training, checkpoint, stop)
-        patch_bytes = save_patch(training.policy, folder.patch)
+        patch_bytes = processes.from_main(lambda: save_patch(training.policy, folder.patch))
         if training.policy.adapter is None:
             # What is scored is what was saved, in the checkpoint's dtype.
             training.policy.load_blocks(tensors_in(folder.patch))
         after = training.opened.score(training.sampler, "scoring after training")
         _write_before_after(folder, training.opened.task, before, after)
         report = _report(training, before, after, peak_bytes, patch_bytes)
+        if not processes.is_main():
+            return report
         folder.write_json(folder.report, report)
         _draw(folder, report, terminal)
         terminal.message(f"run folder: {folder}")
@@ -133,7 +151,7 @@ def _checkpoint(folder: RunFolder, terminal: Terminal) -> Path | None:
 
 def _checked(config: RunConfig) -> RunConfig:
     """Check that the run is possible here; with `boost`, return the configuration unquantized."""
-    require_one_process()
+    require_even_shares(config.training.prompts_per_step)
     require_tracker(config.training.report_to)
     if config.blocks.select != "boost":
         return config
@@ -145,10 +163,13 @@ def _checked(config: RunConfig) -> RunConfig:
 
 def _open(config: RunConfig, folder: RunFolder, terminal: Terminal) -> Training:
     opened = Opened(config, terminal)
-    plan = plan_scoring(config, len(opened.task.held_out))
+    with processes.main_first():
+        # What has to be downloaded or converted, the main process does.
+        source, held_out = opened.source, opened.task.held_out
+    plan = plan_scoring(config, len(held_out))
     terminal.message(str(plan))
     opened.score_first(plan.problems)
-    task, source = opened.task, opened.source
+    task = opened.task
     if config.evaluation.baseline == "measured":
         task.require_one_turn("--baseline measured")
     if config.training.vllm is not None:
@@ -178,7 +199,12 @@ def _open(config: RunConfig, folder: RunFolder, terminal: Terminal) -> Training:
     if config.training.fit not in needless:
         from midtune.planning.search import fitted
 
-        config = fitted(config, sampler, task, choice.blocks, process_bytes, terminal.message)
+        whole = {"training.prompts_per_step": config.training.prompts_per_step}
+        config = fitted(_share(config), sampler, task, choice.blocks, process_bytes, terminal.message)
+        config = with_settings(config, whole)
+    # What is free, or was ranked before, may look different to each.
+    found = choice, config
+    choice, config = processes.from_main(lambda: found)
     if config.model.embeddings == "host":
         embed_on_host(policy.model, source.name)
     sampler.limits.unpack = config.model.unpack == "auto"
@@ -186,6 +212,12 @@ def _open(config: RunConfig, folder: RunFolder, terminal: Terminal) -> Training:
     blocks = list(range(policy.num_blocks)) if config.blocks.select == "boost" else choice.blocks
     opened.config = config
     return Training(folder, opened, sampler, choice, blocks, meter, process_bytes, plan)
+
+
+def _share(config: RunConfig) -> RunConfig:
+    """The configuration with the prompts that one process has of each step."""
+    own = config.training.prompts_per_step // processes.count()
+    return with_settings(config, {"training.prompts_per_step": own})
 
 
 def _begin(training: Training) -> None:
@@ -201,7 +233,7 @@ def _score_before(training: Training) -> Evaluation:
     import numpy as np
 
     folder = training.folder
-    known = folder.read_json(folder.start)
+    known = processes.from_main(lambda: folder.read_json(folder.start))
     if "greedy" in known:
         sampled = None if known["sampled"] is None else np.array(known["sampled"])
         greedy, kept = np.array(known["greedy"]), known.get("kept", False)
@@ -236,6 +268,7 @@ def _train(training: Training, checkpoint: Path | None, stop: Stop) -> int:
             display.update(metrics)
 
         def stop_requested() -> bool:
+            stop.asked = any(processes.gathered([stop.asked]))
             if stop.asked:
                 opened.terminal.message("stopping after this step; its checkpoint is being saved")
             return stop.asked
@@ -260,7 +293,7 @@ def _train(training: Training, checkpoint: Path | None, stop: Stop) -> int:
         raise Interrupted(
             f"stopped after step {last} of {config.training.steps}; go on with `midtune train --resume {folder}`."
         )
-    return meter.peak_bytes()
+    return max(processes.gathered([meter.peak_bytes()]))
 
 
 def _report(
@@ -270,7 +303,7 @@ def _report(
     from midtune.planning.estimate import estimated
 
     folder, policy, opened = training.folder, training.policy, training.opened
-    config, terminal = opened.config, opened.terminal
+    config, terminal, several = _share(opened.config), opened.terminal, processes.count()
     steps = folder.read_metrics()
     measured = config.evaluation.baseline == "measured"
     time = summary.step_times(steps, repeated=FULL_STEPS if measured else 0)
@@ -294,12 +327,15 @@ def _report(
 
     scores_deployed = config.evaluation.deployed and not stored_quantized
     deployed = _score_deployed(opened, folder) if scores_deployed else None
+    processes.part()
+    if not processes.is_main():
+        return {}
     kept = {"trained": before.kept, "unquantized": deployed is not None and deployed[0].kept}
     if measured:
         terminal.message(f"measuring full training: {FULL_STEPS} steps in a process of its own")
         full = in_own_process(
             "midtune.stages.subprocess_job:full_training_of",
-            {"config_file": str(folder.config)},
+            {"config_file": str(folder.config), "prompts": config.training.prompts_per_step},
             what="measuring full training",
             instead="use --baseline estimated",
         )
@@ -335,6 +371,7 @@ def _report(
             *([f"{sentence(str(collapse))}."] if collapse else []),
             *unknown,
             *slower,
+            *[SHARED.format(several)] * (several > 1),
             *[KEPT] * any(kept.values()),
         ],
         scoring={"problems": len(before.greedy), "planned_share": training.scoring.share, "kept": kept},

@@ -52,6 +52,17 @@ def test_a_plan_on_80_columns(roomy: dict[str, Any]) -> None:
     assert any(line.startswith("keys and values") for line in lines)
 
 
+def test_a_plan_for_several_cards(roomy: dict[str, Any]) -> None:
+    assert roomy["between"] is None
+    shared = plan.run(CONFIG, gpu="24GB", prompt_tokens=40, devices=2)
+    assert 2 * shared["work"]["prompts"] == roomy["work"]["prompts"]
+    assert shared["arms"][0]["peak"] < roomy["arms"][0]["peak"]
+    lines = rendered(plan_table(shared))
+    assert max(map(len, lines)) <= 80
+    assert any(line.startswith("Shared among 2 cards") for line in lines)
+    assert any(line.startswith("10-gigabit Ethernet") for line in lines)
+
+
 def test_a_plan_for_scripts_and_for_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(

@@ -310,15 +310,6 @@ def test_a_vllm_server_that_does_not_answer(
     assert not (tmp_path / "run").exists()
 
 
-def test_one_of_several_processes(
-    configured: Configured, tmp_path: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="2 processes were started"):
-        go(configured(), tmp_path / "run", terminal)
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_folder_that_holds_a_run_is_left_alone(
     finished: tuple[Path, dict[str, Any]], configured: Configured, terminal: Terminal
 ) -> None:
