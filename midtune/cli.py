@@ -271,9 +271,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         try:
             code = app(arguments, prog_name="midtune", standalone_mode=False) or 0
+            said = "interrupted." if code == INTERRUPTED else ""  # Typer's exit code for Ctrl-C
         except processes.Several as asked:
-            code = processes.launch(asked.count, main, arguments)
-        said = "interrupted." if code == INTERRUPTED else ""  # Typer's exit code for Ctrl-C
+            code, said = processes.launch(asked.count, main, arguments), ""
     except MidtuneError as error:
         code, said = error.exit_code, str(error)
     except typer.TyperException as error:

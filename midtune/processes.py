@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from midtune.errors import Interrupted, MidtuneError, RunStopped
+from midtune.errors import InputError, Interrupted, MidtuneError, RunStopped
 
 # One process may load, score or write for hours while the others wait; one that died is noticed otherwise.
 PATIENCE = timedelta(days=7)
@@ -71,6 +71,17 @@ def share(length: int) -> slice:
     return slice(length * index() // count(), length * (index() + 1) // count())
 
 
+def even_share(prompts: int, devices: int | None = None) -> int:
+    """Each process's part of a step's prompts; raises InputError if they cannot be shared evenly."""
+    devices = devices or count()
+    if prompts % devices:
+        raise InputError(
+            f"{prompts} prompts a step cannot be shared evenly among {devices} processes; choose a multiple of "
+            f"{devices} with --prompts-per-step, or another number of --devices."
+        )
+    return prompts // devices
+
+
 def gathered(values: list[T]) -> list[T]:
     """The values of all processes, in their order."""
     if count() == 1:
@@ -88,7 +99,7 @@ def from_main(make: Callable[[], T]) -> T:
     from accelerate.utils import broadcast_object_list
 
     found: list[Any] = broadcast_object_list([make() if is_main() else None])
-    return found[0]  # type: ignore[no-any-return]
+    return found[0]
 
 
 def main_first() -> AbstractContextManager[Any]:
@@ -97,7 +108,7 @@ def main_first() -> AbstractContextManager[Any]:
         return contextlib.nullcontext()
     from accelerate import PartialState
 
-    return PartialState().main_process_first()  # type: ignore[no-any-return]
+    return PartialState().main_process_first()
 
 
 @contextlib.contextmanager
@@ -111,10 +122,12 @@ def together(on_cpu: Callable[[], bool]) -> Iterator[None]:
         return
     from accelerate import PartialState
 
+    place = {name: os.environ[name] for name in PLACE if name in os.environ}
     PartialState(cpu=on_cpu(), timeout=PATIENCE)
     try:
         yield
         part()
+        os.environ.update(place)
     except BaseException as error:
         code = error.exit_code if isinstance(error, MidtuneError) else 1
         code = Interrupted.exit_code if isinstance(error, KeyboardInterrupt) else code
@@ -159,14 +172,12 @@ def launch(devices: int, run: Callable[[list[str]], None], arguments: list[str])
 
     Ctrl-C and other signals are passed on. Raises RunStopped if a process was killed and no other could say so.
     """
-    from torch.distributed import TCPStore
-    from torch.multiprocessing import ProcessExitedException, start_processes
+    import torch
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+    from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // devices)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // devices)))
     context = start_processes(_start, (devices, store.port, run, arguments), devices, join=False)
 
     def pass_on(number: int, frame: Any) -> None:
@@ -212,7 +223,7 @@ _FAILED = f"midtune/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
 
 def _first_failure(code: int) -> int | None:
     """The exit code of the process that failed before this one; None if this is the first, or nothing is known."""
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     own = f"{index()} {code}"
     try:

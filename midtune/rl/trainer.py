@@ -446,10 +446,11 @@ class LayerGRPOTrainer(GRPOTrainer):
     @contextlib.contextmanager
     def _as_one(self) -> Iterator[GRPOConfig]:
         """Inside, files are those of one process, which any number can read."""
-        args, self.args = self.args, copy.copy(self.args)
-        self.args.__class__ = OneProcess
+        args: GRPOConfig = self.args
+        self.args = alone = copy.copy(args)
+        alone.__class__ = OneProcess
         try:
-            yield self.args
+            yield alone
         finally:
             self.args = args
 

@@ -142,16 +142,6 @@ def sampling_of(settings: TrainingConfig) -> Sampling:
     return Sampling(**{**same, "stop_strings": tuple(settings.stop_strings)})
 
 
-def require_even_shares(prompts: int) -> None:
-    """Raise InputError unless the processes can share the prompts of a step evenly."""
-    several = processes.count()
-    if prompts % several:
-        raise InputError(
-            f"{prompts} prompts a step cannot be shared evenly among {several} processes; choose a multiple of "
-            f"{several} with --prompts-per-step, or another number of processes."
-        )
-
-
 def require_tracker(name: str) -> None:
     """Raise InputError unless the tracker that is to receive metrics is installed."""
     if name != "none" and importlib.util.find_spec(name) is None:
@@ -186,7 +176,7 @@ def trl_arguments(
     With `activation_checkpointing`, TRL's default, blocks keep only their inputs and run again for the gradient.
     Several processes share a step's prompts.
     """
-    own = settings.prompts_per_step // processes.count()
+    own = processes.even_share(settings.prompts_per_step)
     groups = groups_per_micro_batch(own, group_tokens, settings.micro_batch_tokens)
     parts = own // groups
     args = GRPOConfig(

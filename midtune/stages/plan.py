@@ -13,8 +13,9 @@ from midtune.bench.workload import PLANNED
 from midtune.config import RunConfig
 from midtune.planning.budget import peak
 from midtune.planning.search import MOST, planner_of
-from midtune.planning.shared import between_cards, one_share
+from midtune.planning.shared import between_cards
 from midtune.planning.step_size import work_of
+from midtune.processes import even_share
 
 
 def run(config: RunConfig, *, gpu: str, prompt_tokens: int, devices: int = 1) -> dict[str, Any]:
@@ -36,7 +37,9 @@ def run(config: RunConfig, *, gpu: str, prompt_tokens: int, devices: int = 1) ->
         MidtuneError: the architecture cannot run on tensors without data.
     """
     planner = planner_of(config, gpu)
-    blocks, sizes, work = planner.blocks, planner.sizes, one_share(work_of(config, prompt_tokens), devices)
+    own = even_share(config.training.prompts_per_step, devices)
+    work = work_of(config, prompt_tokens).changed({"training.prompts_per_step": own})
+    blocks, sizes = planner.blocks, planner.sizes
     fit = planner.fitting(work)
     lean = None if fit is None else work.changed(fit)
     arms = [planner.arm(name, work) for name in PLANNED]

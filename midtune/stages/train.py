@@ -28,7 +28,7 @@ from midtune.report.plots import learning_curve
 from midtune.report.terminal import Terminal
 from midtune.rl.collapse import collapse_in
 from midtune.rl.tail import tail_note
-from midtune.rl.training import require_even_shares, require_tracker, train_blocks
+from midtune.rl.training import require_tracker, train_blocks
 from midtune.rollout.evaluation import Evaluation
 from midtune.rollout.sampling import Sampler
 from midtune.rollout.vllm import require_server
@@ -151,7 +151,7 @@ def _checkpoint(folder: RunFolder, terminal: Terminal) -> Path | None:
 
 def _checked(config: RunConfig) -> RunConfig:
     """Check that the run is possible here; with `boost`, return the configuration unquantized."""
-    require_even_shares(config.training.prompts_per_step)
+    processes.even_share(config.training.prompts_per_step)
     require_tracker(config.training.report_to)
     if config.blocks.select != "boost":
         return config
@@ -216,7 +216,7 @@ def _open(config: RunConfig, folder: RunFolder, terminal: Terminal) -> Training:
 
 def _share(config: RunConfig) -> RunConfig:
     """The configuration with the prompts that one process has of each step."""
-    own = config.training.prompts_per_step // processes.count()
+    own = processes.even_share(config.training.prompts_per_step)
     return with_settings(config, {"training.prompts_per_step": own})
 
 

@@ -7,12 +7,11 @@ import math
 import pytest
 
 from midtune.config import load_config
-from midtune.errors import InputError
 from midtune.planning.search import planner_of
-from midtune.planning.shared import WHOLE_BLOCKS, between_cards, one_share
+from midtune.planning.shared import WHOLE_BLOCKS, between_cards
 from midtune.planning.step_size import work_of
 
-CONFIG = load_config(None, {"model.name": "tiny", "training.prompts_per_step": 8})
+CONFIG = load_config(None, {"model.name": "tiny", "training.prompts_per_step": 2})
 ARM = {
     "phases": {"sampling": {"trained blocks, fp32": 4_000_000, "frozen blocks": 24_000_000}},
     "seconds": {"sampling": 0.002, "update": 0.001},
@@ -22,8 +21,8 @@ ARM = {
 def test_four_cards_by_hand() -> None:
     work = work_of(CONFIG, 40).changed({"training.max_new_tokens": 10})
     planner = planner_of(CONFIG, "24GB")
-    found = between_cards(planner, one_share(work, 4), ARM, 4)
-    # Two of eight prompts each; 2 · 3/4 of 4 MB.
+    found = between_cards(planner, work, ARM, 4)
+    # 2 · 3/4 of 4 MB.
     assert (found["prompts"], found["gradient"], found["sent"]) == (2, 4_000_000, 6_000_000)
     assert found["full_sent"] == round(1.5 * 4 * planner.sizes.total)
     ethernet = found["links"][-1]
@@ -38,20 +37,15 @@ def test_four_cards_by_hand() -> None:
 
 def test_prompts_sampled_in_parts_pass_all_blocks_as_often() -> None:
     work = work_of(CONFIG, 40).changed({"training.max_new_tokens": 10, "training.sampled_prompts": 1})
-    found = between_cards(planner_of(CONFIG, "24GB"), one_share(work, 4), ARM, 4)
+    found = between_cards(planner_of(CONFIG, "24GB"), work, ARM, 4)
     assert found["sharded"]["sent"] == 2 * 180_000_000
 
 
 def test_a_card_whose_speed_is_not_known() -> None:
     found = between_cards(
         planner_of(CONFIG, "24GB"),
-        one_share(work_of(CONFIG, 40), 2),
+        work_of(CONFIG, 40),
         {**ARM, "seconds": {"sampling": math.nan, "update": math.nan}},
         2,
     )
     assert all(math.isnan(link["share"]) and link["seconds"] > 0 for link in found["links"])
-
-
-def test_prompts_that_cards_cannot_share_evenly() -> None:
-    with pytest.raises(InputError, match="8 prompts a step cannot be shared evenly among 3 cards"):
-        one_share(work_of(CONFIG, 40), 3)
