@@ -27,7 +27,7 @@ PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 T = TypeVar("T")
 
 
-class Several(Exception):  # noqa: N818 (it asks for something)
+class Several(Exception):
     """A command is to run in `count` processes; `cli.main` starts them."""
 
     def __init__(self, count: int) -> None:

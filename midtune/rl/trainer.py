@@ -80,6 +80,7 @@ class LayerGRPOTrainer(GRPOTrainer):
     """
 
     _name = "LayerGRPO"
+    args: GRPOConfig
 
     def __init__(
         self,

@@ -13,6 +13,8 @@ from midtune.config import RunConfig, load_config
 from midtune.errors import InputError
 from midtune.planning import search
 from midtune.planning.budget import peak
+from midtune.planning.shared import between_cards
+from midtune.planning.step_size import work_of
 from midtune.report.plans import plan_table
 from midtune.report.terminal import Terminal
 from midtune.stages import plan, train
@@ -52,12 +54,20 @@ def test_a_plan_on_80_columns(roomy: dict[str, Any]) -> None:
     assert any(line.startswith("keys and values") for line in lines)
 
 
-def test_a_plan_for_several_cards(roomy: dict[str, Any]) -> None:
-    assert roomy["between"] is None
+@pytest.mark.slow
+def test_each_of_several_cards_does_its_share(roomy: dict[str, Any]) -> None:
     shared = plan.run(CONFIG, gpu="24GB", prompt_tokens=40, devices=2)
     assert 2 * shared["work"]["prompts"] == roomy["work"]["prompts"]
     assert shared["arms"][0]["peak"] < roomy["arms"][0]["peak"]
-    lines = rendered(plan_table(shared))
+    assert shared["between"]["devices"] == 2
+
+
+def test_a_plan_for_several_cards(roomy: dict[str, Any]) -> None:
+    assert roomy["between"] is None
+    with pytest.raises(InputError, match="cannot be shared evenly among 7 processes"):
+        plan.run(CONFIG, gpu="24GB", prompt_tokens=40, devices=7)
+    between = between_cards(search.planner_of(CONFIG, "24GB"), work_of(CONFIG, 40), roomy["arms"][0], 2)
+    lines = rendered(plan_table({**roomy, "between": between}))
     assert max(map(len, lines)) <= 80
     assert any(line.startswith("Shared among 2 cards") for line in lines)
     assert any(line.startswith("10-gigabit Ethernet") for line in lines)
