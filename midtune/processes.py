@@ -180,7 +180,10 @@ def launch(devices: int, run: Callable[[list[str]], None], arguments: list[str])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // devices)))
     context = start_processes(_start, (devices, store.port, run, arguments), devices, join=False)
 
+    stopped: list[int] = []
+
     def pass_on(number: int, frame: Any) -> None:
+        stopped.append(number)
         for process in context.processes:
             if process.is_alive():
                 os.kill(process.pid, number)
@@ -194,13 +197,14 @@ def launch(devices: int, run: Callable[[list[str]], None], arguments: list[str])
     except ProcessExitedException as error:
         if error.exit_code >= 0:
             return int(error.exit_code)
-        if not store.check([_FAILED]):
+        if not stopped and not store.check([_FAILED]):
             raise RunStopped(
                 f"process {error.error_index} of {devices} was killed ({error.signal_name}), most often because memory "
                 "ran out; make room, then go on with `midtune train --resume` and the run's folder."
             ) from None
-        return RunStopped.exit_code
-    return 0
+        return Interrupted.exit_code if stopped else RunStopped.exit_code
+    # Before they hear signals, they end without a word.
+    return Interrupted.exit_code if stopped else 0
 
 
 def _start(
