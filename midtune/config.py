@@ -51,6 +51,13 @@ def described(default: T, description: str, **limits: Any) -> T:
     return Field(default, description=description, **limits)
 
 
+def separated(value: Any) -> Any:
+    """The list that a text with commas, or a single number, stands for."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",")]
+    return [value] if isinstance(value, int) else value
+
+
 class Part(BaseModel):
     """A group of settings; unknown keys are errors."""
 
@@ -255,7 +262,9 @@ class TrainingConfig(Part):
         ge=0,
         le=MOST_COMPLETIONS,
     )
-    vllm: str | None = described(None, "address of a vLLM server that samples in training")
+    vllm: list[str] | None = described(
+        None, "address of a vLLM server that samples in training, or `URL,URL,…` of several"
+    )
     fit: str | None = described(
         "auto",
         "memory to stay within, such as 24GB: the fastest settings that fit are chosen; auto: what is free on the "
@@ -270,6 +279,8 @@ class TrainingConfig(Part):
         10, "stop when no group had unequal rewards for this many first steps; 0: never", ge=0, le=MOST_STEPS
     )
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = described("none", "also log to a tracker")
+
+    _addresses = field_validator("vllm", mode="before")(separated)
 
     @field_validator("fit")
     @classmethod
@@ -295,12 +306,7 @@ class EvaluationConfig(Part):
         "estimated", "full training's time and memory: run it for 2 steps, or estimate"
     )
 
-    @field_validator("k", mode="before")
-    @classmethod
-    def _separated(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return [part.strip() for part in value.split(",")]
-        return [value] if isinstance(value, int) else value
+    _counts = field_validator("k", mode="before")(separated)
 
 
 # Removed probe settings, with the values that every earlier config.yaml holds.

@@ -65,7 +65,7 @@ def train_blocks(
     It is less than `settings.steps` if `stop_requested` or `stop_after` ended the run.
 
     Args:
-        sampler: its policy, already thawed or given LoRA, changes in place. A server named by `settings.vllm` samples
+        sampler: its policy, already thawed or given LoRA, changes in place. Servers named by `settings.vllm` sample
             in its place.
         rows: training problems, in an order fixed by `seed`; each is used once before any repeats.
         reward: TRL gets the parts of a weighted sum one by one, and logs each.
@@ -81,7 +81,7 @@ def train_blocks(
     for note in tail_note(policy):
         on_message(note)
     longest = max(sampler.prompt_lengths(different))
-    if settings.vllm is not None:
+    if settings.vllm:
         with processes.main_first():
             sampler = VLLMSampler(settings.vllm, policy, sampler.limits, folder / "vllm")
     args = trl_arguments(

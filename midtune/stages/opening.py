@@ -48,7 +48,7 @@ class Opened:
         check_reward(task)
         if config.training.algorithm == "gigpo" and task.game is None:
             raise InputError(f"gigpo compares turns, and {task.name} is answered in one; use grpo.")
-        if config.training.vllm is not None and task.game is not None:
+        if config.training.vllm and task.game is not None:
             raise InputError(
                 f"{task.name} is played in turns, which midtune samples itself; leave training.vllm out."
             )

@@ -31,7 +31,7 @@ from midtune.rl.tail import tail_note
 from midtune.rl.training import require_tracker, train_blocks
 from midtune.rollout.evaluation import Evaluation
 from midtune.rollout.sampling import Sampler
-from midtune.rollout.vllm import require_server
+from midtune.rollout.vllm import require_servers
 from midtune.runs import CHECKPOINT_BYTES_PER_PARAMETER, RunFolder, run_stem
 from midtune.stages.at_work import Stop, at_work
 from midtune.stages.opening import Choice, Opened, choose_blocks
@@ -172,8 +172,8 @@ def _open(config: RunConfig, folder: RunFolder, terminal: Terminal) -> Training:
     task = opened.task
     if config.evaluation.baseline == "measured":
         task.require_one_turn("--baseline measured")
-    if config.training.vllm is not None:
-        require_server(config.training.vllm, source.folder)
+    if config.training.vllm:
+        require_servers(config.training.vllm, source.folder)
     meter = Meter(resolve_device(config.model.device))
     # What is left of earlier work in this process does not count.
     give_back()
@@ -183,7 +183,7 @@ def _open(config: RunConfig, folder: RunFolder, terminal: Terminal) -> Training:
     if policy.stored_quantized:
         name = source.name
         terminal.message(f"{name} is stored in 4-bit: the trained block starts from dequantized weights.")
-        if config.training.vllm is not None:
+        if config.training.vllm:
             raise InputError(
                 f"{name} is stored in 4-bit, so a vLLM server cannot be sent its trained block; leave training.vllm "
                 "out, or use the unquantized checkpoint."

@@ -1,11 +1,15 @@
-"""A vLLM server on localhost: the few endpoints that midtune asks, answered by plain transformers."""
+"""A vLLM server on localhost: the few endpoints that midtune asks, answered by plain transformers.
+
+Its worker runs midtune's own extension.
+"""
 
 from __future__ import annotations
 
 import http.server
 import json
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,61 +18,102 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from midtune.rollout.vllm_worker import BlockLoader
+
+
+class Worker(BlockLoader):
+    """What the extension finds in a worker of vLLM."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
+        self.model = AutoModelForCausalLM.from_pretrained(checkpoint)
+        self.loaded: list[set[str]] = []
+
+    def reload_weights(self, weights_iterator: Any = None, weights_path: str | None = None) -> None:
+        if weights_path is not None:
+            weights_iterator = load_file(Path(weights_path) / "model.safetensors").items()
+        tensors = dict(weights_iterator)
+        unknown = self.model.load_state_dict(tensors, strict=False).unexpected_keys
+        self.loaded.append(set(tensors))
+        if unknown:
+            raise ValueError(f"unknown {unknown}")
+
 
 class Toy:
-    """What the server holds, and what it was asked for."""
+    """A server and what it was asked for.
 
-    def __init__(self, checkpoint: Path, *, takes_weights: bool = True) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(checkpoint)
-        self.takes_weights = takes_weights
+    Args:
+        delay_s: how long it waits before it completes a prompt.
+        disturb: called before each completion; what it changes, the completion does not see.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        *,
+        extended: bool = True,
+        delay_s: float = 0,
+        disturb: Callable[[Toy], None] = lambda toy: None,
+    ) -> None:
+        self.worker = Worker(checkpoint)
+        self.extended = extended
+        self.delay_s = delay_s
+        self.disturb = disturb
         self.url = ""
+        self.alive = True
+        self.loads_blocks = True
+        self.forgets_prompts = True
         self.asked: list[dict[str, Any]] = []
-        self.loaded: list[set[str]] = []
+
+    def restart(self) -> None:
+        self.worker = Worker(self.worker.checkpoint)
+        self.alive = True
 
     def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         if path == "/v1/models":
             return 200, {"data": [{"id": "toy"}]}
-        if path == "/server_info":
-            return (200, {}) if self.takes_weights else (404, {})
-        if path == "/reset_prefix_cache":
-            return 200, None
+        if path == "/reset_prefix_cache?reset_running_requests=true":
+            return 200, {"success": self.forgets_prompts}
         if path == "/collective_rpc":
-            assert body["method"] == "reload_weights"
-            return self.load(Path(body["kwargs"]["weights_path"]))
+            return self.call(body["method"], body["kwargs"])
         assert path == "/v1/completions"
         self.asked.append(body)
+        time.sleep(self.delay_s)
+        choices = self.choices(body)
+        self.disturb(self)
         # Out of order: a client has to look at the numbers.
-        return 200, {"choices": list(reversed(self.choices(body)))}
+        return 200, {"choices": choices[::-1]}
 
-    def load(self, folder: Path) -> tuple[int, Any]:
+    def call(self, method: str, arguments: dict[str, str]) -> tuple[int, Any]:
+        if method != "reload_weights" and not self.extended:
+            return 500, {"error": f"Method {method!r} is not implemented."}
+        if method == "load_blocks" and not self.loads_blocks:
+            return 200, {"results": [None]}
         try:
-            tensors = load_file(folder / "model.safetensors")
-        except OSError:
-            return 500, {"error": f"no weights in {folder}"}
-        unknown = self.model.load_state_dict(tensors, strict=False).unexpected_keys
-        self.loaded.append(set(tensors))
-        return (500, {"error": f"unknown {unknown}"}) if unknown else (200, {"results": [None]})
+            return 200, {"results": [getattr(self.worker, method)(**arguments)]}
+        except (OSError, ValueError) as error:
+            return 500, {"error": str(error)}
 
     @torch.no_grad()
     def choices(self, body: dict[str, Any]) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
-        for prompt in body["prompt"]:
-            for _ in range(body["n"]):
-                ids: list[int] = []
-                values: list[float] = []
-                while len(ids) < body["max_tokens"] and (not ids or ids[-1] not in body["stop_token_ids"]):
-                    logits = self.model(torch.tensor([prompt + ids])).logits[0, -1]
-                    log_probs = (logits / body["temperature"]).log_softmax(-1)
-                    ids.append(int(torch.multinomial(log_probs.exp(), 1)))
-                    values.append(float(log_probs[ids[-1]]))
-                found.append(
-                    {
-                        "index": len(found),
-                        "token_ids": ids,
-                        "finish_reason": "stop" if ids[-1] in body["stop_token_ids"] else "length",
-                        "logprobs": {"token_logprobs": values},
-                    }
-                )
+        for number in range(body["n"]):
+            ids: list[int] = []
+            values: list[float] = []
+            own = torch.Generator().manual_seed(body["seed"] + number)
+            while len(ids) < body["max_tokens"] and (not ids or ids[-1] not in body["stop_token_ids"]):
+                logits = self.worker.model(torch.tensor([body["prompt"] + ids])).logits[0, -1]
+                log_probs = (logits / body["temperature"]).log_softmax(-1)
+                ids.append(int(torch.multinomial(log_probs.exp(), 1, generator=own)))
+                values.append(float(log_probs[ids[-1]]))
+            found.append(
+                {
+                    "index": number,
+                    "token_ids": ids,
+                    "finish_reason": "stop" if ids[-1] in body["stop_token_ids"] else "length",
+                    "logprobs": {"token_logprobs": values},
+                }
+            )
         return found
 
 
@@ -84,8 +129,11 @@ def serve(toy: Toy) -> Iterator[Toy]:
             self.reply(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
 
         def reply(self, body: dict[str, Any]) -> None:
-            status, answer = toy.answer(self.path, body)
-            content = b"" if answer is None else json.dumps(answer).encode()
+            status, answer = toy.answer(self.path, body) if toy.alive else (0, None)
+            if not toy.alive:
+                self.close_connection = True
+                return
+            content = json.dumps(answer).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
