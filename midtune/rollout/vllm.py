@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,16 +64,16 @@ class Server:
         results: list[Any] = self.ask("/collective_rpc", {"method": method, "kwargs": arguments})["results"]
         return results
 
-    def begin(self, checkpoint: Path) -> None:
-        """Load all weights, for another run may have left its blocks."""
-        self.model = self.ask("/v1/models")["data"][0]["id"]
-        self.call("reload_weights", weights_path=str(checkpoint))
-
-    def load(self, blocks: Path) -> None:
+    def load(self, checkpoint: Path, blocks: Path, digest: str) -> None:
+        """Load the blocks, and first all other weights if it was not in use: it may hold another run's."""
+        if not self.model:
+            self.model = self.ask("/v1/models")["data"][0]["id"]
+            self.call("reload_weights", weights_path=str(checkpoint))
         self.call("load_blocks", path=str(blocks))
         # Cached prompts were computed with the old weights. Work that somebody has left would keep them.
         if not self.ask("/reset_prefix_cache?reset_running_requests=true", {})["success"]:
             raise Lost("keeps prompts that were computed with old blocks")
+        self.check(digest)
 
     def check(self, digest: str) -> None:
         """Raise Lost unless every worker has loaded the file with this SHA-256, and nothing after it."""
@@ -126,14 +126,8 @@ class VLLMSampler(TextSampler):
         content = save(self.policy.deployed_blocks())
         self.digest = hashlib.sha256(content).hexdigest()
         self.blocks.write_bytes(content)
-
-        def send(server: Server) -> None:
-            if not server.model:
-                server.begin(self.policy.source.folder)
-            server.load(self.blocks)
-            server.check(self.digest)
-
-        self._at_once(self.servers, send)
+        checkpoint, digest = self.policy.source.folder, self.digest
+        self._at_once(self.servers, lambda server: server.load(checkpoint, self.blocks, digest))
         for server in self.servers:
             if server.model and server.lost is not None:
                 server.lost = None
@@ -148,10 +142,7 @@ class VLLMSampler(TextSampler):
         settings = {
             "n": sampling.group_size,
             "max_tokens": sampling.max_new_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "min_p": sampling.min_p,
+            **{name: getattr(sampling, name) for name in ("temperature", "top_p", "top_k", "min_p")},
             "stop": list(sampling.stop_strings),
             "stop_token_ids": self.policy.stop_token_ids,
             "include_stop_str_in_output": True,
@@ -186,7 +177,7 @@ class VLLMSampler(TextSampler):
         rollout = Rollout(*padded(self.policy, asked, "left"), ids, mask, log_probs, entropies, cut)
         return with_boundary(self, rollout, boundary_block)
 
-    def _at_once(self, servers: Iterable[Server], work: Callable[[Server], None]) -> None:
+    def _at_once(self, servers: Sequence[Server], work: Callable[[Server], None]) -> None:
         """Let all servers work, one named twice in two threads; those that fail are lost, which is said once."""
         failed: list[tuple[Server, Exception]] = []
 
@@ -208,9 +199,7 @@ class VLLMSampler(TextSampler):
             server.model = ""
             if server.lost is None:
                 server.lost = str(error)
-                self._say(
-                    f"the vLLM server at {server.url} {error}; it is left out until it takes blocks again."
-                )
+                self._say(f"the vLLM server at {server.url} {error}; it is left out until it takes blocks.")
 
     def _say(self, message: str) -> None:
         if self.limits.rows.on_message is not None:

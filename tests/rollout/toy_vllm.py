@@ -29,6 +29,11 @@ class Worker(BlockLoader):
         self.model = AutoModelForCausalLM.from_pretrained(checkpoint)
         self.loaded: list[set[str]] = []
 
+    def restart(self) -> None:
+        # Loading a model anew would change transformers' global state from a thread.
+        self.reload_weights(weights_path=str(self.checkpoint))
+        self.midtune_digest = None
+
     def reload_weights(self, weights_iterator: Any = None, weights_path: str | None = None) -> None:
         if weights_path is not None:
             weights_iterator = load_file(Path(weights_path) / "model.safetensors").items()
@@ -66,7 +71,7 @@ class Toy:
         self.asked: list[dict[str, Any]] = []
 
     def restart(self) -> None:
-        self.worker = Worker(self.worker.checkpoint)
+        self.worker.restart()
         self.alive = True
 
     def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
