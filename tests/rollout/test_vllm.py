@@ -219,10 +219,12 @@ def test_a_server_is_left_out_until_it_has_the_current_block(
 ) -> None:
     """It is lost after step 2, and well again after step 4."""
     answered: list[int] = []
+    differences: list[float] = []
     said: list[str] = []
 
     def between(row: dict[str, Any]) -> None:
         answered.append(len(other.asked))
+        differences.append(row["vllm_difference"])
         if row["step"] == 2:
             change(other)
         if row["step"] == 4:
@@ -233,19 +235,30 @@ def test_a_server_is_left_out_until_it_has_the_current_block(
     sampler = TextSampler(policy, SamplingLimits())
     sampler.limits.rows.on_message = said.append
     urls = [toy.url, other.url]
-    _, metrics = train(sampler, tmp_path, steps=5, prompts_per_step=4, vllm=urls, on_step=between)
+    train(sampler, tmp_path, steps=5, prompts_per_step=4, vllm=urls, on_step=between)
     first, second, third, fourth, fifth = answered
     assert 0 < first < second == third == fourth < fifth
     lost, found = (message for message in said if "vLLM" in message)
     assert lost.startswith(f"the vLLM server at {other.url} {words}")
     assert found == f"the vLLM server at {other.url} is in use again."
-    assert [row["vllm_difference"] < 1e-5 for row in metrics] == [True] * 5
+    assert [difference < 1e-5 for difference in differences] == [True] * 5
 
 
-def test_without_servers_a_run_stops(load: Load, toy: Toy, other: Toy, tmp_path: Path) -> None:
-    toy.disturb = other.disturb = stop
+def test_a_run_that_is_left_without_servers_goes_on_with_equal_ones(
+    load: Load, toy: Toy, other: Toy, tmp_path: Path
+) -> None:
+    settings = {"steps": 3, "checkpoint_every": 1, "vllm": [toy.url, other.url]}
+    whole, left = thawed(load, 2), thawed(load, 2)
+    train(whole, tmp_path / "whole", **settings)
+    toy.disturb = other.disturb = lambda one: stop(one) if len(toy.asked) + len(other.asked) > 10 else None
     with pytest.raises(RunStopped, match=f"no vLLM server is left: {toy.url} .*; {other.url} .*--resume"):
-        completed(thawed(load, 2), tmp_path, toy, other)
+        train(left, tmp_path / "left", **settings)
+    toy.disturb = other.disturb = lambda one: None
+    toy.restart()
+    resumed = thawed(load, 2)
+    train(resumed, tmp_path / "left", resume_from=tmp_path / "left/checkpoint-2", **settings)
+    assert torch.equal(trained(resumed), trained(whole))
+    assert not torch.equal(trained(resumed), trained(left))
 
 
 @pytest.mark.skipif("MIDTUNE_VLLM" not in os.environ, reason="needs a vLLM server at $MIDTUNE_VLLM")

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from midtune.report.terminal import Terminal
 from midtune.stages import evaluate, export, probe, train
 from midtune.stages.opening import Choice, Opened, choose_blocks
 from midtune.whole import damage
-from tests.rollout.toy_vllm import Toy, serve
 from tests.stages.conftest import Configured
 
 
@@ -310,25 +308,6 @@ def test_a_vllm_server_that_does_not_answer(
     with pytest.raises(InputError, match="no vLLM server at http://127.0.0.1:9"):
         go(configured(training__vllm="http://127.0.0.1:9"), tmp_path / "run", terminal)
     assert not (tmp_path / "run").exists()
-
-
-def test_a_run_without_a_vllm_server_goes_on_when_one_is_back(
-    configured: Configured, random_checkpoint: Callable[..., Path], tmp_path: Path, terminal: Terminal
-) -> None:
-    def stop(toy: Toy) -> None:
-        toy.alive = len(toy.asked) < 5
-
-    with serve(Toy(random_checkpoint("qwen3"))) as toy:
-        config = configured(training__vllm=toy.url)
-        go(config, tmp_path / "whole", terminal)
-        toy.asked.clear()
-        toy.disturb = stop
-        with pytest.raises(RunStopped, match=f"no vLLM server is left: {toy.url} .*go on with --resume"):
-            go(config, tmp_path / "run", terminal)
-        toy.restart()
-        toy.disturb = lambda toy: None
-        go(load_config(tmp_path / "run/config.yaml", {}), None, terminal, resume=tmp_path / "run")
-    assert trajectory(tmp_path / "run") == trajectory(tmp_path / "whole")
 
 
 def test_a_folder_that_holds_a_run_is_left_alone(
