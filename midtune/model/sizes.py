@@ -55,10 +55,10 @@ def blocks_of(config: PretrainedConfig) -> int:
     return int(config.get_text_config().num_hidden_layers)
 
 
-def sizes_of(config: PretrainedConfig) -> Sizes:
+def sizes_of(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Sizes:
     """Sizes of the model that `config` describes; allocates nothing."""
     with torch.device("meta"):
-        model = built(config)
+        model = built(config, trust_remote_code=trust_remote_code)
     blocks = find_blocks(model)[1]
     parts = [part for part in blocks.modules() if isinstance(part, nn.Linear)]
     packed = [(part, name) for part in blocks.modules() for name in expert_weights(part)]

@@ -7,20 +7,18 @@ from dataclasses import asdict, astuple
 from typing import Any
 
 import numpy as np
-import torch
 
 from midtune.config import RunConfig, parse_budget
-from midtune.device import cuda_devices
 from midtune.errors import InputError
-from midtune.model.policy import Policy
+from midtune.model.sizes import Sizes
+from midtune.model.sources import Source
 from midtune.probe.agreement import depth_correlation, middle_correlation
 from midtune.probe.contribution import Scores, contribution_interval, gain_interval, plateau, standings
 from midtune.probe.race import Budget, race
 from midtune.probe.selection import best, best_first, from_the_middle, middle
-from midtune.probe.trials import Trial, Trials
+from midtune.probe.trials import Execute, Trial, Trials, race_problems, rows_of
 from midtune.report.statistics import Estimate, score_interval
 from midtune.report.terminal import Terminal
-from midtune.rollout.sampling import Sampler
 from midtune.runs import CHECKPOINT_BYTES_PER_PARAMETER, RunFolder
 from midtune.tasks import Task
 
@@ -32,37 +30,38 @@ Rows = list[dict[str, Any]]
 
 
 def check_probe(
-    policy: Policy, task: Task, config: RunConfig, blocks: Sequence[int], folder: RunFolder
+    sizes: Sizes, task: Task, config: RunConfig, blocks: Sequence[int], folder: RunFolder
 ) -> None:
     """Check that `rank_blocks` can run.
 
     Raises:
         InputError: more blocks are to be selected than ranked, or a race has too few problems or too little disk space.
     """
-    best(blocks, policy.num_blocks, config.blocks.top_k)
+    best(blocks, sizes.blocks, config.blocks.top_k)
     if config.probe.method != "race":
         return
-    if _race_problems(task, config) < 2:
+    if race_problems(task, config) < 2:
         raise InputError(
             f"a race trains on some problems and scores on others, but {task.name} has {len(task.train)} to "
             "train on; use a task with more, or name the blocks with --layers."
         )
-    parameters = sum(p.numel() for p in policy.blocks[0].parameters())
-    folder.require_free(len(blocks) * parameters * CHECKPOINT_BYTES_PER_PARAMETER)
+    folder.require_free(len(blocks) * sizes.block * CHECKPOINT_BYTES_PER_PARAMETER)
 
 
 def rank_blocks(
-    sampler: Sampler,
+    execute: Execute,
+    source: Source,
+    num_blocks: int,
     task: Task,
     config: RunConfig,
     blocks: Sequence[int],
     folder: RunFolder,
     terminal: Terminal,
 ) -> dict[str, Any]:
-    """Rank `blocks` as `config.probe` says; the policy and torch's random state are restored afterwards.
+    """Rank `blocks`, of a model's `num_blocks`, as `config.probe` says; `execute` runs the trials.
 
     A race scores on training problems that its runs do not train on, so the held-out ones never influence the choice.
-    A sweep scores on the held-out problems. The policy must have no trained blocks, and `check_probe` must pass.
+    A sweep scores on the held-out problems. `check_probe` must pass.
 
     Returns:
         The content of probe.json. `score`, `low` and `high` are the gain over the untrained model by samples at the
@@ -73,73 +72,71 @@ def rank_blocks(
     Raises:
         RunStopped: rewards never differ within a group.
     """
-    policy = sampler.policy
-    assert not policy.trained, f"blocks {policy.trained} are being trained, and a probe would drop them"
     is_race = config.probe.method == "race"
-    rows, problems = task.train, task.held_out
-    if is_race:
-        count = _race_problems(task, config)
-        rows, problems = rows[:-count], rows[-count:]
-    trials = Trials(sampler, task, config, folder, terminal, rows, problems, continued=is_race)
-    (baseline,) = middle(policy.num_blocks, 1)
-    with torch.random.fork_rng(devices=cuda_devices(policy.device)):
-        found, extra = (by_race if is_race else by_sweep)(trials, sorted({*blocks, baseline}))
+    problems = len(rows_of(task, config)[1])
+    trials = Trials(execute, config.seed, problems, folder, terminal)
+    (baseline,) = middle(num_blocks, 1)
+    ordered = sorted({*blocks, baseline})
+    found, extra = (by_race if is_race else by_sweep)(trials, ordered, num_blocks, config)
+    trials.forget()
     scores = {row["block"]: row["score"] for row in found}
     asked = (row for row in found if row["block"] in blocks)
     ranked = [{**row, "rank": rank} for rank, row in enumerate(asked, 1)]
-    base = trials.base()
+    (base,) = trials.run([trials.key("base")])
     untrained = {"greedy": base.greedy, "sampled": base.sampled}
     return {
-        **subject(policy, task),
+        **subject(source, num_blocks, task),
         "method": config.probe.method,
         "seed": config.seed,
         "seeds": 1 if is_race else config.probe.seeds,
-        "settings": _settings(config, len(problems)),
+        "settings": _settings(config, problems),
         "cost_seconds": trials.spent_s,
         "cost_steps": trials.spent_steps,
         "base": {kind: asdict(score_interval(own)) for kind, own in untrained.items() if own is not None},
         **extra,
         "blocks": sorted(ranked, key=lambda row: row["block"]),
         "among_best": sorted(row["block"] for row in ranked if row["among_best"]),
-        "selected": best([row["block"] for row in ranked], policy.num_blocks, config.blocks.top_k),
+        "selected": best([row["block"] for row in ranked], num_blocks, config.blocks.top_k),
         "depth_baseline": {"block": baseline, "score": scores[baseline]},
     }
 
 
-def subject(policy: Policy, task: Task) -> dict[str, Any]:
+def subject(source: Source, num_blocks: int, task: Task) -> dict[str, Any]:
     """What a probe.json is about; `matching_probe` compares it."""
     return {
         "schema": 1,
-        "model": policy.source.name,
-        "revision": policy.source.revision,
-        "num_blocks": policy.num_blocks,
+        "model": source.name,
+        "revision": source.revision,
+        "num_blocks": num_blocks,
         "task": task.name,
         "task_fingerprint": task.fingerprint,
     }
 
 
-def by_race(trials: Trials, blocks: Sequence[int]) -> tuple[Rows, dict[str, Any]]:
+def by_race(
+    trials: Trials, blocks: Sequence[int], num_blocks: int, config: RunConfig
+) -> tuple[Rows, dict[str, Any]]:
     """Rank blocks, best first, by the gain of short runs within a budget: rows of probe.json and its further keys."""
-    base = trials.base()
+    (base,) = trials.run([trials.key("base")])
     # In case the budget ends early: in all models known, the best blocks are near the middle.
-    order = from_the_middle(blocks, trials.policy.num_blocks)
-    total, unit = parse_budget(trials.config.probe.budget)
-    most_steps = trials.config.training.steps
+    order = from_the_middle(blocks, num_blocks)
+    total, unit = parse_budget(config.probe.budget)
+    most_steps = config.training.steps
     if unit == "steps":
         budget = Budget(total, lambda: trials.spent_steps, lambda: 1.0)
     else:
-        trials.run(order[0], min(FIRST_STEPS, most_steps), share=0)
+        trials.run([trials.key(order[0], min(FIRST_STEPS, most_steps), share=0)])
         budget = Budget(
             total, lambda: trials.spent_s, lambda: trials.seconds_per_step, lambda: trials.seconds_per_score
         )
     last: dict[int, Trial] = {}
 
-    def run(block: int, steps: int, share: float) -> Scores:
-        last[block] = trials.run(block, steps, share=share)
-        return last[block].scores
+    def run(blocks: Sequence[int], steps: int, share: float) -> dict[int, Scores]:
+        found = trials.run([trials.key(block, steps, share=share) for block in blocks])
+        last.update(zip(blocks, found, strict=True))
+        return {block: last[block].scores for block in blocks}
 
     entrants = race(order, run, budget, most_steps=most_steps)
-    trials.forget()
     rows = [
         {
             "block": entrant.block,
@@ -153,19 +150,20 @@ def by_race(trials: Trials, blocks: Sequence[int]) -> tuple[Rows, dict[str, Any]
     return rows, {}
 
 
-def by_sweep(trials: Trials, blocks: Sequence[int]) -> tuple[Rows, dict[str, Any]]:
+def by_sweep(
+    trials: Trials, blocks: Sequence[int], num_blocks: int, config: RunConfig
+) -> tuple[Rows, dict[str, Any]]:
     """Train each block alone and all blocks, for all steps: rows of probe.json, best first, and its further keys."""
-    config = trials.config
     seeds, steps = range(config.seed, config.seed + config.probe.seeds), config.training.steps
-    trials.total = (1 + len(blocks)) * len(seeds)
-    base = trials.base()
-    full: list[Trial] = []
-    runs: dict[int, list[Trial]] = {block: [] for block in blocks}
-    for seed in seeds:
-        # Full training first: without its gain there is nothing to compare with.
-        full.append(trials.run("full", steps, seed=seed))
-        for block, own in runs.items():
-            own.append(trials.run(block, steps, seed=seed))
+    # Full training first: it takes longest, and without its gain there is nothing to compare with.
+    arms: list[int | str] = ["full", *blocks]
+    trials.total = len(arms) * len(seeds)
+    keys = {arm: [trials.key(arm, steps, seed=seed) for seed in seeds] for arm in arms}
+    base, *_ = trials.run(
+        [trials.key("base"), *(keys[arm][run] for run in range(len(seeds)) for arm in arms)]
+    )
+    full, *own_runs = (trials.run(keys[arm]) for arm in arms)
+    runs = dict(zip(blocks, own_runs, strict=True))
     standing = standings({block: _scores(own) for block, own in runs.items()})
     rows = {}
     for block, own in runs.items():
@@ -176,7 +174,7 @@ def by_sweep(trials: Trials, blocks: Sequence[int]) -> tuple[Rows, dict[str, Any
     scores = {block: row["score"] for block, row in rows.items()}
     shares = {block: row["contribution"] for block, row in rows.items()}
     undefined = None in shares.values()
-    depth, to_middle = depth_correlation(scores), middle_correlation(scores, trials.policy.num_blocks)
+    depth, to_middle = depth_correlation(scores), middle_correlation(scores, num_blocks)
     gain = _gains(full, base)
     extra: dict[str, Any] = {
         "full": gain,
@@ -189,10 +187,6 @@ def by_sweep(trials: Trials, blocks: Sequence[int]) -> tuple[Rows, dict[str, Any
             "clearly above zero: C(k) is a share of that gain, and is undefined. Blocks are ranked by their own."
         )
     return [rows[block] for block in best_first(scores)], extra
-
-
-def _race_problems(task: Task, config: RunConfig) -> int:
-    return min(config.task.most_held_out, len(task.train) // 3)
 
 
 def _gains(trials: Sequence[Trial], base: Trial) -> dict[str, Any]:

@@ -55,12 +55,16 @@ class Budget:
 
 
 def race(
-    order: Sequence[int], run: Callable[[int, int, float], Scores], budget: Budget, *, most_steps: int
+    order: Sequence[int],
+    run: Callable[[Sequence[int], int, float], dict[int, Scores]],
+    budget: Budget,
+    *,
+    most_steps: int,
 ) -> list[Entrant]:
     """Race the blocks of `order` against each other; returns the furthest first, then by score.
 
-    `run(block, steps, share)` returns scores [N] after `steps` in total, on the first `share` of the problems. If the
-    budget is too small for all blocks, the first ones run. Every block runs at least one step, whatever it costs.
+    `run(blocks, steps, share)` returns each block's scores [N] after `steps` in total, on the first `share` of the
+    problems: a round, whose blocks may run at the same time. Every block runs at least one step, whatever it costs.
     """
     sizes = round_sizes(len(order))
     # 95% over all rounds together.
@@ -72,7 +76,7 @@ def race(
         if number > 0 and (len(running) == 1 or steps == most_steps or more < 1):
             break
         steps = min(most_steps, steps + max(1, more))
-        scores = {block: run(block, steps, problems) for block in running}
+        scores = run(running, steps, problems)
         standing = standings(scores, confidence)
         entrants = []
         for block in best_first({block: float(np.mean(own)) for block, own in scores.items()}):

@@ -7,16 +7,18 @@ import json
 import shutil
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from midtune.config import RunConfig
+from midtune.device import cuda_devices
 from midtune.errors import InputError
 from midtune.measure.meter import Meter
 from midtune.model.memory import give_back
@@ -65,34 +67,46 @@ class Trial:
         return self.trained, self.seed, self.steps, len(self.greedy)
 
 
+@dataclass(frozen=True)
+class Job:
+    """A trial to run.
+
+    Attributes:
+        name: what it is, for people.
+        recorded: up to which step an earlier trial has recorded the seconds.
+    """
+
+    key: Key
+    name: str
+    recorded: int = 0
+
+
+# Runs jobs, which do not depend on each other, and gives each one's record as it ends.
+Execute = Callable[[Sequence[Job]], Iterable[Trial]]
+
+
 @dataclass
 class Trials:
-    """Runs trials on one loaded policy, and records them in trials.jsonl; a recorded trial is not run again.
+    """The trials of a probe, recorded in trials.jsonl as they end; a recorded one is not run again.
 
     Args:
-        sampler: its policy has no trained blocks; each trial restores that.
-        continued: keep checkpoints of finished trials, so that they can be trained for more steps.
+        execute: here, one after the other (`Runner`), or elsewhere, many at a time.
+        problems: how many there are to score on.
+        total: how many trials there will be, for people.
 
     Attributes:
         done: trials asked for in this session, so a resumed race spends its budget as it would have.
     """
 
-    sampler: Sampler
-    task: Task
-    config: RunConfig
+    execute: Execute
+    seed: int
+    problems: int
     folder: RunFolder
     terminal: Terminal
-    rows: Sequence[Row]
-    problems: Sequence[Row]
-    continued: bool = False
     total: int | None = None
 
     def __post_init__(self) -> None:
-        self.policy = self.sampler.policy
         self.done: dict[Key, Trial] = {}
-        self._checkpoints = self.folder.path / "trials"
-        # Unquantized, a thawed block starts as it was frozen, so all runs of a seed share their first rollout.
-        self._first: FirstRollouts = {}
         self._earlier: dict[Key, Trial] = {}
         # Such as a last line cut short by a crash.
         damaged = 0
@@ -130,55 +144,108 @@ class Trials:
     def seconds_per_score(self) -> float:
         """Mean seconds of scoring on all problems."""
         scored = sum(len(trial.greedy) for trial in self.done.values())
-        return sum(trial.score_s for trial in self.done.values()) / scored * len(self.problems)
+        return sum(trial.score_s for trial in self.done.values()) / scored * self.problems
 
     def _reached(self) -> dict[tuple[int | str, int], int]:
         """(what was trained, seed) → most steps."""
         return {(trained, seed): steps for trained, seed, steps, _ in sorted(self.done, key=itemgetter(2))}
 
-    def base(self) -> Trial:
-        key = ("base", self.config.seed, 0, len(self.problems))
-        return self._known(key) or self._scored(key, "before training")
+    def key(self, trained: int | str, steps: int = 0, *, seed: int | None = None, share: float = 1.0) -> Key:
+        """The trial of a block, `full` or `base`, of `steps` steps in all, scored on the first `share` of problems."""
+        problems = max(FEWEST_PROBLEMS, round(share * self.problems))
+        return trained, self.seed if seed is None else seed, steps, min(problems, self.problems)
 
-    def run(self, trained: int | str, steps: int, *, seed: int | None = None, share: float = 1.0) -> Trial:
-        """Train a block, or `full`, up to `steps` steps, and score it on the first `share` of the problems.
+    def run(self, keys: Sequence[Key]) -> list[Trial]:
+        """The trials of these keys, in this order; those that are not recorded are run."""
+        self.done |= {key: self._earlier[key] for key in keys if key in self._earlier}
+        new, reached = [key for key in keys if key not in self.done], self._reached()
+        jobs = [
+            Job(key, self._name(key, len(self.done) + place), reached.get(key[:2], 0))
+            for place, key in enumerate(new)
+        ]
+        for trial in self.execute(jobs):
+            self.folder.append_jsonl(self.folder.trials, asdict(trial))
+            self.done[trial.key] = trial
+        return [self.done[key] for key in keys]
 
-        A shorter or interrupted trial is continued exactly if its checkpoint is there.
-        """
-        seed = self.config.seed if seed is None else seed
-        problems = max(FEWEST_PROBLEMS, round(share * len(self.problems)))
-        key = (trained, seed, steps, min(problems, len(self.problems)))
-        if (known := self._known(key)) is not None:
-            return known
-        what = "all parameters" if trained == "full" else f"block {trained}"
-        try:
-            if trained == "full":
-                self.policy.thaw_all()
-            else:
-                self.policy.thaw(int(trained))
-            found = self._scored(key, what, *self._train(trained, steps, seed, what))
-            if not self.continued:
-                shutil.rmtree(self._folder(trained, seed).path, ignore_errors=True)
-            return found
-        finally:
-            self.policy.restore()
-            give_back()
+    def _name(self, key: Key, number: int) -> str:
+        of = f" of {self.total}" if self.total else ""
+        return named(key) if key[0] == "base" else f"trial {number}{of}: {named(key)}"
 
     def forget(self) -> None:
         """Remove the checkpoints of trials, which are large."""
-        shutil.rmtree(self._checkpoints, ignore_errors=True)
+        shutil.rmtree(checkpoints_of(self.folder), ignore_errors=True)
 
-    def _folder(self, trained: int | str, seed: int) -> RunFolder:
-        return RunFolder(self._checkpoints / f"{trained}-{seed}")
 
-    def _train(self, trained: int | str, steps: int, seed: int, what: str) -> tuple[float, float]:
-        """Train up to `steps`; returns the median seconds of a step, and the total seconds."""
-        own = self._folder(trained, seed)
+def named(key: Key) -> str:
+    """What a trial trains, for people."""
+    return {"base": "before training", "full": "all parameters"}.get(str(key[0]), f"block {key[0]}")
+
+
+def checkpoints_of(folder: RunFolder) -> Path:
+    """Where the trials of a probe keep their checkpoints."""
+    return folder.path / "trials"
+
+
+def rows_of(task: Task, config: RunConfig) -> tuple[list[Row], list[Row]]:
+    """What trials train on, and what they are scored on: in a race some of the training problems."""
+    if config.probe.method == "race":
+        count = race_problems(task, config)
+        return task.train[:-count], task.train[-count:]
+    return task.train, task.held_out
+
+
+def race_problems(task: Task, config: RunConfig) -> int:
+    """How many training problems a race takes to score on."""
+    return min(config.task.most_held_out, len(task.train) // 3)
+
+
+class Runner:
+    """Runs trials on one loaded policy, which has no trained blocks before and after each."""
+
+    def __init__(self, sampler: Sampler, task: Task, config: RunConfig, terminal: Terminal) -> None:
+        self.sampler, self.task, self.config, self.terminal = sampler, task, config, terminal
+        self.policy = sampler.policy
+        self.rows, self.problems = rows_of(task, config)
+        # Unquantized, a thawed block starts as it was frozen, so all runs of a seed share their first rollout.
+        self._first: FirstRollouts = {}
+
+    def in_turn(self, folder: RunFolder) -> Execute:
+        """What runs trials one after the other, for a probe in `folder`."""
+        return lambda jobs: (self.run(job, folder) for job in jobs)
+
+    def run(self, job: Job, folder: RunFolder) -> Trial:
+        """Train and score; the policy and torch's random state are restored afterwards.
+
+        A shorter or interrupted trial is continued exactly if its checkpoint is in the probe's `folder`.
+        Raises RunStopped if rewards never differ within a group.
+        """
+        trained, seed = job.key[:2]
+        with torch.random.fork_rng(devices=cuda_devices(self.policy.device)):
+            if trained == "base":
+                return self._scored(job.key)
+            own = RunFolder(checkpoints_of(folder) / f"{trained}-{seed}")
+            try:
+                if trained == "full":
+                    self.policy.thaw_all()
+                else:
+                    self.policy.thaw(int(trained))
+                found = self._scored(job.key, *self._train(job, own, folder))
+                # A race may train it for more steps.
+                if self.config.probe.method != "race":
+                    shutil.rmtree(own.path, ignore_errors=True)
+                return found
+            finally:
+                self.policy.restore()
+                give_back()
+
+    def _train(self, job: Job, own: RunFolder, folder: RunFolder) -> tuple[float, float]:
+        """Train up to the job's steps; returns the median seconds of a step, and the total seconds."""
+        trained, seed, steps, _ = job.key
         checkpoint, before = self._checkpoint(own, steps)
-        recorded = self._reached().get((trained, seed), 0)
         earlier = {line["step"]: line["step_s"] for line in own.read_metrics()}
         # Steps that an earlier process did after its last record.
-        seconds = [step_s for step, step_s in earlier.items() if step > recorded]
+        seconds = [step_s for step, step_s in earlier.items() if step > job.recorded]
         earlier_s = sum(seconds)
         if checkpoint is not None and before == steps:
             load_trained(self.policy, checkpoint)
@@ -187,15 +254,14 @@ class Trials:
         training = self.config.training
         lr = (self.config.probe.full_lr if trained == "full" else None) or training.lr
         settings = training.model_copy(update={"report_to": "none", "lr": lr})
-        number = f"trial {len(self.done)}{f' of {self.total}' if self.total else ''}"
         # Episodes are tied to their environments and cannot be shared.
         alone = checkpoint is not None or self.policy.quantized or self.task.game is not None
         started = time.perf_counter()
-        with self.terminal.progress(f"{number}: {what}", steps - before) as advance:
+        with self.terminal.progress(job.name, steps - before) as advance:
 
             def on_step(metrics: dict[str, Any]) -> None:
                 seconds.append(metrics["step_s"])
-                self.folder.make()
+                folder.make()
                 own.append_jsonl(own.metrics, metrics)
                 advance(1)
 
@@ -222,21 +288,13 @@ class Trials:
         shutil.rmtree(own.path, ignore_errors=True)
         return None, 0
 
-    def _scored(self, key: Key, what: str, step_s: float = 0.0, train_s: float = 0.0) -> Trial:
+    def _scored(self, key: Key, step_s: float = 0.0, train_s: float = 0.0) -> Trial:
         trained, seed, steps, count = key
         started = time.perf_counter()
         rows = [*self.problems[:count]]
         found = score_rows(
-            self.sampler, rows, self.task, self.config, f"scoring {what}", self.terminal.progress
+            self.sampler, rows, self.task, self.config, f"scoring {named(key)}", self.terminal.progress
         )
         sampled = None if found.sampled is None else found.sampled.tolist()
         score_s = time.perf_counter() - started
-        trial = Trial(trained, seed, steps, found.greedy.tolist(), sampled, step_s, train_s, score_s)
-        self.folder.append_jsonl(self.folder.trials, asdict(trial))
-        self.done[key] = trial
-        return trial
-
-    def _known(self, key: Key) -> Trial | None:
-        if (trial := self.done.get(key) or self._earlier.get(key)) is not None:
-            self.done[key] = trial
-        return trial
+        return Trial(trained, seed, steps, found.greedy.tolist(), sampled, step_s, train_s, score_s)

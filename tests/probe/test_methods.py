@@ -11,9 +11,10 @@ import torch
 
 from midtune.errors import InputError
 from midtune.model.policy import Policy
+from midtune.model.sizes import sizes_of
 from midtune.probe.methods import check_probe, rank_blocks
 from midtune.probe.selection import matching_probe
-from midtune.probe.trials import Trial
+from midtune.probe.trials import Runner, Trial
 from midtune.report.terminal import Terminal
 from midtune.rollout.sampling import SamplingLimits
 from midtune.rollout.text import TextSampler
@@ -24,14 +25,17 @@ Load = Callable[..., Policy]
 
 
 def ranked(policy: Policy, folder: Path, blocks: list[int] | None = None, **settings: Any) -> dict[str, Any]:
-    everything = list(range(policy.num_blocks))
+    everything, task, config = list(range(policy.num_blocks)), toy_task(), toy_config(**settings)
+    run_folder, terminal = RunFolder(folder), Terminal(quiet=True)
     return rank_blocks(
-        TextSampler(policy, SamplingLimits()),
-        toy_task(),
-        toy_config(**settings),
+        Runner(TextSampler(policy, SamplingLimits()), task, config, terminal).in_turn(run_folder),
+        policy.source,
+        policy.num_blocks,
+        task,
+        config,
         everything if blocks is None else blocks,
-        RunFolder(folder),
-        Terminal(quiet=True),
+        run_folder,
+        terminal,
     )
 
 
@@ -135,4 +139,6 @@ def test_what_cannot_be_ranked_is_refused(
 ) -> None:
     config = toy_config(blocks__top_k=top_k)
     with pytest.raises(InputError, match=message):
-        check_probe(load("qwen3"), toy_task(train=train), config, blocks, RunFolder(tmp_path))
+        check_probe(
+            sizes_of(load("qwen3").model.config), toy_task(train=train), config, blocks, RunFolder(tmp_path)
+        )

@@ -7,7 +7,7 @@ from typing import Any
 
 from midtune.config import RunConfig, load_config
 from midtune.model.policy import Policy
-from midtune.probe.trials import Trials
+from midtune.probe.trials import Runner, Trials
 from midtune.report.terminal import Terminal
 from midtune.rollout.sampling import Sampler, SamplingLimits
 from midtune.rollout.text import TextSampler
@@ -58,14 +58,8 @@ def toy_trials(
     task: Task | None = None,
     sampler: Sampler | None = None,
 ) -> Trials:
-    """Trials that may go on, on problems of their own."""
-    return Trials(
-        sampler or TextSampler(policy, SamplingLimits()),
-        task or toy_task(),
-        toy_config(),
-        RunFolder(folder),
-        Terminal(quiet=True),
-        toy_rows(16),
-        toy_rows(problems),
-        continued=True,
-    )
+    """Trials that may go on, run here on problems of their own."""
+    task, terminal, run_folder = task or toy_task(), Terminal(quiet=True), RunFolder(folder)
+    runner = Runner(sampler or TextSampler(policy, SamplingLimits()), task, toy_config(), terminal)
+    runner.rows, runner.problems = toy_rows(16), toy_rows(problems)
+    return Trials(runner.in_turn(run_folder), 0, problems, run_folder, terminal)

@@ -120,7 +120,7 @@ def measure(config: RunConfig, prompts: int, terminal: Terminal) -> dict[str, An
     (baseline,) = middle(policy.num_blocks, 1)
     keys = {"group_size", "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "stop_strings"}
     return {
-        **subject(policy, task),
+        **subject(policy.source, policy.num_blocks, task),
         "method": "gradient",
         "seed": config.seed,
         "seeds": 1,
