@@ -83,9 +83,16 @@ class Given:
             key, value = parse_assignment(text, "--task-arg key=value")
             overrides[f"task.args.{key}"] = value
         own, model = _underneath(str(target)) if target is not None else (None, {})
-        config = _loaded(self["recipe"] or own, overrides | model)
+        config = self._loaded(self["recipe"] or own, overrides | model)
         if needs_task:
             require_task(config)
+        return config
+
+    def _loaded(self, recipe: Path | None, overrides: Mapping[str, Any]) -> RunConfig:
+        """The configuration, and this process made to see the one card that it names, unless Ray gives out cards."""
+        config = load_config(recipe, overrides)
+        if config.model.device != "cpu" and self["on"] is None:
+            show_one_card(config.model.device, len(card_names()))
         return config
 
     def for_a_run(self) -> dict[str, Any]:
@@ -107,7 +114,8 @@ class Given:
         from midtune.runs import RunFolder
 
         folder = RunFolder.open(Path(folders[0])).path
-        return {"config": _loaded(folder / "config.yaml", {}), "out": None, "resume": folder}
+        config = self._loaded(folder / "config.yaml", {})
+        return {**self.own(), "config": config, "out": None, "resume": folder}
 
     def for_eval(self) -> dict[str, Any]:
         own = self.own()
@@ -129,14 +137,6 @@ class Given:
             )
         config = self.config(task=checked if check else task, needs_task=False)
         return {"config": config if task or self["recipe"] else None, "check": check}
-
-
-def _loaded(recipe: Path | None, overrides: Mapping[str, Any]) -> RunConfig:
-    """The configuration, and this process made to see the one card that it names."""
-    config = load_config(recipe, overrides)
-    if config.model.device != "cpu":
-        show_one_card(config.model.device, len(card_names()))
-    return config
 
 
 def _underneath(target: str) -> tuple[Path | None, dict[str, str]]:

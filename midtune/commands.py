@@ -136,6 +136,12 @@ PARAMETERS = {
         default=0.0,
         checks={"min": 0},
     ),
+    "probe.on": Parameter(
+        str,
+        "run the trials on a Ray cluster, many at a time: the one this machine is in, else one started here; or that "
+        "of an address",
+        "ray|ray://HOST:PORT",
+    ),
     "plan.gpu": Parameter(str, "the card: memory or name; or cpu", "24GB|NAME|cpu", PLANNED_CARD),
     "plan.devices": _count("cards that share each step", 1),
     "plan.prompt_tokens": _count("tokens of the longest prompt", PLANNED_PROMPT_TOKENS),
@@ -291,7 +297,7 @@ COMMANDS = {
             ARGUMENTS: "model",
             "Model": "quantize device",
             "Task": f"task {_TASK}",
-            "Probe": "method layers budget seeds full_lr",
+            "Probe": "method layers budget seeds full_lr on",
             "Blocks": "top_k",
             "Training": "algorithm steps lr prompts_per_step group_size max_new_tokens temperature resume",
             "Evaluation": "task.eval_size samples",

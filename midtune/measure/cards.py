@@ -33,9 +33,18 @@ class Card(NamedTuple):
 
 def card_names() -> list[str]:
     """Names of the machine's NVIDIA cards, whether or not torch can use them."""
+    return _each("nvmlDeviceGetName")
+
+
+def card_bytes() -> list[int]:
+    """Total memory of each of them, in bytes."""
+    return [memory.total for memory in _each("nvmlDeviceGetMemoryInfo")]
+
+
+def _each(question: str) -> list[Any]:
     return _answer(
         lambda nvml: [
-            nvml.nvmlDeviceGetName(nvml.nvmlDeviceGetHandleByIndex(index))
+            getattr(nvml, question)(nvml.nvmlDeviceGetHandleByIndex(index))
             for index in range(nvml.nvmlDeviceGetCount())
         ]
     )

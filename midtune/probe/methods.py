@@ -16,9 +16,8 @@ from midtune.probe.agreement import depth_correlation, middle_correlation
 from midtune.probe.contribution import Scores, contribution_interval, gain_interval, plateau, standings
 from midtune.probe.race import Budget, race
 from midtune.probe.selection import best, best_first, from_the_middle, middle
-from midtune.probe.trials import Execute, Trial, Trials, race_problems, rows_of
+from midtune.probe.trials import Trial, Trials, rows_of
 from midtune.report.statistics import Estimate, score_interval
-from midtune.report.terminal import Terminal
 from midtune.runs import CHECKPOINT_BYTES_PER_PARAMETER, RunFolder
 from midtune.tasks import Task
 
@@ -40,7 +39,7 @@ def check_probe(
     best(blocks, sizes.blocks, config.blocks.top_k)
     if config.probe.method != "race":
         return
-    if race_problems(task, config) < 2:
+    if len(rows_of(task, config)[1]) < 2:
         raise InputError(
             f"a race trains on some problems and scores on others, but {task.name} has {len(task.train)} to "
             "train on; use a task with more, or name the blocks with --layers."
@@ -48,17 +47,8 @@ def check_probe(
     folder.require_free(len(blocks) * sizes.block * CHECKPOINT_BYTES_PER_PARAMETER)
 
 
-def rank_blocks(
-    execute: Execute,
-    source: Source,
-    num_blocks: int,
-    task: Task,
-    config: RunConfig,
-    blocks: Sequence[int],
-    folder: RunFolder,
-    terminal: Terminal,
-) -> dict[str, Any]:
-    """Rank `blocks`, of a model's `num_blocks`, as `config.probe` says; `execute` runs the trials.
+def rank_blocks(trials: Trials, source: Source, task: Task, blocks: Sequence[int]) -> dict[str, Any]:
+    """Rank `blocks` of the model as the configuration of `trials` says.
 
     A race scores on training problems that its runs do not train on, so the held-out ones never influence the choice.
     A sweep scores on the held-out problems. `check_probe` must pass.
@@ -72,12 +62,10 @@ def rank_blocks(
     Raises:
         RunStopped: rewards never differ within a group.
     """
+    config, num_blocks = trials.config, trials.num_blocks
     is_race = config.probe.method == "race"
-    problems = len(rows_of(task, config)[1])
-    trials = Trials(execute, config.seed, problems, folder, terminal)
     (baseline,) = middle(num_blocks, 1)
-    ordered = sorted({*blocks, baseline})
-    found, extra = (by_race if is_race else by_sweep)(trials, ordered, num_blocks, config)
+    found, extra = (by_race if is_race else by_sweep)(trials, sorted({*blocks, baseline}))
     trials.forget()
     scores = {row["block"]: row["score"] for row in found}
     asked = (row for row in found if row["block"] in blocks)
@@ -89,7 +77,7 @@ def rank_blocks(
         "method": config.probe.method,
         "seed": config.seed,
         "seeds": 1 if is_race else config.probe.seeds,
-        "settings": _settings(config, problems),
+        "settings": _settings(config, trials.problems),
         "cost_seconds": trials.spent_s,
         "cost_steps": trials.spent_steps,
         "base": {kind: asdict(score_interval(own)) for kind, own in untrained.items() if own is not None},
@@ -113,15 +101,13 @@ def subject(source: Source, num_blocks: int, task: Task) -> dict[str, Any]:
     }
 
 
-def by_race(
-    trials: Trials, blocks: Sequence[int], num_blocks: int, config: RunConfig
-) -> tuple[Rows, dict[str, Any]]:
+def by_race(trials: Trials, blocks: Sequence[int]) -> tuple[Rows, dict[str, Any]]:
     """Rank blocks, best first, by the gain of short runs within a budget: rows of probe.json and its further keys."""
     (base,) = trials.run([trials.key("base")])
     # In case the budget ends early: in all models known, the best blocks are near the middle.
-    order = from_the_middle(blocks, num_blocks)
-    total, unit = parse_budget(config.probe.budget)
-    most_steps = config.training.steps
+    order = from_the_middle(blocks, trials.num_blocks)
+    total, unit = parse_budget(trials.config.probe.budget)
+    most_steps = trials.config.training.steps
     if unit == "steps":
         budget = Budget(total, lambda: trials.spent_steps, lambda: 1.0)
     else:
@@ -150,10 +136,9 @@ def by_race(
     return rows, {}
 
 
-def by_sweep(
-    trials: Trials, blocks: Sequence[int], num_blocks: int, config: RunConfig
-) -> tuple[Rows, dict[str, Any]]:
+def by_sweep(trials: Trials, blocks: Sequence[int]) -> tuple[Rows, dict[str, Any]]:
     """Train each block alone and all blocks, for all steps: rows of probe.json, best first, and its further keys."""
+    config = trials.config
     seeds, steps = range(config.seed, config.seed + config.probe.seeds), config.training.steps
     # Full training first: it takes longest, and without its gain there is nothing to compare with.
     arms: list[int | str] = ["full", *blocks]
@@ -174,7 +159,7 @@ def by_sweep(
     scores = {block: row["score"] for block, row in rows.items()}
     shares = {block: row["contribution"] for block, row in rows.items()}
     undefined = None in shares.values()
-    depth, to_middle = depth_correlation(scores), middle_correlation(scores, num_blocks)
+    depth, to_middle = depth_correlation(scores), middle_correlation(scores, trials.num_blocks)
     gain = _gains(full, base)
     extra: dict[str, Any] = {
         "full": gain,

@@ -91,7 +91,7 @@ class Trials:
 
     Args:
         execute: here, one after the other (`Runner`), or elsewhere, many at a time.
-        problems: how many there are to score on.
+        num_blocks, problems: how many the model has, and how many there are to score on.
         total: how many trials there will be, for people.
 
     Attributes:
@@ -99,7 +99,8 @@ class Trials:
     """
 
     execute: Execute
-    seed: int
+    config: RunConfig
+    num_blocks: int
     problems: int
     folder: RunFolder
     terminal: Terminal
@@ -153,7 +154,7 @@ class Trials:
     def key(self, trained: int | str, steps: int = 0, *, seed: int | None = None, share: float = 1.0) -> Key:
         """The trial of a block, `full` or `base`, of `steps` steps in all, scored on the first `share` of problems."""
         problems = max(FEWEST_PROBLEMS, round(share * self.problems))
-        return trained, self.seed if seed is None else seed, steps, min(problems, self.problems)
+        return trained, self.config.seed if seed is None else seed, steps, min(problems, self.problems)
 
     def run(self, keys: Sequence[Key]) -> list[Trial]:
         """The trials of these keys, in this order; those that are not recorded are run."""
@@ -189,15 +190,10 @@ def checkpoints_of(folder: RunFolder) -> Path:
 
 def rows_of(task: Task, config: RunConfig) -> tuple[list[Row], list[Row]]:
     """What trials train on, and what they are scored on: in a race some of the training problems."""
-    if config.probe.method == "race":
-        count = race_problems(task, config)
-        return task.train[:-count], task.train[-count:]
-    return task.train, task.held_out
-
-
-def race_problems(task: Task, config: RunConfig) -> int:
-    """How many training problems a race takes to score on."""
-    return min(config.task.most_held_out, len(task.train) // 3)
+    if config.probe.method != "race":
+        return task.train, task.held_out
+    trained = len(task.train) - min(config.task.most_held_out, len(task.train) // 3)
+    return task.train[:trained], task.train[trained:]
 
 
 class Runner:

@@ -14,7 +14,7 @@ from midtune.model.policy import Policy
 from midtune.model.sizes import sizes_of
 from midtune.probe.methods import check_probe, rank_blocks
 from midtune.probe.selection import matching_probe
-from midtune.probe.trials import Runner, Trial
+from midtune.probe.trials import Runner, Trial, Trials
 from midtune.report.terminal import Terminal
 from midtune.rollout.sampling import SamplingLimits
 from midtune.rollout.text import TextSampler
@@ -27,16 +27,10 @@ Load = Callable[..., Policy]
 def ranked(policy: Policy, folder: Path, blocks: list[int] | None = None, **settings: Any) -> dict[str, Any]:
     everything, task, config = list(range(policy.num_blocks)), toy_task(), toy_config(**settings)
     run_folder, terminal = RunFolder(folder), Terminal(quiet=True)
-    return rank_blocks(
-        Runner(TextSampler(policy, SamplingLimits()), task, config, terminal).in_turn(run_folder),
-        policy.source,
-        policy.num_blocks,
-        task,
-        config,
-        everything if blocks is None else blocks,
-        run_folder,
-        terminal,
-    )
+    runner = Runner(TextSampler(policy, SamplingLimits()), task, config, terminal)
+    execute, problems = runner.in_turn(run_folder), len(runner.problems)
+    trials = Trials(execute, config, policy.num_blocks, problems, run_folder, terminal)
+    return rank_blocks(trials, policy.source, task, everything if blocks is None else blocks)
 
 
 def records(folder: Path) -> list[Trial]:

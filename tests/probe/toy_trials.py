@@ -62,4 +62,6 @@ def toy_trials(
     task, terminal, run_folder = task or toy_task(), Terminal(quiet=True), RunFolder(folder)
     runner = Runner(sampler or TextSampler(policy, SamplingLimits()), task, toy_config(), terminal)
     runner.rows, runner.problems = toy_rows(16), toy_rows(problems)
-    return Trials(runner.in_turn(run_folder), 0, problems, run_folder, terminal)
+    return Trials(
+        runner.in_turn(run_folder), runner.config, policy.num_blocks, problems, run_folder, terminal
+    )
