@@ -123,7 +123,11 @@ def sweep_of(model: str, card: str, *, steps: int, seeds: int) -> tuple[list[Tri
         "model": model,
         "card": asdict(planner.card),
         "settings": {**asked, "training.max_new_tokens": 1024, "prompt_tokens": 256, **fit},
-        "peak_bytes": {"lowest": peaks[0], "highest": peaks[-1]},
+        "peak_bytes": {
+            "lowest": peaks[0],
+            "highest": peaks[-1],
+            "full": planner.arm("trl-full", lean)["peak"],
+        },
         "step_s": {"lowest": trials[0].step_s, "highest": trials[-1].step_s},
         "trial_s": {"lowest": trials[0].seconds(), "highest": trials[-1].seconds()},
     }
