@@ -49,13 +49,18 @@ def load(
     `quantize="nf4"` gives the model as it was trained, in 4-bit; by default it is unquantized. The model is frozen, in
     evaluation mode, and in the dtype that suits the device (`auto`: a card if there is one).
     """
-    from midtune.model.loading import load_policy
+    from midtune.config import load_config, with_settings
     from midtune.model.patch import apply_patch, read_patch, require_patch
-    from midtune.model.sources import resolve
+    from midtune.report.terminal import Terminal
+    from midtune.stages.opening import Opened
 
     folder = require_patch(str(run))
     patch = read_patch(folder)
-    policy = load_policy(resolve(patch.base_model, patch.revision), quantize=quantize, device=device)
+    recipe = folder.parent / "config.yaml"
+    config = load_config(recipe if recipe.is_file() else None, {})
+    model = {"name": patch.base_model, "revision": patch.revision, "device": device, "dtype": "auto"}
+    config = with_settings(config, {f"model.{key}": value for key, value in model.items()})
+    policy = Opened(config, Terminal(quiet=True)).policy(quantize=quantize, embeddings="device")
     apply_patch(policy, folder)
     if policy.adapter is not None and not policy.quantized:
         policy.adapter.merge_and_unload()

@@ -88,6 +88,11 @@ class ModelConfig(Part):
     )
     revision: str | None = described(None, "branch, tag or commit of a hub model")
     quantize: Literal["nf4", "none"] = described("nf4", "how frozen linear layers are kept")
+    rounding: Literal["nearest", "calibrated"] = described(
+        "nearest",
+        "how weights are put into 4-bit: each to the nearest value, or together, so that what layers give on the task "
+        "stays close: the same memory, and minutes more at the start",
+    )
     device: str = described("auto", "`auto`, `cpu`, `cuda` or `cuda:N`")
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = described(
         "auto",

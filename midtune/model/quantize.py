@@ -325,6 +325,26 @@ def dequantized(weight: Any) -> torch.Tensor:
     return bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
 
 
+def linears_in_4_bit(module: nn.Module) -> dict[str, nn.Linear]:
+    """Name in `module` → layer, for its linear layers that are held in 4-bit."""
+    return {name: part for name, part in module.named_modules() if isinstance(part, bnb.nn.Linear4bit)}
+
+
+def set_codes(weight: Any, choose: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+    """Give a 4-bit parameter other codes under the same scales.
+
+    `choose` gets the scale of each weight [O, I] and the values [16] of the codes, and returns codes [O, I].
+    """
+    state = weight.quant_state
+    absmax = state.absmax
+    if state.nested:
+        absmax = bnb.functional.dequantize_blockwise(absmax, state.state2) + state.offset
+    scales = absmax.float().repeat_interleave(state.blocksize)[: state.shape.numel()].view(state.shape)
+    codes = choose(scales, state.code.float()).flatten().to(torch.uint8)
+    codes = F.pad(codes, (0, len(codes) % 2))
+    weight.data.copy_((codes[::2] << 4 | codes[1::2]).view_as(weight.data))
+
+
 def nf4_error(device: torch.device, compute_dtype: torch.dtype) -> float:
     """Largest error of 4-bit kernels against dequantized weights, as a share of the largest value.
 

@@ -84,6 +84,7 @@ def _quality(report: Mapping[str, Any]) -> Iterable[RenderableType]:
     yield plain_table("score", numbers=columns, rows=rows)
     yield f"In brackets: 95% intervals over {report['quality']['after']['n']:,} held-out problems."
     if "unquantized" in shown:
+        yield "Greedy and sampled: on the model as it was trained."
         yield "Unquantized: greedy on the original weights, with the trained blocks put in."
 
 

@@ -44,11 +44,14 @@ def score_rows(
     """Score `rows` of the task greedily and by `samples` each, by default the configuration's; `what` is displayed.
 
     With `of_base` the policy is an untouched model: its scores are kept in midtune's cache, and taken from there. A
-    reward or an environment of a person's own may depend on anything, so its scores are not kept.
+    reward or an environment of a person's own may depend on anything, so its scores are not kept, nor are those of a
+    model that was calibrated.
     """
     samples = config.evaluation.samples if samples is None else samples
     kept = None
-    if of_base and not task.own_reward and task.game is None:
+    # What weights are calibrated on depends on more than is scored here.
+    plain = config.model.rounding == "nearest" or not sampler.policy.quantized
+    if of_base and plain and not task.own_reward and task.game is None:
         kept = cache_folder("scores") / f"{_digest_of(sampler, rows, task, config, samples)}.json"
         if (known := processes.from_main(partial(_read, kept, len(rows), samples))) is not None:
             return known

@@ -248,4 +248,4 @@ class _Export:
 
 
 def _model(path: Path) -> dict[str, Any]:
-    return {"model.name": str(path), "model.revision": None}
+    return {"model.name": str(path), "model.revision": None, "model.rounding": "nearest"}

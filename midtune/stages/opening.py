@@ -86,12 +86,13 @@ class Opened:
         from midtune.model.loading import load_policy
 
         model = self.config.model
+        quantize = quantize or model.quantize
         if (card := self._card) is not None and card.tight:
             self.terminal.message(f"memory is tight: {card_text(card)}.")
         with self.terminal.progress(f"loading {self.source.name}", None):
             policy = load_policy(
                 self.source,
-                quantize=quantize or model.quantize,
+                quantize=quantize,
                 experts=model.experts,
                 device=model.device,
                 dtype=dtype_named(model.dtype),
@@ -99,6 +100,8 @@ class Opened:
                 on_message=self.terminal.message,
                 tokenizer=self.tokenizer,
             )
+        if quantize == "nf4" and model.rounding == "calibrated":
+            self._calibrate(policy)
         if (embeddings or model.embeddings) == "host":
             embed_on_host(policy.model, policy.source.name)
         return policy
@@ -131,6 +134,29 @@ class Opened:
         if found.kept:
             self.terminal.message(f"{what}: known from an earlier run with the same settings")
         return found
+
+    def _calibrate(self, policy: Policy) -> None:
+        """Round 4-bit weights anew, by the task's first prompts and the policy's own completions."""
+        import torch
+
+        from midtune.device import cuda_devices
+        from midtune.model.rounding import LEAST_PROMPTS, TOKENS, calibrate
+        from midtune.rl.training import sampling_of
+
+        if policy.stored_quantized:
+            raise InputError(
+                f"model.rounding=calibrated was asked for, but {self.source.name} is stored in 4-bit, so its weights "
+                "have been rounded; leave it out, or use the unquantized checkpoint."
+            )
+        sampler, sampling = self.sampler(policy), replace(sampling_of(self.config.training), group_size=1)
+        rows = self.task.train
+        longest = max(sampler.prompt_lengths(rows)) + sampling.max_new_tokens
+        rows = sampler.begin(rows[: max(LEAST_PROMPTS, TOKENS // longest)])
+        with self.terminal.progress("rounding to 4-bit by the task's prompts", None):
+            with torch.random.fork_rng(devices=cuda_devices(policy.device)):
+                torch.manual_seed(self.config.seed)
+                found = sampler.sample([row["prompt"] for row in rows], sampling)
+            calibrate(policy, [a + b for a, b in zip(found.prompts(), found.completions(), strict=True)])
 
     @cached_property
     def _card(self) -> Card | None:

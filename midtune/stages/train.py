@@ -153,6 +153,11 @@ def _checked(config: RunConfig) -> RunConfig:
     """Check that the run is possible here; with `boost`, return the configuration unquantized."""
     processes.even_share(config.training.prompts_per_step)
     require_tracker(config.training.report_to)
+    if config.model.rounding == "calibrated" and config.model.quantize == "none":
+        raise InputError(
+            "model.rounding=calibrated was asked for, but with --quantize none nothing is put into 4-bit; "
+            "leave one out."
+        )
     if config.blocks.select != "boost":
         return config
     if config.model.adapter == "lora":

@@ -77,6 +77,7 @@ def test_report_on_80_columns() -> None:
         "sampled      32.7% (28 to 38)  57.7% (52 to 63)  +25.0 (+20 to +30)",
         "unquantized  32.7% (28 to 38)  57.7% (52 to 63)  +25.0 (+20 to +30)",
         "In brackets: 95% intervals over 300 held-out problems.",
+        "Greedy and sampled: on the model as it was trained.",
         "Unquantized: greedy on the original weights, with the trained blocks put in.",
         "",
         "training       midtune, measured       full training",

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import midtune
 from midtune.config import RunConfig, load_config
 from midtune.errors import InputError
 from midtune.model.export import require_finite
@@ -20,9 +21,10 @@ from midtune.model.quantize import forbid_cpu_packing
 from midtune.model.sources import resolve
 from midtune.report.terminal import Terminal
 from midtune.runs import RunFolder
-from midtune.stages import export
+from midtune.stages import export, train
 from midtune.stages.report import read_run
 from tests.model import toy_gguf
+from tests.stages.conftest import Configured
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
@@ -74,6 +76,30 @@ def test_the_4_bit_form_scores_as_the_run_and_loads_without_midtune(
     skipped = model.config.quantization_config.llm_int8_skip_modules
     assert {"model.layers.2.self_attn", "model.layers.2.mlp"} <= set(skipped)
     assert "| 4-bit, as trained |" in (out / "README.md").read_text()
+
+
+def test_a_calibrated_run_is_exported_resumed_and_loaded_as_it_was_trained(
+    configured: Configured, tmp_path: Path
+) -> None:
+    config, quiet = configured(model__rounding="calibrated", training__steps=1), Terminal(quiet=True)
+    report = train.run(config, out=tmp_path / "run", resume=None, terminal=quiet)
+    found = export.run(
+        tmp_path / "run", out=tmp_path / "out", terminal=quiet, to="nf4", config=config, score=True
+    )
+    assert found["scores"] == report["quality"]
+    written = load_policy(resolve(str(tmp_path / "out")), device="cpu").model
+    loaded, _ = midtune.load(tmp_path / "run", quantize="nf4", device="cpu")
+    ids = torch.arange(3, 30).view(1, -1)
+    with torch.no_grad():
+        assert torch.equal(written(ids).logits, loaded(ids).logits)
+    resumed = train.run(config, out=None, resume=tmp_path / "run", terminal=quiet)
+    assert resumed["quality"] == report["quality"]
+
+
+def test_nothing_is_calibrated_where_nothing_is_in_4_bit(configured: Configured, tmp_path: Path) -> None:
+    config = configured(model__rounding="calibrated", model__quantize="none")
+    with pytest.raises(InputError, match="with --quantize none nothing is put into 4-bit; leave one out"):
+        train.run(config, out=tmp_path / "run", resume=None, terminal=Terminal(quiet=True))
 
 
 def test_forms_add_up_in_the_run_folder(trained: tuple[Path, RunConfig], tmp_path: Path) -> None:

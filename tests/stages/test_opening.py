@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from midtune.config import load_config
+from midtune.config import RunConfig, load_config
 from midtune.errors import InputError, RunStopped
 from midtune.measure.cards import other_processes
+from midtune.model.quantize import linears_in_4_bit
 from midtune.report.terminal import Terminal
 from midtune.rollout.sampling import Sampler
-from midtune.stages import opening
+from midtune.stages import export, opening
 from midtune.stages.opening import Opened
 from tests.stages.conftest import Configured
 
@@ -124,3 +125,32 @@ def test_long_prompts_are_counted_and_refused_or_dropped(
     assert PROMPTS[0] in {f"{question} " for question in kept}
     assert PROMPTS[11].strip() not in kept
     assert short.note is not None and "left them out" in short.note
+
+
+def packed(config: RunConfig) -> dict[str, torch.Tensor]:
+    policy = Opened(config, Terminal(quiet=True)).policy()
+    return {name: layer.weight.data for name, layer in linears_in_4_bit(policy.model).items()}
+
+
+def test_calibrated_weights_are_the_same_each_time(configured: Configured) -> None:
+    config = configured(model__rounding="calibrated")
+    found, again, nearest = packed(config), packed(config), packed(configured())
+    assert found.keys() == nearest.keys() and len(found) == 28
+    for name, codes in found.items():
+        assert torch.equal(codes, again[name]) and not torch.equal(codes, nearest[name])
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    packed(config)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_weights_that_have_been_rounded_are_not_calibrated(
+    finished: tuple[Path, dict[str, Any]], configured: Configured, tmp_path: Path
+) -> None:
+    run, quiet = finished[0], Terminal(quiet=True)
+    export.run(run, out=tmp_path / "stored", terminal=quiet, to="nf4")
+    config = configured(model__name=str(tmp_path / "stored"), model__rounding="calibrated")
+    with pytest.raises(
+        InputError, match="is stored in 4-bit, so its weights have been rounded; leave it out"
+    ):
+        Opened(config, quiet).policy()
