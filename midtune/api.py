@@ -57,9 +57,9 @@ def load(
     folder = require_patch(str(run))
     patch = read_patch(folder)
     recipe = folder.parent / "config.yaml"
-    config = load_config(recipe if recipe.is_file() else None, {})
     model = {"name": patch.base_model, "revision": patch.revision, "device": device, "dtype": "auto"}
-    config = with_settings(config, {f"model.{key}": value for key, value in model.items()})
+    given = {f"model.{key}": value for key, value in model.items()}
+    config = with_settings(load_config(recipe if recipe.is_file() else None, {}), given)
     policy = Opened(config, Terminal(quiet=True)).policy(quantize=quantize, embeddings="device")
     apply_patch(policy, folder)
     if policy.adapter is not None and not policy.quantized:

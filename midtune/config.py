@@ -90,8 +90,7 @@ class ModelConfig(Part):
     quantize: Literal["nf4", "none"] = described("nf4", "how frozen linear layers are kept")
     rounding: Literal["nearest", "calibrated"] = described(
         "nearest",
-        "how weights are put into 4-bit: each to the nearest value, or together, so that what layers give on the task "
-        "stays close: the same memory, and minutes more at the start",
+        "in 4-bit, each weight's nearest value, or those with which layers give nearly the same on the task",
     )
     device: str = described("auto", "`auto`, `cpu`, `cuda` or `cuda:N`")
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = described(

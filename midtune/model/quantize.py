@@ -331,17 +331,14 @@ def linears_in_4_bit(module: nn.Module) -> dict[str, nn.Linear]:
 
 
 def set_codes(weight: Any, choose: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
-    """Give a 4-bit parameter other codes under the same scales.
+    """Give a 4-bit parameter, whose scales are quantized too, other codes under the same scales.
 
     `choose` gets the scale of each weight [O, I] and the values [16] of the codes, and returns codes [O, I].
     """
     state = weight.quant_state
-    absmax = state.absmax
-    if state.nested:
-        absmax = bnb.functional.dequantize_blockwise(absmax, state.state2) + state.offset
+    absmax = bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
     scales = absmax.float().repeat_interleave(state.blocksize)[: state.shape.numel()].view(state.shape)
     codes = choose(scales, state.code.float()).flatten().to(torch.uint8)
-    codes = F.pad(codes, (0, len(codes) % 2))
     weight.data.copy_((codes[::2] << 4 | codes[1::2]).view_as(weight.data))
 
 

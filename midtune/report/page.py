@@ -138,8 +138,8 @@ def _asked(run: Run) -> dict[str, str]:
         f"{get('training.prompts_per_step')} prompts × {get('training.group_size')} completions of at most "
         f"{get('training.max_new_tokens')} tokens"
     )
-    calibrated = "calibrated on the task" if get("model.rounding") == "calibrated" else None
-    model = (report["model"], get("model.revision"), QUANTIZED.get(get("model.quantize")), calibrated)
+    rounding = "calibrated on the task" if get("model.rounding") == "calibrated" else None
+    model = (report["model"], get("model.revision"), QUANTIZED.get(get("model.quantize")), rounding)
     rows = {
         "Model": ", ".join(filter(None, model)),
         "Task": report["task"] + (f" ({args})" if args else ""),

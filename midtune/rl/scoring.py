@@ -44,8 +44,7 @@ def score_rows(
     """Score `rows` of the task greedily and by `samples` each, by default the configuration's; `what` is displayed.
 
     With `of_base` the policy is an untouched model: its scores are kept in midtune's cache, and taken from there. A
-    reward or an environment of a person's own may depend on anything, so its scores are not kept, nor are those of a
-    model that was calibrated.
+    reward or an environment of a person's own may depend on anything, so its scores are not kept.
     """
     samples = config.evaluation.samples if samples is None else samples
     kept = None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from midtune.config import BlocksConfig, RunConfig, require_task
-from midtune.device import dtype_named, resolve_device
+from midtune.device import cuda_devices, dtype_named, resolve_device
 from midtune.errors import InputError
 from midtune.measure.cards import Card
 from midtune.measure.meter import card_of
@@ -139,28 +139,24 @@ class Opened:
         """Round 4-bit weights anew, by the task's first prompts and the policy's own completions."""
         import torch
 
-        from midtune.device import cuda_devices
-        from midtune.model.memory import give_back
-        from midtune.model.rounding import LEAST_PROMPTS, TOKENS, calibrate
+        from midtune.model.rounding import TEXT_TOKENS, TOKENS, calibrate
         from midtune.rl.training import sampling_of
 
         if policy.stored_quantized:
             raise InputError(
-                f"model.rounding=calibrated was asked for, but {self.source.name} is stored in 4-bit, so its weights "
-                "have been rounded; leave it out, or use the unquantized checkpoint."
+                f"{self.source.name} is stored in 4-bit already; leave out model.rounding=calibrated."
             )
-        sampler, sampling = self.sampler(policy), replace(sampling_of(self.config.training), group_size=1)
-        rows = self.task.train
-        longest = max(sampler.prompt_lengths(rows)) + sampling.max_new_tokens
-        rows = sampler.begin(rows[: max(LEAST_PROMPTS, TOKENS // longest)])
+        sampler, sampling = self.sampler(policy), sampling_of(self.config.training)
+        sampling = replace(sampling, group_size=1, max_new_tokens=min(sampling.max_new_tokens, TEXT_TOKENS))
+        rows = self.task.train[:256]
+        longest = min(max(sampler.prompt_lengths(rows)) + sampling.max_new_tokens, TEXT_TOKENS)
+        rows = sampler.begin(rows[: TOKENS // longest])
         with self.terminal.progress("rounding to 4-bit by the task's prompts", None):
             with torch.random.fork_rng(devices=cuda_devices(policy.device)):
                 torch.manual_seed(self.config.seed)
                 found = sampler.sample([row["prompt"] for row in rows], sampling)
             texts = [[*a, *b] for a, b in zip(found.prompts(), found.completions(), strict=True)]
-            del found
-            calibrate(policy, texts)
-        give_back()
+            calibrate(policy, [text[:TEXT_TOKENS] for text in texts])
 
     @cached_property
     def _card(self) -> Card | None:

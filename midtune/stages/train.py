@@ -154,10 +154,7 @@ def _checked(config: RunConfig) -> RunConfig:
     processes.even_share(config.training.prompts_per_step)
     require_tracker(config.training.report_to)
     if config.model.rounding == "calibrated" and config.model.quantize == "none":
-        raise InputError(
-            "model.rounding=calibrated was asked for, but with --quantize none nothing is put into 4-bit; "
-            "leave one out."
-        )
+        raise InputError("--quantize none puts nothing into 4-bit; leave out model.rounding=calibrated.")
     if config.blocks.select != "boost":
         return config
     if config.model.adapter == "lora":

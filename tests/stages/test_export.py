@@ -98,7 +98,9 @@ def test_a_calibrated_run_is_exported_resumed_and_loaded_as_it_was_trained(
 
 def test_nothing_is_calibrated_where_nothing_is_in_4_bit(configured: Configured, tmp_path: Path) -> None:
     config = configured(model__rounding="calibrated", model__quantize="none")
-    with pytest.raises(InputError, match="with --quantize none nothing is put into 4-bit; leave one out"):
+    with pytest.raises(
+        InputError, match="--quantize none puts nothing into 4-bit; leave out model.rounding=calibrated"
+    ):
         train.run(config, out=tmp_path / "run", resume=None, terminal=Terminal(quiet=True))
 
 

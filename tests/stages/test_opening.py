@@ -150,7 +150,5 @@ def test_weights_that_have_been_rounded_are_not_calibrated(
     run, quiet = finished[0], Terminal(quiet=True)
     export.run(run, out=tmp_path / "stored", terminal=quiet, to="nf4")
     config = configured(model__name=str(tmp_path / "stored"), model__rounding="calibrated")
-    with pytest.raises(
-        InputError, match="is stored in 4-bit, so its weights have been rounded; leave it out"
-    ):
+    with pytest.raises(InputError, match="is stored in 4-bit already; leave out model.rounding=calibrated"):
         Opened(config, quiet).policy()
