@@ -150,11 +150,11 @@ class Opened:
         sampling = replace(sampling, group_size=1, max_new_tokens=min(sampling.max_new_tokens, TEXT_TOKENS))
         rows = self.task.train[:256]
         longest = min(max(sampler.prompt_lengths(rows)) + sampling.max_new_tokens, TEXT_TOKENS)
-        rows = sampler.begin(rows[: TOKENS // longest])
+        begun = sampler.begin(rows[: TOKENS // longest])
         with self.terminal.progress("rounding to 4-bit by the task's prompts", None):
             with torch.random.fork_rng(devices=cuda_devices(policy.device)):
                 torch.manual_seed(self.config.seed)
-                found = sampler.sample([row["prompt"] for row in rows], sampling)
+                found = sampler.sample([row["prompt"] for row in begun], sampling)
             texts = [[*a, *b] for a, b in zip(found.prompts(), found.completions(), strict=True)]
             calibrate(policy, [text[:TEXT_TOKENS] for text in texts])
 
