@@ -116,7 +116,7 @@ TWENTY = {
     "training__steps": 20,
     "training__prompts_per_step": 6,
     "training__group_size": 4,
-    "training__lr": 1e-3,
+    "training__lr": "auto",
     "evaluation__deployed": False,
     "task__eval_size": 9,
 }
