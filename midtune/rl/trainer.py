@@ -144,7 +144,7 @@ class LayerGRPOTrainer(GRPOTrainer):
         self.rollout_func = self._sample
         if not sampler.is_policy:
             # TRL then calls its `sync_weights`, and corrects for the difference of its log-probs.
-            self.use_vllm, self.vllm_mode, self.vllm_generation = True, "server", self
+            self.use_vllm, self.vllm_mode, self.vllm_generation = True, "server", sampler
             self._last_loaded_step = -1
         self.update_rows = RowLimit(
             "the update",
@@ -210,12 +210,6 @@ class LayerGRPOTrainer(GRPOTrainer):
         if rollout.drawn is not None:
             found["env_mask"] = rollout.unpadded(rollout.drawn)
         return found
-
-    def sync_weights(self) -> None:
-        """Send the trained blocks to the server that samples, once."""
-        with processes.main_first():
-            if processes.is_main():
-                self.sampler.sync_weights()  # type: ignore[attr-defined]
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)

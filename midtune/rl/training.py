@@ -82,8 +82,7 @@ def train_blocks(
         on_message(note)
     longest = max(sampler.prompt_lengths(different))
     if settings.vllm:
-        with processes.main_first():
-            sampler = VLLMSampler(settings.vllm, policy, sampler.limits, folder / "vllm")
+        sampler = VLLMSampler(settings.vllm, policy, sampler.limits, folder / "vllm")
     args = trl_arguments(
         settings,
         group_tokens=settings.group_size * (longest + settings.max_new_tokens),

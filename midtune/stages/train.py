@@ -152,6 +152,11 @@ def _checkpoint(folder: RunFolder, terminal: Terminal) -> Path | None:
 def _checked(config: RunConfig) -> RunConfig:
     """Check that the run is possible here; with `boost`, return the configuration unquantized."""
     processes.even_share(config.training.prompts_per_step)
+    if config.training.vllm and processes.count() > 1:
+        raise InputError(
+            f"vLLM servers sample for one process, and {processes.count()} share this run; leave out --devices or "
+            "training.vllm."
+        )
     require_tracker(config.training.report_to)
     if config.model.rounding == "calibrated" and config.model.quantize == "none":
         raise InputError("--quantize none puts nothing into 4-bit; leave out model.rounding=calibrated.")

@@ -310,6 +310,12 @@ def test_a_vllm_server_that_does_not_answer(
     assert not (tmp_path / "run").exists()
 
 
+def test_vllm_servers_sample_for_one_process(configured: Configured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="sample for one process, and 2 share this run"):
+        train._checked(configured(training__vllm="http://127.0.0.1:9"))
+
+
 def test_a_folder_that_holds_a_run_is_left_alone(
     finished: tuple[Path, dict[str, Any]], configured: Configured, terminal: Terminal
 ) -> None:
