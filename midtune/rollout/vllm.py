@@ -19,7 +19,7 @@ import requests
 import torch
 from safetensors.torch import save
 
-from midtune.errors import InputError, MidtuneError, RunStopped, one_line, reason
+from midtune.errors import InputError, MidtuneError, RunStopped, one_line
 from midtune.model.policy import Policy
 from midtune.rollout.boundary import with_boundary
 from midtune.rollout.sampling import Rollout, Sampling, SamplingLimits, padded
@@ -57,7 +57,7 @@ class Server:
                 raise Lost(f"failed at {path} ({said})")
             return answer.json()
         except requests.RequestException as error:
-            raise Lost(f"failed at {path} ({reason(error)})") from None
+            raise Lost(f"failed at {path} ({type(error).__name__})") from None
 
     def call(self, method: str, **arguments: str) -> list[Any]:
         """What this method of its workers returned, one result a worker."""
