@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 
 from midtune.model.cache import cache_folder
@@ -27,6 +28,22 @@ os.environ["MIDTUNE_CACHE"] = _SESSION.name
 # Under nohup or in a shell's background they are ignored, and what is ignored stays so in runs that are tested.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+if WORKERS := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CORES // int(WORKERS))))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Share the whole suite among processes of pytest-xdist; what is named is run in this one."""
+    option = config.option
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and option.markexpr == "not slow"
+    if whole and not WORKERS and not option.usepdb and getattr(option, "numprocesses", 0) is None:
+        # Each holds up to 3 GiB.
+        option.numprocesses = min(CORES, psutil.virtual_memory().total // 2**32)
+        option.dist = "worksteal"
 
 
 def pytest_collection_finish() -> None:
