@@ -109,7 +109,8 @@ class ModelConfig(Part):
     )
     embeddings: Literal["device", "host"] = described(
         "device",
-        "where the input embedding is kept; `host` keeps it in RAM: saves GPU memory, costs one transfer per token",
+        "where embeddings are kept; `host` keeps those that are not the head in RAM: saves GPU memory, costs one "
+        "transfer per token",
     )
     trust_remote_code: bool = described(False, "run Python code that a model repository brings")
 

@@ -154,7 +154,7 @@ class Policy:
                 f"full training of {self.source.name} was asked for, but its blocks are in 4-bit, so it would start "
                 "from other weights; add --quantize none."
             )
-        if not is_here(self.model.get_input_embeddings()):
+        if not is_here(self.model):
             raise InputError(
                 f"full training of {self.source.name} trains its input embedding, which is kept on the host; leave out "
                 "model.embeddings=host."

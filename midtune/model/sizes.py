@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 
 from midtune.model.architectures import built
 from midtune.model.blocks import find_blocks
+from midtune.model.host import lookups
 from midtune.model.quantize import expert_weights
 
 # Names of the number of experts that a token passes.
@@ -28,6 +29,7 @@ class Sizes:
     head: int  # 0 if it is the input embedding
     outside: int  # all but the blocks, the embedding and the head
     hidden: int  # width of the residual stream
+    lookups: int = 0  # of those in embeddings that are only looked up, which the host may keep
     experts: int = 0  # in one block's experts
     passed: float = 1.0  # share of the experts that a token passes
 
@@ -81,6 +83,7 @@ def sizes_of(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Si
         head=head_size,
         outside=whole - own - embedding.numel() - head_size,
         hidden=int(text.hidden_size),
+        lookups=sum(part.weight.numel() for part in lookups(model)),
         experts=routed // count,
         passed=passed / len(experts[0]) if passed and experts else 1.0,
     )

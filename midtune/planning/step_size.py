@@ -106,12 +106,11 @@ def standing(model: Loaded, sizes: Sizes, arm: str, work: Work, *, trained: int)
     training, weight_bytes = work.config.training, model.weight_dtype.itemsize
     optimizer = training.optimizer if ours else "adamw"
     kept = frozen_bytes(model, sizes)
-    # A tied embedding is also the head and has to stay.
-    on_host = ours and model.on_card and work.config.model.embeddings == "host" and sizes.head
-    embedding = 0 if on_host else sizes.embedding
+    on_host = ours and model.on_card and work.config.model.embeddings == "host"
+    outside = sizes.embedding + sizes.head + sizes.outside - on_host * sizes.lookups
     parts = {
         "blocks" if trains == "all" else "frozen blocks": sizes.blocks * (kept + sizes.rest * weight_bytes),
-        "embeddings and head": (embedding + sizes.head + sizes.outside) * weight_bytes,
+        "embeddings and head": outside * weight_bytes,
     }
     if trains == "all":
         parameters, bytes_each, largest = sizes.total, 4, max(sizes.embedding, sizes.linear // 2)

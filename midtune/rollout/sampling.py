@@ -82,8 +82,7 @@ class SamplingLimits:
 
         Embeddings on the host are asked for every token, which cannot be recorded.
         """
-        here = is_here(policy.model.get_input_embeddings())
-        if not (self.graphs and here and policy.device.type == "cuda"):
+        if not (self.graphs and is_here(policy.model) and policy.device.type == "cuda"):
             return None
         if self._replayed is None:
             self._replayed = Replayed(self.rows.on_message)

@@ -199,7 +199,7 @@ def test_embeddings_stay_on_the_host(on_card: OnCardPolicy, tmp_path: Path) -> N
     policy.thaw(2)
     train(policy, tmp_path, steps=1)
     embedding: Any = policy.model.get_input_embeddings()
-    assert not is_here(embedding) and embedding.weight.device.type == "cpu"
+    assert not is_here(policy.model) and embedding.weight.device.type == "cpu"
 
 
 def test_games_are_learned(on_card: OnCardPolicy, tmp_path: Path) -> None:

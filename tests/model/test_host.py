@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from midtune.errors import InputError
-from midtune.model.host import embed_on_host, move_out
+from midtune.model.host import embed_on_host, is_here, lookups, move_out
 from midtune.model.loading import load_policy
 from midtune.model.policy import Policy
 from midtune.model.sources import resolve
 from midtune.rl.tail import completion_log_probs
 from midtune.rollout.sampling import Sampling
 from midtune.rollout.text import sample
+from tests.architectures import DENSE
 from tests.plain import PROMPTS, plain_log_probs
 
 Load = Callable[..., Policy]
@@ -35,6 +36,21 @@ def test_what_is_sampled_and_learned_from_stays_the_same(load: Load, architectur
     log_probs, _ = completion_log_probs(policy, found, temperature=1.0)
     plain, _ = plain_log_probs(policy, found, 1.0)
     torch.testing.assert_close(log_probs[:, : plain.size(1)], plain, atol=1e-3, rtol=1e-3)
+
+
+def test_embeddings_of_each_block_leave_too_but_not_the_head(load: Load) -> None:
+    settings = {**DENSE["gemma4_text"], "hidden_size_per_layer_input": 32, "tie_word_embeddings": True}
+    policy = load("gemma4_text", "none", **settings)
+    per_block = policy.model.model.embed_tokens_per_layer
+    assert lookups(policy.model) == [per_block]
+    torch.manual_seed(3)
+    expected = sample(policy, PROMPTS, Sampling(max_new_tokens=4))
+    move_out(per_block, policy.device)
+    assert not is_here(policy.model)
+    torch.manual_seed(3)
+    assert torch.equal(
+        sample(policy, PROMPTS, Sampling(max_new_tokens=4)).completion_ids, expected.completion_ids
+    )
 
 
 def test_the_table_stays_and_its_rows_travel(load: Load) -> None:
