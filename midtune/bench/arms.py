@@ -38,6 +38,7 @@ from midtune.model.policy import Policy, count_parameters
 from midtune.model.quantize import forbid_cpu_packing, nf4_config
 from midtune.model.sizes import sizes_of
 from midtune.model.sources import Source
+from midtune.rl.tail import SHARED, tail_kind
 from midtune.rl.trainer import LayerGRPOTrainer
 from midtune.rl.training import in_order, train_blocks, trl_arguments
 from midtune.rl.trust_region import TrustRegion
@@ -115,7 +116,13 @@ def run_arm(
         found["flops"] = {
             "rollout": rollout_flops(sizes, batch, arm),
             "update": update_flops(
-                sizes, batch, arm, tail=sizes.blocks - work.block, trained=1, checked=arm == "midtune"
+                sizes,
+                batch,
+                arm,
+                tail=sizes.blocks - work.block,
+                trained=1,
+                checked=arm == "midtune",
+                kind=tail_kind(policy, work.block) if arm == "midtune" else SHARED,
             ),
         }
         found["peak_flops_per_s"] = peak_flops_per_s(device, dtype)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from midtune.bench.workload import ARMS
 from midtune.model.sizes import Sizes
+from midtune.rl.tail import SHARED, WHOLE
 from midtune.rl.trust_region import measured_completions
 
 
@@ -48,23 +49,25 @@ def update_flops(
     recompute: bool = False,
     reference: bool = False,
     checked: bool = False,
+    kind: str = SHARED,
 ) -> float:
     """Operations of the update.
 
     Each block counts once for its forward pass, once for the gradient of its inputs, once for that of its weights,
     and once for each extra forward pass: recomputed activations, the reference of a KL term, or the trust region's
-    check, which runs on some completions. `tail` blocks start at the first trained one. `recompute` and `checked` are
-    midtune's settings; TRL always recomputes if it checkpoints.
+    check, which runs on some completions. `tail` blocks start at the first trained one. `recompute`, `checked` and the
+    tail's `kind` are midtune's; TRL always recomputes if it checkpoints.
     """
     scored = batch.rows * batch.new_tokens
     extra = 0.0
     if arm == "midtune":
-        tokens = _tail_tokens(batch)
-        blocks = (2 + recompute + reference) * tail + trained
+        tokens = _tail_tokens(batch, kind)
+        below = sizes.blocks - tail if kind == WHOLE else 0
+        blocks = (2 + recompute + reference) * tail + trained + (1 + reference) * below
         head = 2 + reference
         if checked:
             few = replace(batch, group_size=measured_completions(batch.group_size, scored))
-            extra = _tail_tokens(few) * sizes.linear_passed * tail
+            extra = _tail_tokens(few, kind) * sizes.linear_passed * (tail + below)
             extra += few.rows * few.new_tokens * sizes.projection
     else:
         tokens = batch.rows * (batch.prompt_tokens + batch.new_tokens)
@@ -77,6 +80,7 @@ def update_flops(
     return 2 * (tokens * sizes.linear_passed * blocks + scored * sizes.projection * head + extra)
 
 
-def _tail_tokens(batch: Batch) -> float:
-    """Tokens that pass through midtune's tail: each prompt once, and completions without their last token."""
-    return batch.prompts * batch.prompt_tokens + batch.rows * (batch.new_tokens - 1)
+def _tail_tokens(batch: Batch, kind: str) -> float:
+    """Tokens that pass through midtune's tail: prompts, once if they are shared, and completions without the last."""
+    prompts = batch.prompts if kind == SHARED else batch.rows
+    return prompts * batch.prompt_tokens + batch.rows * (batch.new_tokens - 1)

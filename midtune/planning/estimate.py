@@ -21,6 +21,7 @@ from midtune.planning.budget import peak
 from midtune.planning.search import planner_for
 from midtune.planning.step_size import Work
 from midtune.report.formats import sentence
+from midtune.rl.tail import SHARED, tail_kind
 from midtune.rollout.sampling import Sampler
 from midtune.tasks import Task
 
@@ -54,7 +55,8 @@ def estimated(
     planner = planner_for(policy, policy.trained, process_bytes)
     # Without a KL term, groups of equal rewards are left out of the update.
     updated = 1.0 if training.beta > 0 else 1 - statistics.fmean(step["equal_groups"] for step in steps)
-    phases = estimated_phases(arm, planner.sizes, batch, config, policy.trained, measured, updated)
+    kind = tail_kind(policy, policy.trained[0])
+    phases = estimated_phases(arm, planner.sizes, batch, config, policy.trained, measured, updated, kind)
     mean = Work(config, math.ceil(batch.prompt_tokens)).changed(
         {"training.max_new_tokens": max(math.ceil(batch.new_tokens), 2)}
     )
@@ -76,12 +78,13 @@ def estimated_phases(
     blocks: Sequence[int],
     measured: Mapping[str, float],
     updated_share: float,
+    kind: str = SHARED,
 ) -> dict[str, float]:
     """Seconds of the phases `rollout`, `reward` and `update` of TRL on the same step.
 
     Sampling and rewards are midtune's `measured` seconds, though TRL's sampling is slower: it runs every prompt once
     per completion. Dequantizing a 4-bit layer for each product is not counted either. `updated_share` is the fraction
-    of groups in midtune's update of `blocks`, which may skip groups of equal rewards.
+    of groups in midtune's update of `blocks`, which may skip groups of equal rewards; `kind` is that of its tail.
     """
     flops = partial(
         update_flops,
@@ -92,6 +95,7 @@ def estimated_phases(
         recompute=config.training.recompute,
         reference=config.training.beta > 0,
         checked=config.training.lr == "auto",
+        kind=kind,
     )
     ratio = flops(arm) / (flops("midtune") * max(updated_share, 1 / batch.prompts))
     return {

@@ -30,12 +30,13 @@ from midtune.planning.budget import (
     totals,
     unpacked_bytes,
 )
+from midtune.planning.skeleton import planned_tail
 from midtune.planning.step_size import DEAREST_FIRST, Work, leaner, standing, work_of
 from midtune.planning.trace import block_update, sampling, whole_update
 from midtune.probe.selection import parse_layers
 from midtune.published import PublishedCard, card_named
 from midtune.report.formats import bytes_text
-from midtune.rl.tail import tail_settings
+from midtune.rl.tail import WHOLE, slower, tail_settings
 from midtune.rollout.sampling import Sampler
 from midtune.tasks import Task
 
@@ -64,6 +65,20 @@ class Planner:
     def tail(self) -> int:
         """Number of blocks from the first trained one on."""
         return self.sizes.blocks - self.blocks[0]
+
+    @property
+    def tail_kind(self) -> str:
+        """How the update runs them; see `rl.tail.TAILS`."""
+        return planned_tail(self.model.config, self.blocks[0])
+
+    @property
+    def notes(self) -> list[str]:
+        """What to tell people beside the figures."""
+        found = slower(self.tail_kind, self.blocks[0])
+        if self.sizes.experts and self.model.with_experts:
+            each = f"{self.sizes.experts / 1e6:,.0f} of {self.sizes.block / 1e6:,.0f} million weights"
+            found.append(f"--experts frozen trains a block without its experts, {each}, which takes less.")
+        return found
 
     def phases(self, arm: str, work: Work) -> Phases:
         """Bytes by phase of a step and part; raises MidtuneError if the architecture cannot run without data."""
@@ -101,6 +116,7 @@ class Planner:
                 together,
                 tail_blocks=self.tail,
                 trained=len(self.blocks),
+                kind=self.tail_kind,
                 **tail_settings(work.config.training, on_card=model.on_card),
             ),
             on_card=model.on_card,
@@ -150,9 +166,11 @@ class Planner:
             trained=len(self.blocks),
             recompute=training.recompute,
             checked=(checked := training.lr == "auto"),
+            kind=self.tail_kind,
         )
         if arm == "midtune":
-            passes = (2 + training.recompute + checked) * self.tail / sizes.blocks
+            below = sizes.blocks - self.tail if self.tail_kind == WHOLE else 0
+            passes = ((2 + training.recompute + checked) * self.tail + (1 + checked) * below) / sizes.blocks
         else:
             passes = 2.0 + ARMS[arm].checkpointing
         micro_batches = batch.prompts // work.micro_prompts
@@ -166,7 +184,7 @@ class Planner:
     def fitting(self, work: Work) -> dict[str, Any] | None:
         """The cheapest setting changes, by key, that make the work fit; None if none do.
 
-        The input embedding goes to the host first; then the phase with the peak decides, see `leaner`.
+        Embeddings that are only looked up go to the host first; then the phase with the peak decides, see `leaner`.
         """
         changes: dict[str, Any] = {}
         while True:
@@ -175,7 +193,7 @@ class Planner:
             phase, most = peak(phases)
             if most <= self.card.memory:
                 break
-            if self.model.on_card and self.sizes.head and changed.config.model.embeddings == "device":
+            if self.model.on_card and self.sizes.lookups and changed.config.model.embeddings == "device":
                 change: dict[str, Any] | None = {"model.embeddings": "host"}
             else:
                 change = leaner(changed, phase, phases, self.card.memory)

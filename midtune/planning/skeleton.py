@@ -8,8 +8,10 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch._subclasses.fake_impls import register_op_impl
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from midtune.model.architectures import built, stored_method
 from midtune.model.blocks import config_from, find_blocks
@@ -17,7 +19,7 @@ from midtune.model.policy import Policy
 from midtune.model.quantize import Lower, expert_weights, hold_packed, lower_experts
 from midtune.model.sizes import blocks_of
 from midtune.planning.budget import Loaded, packed_bytes
-from midtune.rollout.slots import NotInSlots, Slots
+from midtune.rl.tail import ROWS, SHARED, WHOLE
 
 # Attention masks with more values (rows · tokens · tokens) than this get no data.
 LARGE_MASK = 2**28
@@ -54,25 +56,38 @@ def skeleton(
     return found, mode
 
 
-def has_slots(model: PreTrainedModel) -> bool:
-    """Whether the decode engine and shared prompts can serve a model: its blocks have keys and values of their own."""
-    if getattr(model.config.get_text_config(), "num_kv_shared_layers", 0):
-        return False
-    try:
-        Slots(model)
-    except NotInSlots:
-        return False
-    return True
+@register_op_impl(torch.ops.aten._grouped_mm.default)
+def _grouped_mm(mode: Any, func: Any, left: torch.Tensor, right: torch.Tensor, offs: Any, *_: Any) -> Any:
+    """The product of experts in any dtype; torch's own shape function knows bf16 alone."""
+    groups = (len(offs),) if left.dim() == right.dim() == 2 else ()
+    with mode:
+        return left.new_empty(*groups, left.size(-2), right.size(-1))
+
+
+def planned_tail(config: PretrainedConfig, block: int) -> str:
+    """The kind of tail (`rl.tail.TAILS`) from `block` on that a policy will find, by what blocks keep in a cache."""
+    text = config.get_text_config()
+    sharing = getattr(text, "kv_sharing_modes", None) or []
+    if "reuse" in sharing and block > sharing.index("store"):
+        return WHOLE
+    plain = (DynamicLayer, DynamicSlidingWindowLayer, *[DummyLayer] * ("reuse" in sharing))
+    kept = DynamicCache(config=text).layers[block:]
+    return SHARED if all(type(layer) in plain for layer in kept) else ROWS
 
 
 class SkeletonPolicy(Policy):
-    """A policy without data: its tensors have the shapes, dtypes and lifetimes of the real one; see `skeleton`."""
+    """A policy without data: its tensors have the shapes, dtypes and lifetimes of the real one; see `skeleton`.
 
-    def __init__(self, model: Loaded, depth: int, trained: int, vocabulary: int | None = None) -> None:
+    Its update runs as the tail `kind` does; a whole model is planned without the blocks below, which keep nothing.
+    """
+
+    def __init__(
+        self, model: Loaded, depth: int, trained: int, vocabulary: int | None = None, kind: str = SHARED
+    ) -> None:
         built, self.mode = skeleton(model, depth, vocabulary, trained)
         super().__init__(built, cast(Any, None), cast(Any, None), compute_dtype=model.dtype)
         # Without data nothing can be compared.
-        self.tails = dict.fromkeys(range(depth), "shared" if has_slots(built) else "rows")
+        self.tails = {0: kind}
         for block in range(trained):
             self.thaw(block)
 

@@ -20,13 +20,13 @@ from midtune.bench.workload import ARMS, qlora
 from midtune.model.blocks import cache_argument, find_blocks
 from midtune.model.sizes import blocks_of
 from midtune.planning.budget import Held, Loaded
-from midtune.planning.skeleton import SkeletonPolicy, chunked_log_probs, has_slots, skeleton
+from midtune.planning.skeleton import SkeletonPolicy, chunked_log_probs, skeleton
 from midtune.planning.tracker import Tracker
 from midtune.rl import tail
 from midtune.rollout.boundary import BoundaryStates, positions
 from midtune.rollout.decoding import choose
 from midtune.rollout.sampling import Rollout
-from midtune.rollout.slots import Pass, Seats, Slots, bucket
+from midtune.rollout.slots import NotInSlots, Pass, Seats, Slots, bucket, windows_of
 
 # Chunks of the head that a trace runs; all are alike.
 FEW_CHUNKS = 4
@@ -37,20 +37,23 @@ FEW_BLOCKS = 3
 def block_update(model: Loaded, batch: Batch, *, tail_blocks: int, trained: int, **settings: Any) -> Held:
     """midtune's update of a micro-batch, from boundary states to preallocated gradients.
 
-    `tail_blocks` counts from the first trained block on; which others are trained makes no difference.
+    `tail_blocks` counts from the first trained block on; which others are trained makes no difference. `settings` are
+    the `kind` of tail (default: `SHARED`), and arguments of `completion_log_probs`.
     """
     built = min(tail_blocks, trained + FEW_BLOCKS - 1)
     return _block_update(model, batch, built, trained, **settings).held(tail_blocks - built)
 
 
 @functools.cache
-def _block_update(model: Loaded, batch: Batch, depth: int, trained: int, **settings: Any) -> Tracker:
+def _block_update(
+    model: Loaded, batch: Batch, depth: int, trained: int, kind: str = tail.SHARED, **settings: Any
+) -> Tracker:
     prompt_tokens, new_tokens = int(batch.prompt_tokens), int(batch.new_tokens)
     chunk = settings.get("chunk_values", tail.CHUNK_VALUES)
     # A chunk has a fixed number of logits, so a smaller vocabulary only means more tokens per chunk.
     vocabulary = max(1, FEW_CHUNKS * chunk // (batch.rows * new_tokens))
     own = model.config.get_text_config().vocab_size
-    policy = SkeletonPolicy(model, depth, trained, min(vocabulary, own))
+    policy = SkeletonPolicy(model, depth, trained, min(vocabulary, own), kind)
     hidden = policy.model.config.get_text_config().hidden_size
     prompt_mask = torch.ones(batch.prompts, prompt_tokens, dtype=torch.long)
     completion_mask = torch.ones(batch.rows, new_tokens, dtype=torch.long)
@@ -121,12 +124,19 @@ def sampling(model: Loaded, batch: Batch, *, shared: bool) -> Held:
 
     With `shared`, as in midtune, each prompt passes once and is held once, and rows have slots, where the model allows.
     """
+    if shared:
+        with contextlib.suppress(NotInSlots):
+            windows_of(model.config)
+            return _sampling(model, batch, shared=True)
+    return _sampling(model, batch, shared=False)
+
+
+def _sampling(model: Loaded, batch: Batch, *, shared: bool) -> Held:
     prompt_tokens = int(batch.prompt_tokens)
     depth = blocks_of(model.config)
     built = min(depth, FEW_BLOCKS)
     held, mode = skeleton(model, built)
     held.eval()
-    shared = shared and has_slots(held)
     prompts = batch.prompts if shared else batch.rows
     ones = torch.ones(prompts, prompt_tokens, dtype=torch.long)
     with (

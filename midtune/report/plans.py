@@ -105,8 +105,11 @@ def _by_block(plan: Mapping[str, Any]) -> Table:
 def _advice(plan: Mapping[str, Any]) -> Iterable[str]:
     ours, card, largest = plan["arms"][0], plan["card"], plan["largest"]
     room = bytes_text(card["memory"])
+    weights = sum(ours["phases"]["update"].get(part, 0) for part in ("frozen blocks", "embeddings and head"))
     if ours["fits"]:
         yield f"It fits as asked, with {bytes_text(card['memory'] - ours['peak'])} to spare."
+    elif plan["fit"] is None and weights > card["memory"]:
+        yield f"It does not fit in {room}: its frozen weights alone take {bytes_text(weights)}."
     elif plan["fit"] is None:
         yield (
             f"It does not fit in {room}, whatever is made leaner: the first thing to lower is --max-new-tokens or "
@@ -116,6 +119,7 @@ def _advice(plan: Mapping[str, Any]) -> Iterable[str]:
         settings = " ".join(f"--set {key}={str(value).lower()}" for key, value in plan["fit"].items())
         yield f"What makes it fit in {room} at the least price: {settings}"
         yield "`midtune train` finds that by itself on a card, from the memory that is free."
+    yield from plan["notes"]
     if largest is not None:
         yield (
             f"With these settings about {largest['prompts']} prompts could go through an update together, or a group "
@@ -158,6 +162,7 @@ def dry_run_text(found: Mapping[str, Any]) -> RenderableType:
             "memory": f"planned peak {bytes_text(plan['peak'])} in {plan['phase']}, prompts of "
             f"{plan['prompt_tokens']} tokens; on {plan['card']} it {fits}",
             "time": f"a step takes at least {seconds_text(sum(plan['seconds'].values()))} there",
+            **({"update": " ".join(plan["notes"])} if plan["notes"] else {}),
         }
     lines |= {"saved in": found["out"], "downloads": "; ".join(downloads) or "nothing from the hub"}
     rows = labelled([(name, Text(text)) for name, text in lines.items()])

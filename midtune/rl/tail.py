@@ -202,9 +202,14 @@ def tail_kind(policy: Policy, block: int) -> str:
 
 
 def tail_note(policy: Policy) -> list[str]:
-    """What to tell people of the update, if prompts cannot be shared in it; see `tail_kind`."""
+    """What to tell people of the update, if prompts cannot be shared in it."""
     block = policy.trained[0]
-    return [SLOWER[kind].format(block)] if (kind := tail_kind(policy, block)) in SLOWER else []
+    return slower(tail_kind(policy, block), block)
+
+
+def slower(kind: str, block: int) -> list[str]:
+    """The same for a `kind` of tail from `block` on."""
+    return [SLOWER[kind].format(block)] if kind in SLOWER else []
 
 
 def _exact_tail(policy: Policy, block: int) -> str:
@@ -214,7 +219,8 @@ def _exact_tail(policy: Policy, block: int) -> str:
     rollout = Rollout(*padded(policy, prompts, "left"), ids, mask, none, none, none[:, 0].bool())
     with torch.no_grad(), captured(policy.blocks[block]) as states:
         right = plain_log_probs(policy, rollout)
-    held = [part.clone().requires_grad_() for part in boundary_of(states[0], rollout)]
+    parts = boundary_of(states[0], whole_rows(rollout)[1], rollout)
+    held = [part.clone().requires_grad_() for part in parts]
     rollout.boundary = BoundaryStates(block, *held)
     for kind in TAILS:
         policy.tails[block] = kind

@@ -88,8 +88,9 @@ def _below(policy: Policy, block: int, rollout: Rollout) -> tuple[torch.Tensor, 
     shared = decoder_of(policy) is Decoder
     with captured(policy.blocks[block], stop=True) as states, policy.autocast():
         if not shared:
-            below(whole_rows(rollout)[0], use_cache=False)
-            return boundary_of(states[0], rollout)
+            ids, order, _ = whole_rows(rollout)
+            below(ids, use_cache=False)
+            return boundary_of(states[0], order, rollout)
         cache = DynamicCache()
 
         def onto(ids: torch.Tensor, mask: torch.Tensor) -> None:
@@ -127,20 +128,13 @@ def whole_rows(rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     return ids.gather(1, order), order, mask.sum(1)
 
 
-def _apart(values: torch.Tensor, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values [N·G, P + C, ·] of whole rows as those of prompts [N·G, P, ·] and of completions [N·G, C, ·]."""
-    _, order, _ = whole_rows(rollout)
-    back = order.argsort(dim=1)[..., None].expand(-1, -1, values.size(-1))
-    prompts, completions = values.gather(1, back).split(
-        [rollout.prompt_ids.size(1), rollout.completion_ids.size(1)], 1
-    )
-    return prompts, completions
-
-
-def boundary_of(states: torch.Tensor, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
-    """States [N·G, P + C, H] of whole rows as those of the N prompts and of the completions."""
-    prompts, completions = _apart(states, rollout)
-    return prompts[:: rollout.group_size], completions
+def boundary_of(
+    states: torch.Tensor, order: torch.Tensor, rollout: Rollout
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """States [N·G, P + C, H] of whole rows in this `order` as those of the N prompts and of the completions."""
+    back = states.gather(1, order.argsort(dim=1)[..., None].expand(-1, -1, states.size(-1)))
+    width = rollout.prompt_ids.size(1)
+    return back[:: rollout.group_size, :width], back[:, width:]
 
 
 def plain_log_probs(policy: Policy, rollout: Rollout) -> torch.Tensor:
@@ -148,11 +142,11 @@ def plain_log_probs(policy: Policy, rollout: Rollout) -> torch.Tensor:
 
     Ways of computing them that are faster are compared with these; see `MOST_APART`.
     """
-    ids, _, _ = whole_rows(rollout)
+    ids, order, _ = whole_rows(rollout)
     with policy.autocast():
         logits = policy.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
     found = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])
-    return _apart(torch.cat([torch.zeros_like(found[:, :1]), found], 1), rollout)[1][..., 0]
+    return boundary_of(torch.cat([torch.zeros_like(found[:, :1]), found], 1), order, rollout)[1][..., 0]
 
 
 def stacked(parts: Sequence[torch.Tensor], padding: float = 0) -> torch.Tensor:

@@ -146,17 +146,21 @@ class SlotLayer(DynamicLayer):
         self.own = made[0], made[1]
 
 
+def windows_of(config: Any) -> list[int | None]:
+    """Each block's attention window; raises NotInSlots for a model with other states than keys and values."""
+    kinds = DynamicCache(config=config.get_text_config()).layers
+    if any(type(kind) not in (DynamicLayer, DynamicSlidingWindowLayer) for kind in kinds):
+        raise NotInSlots("it holds other states than keys and values")
+    return [getattr(kind, "sliding_window", None) for kind in kinds]
+
+
 class Slots(Cache):
-    """The layers of all blocks; raises NotInSlots for a model with other states than keys and values."""
+    """The layers of all blocks; raises NotInSlots as `windows_of`."""
 
     passing: Pass
 
     def __init__(self, model: Any) -> None:
-        kinds = DynamicCache(config=model.config.get_text_config()).layers
-        if any(type(kind) not in (DynamicLayer, DynamicSlidingWindowLayer) for kind in kinds):
-            raise NotInSlots("it holds other states than keys and values")
-        windows = [getattr(kind, "sliding_window", None) for kind in kinds]
-        super().__init__(layers=[SlotLayer(self, window) for window in windows])
+        super().__init__(layers=[SlotLayer(self, window) for window in windows_of(model.config)])
         self._model, self._argument = model, cache_argument(model)
         # A block that is trained has its own.
         configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}

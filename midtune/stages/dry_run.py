@@ -24,7 +24,7 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None = None) -> d
         `share` of the run; `out`: the run folder; `downloads`: what is fetched unless cached; `weights_bytes`: their
         size at 2 bytes a parameter, or null. `plan`: the `blocks`, `trainable_parameters`, the `card` and
         `prompt_tokens` planned for, `peak` bytes and its `phase`, whether it `fits`, and the least `seconds` of each
-        phase; null, with a `note`, if the model's configuration is not at hand.
+        phase, with `notes` on the update; null, with a `note`, if the model's configuration is not at hand.
 
     Raises InputError if there is no such model or block, or the run cannot be saved there.
     """
@@ -88,6 +88,7 @@ def run(config: RunConfig, *, out: Path | None, resume: Path | None = None) -> d
             "card": planner.card.name,
             "prompt_tokens": PLANNED_PROMPT_TOKENS,
             "changes": changes,
+            "notes": planner.notes,
             **{key: arm[key] for key in ("peak", "phase", "fits", "seconds")},
         },
     }

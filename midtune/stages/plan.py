@@ -29,8 +29,8 @@ def run(config: RunConfig, *, gpu: str, prompt_tokens: int, devices: int = 1) ->
         name, `phases` (bytes of each part), the `peak` and its `phase`, whether it `fits`, and the least `seconds` of
         each phase. `fit`: setting changes that make midtune fit, None if none do. With them, `by_block`: midtune's
         peak for each first trained block, `fitted`: the arm, and `largest`: the largest number of prompts per update,
-        group size and completion length, each with the rest as configured. `between`: see `between_cards`; None for a
-        single card.
+        group size and completion length, each with the rest as configured. `notes` say what the update cannot share,
+        and what else would take less. `between`: see `between_cards`; None for a single card.
 
     Raises:
         InputError: the model, the card or a block is not known.
@@ -63,6 +63,7 @@ def run(config: RunConfig, *, gpu: str, prompt_tokens: int, devices: int = 1) ->
             for k in range(sizes.blocks - len(blocks) + 1)
         ],
         "fit": fit,
+        "notes": planner.notes,
         "fitted": None if lean is None else ours,
         "largest": None if lean is None else {what: planner.largest(lean, what) for what in MOST},
         "between": None if devices == 1 else between_cards(planner, lean or work, ours, devices),

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ SIZES = Sizes(blocks=4, linear=1000, rest=7, widths=0, embedding=500, head=0, ou
 BATCH = Batch(prompts=2, group_size=3, prompt_tokens=10, new_tokens=5)
 
 
-def update(arm: str, **settings: bool) -> float:
+def update(arm: str, **settings: Any) -> float:
     return update_flops(SIZES, BATCH, arm, tail=2, trained=1, **settings)
 
 
@@ -33,6 +34,14 @@ def test_an_update_of_midtune() -> None:
         update_flops(SIZES, long, "midtune", tail=2, trained=1, checked=checked) for checked in (False, True)
     )
     assert checked - plain == 2 * ((20 + 4 * 499) * 1000 * 2 + 4 * 500 * 500)
+
+
+def test_slower_updates_of_midtune() -> None:
+    # Prompts for each completion; through the whole model, the two blocks below too, there alone.
+    assert update("midtune", kind="rows") == 2 * (84 * 1000 * 5 + 30 * 500 * 2)
+    assert update("midtune", kind="whole") == 2 * (84 * 1000 * 7 + 30 * 500 * 2)
+    assert update("midtune", kind="whole", checked=True) == 2 * (84 * 1000 * 11 + 30 * 500 * 3)
+    assert update("midtune", kind="whole", recompute=True) == 2 * (84 * 1000 * 9 + 30 * 500 * 2)
 
 
 @pytest.mark.parametrize(

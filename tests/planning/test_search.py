@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PretrainedConfig, Qwen3Config
+from transformers import Qwen3Config
 
 from midtune.bench.flops import rollout_flops, update_flops
 from midtune.bench.workload import PLANNED
@@ -86,7 +86,7 @@ def seconds(
     arm: str, card: PublishedCard, *, unpacked: int = 0, cache: int = 0, **settings: object
 ) -> dict[str, float]:
     work = STEP.changed({f"training.{key}": value for key, value in settings.items()})
-    model = Loaded(PretrainedConfig(), torch.bfloat16, quantized=True, on_card=True)
+    model = Loaded(Qwen3Config(num_hidden_layers=4), torch.bfloat16, quantized=True, on_card=True)
     planner = Planner(model, SIZES, card, blocks=[2], process=0, device_bytes=1)
     return planner.seconds(arm, work, {"unpacked weights": unpacked, "keys and values": cache})
 

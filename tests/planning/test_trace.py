@@ -16,21 +16,32 @@ from midtune.model.loading import load_policy
 from midtune.model.sources import resolve
 from midtune.planning import trace
 from midtune.planning.budget import Held, Loaded
+from midtune.planning.skeleton import planned_tail
 from midtune.planning.trace import block_update, sampling, whole_update
 from midtune.planning.tracker import Tracker
 from midtune.rl.tail import completion_log_probs, tail_settings
 from midtune.rollout.sampling import Rollout, Sampling
 from midtune.rollout.text import sample
+from tests.architectures import EVERY
 
 BATCH = Batch(prompts=2, group_size=3, prompt_tokens=20, new_tokens=12)
 
 
-@pytest.mark.parametrize("quantize", ["none", "nf4"])
-@pytest.mark.parametrize("recompute_tokens", [0, 64])
+@pytest.mark.parametrize(
+    ("architecture", "quantize", "recompute_tokens"),
+    [
+        *(("qwen3", quantize, recompute) for quantize in ("none", "nf4") for recompute in (0, 64)),
+        # Experts, and each slower tail.
+        ("qwen3_moe", "none", 0),
+        ("qwen3_5_text", "nf4", 0),
+        ("gemma4_text", "none", 64),
+    ],
+)
 def test_the_update_without_data_holds_what_it_holds_with(
-    random_checkpoint: Callable[..., Path], quantize: str, recompute_tokens: int
+    random_checkpoint: Callable[..., Path], architecture: str, quantize: str, recompute_tokens: int
 ) -> None:
-    policy = load_policy(resolve(str(random_checkpoint("qwen3"))), quantize=quantize)
+    folder = random_checkpoint(architecture, **EVERY[architecture])
+    policy = load_policy(resolve(str(folder)), quantize=quantize)
     config = policy.model.config
     policy.thaw(1)
     torch.manual_seed(0)
@@ -57,7 +68,11 @@ def test_the_update_without_data_holds_what_it_holds_with(
     update()
     real = update()
     model = Loaded(config, torch.float32, quantize == "nf4", on_card=False)
-    planned = block_update(model, BATCH, tail_blocks=3, trained=1, recompute_tokens=recompute_tokens)
+    kind = planned_tail(config, 1)
+    assert kind == policy.tails[1]
+    planned = block_update(
+        model, BATCH, tail_blocks=3, trained=1, kind=kind, recompute_tokens=recompute_tokens
+    )
     assert planned.peak == pytest.approx(real, rel=0.1)
 
 

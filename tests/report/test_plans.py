@@ -24,6 +24,7 @@ def plan(peak: int, **changes: Any) -> dict[str, Any]:
         "card": {"name": "24GB (RTX 3090)", "memory": 24 * GIB},
         "work": {"prompts": 8, "prompt_tokens": 1024, "group_size": 4, "new_tokens": 2048},
         **{"fit": {}, "fitted": arm, "largest": {"prompts": 9, "group_size": 16, "new_tokens": 4096}},
+        "notes": [],
         "by_block": [{"block": 0, "peak": 2 * peak}, {"block": 1, "peak": peak}],
         **changes,
     }
@@ -98,3 +99,19 @@ def test_a_dry_run_names_what_a_run_would_do() -> None:
         "saved in    runs/x",
         "downloads   nothing from the hub",
     ]
+
+
+def test_what_the_update_cannot_share_is_said() -> None:
+    said = rendered(plan_table(plan(16 * GIB, notes=["The update repeats each prompt."])))
+    assert "The update repeats each prompt." in said
+
+
+def test_weights_that_are_too_large_by_themselves_are_said() -> None:
+    found = plan(40 * GIB, fit=None, fitted=None, largest=None)
+    found["arms"][0] |= {
+        "fits": False,
+        "phases": {"update": {"frozen blocks": 20 * GIB, "embeddings and head": 6 * GIB}},
+    }
+    assert "It does not fit in 24.00 GiB: its frozen weights alone take 26.00 GiB." in rendered(
+        plan_table(found)
+    )

@@ -124,6 +124,9 @@ def plan() -> dict[str, Any]:
             "fit": {"training.micro_batch_tokens": 4096, "model.flash": True},
         },
         "largest": {"prompts": 64, "group_size": 256, "new_tokens": 131_072},
+        "notes": [
+            "The update runs all blocks, which is slower: later ones also read what earlier ones keep."
+        ],
         "by_block": [{"block": block, "peak": (1234 - block) * 2**30} for block in range(126)],
     }
 
@@ -140,6 +143,7 @@ def dry_run() -> dict[str, Any]:
         "plan": {
             **{"blocks": [10, 11, 12], "trainable_parameters": 1_234_567_890, "card": "141GB (H200)"},
             **{"prompt_tokens": 2048, "peak": 1234 * 2**30, "phase": "optimizer", "fits": False},
+            "notes": [],
             "changes": {"training.recompute": True, "training.optimizer": "adamw_8bit"},
             "seconds": {"sampling": DAY, "update": DAY},
         },
