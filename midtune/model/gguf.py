@@ -160,12 +160,11 @@ def convert(path: Path, out: Path, progress: Progress) -> Path:
     Raises InputError if transformers does not read the architecture, or tensors are missing.
     """
     import torch
-    import transformers
+    from transformers import AutoConfig, AutoTokenizer
 
+    from midtune.model.architectures import built, check_trainable, text_class
     from midtune.model.quantize import clear_quantized_markers
 
-    # Any: transformers' annotations do not know the pair that output_loading_info returns.
-    auto: Any = transformers.AutoModelForCausalLM
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     header = read_header(path)
     _check_types(path, header.types)
@@ -177,12 +176,18 @@ def convert(path: Path, out: Path, progress: Progress) -> Path:
     )
     kept = (OSError, torch.OutOfMemoryError)
     with reported(progress, f"converting {path.name}"), explained(unread, keep=kept):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
-        loaded, info = auto.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
+        config = AutoConfig.from_pretrained(**where)
+        check_trainable(config, str(path))
+        with torch.device("meta"):
+            made: Any = text_class(built(config))
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        loaded, info = made.from_pretrained(
+            **where, config=config, dtype=torch.float32, output_loading_info=True
+        )
     if info["missing_keys"]:
         raise InputError(
-            f"{path} lacks {len(info['missing_keys'])} tensors of its model, the first being "
-            f"{min(info['missing_keys'])}; fetch a complete file."
+            f"transformers finds no values in {path} for {len(info['missing_keys'])} tensors of its model, the first "
+            f"being {min(info['missing_keys'])}; fetch a complete file, or use the safetensors of that model."
         )
     # transformers refuses to convert and save a model marked as GGUF.
     clear_quantized_markers(loaded)

@@ -17,17 +17,24 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from midtune.errors import WHY, InputError, explained
 from midtune.model.architectures import built
 from midtune.model.blocks import find_blocks
 from midtune.model.cache import silent
 from midtune.model.gguf import read_header, reported
+from midtune.model.names import Names
 
 # In this type or its tensor's own, GGUF name → type and values.
 Stored = dict[str, tuple[Any, NDArray[Any]]]
 # fp32 holds whole numbers exactly up to 2^24; two of these digits number any tensor's weights.
 _DIGIT = 2**20
+UNTURNED = (
+    "what transformers makes of the weights in {} cannot be turned around; export with --to hf and use llama.cpp's "
+    "converter."
+)
 # 2-bit rounding moves a weight matrix by about a third of its length, and another model's differs by more than all.
 _FARTHEST = 0.7
 
@@ -60,33 +67,37 @@ def swap_blocks(
         for tensor in reader.tensors
         if any(tensor.name.startswith(f"blk.{block}.") for block in blocks)
     }
-    trained = {inner_name(name): tensor.float() for name, tensor in tensors.items()}
     unfit = (
         f"the blocks do not fit {base} ({WHY}); give the GGUF of the model they were trained on with --base."
     )
     with explained(unfit, keep=(OSError, InputError)):
-        load = _loader(base, reader, blocks)
-        plain = _as_in_file(old, trained, load)
+        load, model, place = _loader(base, reader, blocks)
+        # A checkpoint may store experts one by one.
+        model._weight_conversions = get_model_conversion_mapping(model)
+        stored = {place + inner_name(name): tensor for name, tensor in tensors.items()}
+        names = Names(model, stored, str(base))
+        trained = {inner_name(name): tensor for name, tensor in names.in_memory(stored).items()}
+        if sum(map(torch.numel, trained.values())) < sum(map(torch.numel, stored.values())):
+            raise ValueError("it has no weights of such names and shapes")
+        plain = _as_in_file(base, old, trained, load)
     back = load({name: (gguf.GGMLQuantizationType.F32, values) for name, values in plain.items()})
     if any(not torch.allclose(back[name], tensor, rtol=1e-6, atol=1e-6) for name, tensor in trained.items()):
-        raise InputError(
-            f"what transformers makes of the weights in {base} cannot be turned around; export with --to hf and use "
-            "llama.cpp's converter."
-        )
+        raise InputError(UNTURNED.format(base))
     kind = _kind(dtype, tensors.values())
-    stored: Stored = {}
+    written: Stored = {}
     for name, values in plain.items():
         own = old[name].tensor_type
         wanted = own if kind is None or own == gguf.GGMLQuantizationType.F32 else kind
         try:
-            stored[name] = wanted, gguf.quantize(values, wanted)
+            written[name] = wanted, gguf.quantize(values, wanted)
         except NotImplementedError:
             raise InputError(
                 f"{base} holds {name} as {wanted.name}, which the gguf package cannot write; leave --dtype file out."
             ) from None
-    _write(reader, out, stored)
-    types = {kind.name for kind, _ in stored.values()} - {"F32"}
-    return load(stored), ", ".join(sorted(types)) or "F32"
+    _write(reader, out, written)
+    types = {kind.name for kind, _ in written.values()} - {"F32"}
+    held = names.on_disk({place + name: value for name, value in load(written).items() if name in trained})
+    return {inner_name(name): value for name, value in held.items()}, ", ".join(sorted(types)) or "F32"
 
 
 def _kind(dtype: str | None, tensors: Any) -> Any:
@@ -101,6 +112,7 @@ def _kind(dtype: str | None, tensors: Any) -> Any:
 
 
 def _as_in_file(
+    base: Path,
     old: Mapping[str, Any],
     trained: Mapping[str, torch.Tensor],
     load: Callable[[Stored], dict[str, torch.Tensor]],
@@ -123,9 +135,9 @@ def _as_in_file(
     values = np.full(int(ends[-1]), np.nan, dtype=np.float32)
     for name, tensor in trained.items():
         shift = shifts[name]
-        if tensor.shape != shift.shape:
-            raise ValueError(f"its {name} is {list(shift.shape)}, not {list(tensor.shape)}")
         place = (high[name] - shift).long() * _DIGIT + (low[name] - shift).long()
+        if not all(bool(part[name].isfinite().all()) for part in (shifts, high, low)):
+            raise InputError(UNTURNED.format(base))
         values[place.flatten().numpy()] = (tensor - shift).flatten().numpy()
     found = {name: values[slice(*span)].reshape(shapes[name]) for name, span in spans.items()}
     found = {name: own for name, own in found.items() if not np.isnan(own).all()}
@@ -138,31 +150,31 @@ def _as_in_file(
     return found
 
 
-def _loader(base: Path, reader: Any, blocks: Sequence[int]) -> Callable[[Stored], dict[str, torch.Tensor]]:
-    """A function that gives what transformers makes of tensors that stand in the place of `base`'s, by `inner_name`."""
+def _loader(
+    base: Path, reader: Any, blocks: Sequence[int]
+) -> tuple[Callable[[Stored], dict[str, torch.Tensor]], PreTrainedModel, str]:
+    """A function that gives what transformers makes of tensors that stand in the place of `base`'s, by `inner_name`.
+
+    Beside it the model that it makes them for, without data and other blocks, and what precedes a block's number there.
+    """
     from transformers import AutoConfig
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    def of_file(stored: Stored, read: Callable[[Path], Any]) -> Any:
-        with tempfile.TemporaryDirectory() as folder, reported(silent, ""):
-            path = Path(folder, "blocks.gguf")
-            _write(reader, path, stored, alone=True)
-            return read(path)
-
     unread = f"transformers cannot read {base} ({WHY}); use the GGUF of a model that it reads."
     with explained(unread, keep=(OSError,)), torch.device("meta"):
-        config = of_file({}, lambda path: AutoConfig.from_pretrained(path.parent, gguf_file=path.name))
-        model = built(config)
+        model = built(AutoConfig.from_pretrained(base.parent, gguf_file=base.name))
     # The reader takes a tenth of a second for every module of the model.
-    _, stack = find_blocks(model)
+    stack_name, stack = find_blocks(model)
     stack._modules = {str(block): stack[block] for block in blocks}
 
     def load(stored: Stored) -> dict[str, torch.Tensor]:
-        settings = {"return_tensors": True, "model_to_load": model}
-        found = of_file(stored, lambda path: load_gguf_checkpoint(str(path), **settings)["tensors"])
+        with tempfile.TemporaryDirectory() as folder, reported(silent, ""), explained(UNTURNED.format(base)):
+            path = Path(folder, "blocks.gguf")
+            _write(reader, path, stored, alone=True)
+            found = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
         return {inner_name(name): tensor.float() for name, tensor in found.items()}
 
-    return load
+    return load, model, f"{stack_name}."
 
 
 def _write(reader: Any, out: Path, stored: Stored, *, alone: bool = False) -> None:

@@ -9,8 +9,53 @@ import torch
 from safetensors.torch import load_file
 
 from midtune.errors import InputError
+from midtune.model.gguf_blocks import inner_name, swap_blocks
+from midtune.model.loading import load_policy
 from midtune.model.sources import checkpoint_files, resolve
-from tests.model import toy_gguf
+from tests.model import gguf_families, toy_gguf
+from tests.model.toy_training import perturb
+from tests.test_architectures import compare
+
+# Of each kind of weights that a reader changes: experts, norms, convolutions, transposed ones.
+FAST = {"qwen3_moe", "gemma3", "lfm2", "gpt2"}
+FAMILIES = [
+    pytest.param(family, marks=() if family in FAST else pytest.mark.slow)
+    for family in gguf_families.FAMILIES
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_that_transformers_reads_is_trained_and_written_back(
+    tmp_path: Path, own_cache: Path, family: str
+) -> None:
+    path = gguf_families.write(tmp_path / "toy.gguf", family)
+    policy = load_policy(resolve(str(path)), quantize="none", device="cpu")
+    assert max(compare(policy, 2)) < 1e-4
+    policy.thaw(2)
+    perturb(policy)
+    trained = policy.deployed_blocks(as_stored=True)
+    if family in ("mamba", "qwen35"):
+        # A logarithm, and rows that another reader moves.
+        with pytest.raises(InputError, match="cannot be turned around; export with --to hf"):
+            swap_blocks(path, trained, [2], tmp_path / "out.gguf")
+        return
+    held, _ = swap_blocks(path, trained, [2], tmp_path / "out.gguf")
+    again = load_policy(resolve(str(tmp_path / "out.gguf")), quantize="none", device="cpu")
+    again.thaw(2)
+    parameters = again.trained_parameters()
+    for name, value in policy.trained_parameters().items():
+        torch.testing.assert_close(parameters[name], value, rtol=2e-3, atol=2e-3)
+    for name, value in trained.items():
+        torch.testing.assert_close(held[inner_name(name)], value.float(), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("arch", "words"),
+    [("t5", "which is an encoder-decoder"), ("deci", "transformers cannot read from GGUF")],
+)
+def test_families_that_are_not_trained_are_refused(tmp_path: Path, arch: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        resolve(str(toy_gguf.write(tmp_path / "toy.gguf", arch=arch)))
 
 
 def test_a_gguf_becomes_a_folder_that_transformers_loads(tmp_path: Path, own_cache: Path) -> None:
@@ -60,7 +105,9 @@ def test_values_beyond_half_precision_stay_in_single(tmp_path: Path) -> None:
 
 def test_a_gguf_that_lacks_a_tensor_is_refused(tmp_path: Path, own_cache: Path) -> None:
     path = toy_gguf.write(tmp_path / "toy.gguf", without={"blk.1.ffn_up.weight"})
-    with pytest.raises(InputError, match=r"lacks 1 tensors .* model\.layers\.1\.mlp\.up_proj\.weight"):
+    with pytest.raises(
+        InputError, match=r"finds no values in .* for 1 tensors .* model\.layers\.1\.mlp\.up_proj\.weight"
+    ):
         resolve(str(path))
     assert not list(own_cache.glob("[!.]*"))
 

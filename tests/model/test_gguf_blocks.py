@@ -88,8 +88,11 @@ def test_another_models_file_is_refused(tmp_path: Path) -> None:
     random = {name: torch.randn_like(tensor) for name, tensor in tensors.items()}
     for given, words in (
         (random, "is of another model"),
-        ({name.replace("layers.1.", "layers.5."): t for name, t in tensors.items()}, r"it has no 5\."),
-        ({name: tensor[:2] for name, tensor in tensors.items()}, "not"),
+        (
+            {name.replace("layers.1.", "layers.5."): t for name, t in tensors.items()},
+            "it has no weights of such names",
+        ),
+        ({name: tensor[:2] for name, tensor in tensors.items()}, "and shapes"),
     ):
         with pytest.raises(InputError, match=f"the blocks do not fit .*{words}.*--base"):
             swap_blocks(base, given, [1], tmp_path / "out.gguf")
