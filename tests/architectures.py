@@ -143,15 +143,6 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {**EXPERTS, "head_dim": 16, "moe_topk": 2},
     "jetmoe": {**EXPERTS, "kv_channels": 16},
     "llama4_text": {**EXPERTS, "head_dim": 16, "intermediate_size_mlp": 64, "attention_chunk_size": 6},
-    "longcat_flash": {
-        **EXPERTS,
-        **LATENT,
-        "num_layers": 4,
-        "zero_expert_num": 2,
-        "moe_topk": 2,
-        "ffn_hidden_size": 64,
-        "expert_ffn_hidden_size": 32,
-    },
     "minimax_m2": {**EXPERTS, "head_dim": 16, "rotary_dim": 8},
     "mixtral": {**EXPERTS, "sliding_window": 6},
     "olmoe": EXPERTS,
@@ -204,11 +195,6 @@ RECURRENT: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": {**EXPERTS, **DELTA},
     "qwen3_5_text": DELTA,
     "qwen3_next": {**EXPERTS, **DELTA},
-    "recurrent_gemma": {
-        "block_types": ["recurrent", "attention"],
-        "lru_width": 64,
-        "attention_window_size": 6,
-    },
     "rwkv": {},
     "xlstm": {},
     "zamba": {

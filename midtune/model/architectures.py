@@ -22,11 +22,18 @@ KNOWN = "model such as Qwen, Llama, Mistral, Gemma, Phi-3, SmolLM3 or gpt-oss"
 STORED = ("mxfp4", "bitsandbytes", None)
 
 
+# Architectures that cannot be trained block by block, and why.
+UNFIT = {
+    "longcat_flash": "has two attentions in each block, whose keys are numbered as blocks of their own",
+    "recurrent_gemma": "remembers a text in its blocks instead of a cache",
+}
+
+
 def check_trainable(config: PretrainedConfig, name: str) -> None:
     """Raise InputError if the model `name` of this configuration cannot be trained, for reasons that it tells."""
     text = config.get_text_config()
     auto = auto_class(config)
-    why = None
+    why = UNFIT.get(text.model_type)
     if config.is_encoder_decoder or text.is_encoder_decoder:
         why = "is an encoder-decoder"
     elif type(config) in AutoModelForMaskedLM._model_mapping and not getattr(text, "is_decoder", True):
@@ -75,6 +82,9 @@ def auto_class(config: PretrainedConfig) -> Any:
 def built(config: PretrainedConfig, *, trust_remote_code: bool = False, **settings: Any) -> PreTrainedModel:
     """A new model of the class that `config` describes; of one that also sees or hears, its text part."""
     auto = auto_class(config)
+    if hasattr(config, "rescale_every"):
+        # RWKV would scale weights in place for inference, trained ones too.
+        config.rescale_every = 0
     model: PreTrainedModel = auto.from_config(config, trust_remote_code=trust_remote_code, **settings)
     return _drop(model)
 

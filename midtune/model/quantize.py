@@ -179,9 +179,9 @@ def hold_packed(part: nn.Module, unpack: Mapping[str, nn.Module]) -> None:
     part.forward = partial(_unpacked_again, part.forward)
 
 
-def _unpacked_again(forward: Callable[..., torch.Tensor], *args: torch.Tensor) -> torch.Tensor:
+def _unpacked_again(forward: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
     # Autograd would hold the unpacked weights of every block until its backward pass.
-    if torch.is_grad_enabled() and any(part.requires_grad for part in args):
+    if torch.is_grad_enabled() and any(getattr(part, "requires_grad", False) for part in args):
         found: torch.Tensor = checkpoint(
             _cached, forward, *args, use_reentrant=False, preserve_rng_state=False
         )
@@ -189,7 +189,7 @@ def _unpacked_again(forward: Callable[..., torch.Tensor], *args: torch.Tensor) -
     return _cached(forward, *args)
 
 
-def _cached(forward: Callable[..., torch.Tensor], *args: torch.Tensor) -> torch.Tensor:
+def _cached(forward: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
     # Some architectures look at a weight once for each expert.
     with parametrize.cached():
         return forward(*args)

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from midtune.model.memory import is_out_of_memory
 from midtune.model.policy import Policy
 from midtune.rollout.boundary import MOST_APART, plain_log_probs
-from midtune.rollout.decoding import ROOM, Decoder, Drawn
+from midtune.rollout.decoding import Decoder, Drawn
 from midtune.rollout.engine import checked_rows
 from midtune.rollout.keys_values import RoomyLayer, joined, with_states
 from midtune.rollout.sampling import Rollout, Sampling, padded
@@ -26,15 +26,7 @@ class ApartDecoder(Decoder):
 
     how = "with prompts of different lengths prefilled apart, because it has recurrent states."
 
-    def __init__(
-        self,
-        policy: Policy,
-        prompt_ids: torch.Tensor,
-        prompt_mask: torch.Tensor,
-        group_size: int,
-        room: int = ROOM,
-    ) -> None:
-        self.policy, self._room = policy, room
+    def _prefill(self, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, group_size: int) -> None:
         prompts = [ids[mask.bool()] for ids, mask in zip(prompt_ids, prompt_mask, strict=True)]
         self._begin(prompts, group_size)
 
@@ -124,7 +116,8 @@ def decoder_of(policy: Policy, on_message: Callable[[str], None] | None = None) 
 def _is_exact(policy: Policy, make: type[Decoder]) -> bool:
     """Whether ragged rows, of which some wait and all go on, are drawn with the plain model's log-probs."""
     prompts, said = checked_rows(policy)
-    greedy, limits, group_size = Sampling(8, temperature=0), [8, 1, 2, 8], len(said) // len(prompts)
+    # Some states drift from the plain model, in Zamba2 and Nemotron-H, which shows after some tokens.
+    greedy, limits, group_size = Sampling(16, temperature=0), [16, 1, 2, 16], len(said) // len(prompts)
     try:
         with policy.autocast():
             decoder = make(policy, *padded(policy, prompts, "left"), group_size)

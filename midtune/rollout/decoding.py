@@ -61,10 +61,13 @@ class Decoder:
         group_size: int,
         room: int = ROOM,
     ) -> None:
-        self.policy = policy
+        self.policy, self._room = policy, room
         # For each pass after prefill, the numbers of its rows.
         self.fed: list[torch.Tensor] = []
-        self._cache = shared_prompts(room)
+        self._prefill(prompt_ids, prompt_mask, group_size)
+
+    def _prefill(self, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, group_size: int) -> None:
+        self._cache = shared_prompts(self._room)
         self._mask = prompt_mask
         self.logits = self._forward(prompt_ids, positions(prompt_mask)).repeat_interleave(group_size, 0)
         self._cache.batch_repeat_interleave(group_size)

@@ -70,6 +70,8 @@ def test_every_shipped_model_is_listed_once() -> None:
     ("settings", "why"),
     [
         ({"model_type": "bart"}, "is an encoder-decoder"),
+        ({"model_type": "longcat_flash"}, "has two attentions in each block"),
+        ({"model_type": "recurrent_gemma"}, "remembers a text in its blocks instead of a cache"),
         ({"model_type": "bert"}, "is an encoder, which fills gaps in a text"),
         ({"model_type": "vit"}, "has no language model in transformers"),
         ({"model_type": "diffusion_gemma"}, "does not write one token after another"),

@@ -71,3 +71,21 @@ def test_a_model_that_cannot_be_decoded_plainly_is_decoded_exactly(
     with torch.no_grad():
         right, _ = plain_log_probs(policy, rollout, 1.0)
     torch.testing.assert_close(rollout.log_probs, right, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_5_text", "falcon_h1"])
+def test_rows_that_end_leave_with_their_states(load: Load, architecture: str) -> None:
+    policy = load(architecture, "none", **RECURRENT[architecture])
+    stop_early(policy)
+    policy.in_slots, policy.decoder = False, ApartDecoder
+    rows: list[int] = []
+    with policy.model.get_input_embeddings().register_forward_hook(lambda *given: rows.append(len(given[2]))):
+        rollout = sampled(policy)
+    lengths = rollout.completion_mask.sum(1)
+    # After prefill, a step feeds the rows that go on, and no others.
+    steps = rows[-int(lengths.max()) + 1 :]
+    assert steps == [int((lengths > fed).sum()) for fed in range(1, int(lengths.max()))]
+    assert steps[-1] < len(lengths)
+    with torch.no_grad():
+        right, _ = plain_log_probs(policy, rollout, 1.0)
+    torch.testing.assert_close(rollout.log_probs, right, atol=1e-4, rtol=1e-4)
