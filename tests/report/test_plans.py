@@ -25,6 +25,7 @@ def plan(peak: int, **changes: Any) -> dict[str, Any]:
         "work": {"prompts": 8, "prompt_tokens": 1024, "group_size": 4, "new_tokens": 2048},
         **{"fit": {}, "fitted": arm, "largest": {"prompts": 9, "group_size": 16, "new_tokens": 4096}},
         "notes": [],
+        "between": None,
         "by_block": [{"block": 0, "peak": 2 * peak}, {"block": 1, "peak": peak}],
         **changes,
     }

@@ -127,6 +127,7 @@ def plan() -> dict[str, Any]:
         "notes": [
             "The update runs all blocks, which is slower: later ones also read what earlier ones keep."
         ],
+        "between": None,
         "by_block": [{"block": block, "peak": (1234 - block) * 2**30} for block in range(126)],
     }
 
