@@ -186,7 +186,7 @@ WANTED = [
     Read("rl/checks.py:_checksum", "return int(", "no frozen tensor may move"),
     Read("rl/trainer.py:LayerGRPOTrainer._save", "save_file(", "a checkpoint is a file", "safetensors/"),
     Read(
-        "rl/trainer.py:LayerGRPOTrainer._save_checkpoint",
+        "rl/trainer.py:LayerGRPOTrainer._write_checkpoint",
         "super()._save_checkpoint(",
         "so is fp16's loss scale",
         "transformers/trainer.py",
