@@ -82,15 +82,16 @@ def rounded(
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped[order][:, order]))
     # Row i: how an error in column i is shared among those after it.
     shares = torch.linalg.cholesky(inverse, upper=True)
-    rest, scales = weight[:, order].clone(), scales[:, order]
+    # [I, O], so that a column's values lie together.
+    rest, scales = weight.T[order].contiguous(), scales.T[order].contiguous()
     between = (values[1:] + values[:-1]) / 2
     codes = torch.empty_like(rest, dtype=torch.long)
     for first in range(0, len(order), COLUMNS):
         last = min(first + COLUMNS, len(order))
         for i in range(first, last):
-            codes[:, i] = torch.bucketize(rest[:, i] / scales[:, i], between)
-            error = (rest[:, i] - values[codes[:, i]] * scales[:, i]) / shares[i, i]
-            rest[:, i + 1 : last] -= error[:, None] * shares[i, i + 1 : last]
-            rest[:, i] = error
-        rest[:, last:] -= rest[:, first:last] @ shares[first:last, last:]
-    return codes[:, order.argsort()]
+            codes[i] = torch.bucketize(rest[i] / scales[i], between)
+            error = (rest[i] - values[codes[i]] * scales[i]) / shares[i, i]
+            rest[i + 1 : last] -= shares[i, i + 1 : last, None] * error
+            rest[i] = error
+        rest[last:] -= shares[first:last, last:].T @ rest[first:last]
+    return codes[order.argsort()].T
