@@ -116,8 +116,10 @@ def decoder_of(policy: Policy, on_message: Callable[[str], None] | None = None) 
 def _is_exact(policy: Policy, make: type[Decoder]) -> bool:
     """Whether ragged rows, of which some wait and all go on, are drawn with the plain model's log-probs."""
     prompts, said = checked_rows(policy)
-    # Some states drift from the plain model, in Zamba2 and Nemotron-H, which shows after some tokens.
-    greedy, limits, group_size = Sampling(16, temperature=0), [16, 1, 2, 16], len(said) // len(prompts)
+    greedy, limits, group_size = Sampling(8, temperature=0), [8, 1, 2, 8], len(said) // len(prompts)
+    # A least time step, as in Zamba2 and Nemotron-H, is left out by transformers' decode step, and rarely reached.
+    if any(getattr(part, "time_step_limit", (0,))[0] > 0 for part in policy.model.modules()):
+        return False
     try:
         with policy.autocast():
             decoder = make(policy, *padded(policy, prompts, "left"), group_size)

@@ -54,6 +54,7 @@ def test_rows_go_on_after_they_were_answered(load: Load, make: type[Decoder]) ->
     [
         ("lfm2", ApartDecoder, "prompts of different lengths prefilled apart"),
         ("rwkv", WholeDecoder, "without a cache"),
+        ("nemotron_h", WholeDecoder, "without a cache"),
     ],
 )
 def test_a_model_that_cannot_be_decoded_plainly_is_decoded_exactly(
