@@ -179,20 +179,19 @@ def hold_packed(part: nn.Module, unpack: Mapping[str, nn.Module]) -> None:
     part.forward = partial(_unpacked_again, part.forward)
 
 
-def _unpacked_again(forward: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+def _unpacked_again(forward: Callable[..., torch.Tensor], *args: Any, **named: Any) -> torch.Tensor:
+    def run(*args: Any) -> torch.Tensor:
+        # Some architectures look at a weight once for each expert.
+        with parametrize.cached():
+            return forward(*args, **named)
+
     # Autograd would hold the unpacked weights of every block until its backward pass.
-    if torch.is_grad_enabled() and any(getattr(part, "requires_grad", False) for part in args):
-        found: torch.Tensor = checkpoint(
-            _cached, forward, *args, use_reentrant=False, preserve_rng_state=False
-        )
+    if torch.is_grad_enabled() and any(
+        getattr(part, "requires_grad", False) for part in (*args, *named.values())
+    ):
+        found: torch.Tensor = checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
         return found
-    return _cached(forward, *args)
-
-
-def _cached(forward: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
-    # Some architectures look at a weight once for each expert.
-    with parametrize.cached():
-        return forward(*args)
+    return run(*args)
 
 
 def weights_read_directly(model: nn.Module) -> list[str]:
