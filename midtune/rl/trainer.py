@@ -42,7 +42,7 @@ from midtune.rl.algorithms import Advantages
 from midtune.rl.checks import check_trainable, compare_log_probs, frozen_checksums
 from midtune.rl.gradients import Bf16Gradients
 from midtune.rl.tail import completion_log_probs
-from midtune.rl.trust_region import divergence, measured_completions
+from midtune.rl.trust_region import divergence
 from midtune.rl.turns import figures_of, token_advantages, turns_of
 from midtune.rollout.sampling import Rollout, Sampler, Sampling
 from midtune.runs import checkpoints_in
@@ -337,30 +337,28 @@ class LayerGRPOTrainer(GRPOTrainer):
         self._piece["before"].copy_(torch.stack([log_probs, entropies], -1).detach())
         return log_probs, entropies
 
-    def teaches(self) -> bool:
-        """Whether any group of the step has advantages, in any process."""
-        found = sum(len(teaching(part)) for part in self._buffered_inputs or [])
-        return bool(self.accelerator.reduce(torch.tensor(found, device=self.policy.device), "sum") > 0)
+    def taught_tokens(self) -> int:
+        """How many scored tokens the step's groups that teach have, in all processes."""
+        found = torch.zeros((), dtype=torch.long, device=self.policy.device)
+        for part in self._buffered_inputs or []:
+            rollout = part["rollout"]
+            found += rollout.scored[rollout.rows_of(teaching(part))].sum()
+        return int(self.accelerator.reduce(found, "sum"))
 
-    def step_kl(self) -> float:
+    def step_kl(self, most: int) -> float:
         """KL of the policy before the optimizer's step from the policy now, on the groups that teach.
 
-        It is a share of their entropy before the step. Of long completions, only some of each group are measured.
+        It is a share of their entropy before the step, on the first `most` completions of each group.
         """
-        parts = [(part, prompts) for part in self._buffered_inputs or [] if len(prompts := teaching(part))]
         found = torch.zeros(2, dtype=torch.float64, device=self.policy.device)
-        tokens = found[0].clone()
-        for part, prompts in parts:
-            rollout = part["rollout"]
-            tokens += rollout.scored[rollout.rows_of(prompts)].sum()
-        most = measured_completions(self.num_generations, float(self.accelerator.reduce(tokens, "sum")))
-        for part, prompts in parts:
-            groups = part["rollout"].groups(prompts, most)
-            with torch.no_grad():
-                after, _ = self._scored_in_slices(groups)
-            log_probs, entropies = part["before"][part["rollout"].rows_of(prompts, most)].unbind(-1)
-            kl = divergence(log_probs, after, groups.scored)
-            found += torch.stack([kl, entropies.double().sum()])
+        for part in self._buffered_inputs or []:
+            if len(prompts := teaching(part)) > 0:
+                groups = part["rollout"].groups(prompts, most)
+                with torch.no_grad():
+                    after, _ = self._scored_in_slices(groups)
+                log_probs, entropies = part["before"][part["rollout"].rows_of(prompts, most)].unbind(-1)
+                kl = divergence(log_probs, after, groups.scored)
+                found += torch.stack([kl, entropies.double().sum()])
         kl, entropy = self.accelerator.reduce(found, "sum").tolist()
         return float(kl / max(entropy, 1e-9)) if math.isfinite(kl) else math.inf
 

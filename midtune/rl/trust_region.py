@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -115,11 +116,12 @@ class TrustRegion(TrainerCallback):
         scheduled = optimizer.param_groups[0]["lr"] / lr_scheduler.base_lrs[0]
         self.figures = {"lr": lr_scheduler.get_last_lr()[0]}
         target = TARGET * scheduled**2
-        if trainer.accelerator.optimizer_step_was_skipped or target == 0 or not trainer.teaches():
+        if trainer.accelerator.optimizer_step_was_skipped or target == 0:
             return
-        length, kl, change = fitted_step(
-            self._parameters(), before, target, trainer.step_kl(), trainer.step_kl
-        )
+        if (tokens := trainer.taught_tokens()) == 0:
+            return
+        measure = partial(trainer.step_kl, measured_completions(trainer.num_generations, tokens))
+        length, kl, change = fitted_step(self._parameters(), before, target, measure(), measure)
         lr_scheduler.base_lrs = [rate * change for rate in lr_scheduler.base_lrs]
         self.figures = {"lr": self.figures["lr"] * length, "step_kl": kl}
 

@@ -156,9 +156,10 @@ WANTED = [
     ),
     # With training.lr=auto.
     Read(
-        "rl/trainer.py:LayerGRPOTrainer.teaches", "return bool(", "without advantages there is no step to fit"
+        "rl/trainer.py:LayerGRPOTrainer.taught_tokens",
+        "return int(",
+        "without advantages there is no step to fit, and long completions are not all measured",
     ),
-    Read("rl/trainer.py:LayerGRPOTrainer.step_kl", "float(", "long completions are not all measured"),
     Read("rl/trainer.py:LayerGRPOTrainer.step_kl", ".tolist()", "the rate follows how far the step went"),
     Read(
         "rl/trust_region.py:TrustRegion.on_pre_optimizer_step.<locals>.<genexpr>",
