@@ -15,21 +15,18 @@ FORMS = {
     "hf": "unquantized",
     "gguf": "GGUF",
 }
-_TRANSFORMERS = """{install}```python
+_TRANSFORMERS = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 
-`vllm serve {name}` serves it{plugin}."""
+`vllm serve {name}` serves it"""
 _HOW = {
-    "hf": _TRANSFORMERS.replace("{install}", "").replace("{plugin}", ""),
-    "nf4": _TRANSFORMERS.replace(
-        "{install}", "```bash\npip install transformers bitsandbytes\n```\n\n"
-    ).replace(
-        "{plugin}", ", from vLLM 0.28 on with `pip install vllm-bnb-plugin` and in bfloat16 or float16"
-    ),
+    "hf": f"{_TRANSFORMERS}.",
+    "nf4": f"```bash\npip install transformers bitsandbytes\n```\n\n{_TRANSFORMERS}, from vLLM 0.28 on with "
+    "`pip install vllm-bnb-plugin` and in bfloat16 or float16.",
     "gguf": "```bash\nllama-server -m {name}\n```\n\nAnything else that is built on llama.cpp loads it too.",
     "patch": "The patch belongs to the base model above, which it needs beside it.\n\n```bash\npip install midtune\n"
     "{fetch}midtune eval {here}\nmidtune merge {here} --out merged\n```",
