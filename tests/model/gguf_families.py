@@ -18,7 +18,6 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 
 from tests.model import toy_gguf
-from tests.model.toy_gguf import TEMPLATE
 
 # Gemma's tokenizer adds the last one where it is missing.
 TOKENS = [*toy_gguf.TOKENS, *(f"<{number}>" for number in range(48)), "<mask>"]
@@ -167,16 +166,7 @@ def _write(path: Path, family: str, tensors: dict[str, Any]) -> None:
             file.add_float32(f"{arch}.{key}", value)
         elif value is not None:
             file.add_uint32(f"{arch}.{key}", value)
-    file.add_tokenizer_model("gpt2")
-    file.add_token_list(TOKENS)
-    kinds = gguf.TokenType
-    file.add_token_types([kinds.CONTROL] * 3 + [kinds.NORMAL] * (len(TOKENS) - 3))
-    file.add_token_merges(["a b", "c d"])
-    file.add_bos_token_id(1)
-    file.add_eos_token_id(2)
-    file.add_unk_token_id(0)
-    file.add_pad_token_id(2)
-    file.add_chat_template(TEMPLATE)
+    toy_gguf.add_tokenizer(file, TOKENS)
     for name, values in tensors.items():
         file.add_tensor(name, values)
     file.write_header_to_file()

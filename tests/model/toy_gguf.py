@@ -39,18 +39,9 @@ def write(
     file.add_rope_freq_base(10000.0)
     file.add_rope_dimension_count(8)
     file.add_vocab_size(len(TOKENS))
-    file.add_tokenizer_model("gpt2")
-    file.add_token_list(TOKENS)
-    kinds = gguf.TokenType
-    file.add_token_types([kinds.CONTROL] * 3 + [kinds.NORMAL] * (len(TOKENS) - 3))
-    file.add_token_merges(["a b", "c d"])
-    file.add_bos_token_id(1)
-    file.add_eos_token_id(2)
-    file.add_unk_token_id(0)
-    file.add_pad_token_id(2)
+    add_tokenizer(file, TOKENS)
     if eot is not None:
         file.add_eot_token_id(eot)
-    file.add_chat_template(TEMPLATE)
     shapes = {"token_embd": (len(TOKENS), 16), "output_norm": (16,), "output": (len(TOKENS), 16)}
     for block in range(2):
         shapes |= {f"blk.{block}.{norm}": (16,) for norm in ("attn_norm", "ffn_norm")}
@@ -72,3 +63,17 @@ def write(
     file.write_tensors_to_file()
     file.close()
     return path
+
+
+def add_tokenizer(file: gguf.GGUFWriter, tokens: list[str]) -> None:
+    """Give a file a tokenizer of these tokens, the first three of them special, and a chat template."""
+    file.add_tokenizer_model("gpt2")
+    file.add_token_list(tokens)
+    kinds = gguf.TokenType
+    file.add_token_types([kinds.CONTROL] * 3 + [kinds.NORMAL] * (len(tokens) - 3))
+    file.add_token_merges(["a b", "c d"])
+    file.add_bos_token_id(1)
+    file.add_eos_token_id(2)
+    file.add_unk_token_id(0)
+    file.add_pad_token_id(2)
+    file.add_chat_template(TEMPLATE)
