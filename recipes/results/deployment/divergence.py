@@ -23,12 +23,14 @@ from midtune.report.terminal import Terminal
 from midtune.rl.training import sampling_of
 from midtune.stages.opening import Opened
 
+TOKENS = rounding.TOKENS
+
 
 def opened(config: RunConfig, way: str) -> tuple[Opened, Policy]:
     """The policy that a way gives, and what it was opened from; `none` is unquantized."""
     head, _, keep = way.partition("+")
     kind, _, tokens = head.partition("@")
-    rounding.TOKENS = int(tokens or rounding.TOKENS)
+    rounding.TOKENS = int(tokens or TOKENS)
     if kind != "none":
         config = with_settings(config, {"model.rounding": kind})
     found = Opened(config, Terminal(quiet=True))
