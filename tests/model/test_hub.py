@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import zipfile
 from collections.abc import Callable
@@ -170,3 +171,21 @@ def use_index(
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))
     return model
+
+
+def test_download_size_passes_over_folders_that_pip_removes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here.whl").write_bytes(b"123")
+    (tmp_path / "pip-unpack").mkdir()
+    (tmp_path / "pip-unpack" / "part").write_bytes(b"45")
+    assert hub._size_bytes(tmp_path) == 5
+    scandir = os.scandir
+
+    def gone(path: Any) -> Any:
+        if Path(path).name == "pip-unpack":
+            raise FileNotFoundError(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", gone)
+    assert hub._size_bytes(tmp_path) == 3
