@@ -44,22 +44,14 @@ def estimated(
     loaded; on a CPU peaks include it.
     """
     policy = sampler.policy
-    training = config.training
-    batch = Batch(
-        training.prompts_per_step,
-        training.group_size,
-        statistics.fmean(sampler.prompt_lengths(task.train[:64])),
-        # In episodes, this includes what the environment showed.
-        statistics.fmean(step["completion_length"] + step.get("shown_length", 0) for step in steps),
-    )
+    batch, mean = mean_step(config, sampler, task, steps)
     planner = planner_for(policy, policy.trained, process_bytes)
     # Without a KL term, groups of equal rewards are left out of the update.
-    updated = 1.0 if training.beta > 0 else 1 - statistics.fmean(step["equal_groups"] for step in steps)
+    updated = (
+        1.0 if config.training.beta > 0 else 1 - statistics.fmean(step["equal_groups"] for step in steps)
+    )
     kind = tail_kind(policy, policy.trained[0])
     phases = estimated_phases(arm, planner.sizes, batch, config, policy.trained, measured, updated, kind)
-    mean = Work(config, math.ceil(batch.prompt_tokens)).changed(
-        {"training.max_new_tokens": max(math.ceil(batch.new_tokens), 2)}
-    )
     found: dict[str, Any] = {"step": sum(phases.values()), "phases": phases, "peak": None, "note": ""}
     found["libraries"] = planner.process
     try:
@@ -68,6 +60,51 @@ def estimated(
         # The run is done, and its report has the rest.
         found["note"] = sentence(str(error))
     return found
+
+
+def mean_step(
+    config: RunConfig, sampler: Sampler, task: Task, steps: Sequence[Mapping[str, Any]]
+) -> tuple[Batch, Work]:
+    """The mean step of a run, in tokens as they were, and as a step to plan memory for."""
+    batch = Batch(
+        config.training.prompts_per_step,
+        config.training.group_size,
+        statistics.fmean(sampler.prompt_lengths(task.train[:64])),
+        # In episodes, this includes what the environment showed.
+        statistics.fmean(step["completion_length"] + step.get("shown_length", 0) for step in steps),
+    )
+    changes = {"training.max_new_tokens": max(math.ceil(batch.new_tokens), 2)}
+    return batch, Work(config, math.ceil(batch.prompt_tokens)).changed(changes)
+
+
+def one_more_block(
+    config: RunConfig,
+    sampler: Sampler,
+    task: Task,
+    steps: Sequence[Mapping[str, Any]],
+    *,
+    measured: Mapping[str, float],
+) -> dict[str, Any] | None:
+    """What one more block would cost on a run's steps: its number, further seconds of a `step` and bytes of the `peak`.
+
+    It is the block below the first trained one, which makes the tail longer, or without one that above the last. None
+    if all are trained, or the architecture cannot run on tensors without data. For the others see `estimated`.
+    """
+    policy = sampler.policy
+    blocks = sorted(policy.trained)
+    block = blocks[0] - 1 if blocks[0] > 0 else blocks[-1] + 1
+    if block == policy.num_blocks:
+        return None
+    wider = sorted([*blocks, block])
+    batch, mean = mean_step(config, sampler, task, steps)
+    before, after = (planner_for(policy, own, 0) for own in (blocks, wider))
+    kind = tail_kind(policy, wider[0])
+    flops = partial(_update_flops, "midtune", before.sizes, batch, config, kind=kind)
+    try:
+        more = peak(after.phases("midtune", mean))[1] - peak(before.phases("midtune", mean))[1]
+    except MidtuneError:
+        return None
+    return {"block": block, "step": measured["update"] * (flops(wider) / flops(blocks) - 1), "peak": more}
 
 
 def estimated_phases(
@@ -86,20 +123,28 @@ def estimated_phases(
     per completion. Dequantizing a 4-bit layer for each product is not counted either. `updated_share` is the fraction
     of groups in midtune's update of `blocks`, which may skip groups of equal rewards; `kind` is that of its tail.
     """
-    flops = partial(
-        update_flops,
-        sizes,
-        batch,
-        tail=sizes.blocks - blocks[0],
-        trained=len(blocks),
-        recompute=config.training.recompute,
-        reference=config.training.beta > 0,
-        checked=config.training.lr == "auto",
-        kind=kind,
-    )
+    flops = partial(_update_flops, sizes=sizes, batch=batch, config=config, blocks=blocks, kind=kind)
     ratio = flops(arm) / (flops("midtune") * max(updated_share, 1 / batch.prompts))
     return {
         "rollout": measured["rollout"],
         "reward": measured["reward"],
         "update": measured["update"] * ratio,
     }
+
+
+def _update_flops(
+    arm: str, sizes: Sizes, batch: Batch, config: RunConfig, blocks: Sequence[int], kind: str
+) -> float:
+    """Operations of an arm's update in a step of the configuration; `kind` is that of midtune's tail."""
+    training = config.training
+    return update_flops(
+        sizes,
+        batch,
+        arm,
+        tail=sizes.blocks - blocks[0],
+        trained=len(blocks),
+        recompute=training.recompute,
+        reference=training.beta > 0,
+        checked=training.lr == "auto",
+        kind=kind,
+    )

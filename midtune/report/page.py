@@ -25,7 +25,7 @@ from midtune.report.formats import (
 )
 from midtune.report.plots import smoothed, smoothing_width
 from midtune.report.summary import COMPARED, PHASES, are_fractions, score_kinds
-from midtune.report.tables import MEMORY_SOURCES, held_bytes
+from midtune.report.tables import MEMORY_SOURCES, held_bytes, more_text
 
 GENERATOR = '<meta name="generator" content="midtune">'
 # Prefixes of report.json's keys for what midtune is compared with.
@@ -108,7 +108,16 @@ def _rendered(template: str, **values: Any) -> str:
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    functions = (bytes_text, line_style, numbers_text, saving_text, seconds_text, smoothing_width, speed_text)
+    functions = (
+        bytes_text,
+        line_style,
+        more_text,
+        numbers_text,
+        saving_text,
+        seconds_text,
+        smoothing_width,
+        speed_text,
+    )
     values |= {function.__name__: function for function in (*functions, total_text)}
     values |= {"generator": GENERATOR, "phases": PHASES}
     return environment.get_template(f"{template}.html.jinja").render(**values)

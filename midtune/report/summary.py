@@ -40,6 +40,7 @@ def build(
     seed: int,
     notes: Sequence[str] = (),
     scoring: Mapping[str, Any] | None = None,
+    one_more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Build report.json: what a run gained and saved, in bytes, seconds and fractions.
 
@@ -56,6 +57,7 @@ def build(
         probe: how the blocks were chosen, for people.
         scoring: the `problems` scored, the `planned_share` of the run, and whether scores of the base were `kept` from
             an earlier run: of the model as `trained`, and `unquantized`.
+        one_more: the `block` that could be trained too, and its further seconds of a `step` and bytes of the `peak`.
     """
     compared_step = time["step"] if time["compared_step"] is None else time["compared_step"]
     phases = phase_peaks(steps)
@@ -102,6 +104,7 @@ def build(
         "seed": seed,
         "notes": list(notes),
         "scoring": scoring,
+        "one_more_block": one_more,
     }
 
 

@@ -18,6 +18,7 @@ from midtune.report.formats import (
     percent_text,
     saving_text,
     seconds_text,
+    share_text,
     speed_text,
     with_interval,
 )
@@ -73,6 +74,18 @@ def held_bytes(memory: Mapping[str, Any], arm: str = "") -> int | None:
     return None if peak is None else peak - (memory.get(f"{arm}libraries") or 0)
 
 
+def more_text(report: Mapping[str, Any]) -> str:
+    """What one more block would have cost; empty if that is not known."""
+    more, held = report.get("one_more_block"), held_bytes(report["memory"])
+    if not more or not held:
+        return ""
+    shares = [share_text(more["step"], report["time"]["step"]), share_text(more["peak"], held)]
+    return (
+        f"With block {more['block']} too, a step would take {seconds_text(more['step'])} ({shares[0]}) and "
+        f"{bytes_text(more['peak'])} ({shares[1]}) more, estimated."
+    )
+
+
 def _quality(report: Mapping[str, Any]) -> Iterable[RenderableType]:
     shown = score_kinds(report)
     fractions = are_fractions(shown)
@@ -107,5 +120,7 @@ def _savings(report: Mapping[str, Any]) -> Iterable[RenderableType]:
     libraries = memory.get("libraries")
     above = f", above the {bytes_text(libraries)} before the model was loaded" if libraries else ""
     yield f"Peak memory is that of the {MEMORY_SOURCES[memory['source']]}{above}."
+    if more := more_text(report):
+        yield more
     if (here := finite(time.get("compared_tokens"))) and (there := finite(time.get("full_tokens"))):
         yield f"First prompts: completions of {here:.1f} tokens here, of {there:.1f} in full training."

@@ -198,7 +198,14 @@ def _open(config: RunConfig, folder: RunFolder, terminal: Terminal) -> Training:
     choice = choose_blocks(config.blocks, policy, task, terminal)
     # Named, so that the saved configuration repeats this run.
     layers = ",".join(map(str, choice.blocks))
-    named = {"blocks.layers": layers, "blocks.top_k": len(choice.blocks), "blocks.probe": None}
+    named: dict[str, Any] = {
+        "blocks.layers": layers,
+        "blocks.top_k": len(choice.blocks),
+        "blocks.probe": None,
+    }
+    if task.game is not None:
+        # What an episode begins with is known when it begins.
+        named["training.prompts"] = "uniform"
     config = with_settings(config, named)
     sampler = opened.sampler(policy)
     # On a CPU memory is the whole machine's, and the system's to share out.
@@ -307,13 +314,14 @@ def _report(
     training: Training, before: Evaluation, after: Evaluation, peak_bytes: int, patch_bytes: int
 ) -> dict[str, Any]:
     """Build report.json. The model is released before another one is loaded."""
-    from midtune.planning.estimate import estimated
+    from midtune.planning.estimate import estimated, one_more_block
 
     folder, policy, opened = training.folder, training.policy, training.opened
     config, terminal, several = _share(opened.config), opened.terminal, processes.count()
     steps = folder.read_metrics()
     measured = config.evaluation.baseline == "measured"
     time = summary.step_times(steps, repeated=FULL_STEPS if measured else 0)
+    phases = time.get("compared_phases") or time
     estimates = {
         arm: estimated(
             arm,
@@ -321,11 +329,12 @@ def _report(
             training.sampler,
             opened.task,
             steps,
-            measured=time.get("compared_phases") or time,
+            measured=phases,
             process_bytes=training.process_bytes,
         )
         for arm in (["trl-qlora"] if measured else ["trl-full", "trl-qlora"])
     }
+    more = one_more_block(config, training.sampler, opened.task, steps, measured=phases)
     trainable = sum(p.numel() for p in policy.trained_parameters().values())
     total, stored_quantized = policy.total_parameters, policy.stored_quantized
     slower = tail_note(policy)
@@ -381,6 +390,7 @@ def _report(
             *[SHARED.format(several)] * (several > 1),
             *[KEPT] * any(kept.values()),
         ],
+        one_more=more,
         scoring={"problems": len(before.greedy), "planned_share": training.scoring.share, "kept": kept},
     )
 

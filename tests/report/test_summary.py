@@ -91,6 +91,7 @@ def test_schema_1() -> None:
         "seed": 7,
         "notes": [],
         "scoring": None,
+        "one_more_block": None,
     }
 
 

@@ -54,6 +54,7 @@ REPORT: dict[str, Any] = {
     "patch_bytes": 14160384,
     "probe": "the geometric middle",
     "seed": 0,
+    "one_more_block": {"block": 14, "step": 0.25, "peak": 60 * 2**20},
 }
 
 
@@ -88,6 +89,8 @@ def test_report_on_80_columns() -> None:
         "  update                  3.06 s",
         "peak memory             1.17 GiB  3.00 GiB, measured     61% less",
         "Peak memory is that of the CUDA tensors.",
+        "With block 14 too, a step would take 0.25 s (3%) and 60.0 MiB (5%) more,",
+        "estimated.",
         "",
         "3,540,096 of 134,515,008 parameters trained (2.6%), a patch of 13.5 MiB.",
         "Choice of blocks: the geometric middle.",
@@ -125,6 +128,7 @@ def test_unknown_and_unbounded_figures() -> None:
                     "blocks": [3, 4],
                     "time": {**REPORT["time"], "full_step": None, "full_source": None, "speedup": None},
                     "memory": {**REPORT["memory"], "saving": -0.05},
+                    "one_more_block": None,
                 }
             ),
             encoding="ascii",

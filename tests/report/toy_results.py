@@ -36,6 +36,7 @@ def report() -> dict[str, Any]:
         },
         **{"trainable_parameters": 1_234_567_890, "total_parameters": 123_456_789_012},
         **{"patch_bytes": 12 * 2**30, "probe": f"the ranking of {RUN} (race)", "seed": 2**31},
+        "one_more_block": {"block": 9, "step": DAY, "peak": 12 * 2**30},
         "notes": ["In steps 11 to 20 all completions of each prompt got equal rewards."],
     }
 

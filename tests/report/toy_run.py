@@ -45,6 +45,7 @@ def toy_report(**changes: Any) -> dict[str, Any]:
         "probe": "the ranking of runs/probe (sweep)",
         "seed": 7,
         "notes": [],
+        "one_more_block": {"block": 1, "step": 0.5, "peak": 2**25},
         **changes,
     }
 
