@@ -121,8 +121,9 @@ def _advice(plan: Mapping[str, Any]) -> Iterable[str]:
         yield "`midtune train` finds that by itself on a card, from the memory that is free."
     yield from plan["notes"]
     if largest is not None:
+        prompts = f"{largest['prompts']} prompt{'s' * (largest['prompts'] != 1)}"
         yield (
-            f"With these settings about {largest['prompts']} prompts could go through an update together, or a group "
+            f"With these settings about {prompts} could go through an update together, or a group "
             f"could have {largest['group_size']:,} completions, or a completion {largest['new_tokens']:,} tokens."
         )
     yield (
