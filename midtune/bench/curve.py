@@ -22,6 +22,7 @@ class Curve:
         score: a policy, and whether it is an untouched base → its scores by problem.
         samples: completions of a step.
         target: the score at which the arm may end; None: after the last step.
+        on_point: receives each point when it is there.
 
     Attributes:
         points: the `step`, the `seconds` of training and the `samples` drawn until then, and the score's interval.
@@ -34,6 +35,7 @@ class Curve:
     every: int
     samples: int
     target: float | None = None
+    on_point: Callable[[dict[str, Any]], None] = lambda point: None
     points: list[dict[str, Any]] = field(default_factory=list)
     peak: int = 0
     seconds: float = 0.0
@@ -65,6 +67,7 @@ class Curve:
         model.train(training)
         drawn = step * self.samples
         self.points.append({"step": step, "seconds": self.seconds, "samples": drawn, **asdict(found)})
+        self.on_point(self.points[-1])
         # Memory that scoring left behind does not count.
         give_back()
         self.meter.reset_peak()

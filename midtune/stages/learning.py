@@ -18,11 +18,12 @@ from midtune.device import compute_dtype, resolve_device
 from midtune.errors import InputError, MidtuneError
 from midtune.model.configs import read_config
 from midtune.probe.selection import middle, parse_layers
+from midtune.report.formats import interval_texts, seconds_text, with_interval
 from midtune.report.plots import clock_curve
 from midtune.report.terminal import Terminal
 from midtune.runs import RunFolder, describe_environment
 from midtune.stages.opening import Opened
-from midtune.stages.subprocess_job import in_own_process
+from midtune.stages.subprocess_job import in_own_process, say
 
 SPAN = "midtune-span"
 # Between neighbouring learning rates; and rates to start from where the configuration has none: of blocks or adapters,
@@ -191,7 +192,13 @@ def _learned(folder: RunFolder, name: str, job: dict[str, Any], terminal: Termin
             return known
     terminal.message(f"{name}: training")
     entry = f"{__name__}:{learn_alone.__name__}"
-    found = in_own_process(entry, job, what=f"the run {name}", instead="leave its arm out with --arms")
+    found = in_own_process(
+        entry,
+        job,
+        what=f"the run {name}",
+        instead="leave its arm out with --arms",
+        on_message=lambda text: terminal.message(f"{name}: {text}"),
+    )
     folder.write_json(file, {**found, "job": job})
     return found
 
@@ -224,6 +231,11 @@ def learn_alone(
     # An arm without a signal goes on like the others.
     changes = {"lr": lr, "report_to": "none", "stop_after_equal_rewards": 0}
     training = settings.training.model_copy(update=changes)
+
+    def point(found: dict[str, Any]) -> None:
+        score = with_interval(*interval_texts(found, fractions=True))
+        say(f"{score} after {found['step']} of {training.steps} steps, {seconds_text(found['seconds'])}")
+
     drawn = training.prompts_per_step * training.group_size
     found = learn(
         "midtune" if arm == SPAN else arm,
@@ -232,7 +244,7 @@ def learn_alone(
         task.reward,
         training,
         blocks,
-        Curve(score, Meter(device), training.steps, every, drawn, target),
+        Curve(score, Meter(device), training.steps, every, drawn, target, point),
         device=device,
         quantize=settings.model.quantize,
         seed=settings.seed,

@@ -7,6 +7,8 @@ import json
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +18,56 @@ from midtune.errors import MidtuneError
 FULL_STEPS = 2
 
 
-def in_own_process(job: str, arguments: dict[str, Any], *, what: str, instead: str) -> dict[str, Any]:
+# What a job prints after this is for people, at once.
+_SAID = "midtune says: "
+
+
+def say(text: str) -> None:
+    """In a job: tell people how far it is."""
+    print(_SAID + text, flush=True)
+
+
+def in_own_process(
+    job: str,
+    arguments: dict[str, Any],
+    *,
+    what: str,
+    instead: str,
+    on_message: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
     """Call the function `job` (`module:name`) in a fresh process; arguments and result must be JSON.
 
-    Raises MidtuneError if `what` failed, with the last line of output and the suggestion `instead`.
+    `on_message` receives what the job has to `say`. Raises MidtuneError if `what` failed, with the last line of output
+    and the suggestion `instead`.
     """
-    finished = subprocess.run(
-        [sys.executable, "-P", "-W", "ignore", "-m", __name__, job],
-        input=json.dumps(arguments),
-        capture_output=True,
-        text=True,
-    )
-    if finished.returncode == -signal.SIGKILL:
+    command = [sys.executable, "-P", "-W", "ignore", "-m", __name__, job]
+    last = ""
+    with (
+        tempfile.TemporaryFile("w+") as complaints,
+        tempfile.TemporaryFile("w+") as asked,
+    ):
+        json.dump(arguments, asked)
+        asked.seek(0)
+        with subprocess.Popen(
+            command, stdin=asked, stdout=subprocess.PIPE, stderr=complaints, text=True
+        ) as child:
+            try:
+                for line in child.stdout or ():
+                    if not line.startswith(_SAID):
+                        last = line
+                    elif on_message is not None:
+                        on_message(line.removeprefix(_SAID).rstrip())
+                child.wait()
+            except BaseException:
+                child.kill()
+                raise
+        complaints.seek(0)
+        words = complaints.read().strip().splitlines()
+    if child.returncode == -signal.SIGKILL:
         raise MidtuneError(f"{what} failed (it was killed, most likely because memory ran out); {instead}.")
-    if finished.returncode != 0:
-        words = finished.stderr.strip().splitlines()
-        raise MidtuneError(f"{what} failed ({words[-1][:200] if words else finished.returncode}); {instead}.")
-    result: dict[str, Any] = json.loads(finished.stdout.strip().splitlines()[-1])
+    if child.returncode != 0:
+        raise MidtuneError(f"{what} failed ({words[-1][:200] if words else child.returncode}); {instead}.")
+    result: dict[str, Any] = json.loads(last)
     return result
 
 

@@ -32,7 +32,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Runs are done here, as a process of their own would; the list names them."""
     done: list[str] = []
 
-    def call(job: str, arguments: dict[str, Any], **said: str) -> dict[str, Any]:
+    def call(job: str, arguments: dict[str, Any], **said: Any) -> dict[str, Any]:
         done.append(said["what"])
         arguments = json.loads(json.dumps(arguments))
         return json.loads(json.dumps(learning.learn_alone(**arguments)))  # type: ignore[no-any-return]
@@ -42,7 +42,11 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_arms_are_trained_scored_and_compared(
-    configured: Configured, in_this_process: list[str], tmp_path: Path, terminal: Terminal
+    configured: Configured,
+    in_this_process: list[str],
+    tmp_path: Path,
+    terminal: Terminal,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     config = configured(blocks__top_k=2, blocks__layers=None, probe__full_lr=1e-3)
     found = go(config, tmp_path / "until", terminal)
@@ -52,6 +56,7 @@ def test_arms_are_trained_scored_and_compared(
     assert (tmp_path / "until/learning.svg").read_text().startswith("<?xml")
     arms = {arm["arm"]: arm for arm in found["arms"]}
     assert [*arms] == ["midtune", "midtune-span", "trl-full", "trl-block", "trl-qlora"]
+    assert "midtune says: 0.0% (0 to 32) after 0 of 2 steps, 0 ms" in capsys.readouterr().out
     assert [arm["blocks"] for arm in arms.values()] == [[1], [1, 2], [], [1], []]
     assert [arm["lr"] for arm in arms.values()] == [1e-2, 1e-2, 1e-3, 1e-2, 1e-2]
     for arm in arms.values():
@@ -165,7 +170,7 @@ def test_bad_input(
 def test_an_arm_that_fails_does_not_cost_the_others(
     configured: Configured, tmp_path: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def call(job: str, arguments: dict[str, Any], **said: str) -> dict[str, Any]:
+    def call(job: str, arguments: dict[str, Any], **said: Any) -> dict[str, Any]:
         if arguments["arm"] == "trl-full":
             raise MidtuneError(f"{said['what']} failed (no memory); {said['instead']}.")
         return {

@@ -10,6 +10,13 @@ from midtune.stages.subprocess_job import in_own_process
 
 JOBS = """
 import os, signal
+from midtune.stages.subprocess_job import say
+
+def speak():
+    say("a third")
+    print("a word of a library")
+    say("two thirds")
+    return {"said": 2}
 
 def add(a, b):
     print("a word of a library")
@@ -34,6 +41,13 @@ def test_a_function_is_called_in_another_process() -> None:
     found = in_own_process("jobs:add", {"a": "é" * 200_000, "b": "ü"}, what="x", instead="y")
     assert found["sum"] == "é" * 200_000 + "ü"
     assert found["process"] != os.getpid()
+
+
+def test_what_a_job_says_is_passed_on() -> None:
+    said: list[str] = []
+    assert in_own_process("jobs:speak", {}, what="x", instead="y", on_message=said.append) == {"said": 2}
+    assert said == ["a third", "two thirds"]
+    assert in_own_process("jobs:speak", {}, what="x", instead="y") == {"said": 2}
 
 
 @pytest.mark.parametrize(
