@@ -22,6 +22,7 @@ from midtune.device import cuda_devices
 from midtune.errors import InputError
 from midtune.measure.meter import Meter
 from midtune.model.memory import give_back
+from midtune.probe.selection import parse_layers
 from midtune.report.terminal import Terminal
 from midtune.rl.scoring import score_rows
 from midtune.rl.trainer import load_trained
@@ -42,7 +43,7 @@ class Trial:
     """A short run and its scores; a line of trials.jsonl.
 
     Attributes:
-        trained: a block's number, `full`, or `base` for the scores before training.
+        trained: a block's number, several as `13-15`, `full`, or `base` for the scores before training.
         greedy, sampled: [N] scores by problem; `sampled` is the mean over samples, None if none are drawn.
         step_s: median seconds of a step.
         train_s, score_s: seconds that this record cost.
@@ -225,7 +226,8 @@ class Runner:
                 if trained == "full":
                     self.policy.thaw_all()
                 else:
-                    self.policy.thaw(int(trained))
+                    for block in parse_layers(str(trained), self.policy.num_blocks):
+                        self.policy.thaw(block)
                 found = self._scored(job.key, *self._train(job, own, folder))
                 # A race may train it for more steps.
                 if self.config.probe.method != "race":
@@ -249,7 +251,9 @@ class Runner:
             return statistics.median(seconds or earlier.values()), earlier_s
         training = self.config.training
         lr = (self.config.probe.full_lr if trained == "full" else None) or training.lr
-        settings = training.model_copy(update={"report_to": "none", "lr": lr})
+        # All trials get the same prompts.
+        changes = {"report_to": "none", "lr": lr, "prompts": "uniform"}
+        settings = training.model_copy(update=changes)
         # Episodes are tied to their environments and cannot be shared.
         alone = checkpoint is not None or self.policy.quantized or self.task.game is not None
         started = time.perf_counter()
