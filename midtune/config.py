@@ -32,6 +32,8 @@ BUNDLED_RECIPE = Path(__file__).parent / "assets" / BUNDLED_MODEL / "recipe.yaml
 PLANNED_CARD, PLANNED_PROMPT_TOKENS = "24GB", 512
 # Problems held out by default.
 MOST_HELD_OUT = 300
+# Prompts that a step chooses among, for each one that it trains on.
+CANDIDATES = 8
 # Built-in rewards: those that judge an answer, and those that shape a completion regardless of it.
 JUDGES = ("exact", "numeric", "math", "verifier", "code", "code-all")
 SHAPING = ("format", "length", "repetition")
@@ -243,6 +245,10 @@ class TrainingConfig(Part):
     prompts_per_step: int = described(
         8, "different prompts a step; the study: 128", ge=1, le=MOST_COMPLETIONS
     )
+    prompts: Literal["uniform", "auto"] = described(
+        "uniform",
+        "train on each prompt in turn, or on those whose completions are likely to differ in reward",
+    )
     group_size: int = described(4, "completions per prompt", le=MOST_COMPLETIONS)
     max_new_tokens: int = described(512, "longest completion; the study: 3,072", ge=1, le=MOST_TOKENS)
     temperature: float = described(1.0, "sampling temperature of training", gt=0, le=100)
@@ -284,6 +290,11 @@ class TrainingConfig(Part):
         10, "stop when no group had unequal rewards for this many first steps; 0: never", ge=0, le=MOST_STEPS
     )
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = described("none", "also log to a tracker")
+
+    @property
+    def candidates(self) -> int:
+        """Among how many prompts a step chooses."""
+        return self.prompts_per_step * (CANDIDATES if self.prompts == "auto" else 1)
 
     _addresses = field_validator("vllm", mode="before")(separated)
 

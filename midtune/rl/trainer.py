@@ -41,6 +41,7 @@ from midtune.rl.advantages import Values
 from midtune.rl.algorithms import Advantages
 from midtune.rl.checks import check_trainable, compare_log_probs, frozen_checksums
 from midtune.rl.gradients import Bf16Gradients
+from midtune.rl.prompts import PromptChooser
 from midtune.rl.tail import completion_log_probs
 from midtune.rl.trust_region import divergence
 from midtune.rl.turns import figures_of, token_advantages, turns_of
@@ -48,7 +49,7 @@ from midtune.rollout.sampling import Rollout, Sampler, Sampling
 from midtune.runs import checkpoints_in
 from midtune.whole import written_whole
 
-TRAINED_TENSORS = "trained.safetensors"
+TRAINED_TENSORS, KNOWN_PROMPTS = "trained.safetensors", "prompts.safetensors"
 # Initial loss scale in fp16, where single tokens' gradients would vanish. It halves when gradients overflow, which
 # wastes a rollout, and doubles after this many steps without an overflow.
 FIRST_LOSS_SCALE, SCALE_GROWS_AFTER = 2.0**12, 200
@@ -105,6 +106,7 @@ class LayerGRPOTrainer(GRPOTrainer):
         self.tail_arguments = tail_arguments or {}
         self.meter = meter
         self.own_advantages = advantages
+        self.chooser: PromptChooser | None = None
         self.bf16_gradients = bf16_gradients
         self.environments: list[Any] | None
         # The current groups: TRL's inputs, and their `rollout`.
@@ -238,8 +240,14 @@ class LayerGRPOTrainer(GRPOTrainer):
         if self._buffered_inputs is None or self._step % (parts * self.num_iterations) == 0:
             # TRL would reset environments it knows of.
             self.environments = None
+            if self.chooser is not None:
+                with self.meter.phase("rollout"):
+                    chosen = self.chooser.choose(self.state.global_step)
+                generation_batch = [row for row in chosen for _ in range(self.num_generations)]
             batch = self._generate_and_score_completions(self.sampler.begin(generation_batch))
             rollout = batch["rollout"] = self._piece["rollout"]
+            if self.chooser is not None:
+                self.chooser.learn(torch.from_numpy(self._rewards).reshape(-1, self.num_generations))
             for name, value in figures_of(rollout.episodes).items():
                 self._metrics["train"][name].append(self._mean(value))
             # TRL's figure also counts completions that a stop string ended.
@@ -430,6 +438,8 @@ class LayerGRPOTrainer(GRPOTrainer):
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: p.detach().contiguous() for name, p in self.policy.trained_parameters().items()}
         save_file(tensors, folder / TRAINED_TENSORS)
+        if self.chooser is not None:
+            save_file(self.chooser.state(), folder / KNOWN_PROMPTS)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         # All processes draw the same numbers, and each keeps its own.
@@ -449,6 +459,8 @@ class LayerGRPOTrainer(GRPOTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_trained(self.policy, Path(resume_from_checkpoint))
+        if self.chooser is not None:
+            self.chooser.load(load_file(Path(resume_from_checkpoint) / KNOWN_PROMPTS))
 
 
 class OneProcess(GRPOConfig):

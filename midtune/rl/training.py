@@ -9,9 +9,10 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from datasets import Dataset
 from transformers import PrinterCallback
 from trl import GRPOConfig
 
@@ -22,6 +23,7 @@ from midtune.measure.meter import Meter
 from midtune.rl.algorithms import algorithm_arguments, groups_per_micro_batch, own_advantages
 from midtune.rl.checks import check_trainable
 from midtune.rl.gradients import Bf16Gradients
+from midtune.rl.prompts import PromptChooser
 from midtune.rl.recorder import StepRecorder
 from midtune.rl.tail import tail_note, tail_settings
 from midtune.rl.trainer import LayerGRPOTrainer
@@ -32,6 +34,7 @@ from midtune.tasks import Reward, Row, parts_of
 
 # Settings that TRL gives the same name.
 SAME_NAME = "temperature top_p top_k min_p beta warmup_steps weight_decay max_grad_norm".split()
+T = TypeVar("T")
 OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit"}
 
 logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
@@ -121,6 +124,15 @@ def train_blocks(
     )
     trainer.remove_callback(PrinterCallback)
     recorder.trainer = trainer
+    if settings.prompts == "auto":
+        order = in_order(range(len(rows)), settings.steps * settings.candidates, seed)
+        trainer.chooser = PromptChooser(
+            policy,
+            Dataset.from_list(list(rows)),
+            order,
+            count=settings.prompts_per_step,
+            candidates=settings.candidates,
+        )
     if settings.lr == "auto":
         recorder.trust_region = TrustRegion(trainer)
         trainer.add_callback(recorder.trust_region)
@@ -149,10 +161,10 @@ def require_tracker(name: str) -> None:
         )
 
 
-def in_order(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
+def in_order(rows: Sequence[T], count: int, seed: int) -> list[T]:
     """`count` rows: shuffled passes over `rows`, one after the other."""
     shuffler = random.Random(seed)
-    ordered: list[Row] = []
+    ordered: list[T] = []
     while len(ordered) < count:
         ordered += shuffler.sample(list(rows), len(rows))
     return ordered[:count]
