@@ -58,7 +58,7 @@ class PromptChooser:
     """
 
     def __init__(
-        self, policy: Policy, rows: Sequence[Row], order: Sequence[int], *, count: int, candidates: int
+        self, policy: Policy, rows: Sequence[Row], order: Sequence[int], count: int, candidates: int
     ) -> None:
         self.policy, self.rows, self.count = policy, rows, count
         self._order, self._candidates = order, candidates

@@ -14,11 +14,15 @@ from midtune import processes
 from midtune.model.loading import load_policy
 from midtune.model.sources import resolve
 from midtune.rl.algorithms import ALGORITHMS
+from midtune.rl.prompts import PromptChooser
 from tests.plain import stop_early
-from tests.rl.toy_training import settings_of, short_questions_only, trainer_of
+from tests.rl.toy_training import question_rows, settings_of, short_questions_only, trainer_of
 
-# Without gigpo, which needs turns; its loss is dapo's.
-COMPARED = [name for name in ALGORITHMS if name != "gigpo"]
+# Without gigpo, which needs turns; its loss is dapo's. And once with chosen prompts.
+COMPARED: dict[str, dict[str, Any]] = {
+    **{name: {"algorithm": name} for name in ALGORITHMS if name != "gigpo"},
+    "chosen": {"prompts": "auto"},
+}
 
 
 class Keep(TrainerCallback):
@@ -38,6 +42,10 @@ def gradients(checkpoint: Path, folder: Path, **changes: Any) -> dict[str, torch
     policy.thaw(2)
     settings = settings_of(steps=1, prompts_per_step=6, micro_batch_tokens=200, **changes)
     trainer = trainer_of(policy, folder, settings, short_questions_only)
+    if settings.prompts == "auto":
+        trainer.chooser = chooser = PromptChooser(policy, rows := question_rows() * 2, range(12), 6, 12)
+        values = torch.tensor([float(len(row["question"]) < 5) for row in rows * 3])
+        chooser.load({"rows": torch.arange(36) % 12, "values": values})
     keep = Keep(policy.trained_parameters())
     trainer.add_callback(keep)
     trainer.train()
@@ -58,12 +66,12 @@ def main(checkpoint: str, out: str) -> None:
 
     torch.distributed.all_reduce = counting
     with processes.together(lambda: True):
-        for algorithm in COMPARED:
+        for name, settings in COMPARED.items():
             sent = 0
-            found = gradients(Path(checkpoint), Path(out), algorithm=algorithm)
+            found = gradients(Path(checkpoint), Path(out), **settings)
             found["sent"] = torch.tensor(sent)
             if processes.is_main():
-                save_file(found, Path(out) / f"{algorithm}-{processes.count()}.safetensors")
+                save_file(found, Path(out) / f"{name}-{processes.count()}.safetensors")
 
 
 if __name__ == "__main__":

@@ -30,9 +30,9 @@ def test_several_processes_take_the_step_that_one_takes(
         env={**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
     )
     assert finished.returncode == 0, finished.stderr[-2000:]
-    for algorithm in COMPARED:
-        one = gradients(checkpoint, tmp_path, algorithm=algorithm)
-        several = load_file(tmp_path / f"{algorithm}-{count}.safetensors")
+    for what, settings in COMPARED.items():
+        one = gradients(checkpoint, tmp_path, **settings)
+        several = load_file(tmp_path / f"{what}-{count}.safetensors")
         sent = int(several.pop("sent"))
         assert one.keys() == several.keys()
         logged = [name for name in one if name.startswith("logged")]
@@ -41,6 +41,6 @@ def test_several_processes_take_the_step_that_one_takes(
         whole = torch.cat([gradient.flatten() for gradient in one.values()])
         apart = torch.cat([(one[name] - several[name]).flatten() for name in one])
         assert float(whole.norm()) > 0
-        assert float(apart.norm() / whole.norm()) < 1e-6, algorithm
+        assert float(apart.norm() / whole.norm()) < 1e-6, what
         # Nothing of size travels but the trained block's gradient.
         assert whole.nbytes <= sent < whole.nbytes + 2000
