@@ -73,7 +73,7 @@ class PromptChooser:
 
     def choose(self, step: int) -> list[Row]:
         """The rows of step `step`, counted from 0, that this process computes."""
-        in_line = self._order[step * self._candidates :][: self._candidates]
+        in_line = self._order[step * self._candidates : (step + 1) * self._candidates]
         candidates = [*dict.fromkeys(in_line)]
         self._chosen = [*in_line[: self.count]]
         if len(self._known) >= FEWEST_KNOWN and len(candidates) >= self.count:

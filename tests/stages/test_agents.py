@@ -37,12 +37,14 @@ def walk(tmp_path: Path) -> dict[str, Any]:
 def test_a_run_reports_episodes(
     configured: Configured, walk: dict[str, Any], tmp_path: Path, terminal: Terminal
 ) -> None:
-    config = configured(**walk, training__algorithm="gigpo")
+    config = configured(**walk, training__algorithm="gigpo", training__prompts="auto")
     report = train.run(config, out=tmp_path / "run", resume=None, terminal=terminal)
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert all(1 <= line["turns"] <= 3 and line["shown_length"] >= 0 for line in lines)
     assert any(line["turns"] > 1 for line in lines)
+    # Matches are met as they come.
+    assert "prompts: uniform" in (tmp_path / "run/config.yaml").read_text()
     found = evaluate.run(str(tmp_path / "run"), [config], terminal=terminal)
     assert found["greedy"] == report["quality"]["after"]
     assert found["sampled"] == report["sampled"]["after"]
