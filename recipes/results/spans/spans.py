@@ -4,7 +4,8 @@
         --spans 5 4-6 3-7 5-7
 
 Runs begin alike, on the same prompts in the same order, and are scored on the same held-out problems, as in a sweep:
-full training's rate is the recipe's `probe.full_lr`. `runs/` keeps finished runs; the same command goes on from them.
+full training's rate is the recipe's `probe.full_lr`. Finished runs are kept with their scores by problem, so the same
+command goes on from them; with `--records recipes/results/spans/NAME` from those that were published.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ from midtune.runs import RunFolder
 from midtune.stages.opening import Opened
 
 
-def measure(recipe: Path, spans: Sequence[str], seeds: int, terminal: Terminal) -> dict[str, Any]:
+def measure(
+    recipe: Path, spans: Sequence[str], seeds: int, records: Path, terminal: Terminal
+) -> dict[str, Any]:
     """Gains and shares C of the spans, over seeds; each span is for `parse_layers`."""
     config = load_config(recipe, {"training.lr": "auto"})
     opened = Opened(config, terminal)
-    folder = RunFolder(Path("runs") / f"spans-{recipe.stem}")
+    folder = RunFolder(records)
     folder.path.mkdir(parents=True, exist_ok=True)
     policy = opened.policy()
     runner = Runner(opened.sampler(policy), opened.task, config, terminal)
@@ -62,10 +65,11 @@ def _row(
     scores, of_full = [run.scores for run in runs], [run.scores for run in full]
     greedy = [run.greedy for run in runs]
     share = None if arm == "full" else contribution_interval(scores, base.scores, of_full)
-    blocks = range(policy.num_blocks) if arm == "full" else parse_layers(arm, policy.num_blocks)
+    blocks = [] if arm == "full" else parse_layers(arm, policy.num_blocks)
+    parameters = sum(p.numel() for block in blocks for p in policy.blocks[block].parameters())
     return {
         "blocks": arm,
-        "parameters": sum(p.numel() for block in blocks for p in policy.blocks[block].parameters()),
+        "parameters": parameters or policy.total_parameters,
         "step_s": statistics.median(run.step_s for run in runs),
         "by_seed": [float(run.scores.mean() - base.scores.mean()) for run in runs],
         "sampled": asdict(gain_interval(scores, base.scores)),
@@ -81,9 +85,13 @@ def main() -> None:
     parser.add_argument("--recipe", type=Path, required=True)
     parser.add_argument("--spans", nargs="+", required=True)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument(
+        "--records", type=Path, help="where finished runs are kept (default: runs/spans-NAME)"
+    )
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
-    found = measure(asked.recipe, asked.spans, asked.seeds, Terminal())
+    records = asked.records or Path("runs") / f"spans-{asked.recipe.stem}"
+    found = measure(asked.recipe, asked.spans, asked.seeds, records, Terminal())
     asked.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
