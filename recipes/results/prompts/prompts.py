@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--recipe", type=Path, required=True)
     parser.add_argument("--prompts", choices=["uniform", "auto"], required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=8, help="prompts of a step")
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--every", type=int, default=20)
     parser.add_argument("--problems", type=int, default=200)
@@ -82,6 +83,7 @@ def main() -> None:
     asked = parser.parse_args()
     settings = {
         "training.prompts": asked.prompts,
+        "training.prompts_per_step": asked.count,
         "training.steps": asked.steps,
         "task.eval_size": asked.problems,
         "evaluation.samples": 2,
