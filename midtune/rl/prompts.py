@@ -113,9 +113,10 @@ class PromptChooser:
     def _passed(self, rows: Sequence[int]) -> dict[int, torch.Tensor]:
         policy = self.policy
         asked = [prompt_ids(policy.tokenizer, self.rows[row]["prompt"]) for row in rows]
+        # Padded on the right, so that no state sees padding, whatever mixes a block's tokens.
         ids, mask = padded(policy, asked, "right")
         with captured(policy.blocks[policy.trained[0]], stop=True) as states, policy.autocast():
             with contextlib.suppress(Reached):
-                policy.model(input_ids=ids, attention_mask=mask, use_cache=False)
+                policy.model(input_ids=ids, use_cache=False)
         last = states[0][torch.arange(len(rows), device=ids.device), mask.sum(1) - 1]
         return dict(zip(rows, last.float().cpu(), strict=True))
