@@ -20,6 +20,11 @@ probe: {method: sweep, full_lr: 1.0e-3}
 """
 
 
+@pytest.fixture
+def terminal() -> Terminal:
+    return Terminal(quiet=True)
+
+
 def script(name: str) -> Any:
     spec = importlib.util.spec_from_file_location(name, RESULTS / name / f"{name}.py")
     assert spec is not None and spec.loader is not None
