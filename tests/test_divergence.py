@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from midtune.model import rounding
+from tests.scripts import read_script
 
 ROOT = Path(__file__).parents[1]
 
@@ -17,12 +17,7 @@ ROOT = Path(__file__).parents[1]
 def test_each_way_is_measured_by_itself(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    spec = importlib.util.spec_from_file_location(
-        "divergence", ROOT / "recipes/results/deployment/divergence.py"
-    )
-    assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = read_script("deployment/divergence")
     monkeypatch.setattr(rounding, "TOKENS", tokens := rounding.TOKENS)
     ways = ["nearest", "nearest+0,1,2,3,4,5,6,7,8,9,10,11", "calibrated@400", "calibrated"]
     recipe = str(ROOT / "midtune/assets/tiny/recipe.yaml")

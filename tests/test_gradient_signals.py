@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from collections.abc import Callable, Iterator
 from itertools import permutations
 from pathlib import Path
@@ -22,21 +20,11 @@ from midtune.model.quantize import dequantized
 from midtune.probe.selection import read_probe
 from midtune.rollout.sampling import Rollout, Sampling
 from midtune.rollout.text import sample
+from tests.scripts import RESULTS, read_script
 
-FOLDER = Path(__file__).parents[1] / "recipes/results/signals"
+FOLDER = RESULTS / "signals"
 
-
-def read_script() -> Any:
-    spec = importlib.util.spec_from_file_location("gradient_signals", FOLDER / "gradient_signals.py")
-    assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    # A dataclass looks its module up by name.
-    sys.modules[spec.name] = script
-    spec.loader.exec_module(script)
-    return script
-
-
-script = read_script()
+script = read_script("signals/gradient_signals")
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [20, 21], [30, 31, 32, 33], [40]]
 SAMPLING = Sampling(max_new_tokens=6, temperature=0.8, group_size=3)
 Load = Callable[..., Policy]

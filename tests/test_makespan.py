@@ -5,25 +5,14 @@ from __future__ import annotations
 import json
 import math
 import random
-import sys
-from importlib import util
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-FOLDER = Path(__file__).parents[1] / "recipes/results/cluster"
+from tests.scripts import RESULTS, read_script
 
-
-def read_script() -> Any:
-    spec = util.spec_from_file_location("makespan", FOLDER / "makespan.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["makespan"] = util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-sim = read_script()
+FOLDER = RESULTS / "cluster"
+sim = read_script("cluster/makespan")
 
 
 def trials(*steps: int) -> list[Any]:

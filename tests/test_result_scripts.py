@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from midtune.report.terminal import Terminal
+from tests.scripts import read_script
 
-RESULTS = Path(__file__).parents[1] / "recipes/results"
 RECIPE = """
 model: {name: tiny, quantize: none}
 task: {name: "reasoning-gym:chain_sum", args: {min_terms: 2, max_terms: 2}, eval_size: 8}
@@ -25,14 +23,6 @@ def terminal() -> Terminal:
     return Terminal(quiet=True)
 
 
-def script(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, RESULTS / name / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
-
-
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     path = tmp_path / "recipe.yaml"
@@ -43,7 +33,7 @@ def recipe(tmp_path: Path) -> Path:
 def test_spans_are_trained_beside_all_parameters_and_recorded(
     recipe: Path, tmp_path: Path, terminal: Terminal
 ) -> None:
-    measure, records = script("spans").measure, tmp_path / "records"
+    measure, records = read_script("spans/spans").measure, tmp_path / "records"
     found = measure(recipe, ["5", "4-6"], 1, records, terminal)
     full, one, three = found["arms"]
     assert [arm["blocks"] for arm in found["arms"]] == ["full", "5", "4-6"]
@@ -59,7 +49,7 @@ def test_spans_are_trained_beside_all_parameters_and_recorded(
 
 @pytest.mark.parametrize("how", ["uniform", "auto"])
 def test_prompts_are_measured_by_scores_and_steps(how: str, recipe: Path, terminal: Terminal) -> None:
-    found = script("prompts").measure(recipe, {"training.prompts": how}, 1, terminal)
+    found = read_script("prompts/prompts").measure(recipe, {"training.prompts": how}, 1, terminal)
     assert (found["prompts"], found["seed"], found["block"]) == (how, 0, 5)
     assert [point["step"] for point in found["points"]] == [0, 1, 2]
     assert len(found["equal_groups"]) == len(found["step_s"]) == 2
