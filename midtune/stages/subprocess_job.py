@@ -16,8 +16,6 @@ from midtune.errors import MidtuneError
 
 # Full-training steps measured for a report.
 FULL_STEPS = 2
-
-
 # What a job prints after this is for people, at once.
 _SAID = "midtune says: "
 
@@ -42,10 +40,7 @@ def in_own_process(
     """
     command = [sys.executable, "-P", "-W", "ignore", "-m", __name__, job]
     last = ""
-    with (
-        tempfile.TemporaryFile("w+") as complaints,
-        tempfile.TemporaryFile("w+") as asked,
-    ):
+    with tempfile.TemporaryFile("w+") as complaints, tempfile.TemporaryFile("w+") as asked:
         json.dump(arguments, asked)
         asked.seek(0)
         with subprocess.Popen(
@@ -54,10 +49,9 @@ def in_own_process(
             try:
                 for line in child.stdout or ():
                     if not line.startswith(_SAID):
-                        last = line
+                        last = line if line.strip() else last
                     elif on_message is not None:
                         on_message(line.removeprefix(_SAID).rstrip())
-                child.wait()
             except BaseException:
                 child.kill()
                 raise

@@ -9,13 +9,14 @@ from midtune.errors import MidtuneError
 from midtune.stages.subprocess_job import in_own_process
 
 JOBS = """
-import os, signal
+import atexit, os, signal
 from midtune.stages.subprocess_job import say
 
 def speak():
     say("a third")
     print("a word of a library")
     say("two thirds")
+    atexit.register(print)
     return {"said": 2}
 
 def add(a, b):
