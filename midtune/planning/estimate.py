@@ -88,12 +88,13 @@ def one_more_block(
     """What one more block would cost on a run's steps: its number, further seconds of a `step` and bytes of the `peak`.
 
     It is the block below the first trained one, which makes the tail longer, or without one that above the last. None
-    if all are trained, or the architecture cannot run on tensors without data. For the others see `estimated`.
+    if all are trained, if LoRA is, which plans do not know, or if the architecture cannot run on tensors without data.
+    For the others see `estimated`.
     """
     policy = sampler.policy
     blocks = sorted(policy.trained)
     block = blocks[0] - 1 if blocks[0] > 0 else blocks[-1] + 1
-    if block == policy.num_blocks:
+    if block == policy.num_blocks or policy.adapter is not None:
         return None
     wider = sorted([*blocks, block])
     batch, mean = mean_step(config, sampler, task, steps)

@@ -84,3 +84,10 @@ def test_there_is_no_further_block_where_all_are_trained(load: Callable[..., Any
         policy.thaw(block)
     sampler: Any = TextSampler(policy, SamplingLimits())
     assert one_more_block(load_config(None, {}), sampler, None, [], measured=MEASURED) is None  # type: ignore[arg-type]
+
+
+def test_the_price_of_a_further_adapter_is_not_known(load: Callable[..., Any]) -> None:
+    policy = load("qwen3")
+    policy.add_lora([2], rank=4)
+    sampler: Any = TextSampler(policy, SamplingLimits())
+    assert one_more_block(load_config(None, {}), sampler, None, [], measured=MEASURED) is None  # type: ignore[arg-type]
