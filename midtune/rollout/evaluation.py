@@ -32,6 +32,11 @@ class Evaluation:
     samples: NDArray[np.float64] | None = None  # [n, samples] at the training temperature
     kept: bool = False  # from an earlier run
 
+    @property
+    def scores(self) -> NDArray[np.float64]:
+        """What is compared, [n]: samples if there are any, since they show a gain first."""
+        return self.greedy if self.sampled is None else self.sampled
+
 
 def evaluate(
     sampler: Sampler,

@@ -225,8 +225,7 @@ def learn_alone(
     task = opened.task
 
     def score(policy: Any, of_base: bool) -> Any:
-        found = opened.score(TextSampler(policy, SamplingLimits()), "scoring", of_base=of_base)
-        return found.greedy if found.sampled is None else found.sampled
+        return opened.score(TextSampler(policy, SamplingLimits()), "scoring", of_base=of_base).scores
 
     # An arm without a signal goes on like the others.
     changes = {"lr": lr, "report_to": "none", "stop_after_equal_rewards": 0}

@@ -32,8 +32,7 @@ def measure(recipe: Path, settings: dict[str, Any], every: int, terminal: Termin
     (block,) = choose_blocks(config.blocks, policy, task, terminal).blocks
 
     def score(_: Any, of_base: bool) -> Any:
-        found = opened.score(sampler, "scoring", of_base=of_base)
-        return found.greedy if found.sampled is None else found.sampled
+        return opened.score(sampler, "scoring", of_base=of_base).scores
 
     steps: list[dict[str, Any]] = []
     drawn = training.prompts_per_step * training.group_size
