@@ -32,8 +32,6 @@ BUNDLED_RECIPE = Path(__file__).parent / "assets" / BUNDLED_MODEL / "recipe.yaml
 PLANNED_CARD, PLANNED_PROMPT_TOKENS = "24GB", 512
 # Problems held out by default.
 MOST_HELD_OUT = 300
-# Prompts that a step chooses among, for each one that it trains on.
-CANDIDATES = 8
 # Built-in rewards: those that judge an answer, and those that shape a completion regardless of it.
 JUDGES = ("exact", "numeric", "math", "verifier", "code", "code-all")
 SHAPING = ("format", "length", "repetition")
@@ -290,11 +288,6 @@ class TrainingConfig(Part):
         10, "stop when no group had unequal rewards for this many first steps; 0: never", ge=0, le=MOST_STEPS
     )
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = described("none", "also log to a tracker")
-
-    @property
-    def candidates(self) -> int:
-        """Among how many prompts a step chooses."""
-        return self.prompts_per_step * (CANDIDATES if self.prompts == "auto" else 1)
 
     _addresses = field_validator("vllm", mode="before")(separated)
 

@@ -28,6 +28,8 @@ from midtune.rollout.sampling import padded
 from midtune.rollout.speech import prompt_ids
 from midtune.tasks import Row
 
+# Prompts that a step chooses among, for each one that it takes.
+CANDIDATES = 8
 # Of a step's prompts, the share that is not chosen.
 UNCHOSEN = 0.25
 # Groups that predictions rest on: the last ones, since the policy changes; and how many there must be to begin.

@@ -23,7 +23,7 @@ from midtune.measure.meter import Meter
 from midtune.rl.algorithms import algorithm_arguments, groups_per_micro_batch, own_advantages
 from midtune.rl.checks import check_trainable
 from midtune.rl.gradients import Bf16Gradients
-from midtune.rl.prompts import PromptChooser
+from midtune.rl.prompts import CANDIDATES, PromptChooser
 from midtune.rl.recorder import StepRecorder
 from midtune.rl.tail import tail_note, tail_settings
 from midtune.rl.trainer import LayerGRPOTrainer
@@ -125,14 +125,11 @@ def train_blocks(
     trainer.remove_callback(PrinterCallback)
     recorder.trainer = trainer
     if settings.prompts == "auto":
-        order = in_order(range(len(rows)), settings.steps * settings.candidates, seed)
-        trainer.chooser = PromptChooser(
-            policy,
-            Dataset.from_list(list(rows)),
-            order,
-            count=settings.prompts_per_step,
-            candidates=settings.candidates,
-        )
+        count = settings.prompts_per_step
+        order = in_order(range(len(rows)), settings.steps * count * CANDIDATES, seed)
+        # Rows as the trainer's own are: each has the columns of all.
+        every_row = Dataset.from_list(list(rows))
+        trainer.chooser = PromptChooser(policy, every_row, order, count, count * CANDIDATES)
     if settings.lr == "auto":
         recorder.trust_region = TrustRegion(trainer)
         trainer.add_callback(recorder.trust_region)

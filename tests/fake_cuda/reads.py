@@ -108,6 +108,9 @@ WANTED = [
         "columns without tokens are dropped",
     ),
     Read("rollout/engine.py:check_engine", "apart = float(", "whether logits are equal"),
+    # Once for each prompt of a run, where prompts are chosen.
+    Read("rl/prompts.py:PromptChooser._passed", "policy.model(", SEVERAL_TEXTS, PACKED),
+    Read("rl/prompts.py:PromptChooser._passed", "last.float().cpu()", "the host predicts from states"),
     # Once a policy: decoders and tails are held against the plain model.
     Read("rollout/boundary.py:plain_log_probs", "policy.model(", SEVERAL_TEXTS, PACKED),
     Read("model/blocks.py:returned_by", "model(input_ids=", SEVERAL_TEXTS, PACKED),

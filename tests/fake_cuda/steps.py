@@ -18,6 +18,7 @@ from midtune.model.host import embed_on_host, is_here
 from midtune.model.loading import load_policy
 from midtune.model.policy import Policy
 from midtune.model.sources import resolve
+from midtune.rl import prompts
 from midtune.rl import trainer as trainer_module
 from midtune.rollout.decoding import Decoder
 from midtune.rollout.evaluation import evaluate
@@ -182,6 +183,14 @@ def test_settings(on_card: OnCardPolicy, tmp_path: Path, settings: dict[str, Any
     policy = on_card()
     policy.thaw(2)
     _, metrics = train(policy, tmp_path, steps=1, **settings)
+    assert metrics[-1]["grad_norm"] > 0
+
+
+def test_prompts_are_chosen(on_card: OnCardPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompts, "FEWEST_KNOWN", 2)
+    policy = on_card()
+    policy.thaw(2)
+    _, metrics = train(policy, tmp_path, steps=2, prompts="auto")
     assert metrics[-1]["grad_norm"] > 0
 
 
